@@ -1,0 +1,92 @@
+"""Every exception the project raises on purpose, in one tree.
+
+    FtError                      exit code 1
+    ├── SpecError                exit code 2   the run spec, or spec and resources together, cannot be run
+    ├── UsageError               exit code 2   a command was called wrongly
+    ├── DataError                a file or record of the user's data
+    ├── ModelError               a base model that is absent, incomplete or of another architecture
+    ├── StorageError             the storage root or something on it
+    │   └── NotPublishedError    no run or adapter of that id
+    ├── ClusterError             Ray does not answer, refuses the token, or lacks what was asked for
+    ├── TrainingError            training cannot go on (a non-finite loss, ...)
+    └── ServingError             the server cannot start or answer
+
+A message names the setting or file, its value, and the cure. Instances cross process borders inside Ray, so all of them
+pickle: keep every constructor's positional arguments in ``self.args``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FtError(Exception):
+    """Base of all errors of this project; a command prints its text, without a traceback, and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a run spec.
+
+    `setting` is the dotted path in the spec (``train.global_batch_size``), `value` what stands there, `message` what is
+    wrong with it, and `cure` what to write instead.
+    """
+
+    setting: str
+    value: object
+    message: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.value!r}: {self.message}. {self.cure}"
+
+
+class SpecError(FtError):
+    """A run spec that cannot be run; carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem], where: str = "run spec") -> None:
+        super().__init__(problems, where)
+        self.problems = tuple(problems)
+        self.where = where
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = f"{self.where}: {count} problem{'s' if count != 1 else ''}"
+        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+
+
+class UsageError(FtError):
+    """A command called with arguments that make no sense."""
+
+    exit_code = 2
+
+
+class DataError(FtError):
+    """Training or validation data that cannot be used; the text names file and line."""
+
+
+class ModelError(FtError):
+    """A base model that is absent, half-downloaded, or not a Llama."""
+
+
+class StorageError(FtError):
+    """The storage root cannot be read or written, or something on it is damaged."""
+
+
+class NotPublishedError(StorageError):
+    """No run, adapter or dataset of that id lies on the storage."""
+
+
+class ClusterError(FtError):
+    """Ray does not answer, refuses the token, or lacks the resources asked for."""
+
+
+class TrainingError(FtError):
+    """Training cannot go on."""
+
+
+class ServingError(FtError):
+    """The server cannot start, or an engine cannot answer."""

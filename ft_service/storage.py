@@ -1,0 +1,208 @@
+"""One root that every machine sees: a folder, NFS, or an ``s3://`` / ``gs://`` URI. Nothing else is shared.
+
+Writes are atomic: a file or a folder exists completely or not at all. On a file system that is a rename; an object store
+shows an object only once it is whole, so there a folder's *marker* file, named by the caller, is written last.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow
+from pyarrow import fs
+
+from ft_service.errors import StorageError
+
+_COPY_CHUNK_BYTES = 16 * 1024 * 1024
+
+
+class Storage:
+    """Files under one root, by relative POSIX path (``runs/r1/plan.json``). Picklable: only the root travels.
+
+    Every method raises `StorageError` when the root cannot be reached or written.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        try:
+            if "://" in root:
+                self._fs, self._base = fs.FileSystem.from_uri(root)
+            else:
+                self._fs, self._base = fs.LocalFileSystem(), str(Path(root).expanduser().absolute())
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"storage = {root!r}: not a usable root ({error}). Use a folder, s3:// or gs://.") from None
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.root,)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is a folder of this machine's file system (NFS included)."""
+        return isinstance(self._fs, fs.LocalFileSystem)
+
+    def uri(self, path: str) -> str:
+        """What a person can use to find `path`: a local path, or a URI."""
+        return f"{self._base}/{path}" if self.is_local else f"{self.root.rstrip('/')}/{path}"
+
+    def check_writable(self) -> None:
+        """Raise `StorageError` now rather than after hours of training."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"")
+        self.delete(probe)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def exists(self, path: str) -> bool:
+        return self._info(path).type != fs.FileType.NotFound
+
+    def read_bytes(self, path: str) -> bytes:
+        try:
+            with self._fs.open_input_file(self._full(path)) as stream:
+                return stream.read()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"{self.uri(path)}: cannot be read ({error}).") from None
+
+    def read_json(self, path: str) -> Any:
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise StorageError(f"{self.uri(path)}: damaged, not JSON ({error}).") from None
+
+    def folders(self, path: str) -> list[str]:
+        """Names of the folders directly in `path`, sorted; those that start with a dot are unfinished and left out."""
+        selector = fs.FileSelector(self._full(path), allow_not_found=True)
+        try:
+            infos = self._fs.get_file_info(selector)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"{self.uri(path)}: cannot be listed ({error}).") from None
+        names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
+        return sorted(name for name in names if not name.startswith("."))
+
+    def local_folder(self, path: str, cache: Path | None = None) -> Path:
+        """A folder of this machine that holds `path`: the folder itself, or a download of it.
+
+        A download lands under `cache` (default ``~/.cache/ft_service``) and is kept: what is fetched this way is
+        content-addressed, so it never goes stale.
+        """
+        if self.is_local:
+            return Path(self._full(path))
+        cache = cache or Path("~/.cache/ft_service").expanduser()
+        target = cache / self._base / path
+        if target.exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+        try:
+            fs.copy_files(self._full(path), str(partial), source_filesystem=self._fs, chunk_size=_COPY_CHUNK_BYTES)
+            partial.rename(target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not target.exists():  # otherwise another process of this machine was first
+                raise StorageError(f"{self.uri(path)}: cannot be fetched ({error}).") from None
+        return target
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def write_bytes(self, path: str, content: bytes) -> None:
+        """Write a file whole; a reader sees the old content or the new one."""
+        full = self._full(path)
+        try:
+            self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
+            if not self.is_local:
+                with self._fs.open_output_stream(full) as stream:
+                    stream.write(content)
+                return
+            partial = f"{full}.{uuid.uuid4().hex}.partial"
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, full)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(
+                f"storage = {self.root!r}: cannot write {path} ({error}). Check that it exists, is writable and not full."
+            ) from None
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def append_line(self, path: str, line: str) -> None:
+        """Add a line to a log. On an object store the log is rewritten, so keep such logs small or buffered."""
+        if not self.is_local:
+            earlier = self.read_bytes(path) if self.exists(path) else b""
+            self.write_bytes(path, earlier + line.encode() + b"\n")
+            return
+        full = Path(self._full(path))
+        try:
+            full.parent.mkdir(parents=True, exist_ok=True)
+            with full.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise StorageError(f"storage = {self.root!r}: cannot write {path} ({error}).") from None
+
+    def put_folder(self, source: Path, path: str, marker: str) -> None:
+        """Publish the folder `source` as `path`, at once. A folder that is already there stays as it is.
+
+        `marker` is the file whose presence says that the folder is whole.
+        """
+        if self.exists(f"{path}/{marker}"):
+            return
+        full = self._full(path)
+        try:
+            if self.is_local:
+                target = Path(full)
+                partial = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    shutil.copytree(source, partial)
+                    partial.rename(target)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+                return
+            for file in _files(source):
+                if file.name != marker:
+                    self._upload(source, file, full)
+            self._upload(source, source / marker, full)
+        except (OSError, pyarrow.ArrowException) as error:
+            if not self.exists(f"{path}/{marker}"):  # otherwise another writer of the same content was first
+                raise StorageError(f"storage = {self.root!r}: cannot write {path} ({error}).") from None
+
+    def delete(self, path: str) -> None:
+        """Remove a file or a folder; nothing happens if it is not there."""
+        info = self._info(path)
+        if info.type == fs.FileType.Directory:
+            self._fs.delete_dir(info.path)
+        elif info.type == fs.FileType.File:
+            self._fs.delete_file(info.path)
+
+    # -- internals -------------------------------------------------------------------------------------------------
+
+    def _full(self, path: str) -> str:
+        if ".." in PurePosixPath(path).parts or path.startswith("/"):
+            raise StorageError(f"{path!r}: leaves the storage root. Use a path below {self.root!r}.")
+        return f"{self._base}/{path}" if path else self._base
+
+    def _info(self, path: str) -> fs.FileInfo:
+        try:
+            return self._fs.get_file_info(self._full(path))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"storage = {self.root!r}: does not answer ({error}).") from None
+
+    def _upload(self, source: Path, file: Path, full: str) -> None:
+        target = f"{full}/{file.relative_to(source).as_posix()}"
+        fs.copy_files(
+            str(file),
+            target,
+            source_filesystem=fs.LocalFileSystem(),
+            destination_filesystem=self._fs,
+            chunk_size=_COPY_CHUNK_BYTES,
+        )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
