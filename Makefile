@@ -1,0 +1,41 @@
+# Every target does its own set-up: a virtual environment with the pinned packages.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup quickstart test check format clean
+
+help:
+	@echo "make quickstart   the whole path on this machine's CPU: data, base, adapter, HTTP answers"
+	@echo "make test         all tests"
+	@echo "make check        lint, format and types"
+	@echo "make setup        only the virtual environment in $(VENV)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed (PYTHON=... make)"; exit 1; }
+	@echo "Setting up $(VENV): a few minutes and about 2 GB, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,353 @@
+"""What a run measures: the figures of each step with their units, where they are written, and what they warn of.
+
+    runs/<run id>/metrics.jsonl   one line per step, without gaps or repeats, however often the run was resumed
+    runs/<run id>/events.jsonl    one line per event: started, resumed, checkpoint, warning, ...
+
+A sink takes one `StepMetrics` per step. One process of a run (rank 0) writes; this module needs neither torch nor ray.
+"""
+
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ft_service.errors import Problem, SpecError, StorageError
+from ft_service.storage import Storage
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+REMOTE_FLUSH_SECONDS = 30.0
+LOG_LINE_SECONDS = 5.0
+
+# Overfitting: validation loss must have risen by all of the first three, and training loss fallen by the last.
+MIN_RISE_NATS = 0.01
+MIN_RISE_SHARE = 0.02
+MIN_RISE_WIGGLES = 4.0
+MIN_FALL_SHARE = 0.01
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class StepMetrics(BaseModel):
+    """The figures of one optimizer step, over all workers."""
+
+    # A NaN becomes the text "NaN": valid JSON, and pydantic reads it back as a number.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    step: int = Field(ge=1, description="Completed optimizer updates, this one included.")
+    epoch: float = Field(description="Passes over the training rows after this step, with fraction.")
+    loss: float = Field(description="Training loss of this step's global batch, nats per loss token.")
+    validation_loss: float | None = Field(default=None, description="Nats per loss token after this step, if measured.")
+    learning_rate: float = Field(description="Rate of this step's update.")
+    grad_norm: float = Field(description="Global L2 norm of the gradient, before clipping.")
+    tokens: int = Field(description="Tokens of this step's global batch, padding left out.")
+    loss_tokens: int = Field(description="Tokens of this step's global batch whose prediction is trained.")
+    tokens_per_second: float = Field(description="`tokens` over this step's wall time, all workers together.")
+    peak_memory_gib: float = Field(description="Highest memory of any one worker so far, GiB (GPU, or process on CPU).")
+    time: datetime = Field(default_factory=_now, description="When the step was done, UTC.")
+
+
+class Event(BaseModel):
+    """One thing that happened to a run; may carry more fields than these."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    time: datetime | None = Field(description="UTC; none only for a damaged line.")
+    type: str
+    message: str
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+class Sink(Protocol):
+    """Where metrics go. `flush` before each checkpoint: the steps a resumed run builds on must be on storage."""
+
+    def write(self, metrics: StepMetrics) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """Appends to a run's metrics.jsonl: each step at once in a folder, at most every 30 s on an object store.
+
+    Call `rewind` before the first `write`, with 0 for a new run.
+    """
+
+    def __init__(self, storage: Storage, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._storage = storage
+        self._run_id = run_id
+        self._path = _run_file(run_id, METRICS_FILE)
+        self._clock = clock
+        self._flushed_at = clock()
+        self._pending: list[str] = []
+
+    def rewind(self, step: int) -> None:
+        """Cut the lines after `step` (and a torn last line), because the run goes on from there."""
+        self.flush()
+        kept = [metrics for metrics in read_metrics(self._storage, self._run_id) if metrics.step <= step]
+        self._storage.write_bytes(self._path, "".join(_line(metrics) + "\n" for metrics in kept).encode())
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._pending.append(_line(metrics))
+        if self._storage.is_local or self._clock() - self._flushed_at >= REMOTE_FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            self._storage.append_line(self._path, "\n".join(self._pending))
+            self._pending.clear()
+        self._flushed_at = self._clock()
+
+    def close(self) -> None:
+        self.flush()
+
+
+class TensorBoardSink:
+    """Writes TensorBoard event files to a folder of this machine; a resumed run names the `step` it goes on from.
+
+    Raises `SpecError` if tensorboardX (part of ray[train]) is missing.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            cure = "Run pip install tensorboardX, or set report.tensorboard: false."
+            raise SpecError([Problem("report.tensorboard", True, "needs the package tensorboardX", cure)]) from None
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        for name, value in metrics.model_dump(exclude={"step", "time"}, exclude_none=True).items():
+            self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class EventLog:
+    """A run's events.jsonl."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._storage = storage
+        self._path = _run_file(run_id, EVENTS_FILE)
+
+    def emit(self, type: str, message: str, **data: object) -> None:
+        """Add one event, now; `data` are further JSON values, such as ``step=40``."""
+        event = Event.model_validate({**data, "time": _now(), "type": type, "message": message})
+        self._storage.append_line(self._path, _line(event))
+
+
+def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:
+    """The steps of a run, in order; empty before the first. A last line that a dying process tore is left out.
+
+    Raises `StorageError`, with file and line, when any other line is damaged.
+    """
+    path = _run_file(run_id, METRICS_FILE)
+    lines = list(_lines(storage, path))
+    found = []
+    for number, line in lines:
+        try:
+            found.append(StepMetrics.model_validate_json(line))
+        except ValidationError as error:
+            if number < lines[-1][0]:
+                raise StorageError(f"{storage.uri(path)}:{number}: not the metrics of a step ({error}).") from None
+    return found
+
+
+def read_events(storage: Storage, run_id: str) -> list[Event]:
+    """The events of a run, oldest first. A damaged line becomes an event that shows it."""
+    events = []
+    for number, line in _lines(storage, _run_file(run_id, EVENTS_FILE)):
+        try:
+            events.append(Event.model_validate_json(line))
+        except ValidationError:
+            text = line.decode(errors="replace")
+            events.append(Event(time=None, type="damaged", message=f"line {number} of {EVENTS_FILE}: {text}"))
+    return events
+
+
+def _run_file(run_id: str, name: str) -> str:
+    return f"runs/{run_id}/{name}"
+
+
+def _line(record: BaseModel) -> str:
+    return json.dumps(record.model_dump(mode="json", exclude_none=True), ensure_ascii=False)
+
+
+def _lines(storage: Storage, path: str) -> Iterator[tuple[int, bytes]]:
+    content = storage.read_bytes(path) if storage.exists(path) else b""
+    return ((number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip())
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+class ProgressLine:
+    """One dense line about the newest step: rewritten in place on a terminal, and now and then a new line in a log.
+
+    A log gets the first step, the last one, each validation, and otherwise one line every `LOG_LINE_SECONDS`.
+    """
+
+    def __init__(
+        self, num_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._num_steps = num_steps
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._in_place = self._stream.isatty()
+        self._first: tuple[int, float] | None = None
+        self._validation_loss: float | None = None
+        self._line = ""
+        self._is_shown = True
+        self._shown_at = -math.inf
+
+    def write(self, metrics: StepMetrics) -> None:
+        now = self._clock()
+        first_step, first_time = self._first = self._first or (metrics.step, now)
+        seconds_per_step = (now - first_time) / (metrics.step - first_step) if metrics.step > first_step else None
+        seconds_left = None if seconds_per_step is None else seconds_per_step * (self._num_steps - metrics.step)
+        validated = metrics.validation_loss is not None
+        self._validation_loss = metrics.validation_loss if validated else self._validation_loss
+        self._line = format_progress(metrics, self._num_steps, self._validation_loss, seconds_left)
+        self._is_shown = False
+        is_due = now - self._shown_at >= LOG_LINE_SECONDS or validated or metrics.step >= self._num_steps
+        if self._in_place or is_due:
+            self._show(now)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        if not self._is_shown:
+            self._show(self._clock())
+        if self._in_place and self._line:
+            self._stream.write("\n")
+        self._stream.flush()
+
+    def _show(self, now: float) -> None:
+        if self._in_place:
+            # A line that wraps cannot be rewritten by a carriage return.
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r{self._line[:width]}\x1b[K")
+        else:
+            self._stream.write(self._line + "\n")
+        self._stream.flush()
+        self._is_shown, self._shown_at = True, now
+
+
+def format_progress(
+    metrics: StepMetrics, num_steps: int, validation_loss: float | None, seconds_left: float | None
+) -> str:
+    """One step as one line; `validation_loss` is the newest one, measured at this step or an earlier one."""
+    parts = [
+        f"step {metrics.step:>{len(str(num_steps))}}/{num_steps}",
+        f"loss {metrics.loss:.4f}",
+        "" if validation_loss is None else f"val {validation_loss:.4f}",
+        f"lr {metrics.learning_rate:.1e}",
+        f"gnorm {metrics.grad_norm:.2f}",
+        f"{format_count(metrics.tokens_per_second)} tok/s",
+        f"{metrics.peak_memory_gib:.1f} GiB",
+        "" if seconds_left is None else f"eta {format_duration(seconds_left)}",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def format_count(value: float) -> str:
+    """Three or four digits: 980, 41.2k, 3.1M, 1.3G."""
+    for power, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= power:
+            return f"{value / power:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units: 45s, 12m03s, 3h07m, 2d04h."""
+    whole = round(seconds)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02d}h"
+    if hours:
+        return f"{hours}h{minute:02d}m"
+    return f"{minutes}m{second:02d}s" if minutes else f"{second}s"
+
+
+# -- overfitting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """Validation loss turned up while training loss went on falling. Losses are nats per loss token."""
+
+    best_step: int
+    best_validation_loss: float
+    last_step: int
+    last_validation_loss: float
+    training_loss_at_best: float
+    """Mean over the steps up to the best one, as many as lie in half the way from there to the last validation."""
+    training_loss_at_last: float
+    """Mean over as many steps up to the last validation."""
+
+    @property
+    def message(self) -> str:
+        rise = self.last_validation_loss / self.best_validation_loss - 1
+        return (
+            f"Validation loss was lowest at step {self.best_step} ({self.best_validation_loss:.4f}) and rose to "
+            f"{self.last_validation_loss:.4f} (+{rise:.1%}) by step {self.last_step}, while training loss kept "
+            f"falling, from {self.training_loss_at_best:.4f} to {self.training_loss_at_last:.4f}: the model learns its "
+            f"examples by heart. Publish the weights of the checkpoint nearest step {self.best_step}, stop there "
+            "(train.early_stopping, or fewer train.epochs), train on more or more varied data, or give the adapter "
+            "less room (a lower method.lora_rank, some method.lora_dropout)."
+        )
+
+
+def find_overfitting(metrics: Sequence[StepMetrics]) -> Overfitting | None:
+    """Whether the last two validations stand clearly above the lowest one while training loss fell; none if not.
+
+    Clearly means by 2 %, by 0.01 nats, and by four times the curve's wiggle: the movement that leads nowhere,
+    ``(sum |v[i+1] - v[i]| - (v[0] - v_min) - (v[-1] - v_min)) / moves``, which is zero for a curve that only falls and
+    then only rises, and about 1.1 sigma for noise around a level. Needs two validations after the lowest one.
+    """
+    measured = [(m.step, m.validation_loss) for m in metrics if m.validation_loss is not None]
+    measured = [(step, loss) for step, loss in measured if math.isfinite(loss)]
+    if len(measured) < 3:
+        return None
+    steps, losses = zip(*measured, strict=True)
+    lowest = min(losses)
+    best = losses.index(lowest)
+    if best > len(losses) - 3:
+        return None
+    travelled = sum(abs(after - before) for before, after in pairwise(losses))
+    wiggle = (travelled - (losses[0] - lowest) - (losses[-1] - lowest)) / (len(losses) - 1)
+    rise = min(losses[-2:]) - lowest
+    if rise <= max(MIN_RISE_NATS, MIN_RISE_SHARE * lowest, MIN_RISE_WIGGLES * wiggle):
+        return None
+
+    window = (steps[-1] - steps[best]) // 2
+
+    def training_loss_at(end: int) -> float:
+        return statistics.fmean(m.loss for m in metrics if end - window < m.step <= end)
+
+    at_best, at_last = training_loss_at(steps[best]), training_loss_at(steps[-1])
+    if not at_last < at_best * (1 - MIN_FALL_SHARE):
+        return None
+    return Overfitting(steps[best], lowest, steps[-1], losses[-1], at_best, at_last)

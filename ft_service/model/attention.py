@@ -1,0 +1,63 @@
+"""Causal attention over packed rows: each document sees itself only, and no [T, T] mask is ever built.
+
+Legend: T tokens of all packed documents, H query heads, K key/value heads, E head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+PACKED_ATTENTION = "ft_packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    document_lengths: list[int],
+    document_offsets: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a flattened micro-batch, in the signature of transformers' attention functions.
+
+    `query` is [1, H, T, E], `key` and `value` are [1, K, T, E]; `document_lengths` adds up to T and `document_offsets`
+    (int32, [documents + 1]) holds their running sum. Returns [1, T, H, E].
+    """
+    if attention_mask is not None or dropout:
+        raise ValueError("packed attention takes neither a mask nor dropout")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        longest = max(document_lengths)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            document_offsets,
+            document_offsets,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),  # no limit to the left, nothing to the right: causal
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        assert isinstance(out, torch.Tensor)
+        return out.unsqueeze(0), None
+    enable_gqa = query.shape[1] != key.shape[1]
+    pieces = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa)
+        for q, k, v in zip(*(tensor.split(document_lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+# Without this entry transformers would fall back to building a [1, 1, T, T] mask from position_ids.
+AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)

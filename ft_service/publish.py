@@ -1,0 +1,68 @@
+"""From a finished run to the registry: the record of what was produced, its model card, and the published folder."""
+
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ft_service import catalog
+from ft_service.card import model_card
+from ft_service.chat import ChatFormat
+from ft_service.errors import FtError
+from ft_service.model.base import load_tokenizer, resolve_base
+from ft_service.registry import AdapterRecord, Registry, content_digest
+from ft_service.runs import RunFolder
+
+_PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def publish(run: RunFolder) -> AdapterRecord:
+    """Publish the weights that the run's outcome names; the same weights twice give the same record."""
+    plan, outcome = run.plan(), run.outcome()
+    spec = plan.spec
+    template_digest, end_of_turn_ids = _chat_facts(spec.model.base, spec.model.revision)
+    draft: dict[str, object] = {
+        "kind": "model" if spec.method.type == "full" else "adapter",
+        "run_id": run.run_id,
+        "run_name": spec.name,
+        "plan_digest": plan.digest,
+        "base": {
+            "id": spec.model.base,
+            "revision": spec.model.revision,
+            "short_name": plan.base_short_name,
+            "fingerprint": outcome.base_fingerprint,
+        },
+        "method": {"type": "full"} if spec.method.type == "full" else spec.method.model_dump(mode="json"),
+        "datasets": [source.model_dump(mode="json") for source in run.sources()],
+        "dataset_digest": plan.dataset.digest,
+        "steps": outcome.steps,
+        "final_loss": outcome.final_loss,
+        "validation_loss": outcome.validation_loss,
+        "chat_template_digest": template_digest,
+        "end_of_turn_ids": end_of_turn_ids,
+        "packages": _packages(),
+    }
+    card = model_card(draft, catalog.find(spec.model.base))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "content")
+        shutil.copytree(run.storage.local_folder(f"{run.path}/{outcome.weights}"), folder)
+        return Registry(run.storage).publish(folder, draft, plan.base_short_name, card)
+
+
+def _chat_facts(base: str, revision: str | None) -> tuple[str, list[int]]:
+    tokenizer = load_tokenizer(resolve_base(base, revision, weights=False))
+    try:
+        chat = ChatFormat(tokenizer)
+    except FtError:  # a base without Llama 3's chat tokens, trained on plain text
+        return content_digest({}), [tokenizer.eos_token_id]
+    return chat.template_digest, list(chat.end_of_turn_ids)
+
+
+def _packages() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,159 @@
+"""Packed rows to micro-batches: flattened, unpadded, with the positions whose next token is trained.
+
+Legend: T tokens of all documents of a micro-batch, N of them with a trained next token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ft_service.data.order import step_rows
+
+
+class PackedRow(Protocol):
+    """One packed sequence: token ids [T], which of them are loss tokens [T], and the lengths of its documents."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+    @property
+    def document_lengths(self) -> np.ndarray: ...
+
+
+class PackedRows(Protocol):
+    """A table of packed rows, such as `ft_service.data.prepare.RowTable`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> PackedRow: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one worker sees."""
+
+    input_ids: torch.Tensor
+    """int64 [1, T]"""
+    position_ids: torch.Tensor
+    """int64 [1, T]; restarts at 0 with every document"""
+    document_lengths: list[int]
+    document_offsets: torch.Tensor
+    """int32 [documents + 1]: running sum of the lengths, from 0"""
+    target_positions: torch.Tensor
+    """int64 [N]: where in T the hidden states are that predict a loss token"""
+    targets: torch.Tensor
+    """int64 [N]: those loss tokens"""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        if device.type == "cpu":
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+        }
+        return MicroBatch(**moved)
+
+
+def loss_positions(row: PackedRow) -> np.ndarray:
+    """Positions [N] of the loss tokens that are predicted, in the row; the first token of a document never is."""
+    mask = row.loss_mask.astype(bool)
+    starts = np.cumsum(row.document_lengths)[:-1]
+    mask[0] = False
+    mask[starts] = False
+    return np.flatnonzero(mask)
+
+
+def collate(rows: Sequence[PackedRow]) -> MicroBatch:
+    """Lay rows end to end; documents stay apart through their lengths, so no padding is needed."""
+    lengths = np.concatenate([row.document_lengths for row in rows])
+    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    row_starts = np.cumsum([0, *(len(row.input_ids) for row in rows[:-1])])
+    predicted = np.concatenate([loss_positions(row) + start for row, start in zip(rows, row_starts, strict=True)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        document_lengths=lengths.tolist(),
+        document_offsets=torch.from_numpy(offsets.astype(np.int32)),
+        target_positions=torch.from_numpy(predicted - 1),
+        targets=torch.from_numpy(ids[predicted]),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One worker's share of an optimizer step, and what the whole step holds over all workers."""
+
+    micro_batches: list[MicroBatch]
+    global_loss_tokens: int
+    global_tokens: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run, as a function of the step alone; each worker can count any step without asking the others.
+
+    Row k of a step belongs to micro-step k // (world size x micro-batch), so the rows of a step, and their order within
+    a micro-step, are the same for every number of workers.
+    """
+
+    rows: PackedRows
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    def step(self, step: int) -> Step:
+        """The step after `step` completed ones."""
+        chosen = [self.rows[int(i)] for i in step_rows(self.seed, step, self.global_batch_size, len(self.rows))]
+        return self._split(chosen)
+
+    def in_order(self) -> Iterator[Step]:
+        """Every row once, in order, for validation; the last step may be smaller."""
+        size = self.micro_batch_size * self.world_size
+        for start in range(0, len(self.rows), size):
+            yield self._split([self.rows[i] for i in range(start, min(start + size, len(self.rows)))])
+
+    def _split(self, chosen: list[PackedRow]) -> Step:
+        stride = self.micro_batch_size * self.world_size
+        first = self.rank * self.micro_batch_size
+        shares = [
+            chosen[start + first : start + first + self.micro_batch_size] for start in range(0, len(chosen), stride)
+        ]
+        return Step(
+            # A worker without a row of its own repeats another's with nothing to predict: collectives need all workers.
+            micro_batches=[collate(share) if share else _silent(collate(chosen[:1])) for share in shares],
+            global_loss_tokens=sum(len(loss_positions(row)) for row in chosen),
+            global_tokens=sum(len(row.input_ids) for row in chosen),
+        )
+
+
+def _silent(batch: MicroBatch) -> MicroBatch:
+    return MicroBatch(
+        **{
+            **{field.name: getattr(batch, field.name) for field in fields(batch)},
+            "target_positions": batch.target_positions[:0],
+            "targets": batch.targets[:0],
+        }
+    )
+
+
+def prefetched(make: Callable[[int], Step], start: int, stop: int) -> Iterator[Step]:
+    """`make(start)` ... `make(stop - 1)`, each prepared in a thread while the one before is trained on."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if start >= stop:
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        upcoming = pool.submit(make, start)
+        for step in range(start, stop):
+            ready = upcoming.result()
+            if step + 1 < stop:
+                upcoming = pool.submit(make, step + 1)
+            yield ready

@@ -1,0 +1,225 @@
+"""From a run spec to a published adapter on a Ray cluster. The only user of ray.train; runs in the job's driver.
+
+    check -> connect -> prepare data -> plan -> train on the workers -> publish -> sample answers -> report
+
+Everything that can be refused is refused before a worker is asked for.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.train import RunConfig, ScalingConfig, report
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ft_service import catalog
+from ft_service.data.prepare import prepare_dataset
+from ft_service.errors import ClusterError, FtError, TrainingError
+from ft_service.evaluate.samples import write_samples
+from ft_service.gpus import GPUS
+from ft_service.metrics import EventLog, StepMetrics
+from ft_service.model.base import load_tokenizer, read_config, resolve_base
+from ft_service.plan import Resources, RunPlan, make_plan
+from ft_service.publish import publish
+from ft_service.registry import AdapterRecord, Registry
+from ft_service.report import write_report
+from ft_service.runs import RunFolder, new_run_id
+from ft_service.spec import RunSpec
+from ft_service.storage import Storage
+
+Say = Callable[[str], None]
+
+_PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
+"""`ray up` leaves it on the head node, where drivers of submitted jobs run."""
+
+
+def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRecord:
+    """Train and publish; returns the published record. A run id that is complete is not run again.
+
+    Raises `FtError`; whatever was begun is then marked failed on storage, with the reason.
+    """
+    storage = Storage(spec.storage)
+    storage.check_writable()
+    folder = RunFolder(storage, run_id or new_run_id(spec.name))
+    if (done := _published(folder)) is not None:
+        say(f"Run {folder.run_id} is complete: it published {done.id}. Nothing to do; give another --run-id to run again.")
+        return done
+    events = EventLog(storage, folder.run_id)
+    say(f"Run {folder.run_id}: {storage.uri(folder.path)}")
+    try:
+        connect()
+        folder.enter("preparing")
+        events.emit("preparing", f"Preparing data and plan of {spec.name}.")
+        plan = prepare(spec, folder, say)
+        folder.enter("running")
+        events.emit("running", f"{spec.parallel.num_workers} workers, {plan.num_steps} steps.")
+        _train(plan, folder)
+        folder.enter("publishing")
+        record = publish(folder)
+        events.emit("published", f"Published {record.id}.", digest=record.digest)
+        _sample(plan, folder, record, events, say)
+        folder.enter("succeeded", published=record.id)
+        events.emit("succeeded", f"Run {folder.run_id} is complete.")
+    except BaseException as error:
+        reason = str(error) if isinstance(error, FtError) else f"{type(error).__name__}: {error}"
+        _record_failure(folder, events, reason or type(error).__name__)
+        raise
+    write_report(storage, folder.run_id)
+    say(f"Published {record.id}")
+    say(f"Report    {storage.uri(folder.path)}/report.html")
+    return record
+
+
+def _published(folder: RunFolder) -> AdapterRecord | None:
+    status = folder.status()
+    if status is None or status.published is None:
+        return None
+    return Registry(folder.storage).resolve(status.published)
+
+
+def _record_failure(folder: RunFolder, events: EventLog, reason: str) -> None:
+    """Say on storage why the run ended; a storage that is itself the reason must not hide it."""
+    try:
+        folder.enter("failed", message=reason)
+        events.emit("failed", reason)
+        write_report(folder.storage, folder.run_id)
+    except FtError:
+        pass
+
+
+# -- before training -------------------------------------------------------------------------------------------------
+
+
+def connect() -> None:
+    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine; raises `ClusterError`."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    # Workers of a submitted job get its working directory from Ray; those of a local run import this very checkout.
+    here = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])}}
+    try:
+        ray.init(
+            address=address or None,
+            runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else here,
+            log_to_driver=True,
+            logging_level="warning",
+            include_dashboard=None if address else False,
+        )
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, its own and gRPC's errors here
+        raise ClusterError(
+            f"RAY_ADDRESS = {address!r}: Ray cannot be joined ({type(error).__name__}: {error}). "
+            "Check that the cluster is up and that RAY_AUTH_MODE and the token are those of its head."
+        ) from None
+
+
+def cluster_resources() -> Resources:
+    """What the cluster has now. GPUs that an autoscaler could still add are not known, and so not judged."""
+    total = ray.cluster_resources()
+    autoscales = _AUTOSCALER_CONFIG.expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    gpu_types = [name.removeprefix("accelerator_type:") for name in total if name.startswith("accelerator_type:")]
+    gpu_type = gpu_types[0] if len(gpu_types) == 1 else None
+    return Resources(
+        num_gpus=None if autoscales else int(total.get("GPU", 0)),
+        num_cpus=None if autoscales else int(total.get("CPU", 0)),
+        gpu_memory_gib=GPUS[gpu_type].memory_gib if gpu_type in GPUS else None,
+        gpu_type=gpu_type,
+    )
+
+
+def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> RunPlan:
+    """Prepare the dataset, decide the plan, write both into the run's folder, and say the plan aloud."""
+    base = resolve_base(spec.model.base, spec.model.revision, weights=False)
+    shape = catalog.shape_from_config(read_config(base))
+    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, progress=say)
+    plan = make_plan(spec, dataset.facts, shape, cluster_resources())
+    folder.write_plan(spec, plan, dataset.sources)
+    for sentence in plan.said:
+        say(f"  {sentence}")
+    for remark in plan.remarks:
+        say(f"  Remark: {remark}")
+    for warning in plan.warnings:
+        say(f"  Warning: {warning}")
+    return plan
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(plan: RunPlan, folder: RunFolder) -> None:
+    parallel = plan.spec.parallel
+    environment = {
+        "OMP_NUM_THREADS": str(parallel.cpus_per_worker),
+        "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Ray Train would change into its own folder, where the spec's relative paths mean nothing.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"storage": folder.storage.root, "run_id": folder.run_id},
+        scaling_config=ScalingConfig(
+            num_workers=parallel.num_workers,
+            use_gpu=parallel.use_gpu,
+            resources_per_worker={"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.use_gpu else {})},
+            accelerator_type=parallel.accelerator_type,
+        ),
+        torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=folder.run_id,
+            storage_path=folder.storage.uri("ray") if folder.storage.is_local else f"{folder.storage.root}/ray",
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+def _worker(config: dict[str, str]) -> None:
+    from ft_service.train.worker import run_worker
+
+    def tell_ray(metrics: StepMetrics) -> None:
+        report({"step": metrics.step, "loss": metrics.loss, "validation_loss": metrics.validation_loss})
+
+    run_worker(config["storage"], config["run_id"], tell_ray)
+
+
+def _cause(error: Exception) -> FtError:
+    """The first worker's own error, as one of ours."""
+    failures = getattr(error, "worker_failures", {})
+    causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
+    ours = [cause for cause in causes if isinstance(cause, FtError)]
+    if ours:
+        return ours[0]
+    if not failures:
+        return TrainingError(f"Ray could not run the workers: {error}")
+    rank, failure = next(iter(failures.items()))
+    print("".join(traceback.format_exception(failure)), file=sys.stderr)
+    return TrainingError(f"worker {rank} failed: {failure}")
+
+
+# -- after training --------------------------------------------------------------------------------------------------
+
+
+def _sample(plan: RunPlan, folder: RunFolder, record: AdapterRecord, events: EventLog, say: Say) -> None:
+    """Let base and adapter answer a few prompts, on one worker's resources. A failure here costs no run."""
+    parallel = plan.spec.parallel
+    if plan.spec.report.samples == 0:
+        return
+    if plan.zero_stage == 3 and parallel.use_gpu:
+        events.emit("samples", "No samples: the base is sharded over several GPUs. Ask the served adapter instead.")
+        return
+    task = ray.remote(num_cpus=parallel.cpus_per_worker, num_gpus=int(parallel.use_gpu), max_retries=0)(write_samples)
+    try:
+        ray.get(task.remote(folder.storage.root, folder.run_id, record.id))
+    except ray.exceptions.RayError as error:
+        message = f"No samples: {getattr(error, 'cause', None) or type(error).__name__}."
+        events.emit("samples", message)
+        say(message)
+
+

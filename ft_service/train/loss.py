@@ -1,0 +1,110 @@
+"""Cross entropy summed over loss tokens, without ever holding all logits.
+
+At a vocabulary of 128,256, the fp32 logits of 8,192 tokens take 4.2 GB, and autograd keeps three such tensors. Here the
+head runs on the positions that are trained, and on a chunk of them at a time; the gradient of a chunk is formed while
+its logits exist, so nothing of the vocabulary's width outlives the chunk (the idea of Liger's fused linear cross
+entropy, arXiv:2410.10989).
+
+Legend: N positions whose next token is a loss token, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from ft_service.train.batches import MicroBatch
+
+# Bytes of one chunk of fp32 logits: large enough to keep a GPU busy, small beside the activations of a layer; on a CPU
+# about what its caches hold.
+_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 16 * 1024 * 1024}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # With p = softmax(h W^T) and y one-hot:  d loss / dh = (p - y) W,  d loss / dW = (p - y)^T h.
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        chunk_rows = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            log_p = F.log_softmax((hidden[rows] @ weight.T).float(), dim=-1)
+            picked = targets[rows].unsqueeze(1)
+            loss_sum -= log_p.gather(1, picked).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            grad_logits = log_p.exp_()
+            grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+        )
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over N of -log softmax(`hidden` `weight`^T)[target], as an fp32 scalar.
+
+    `hidden` [N, D] and `weight` [V, D] share a dtype; `targets` [N] is int64. Logits are rounded to that dtype before
+    the softmax, as transformers does, and the softmax itself is fp32.
+    """
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)
+    return loss
+
+
+class LossHead(nn.Linear):
+    """A language-model head that turns hidden states into a loss, so that ZeRO-3 gathers its weight around the call."""
+
+    @classmethod
+    def sharing(cls, head: nn.Linear) -> "LossHead":
+        """A head with the very parameter of `head` (which may be tied to the embeddings, or partitioned)."""
+        with torch.device("meta"):
+            shared = cls(head.in_features, head.out_features, bias=False)
+        shared.weight = head.weight
+        return shared
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return chunked_cross_entropy(hidden, self.weight, targets)
+
+
+class LossModel(nn.Module):
+    """What DeepSpeed trains: a causal language model whose forward is the loss sum of one micro-batch."""
+
+    def __init__(self, model: nn.Module, causal_lm: LlamaForCausalLM) -> None:
+        """`model` is `causal_lm` itself, or a peft model around it (only then do their parameter names differ)."""
+        super().__init__()
+        self.model = model
+        causal_lm.lm_head = LossHead.sharing(causal_lm.lm_head)
+        # Not a second registration of the same module: names must stay those of `model`.
+        object.__setattr__(self, "_causal_lm", causal_lm)
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Loss sum, in nats, over the micro-batch's loss tokens: an fp32 scalar."""
+        causal_lm: LlamaForCausalLM = self._causal_lm
+        hidden = causal_lm.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            document_lengths=batch.document_lengths,
+            document_offsets=batch.document_offsets,
+        ).last_hidden_state
+        loss: torch.Tensor = causal_lm.lm_head(hidden[0].index_select(0, batch.target_positions), batch.targets)
+        return loss

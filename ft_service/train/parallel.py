@@ -1,0 +1,217 @@
+"""Parallelism: the process group and the DeepSpeed engine. The only user of deepspeed; the model knows nothing of it."""
+
+import os
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ft_service.plan import RunPlan
+from ft_service.train.batches import MicroBatch
+
+# Without these DeepSpeed would guess an accelerator from what is installed.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
+
+_GIB = 2**30
+
+
+def init_process_group(use_gpu: bool) -> None:
+    """Join the process group that the launcher described in the environment (torchrun, Ray), or one of a single process."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    if use_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    deepspeed.init_distributed("nccl" if use_gpu else "gloo", verbose=False)
+
+
+class Parallel:
+    """One worker's view of all workers: rank, device, collectives, and the engine that shards model and optimizer."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        """The process group must exist (`init_process_group`)."""
+        self.plan = plan
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if plan.spec.parallel.use_gpu else torch.device("cpu")
+        self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
+        self._engine: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    # -- building --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def partitioned_init(self) -> Iterator[None]:
+        """Under ZeRO-3, models built inside are partitioned as they are built; otherwise nothing happens."""
+        if self.plan.zero_stage < 3:
+            yield
+            return
+        from transformers.integrations import HfDeepSpeedConfig
+
+        alive = HfDeepSpeedConfig(self._config())  # transformers keeps a weak reference: it must outlive the load
+        try:
+            yield
+        finally:
+            del alive
+
+    def wrap(self, model: nn.Module) -> None:
+        """Hand `model`, whose forward gives a loss sum, to DeepSpeed; parameters that require gradients are trained."""
+        for_cpu = self.plan.spec.parallel.offload != "none"
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
+        )
+
+    def _optimizer(self, model: nn.Module, for_cpu: bool) -> torch.optim.Optimizer:
+        train = self.plan.spec.train
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # ZeRO-3 shows the shape of a partitioned parameter as [0]; ds_shape is the true one.
+        matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+        vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+        groups = [
+            {"params": matrices, "weight_decay": train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        settings: dict[str, Any] = {
+            "lr": self.plan.learning_rate,
+            "betas": (train.adam_beta1, train.adam_beta2),
+            "eps": train.adam_epsilon,
+        }
+        groups = [group for group in groups if group["params"]]
+        if for_cpu:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
+
+    def _config(self) -> dict[str, Any]:
+        plan, parallel = self.plan, self.plan.spec.parallel
+        zero: dict[str, Any] = {"stage": plan.zero_stage}
+        if parallel.offload != "none":
+            place = {"device": parallel.offload, "pin_memory": parallel.use_gpu}
+            if parallel.offload == "nvme":
+                place["nvme_path"] = parallel.nvme_path
+            zero["offload_optimizer"] = place
+            if plan.zero_stage == 3:
+                zero["offload_param"] = place
+        if plan.zero_stage == 3:
+            # DeepSpeed would otherwise replace torch.nn.functional.linear for the whole process, for good.
+            zero["memory_efficient_linear"] = False
+        return {
+            "train_batch_size": plan.global_batch_size,
+            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "gradient_clipping": plan.spec.train.max_grad_norm,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            # Micro-steps are summed in fp32 at every stage: the sum then hardly depends on how a batch is split.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": zero,
+            "steps_per_print": 10**9,
+        }
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Loss sum of a micro-batch, with a graph behind it unless gradients are off."""
+        result: torch.Tensor = self._engine(batch.to(self.device))
+        return result
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients; at the end of a step they are the *mean* over workers, as ZeRO and DDP reduce them."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def micro_step(self, learning_rate: float) -> None:
+        """End a micro-step; the last one of a step updates the weights at `learning_rate`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last update, before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout and no gradients inside."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    # -- between workers -------------------------------------------------------------------------------------------
+
+    def sum_over_workers(self, value: torch.Tensor | float) -> float:
+        """The sum of one number over all workers; every worker must call it."""
+        total = torch.as_tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        total = total.detach().clone().to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return float(total)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """The trained parameters, whole, on the CPU of the first worker (others get {}), by name in the wrapped model.
+
+        Every worker must call it. Parameters are gathered one at a time, and frozen ones never.
+        """
+        return self._gather(lambda parameter: parameter.data)
+
+    def gather_training_state(self) -> dict[str, torch.Tensor]:
+        """fp32 weights and both Adam moments, named ``<parameter>::<fp32|exp_avg|exp_avg_sq>``; see `gather_trained`."""
+        state: dict[str, torch.Tensor] = {}
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            read: Callable[[nn.Parameter], torch.Tensor | None] = (
+                safe_get_full_fp32_param
+                if key == "fp32"
+                else lambda p, key=key: safe_get_full_optimizer_state(p, key)  # type: ignore[misc]
+            )
+            for name, parameter in self._trained():
+                value = read(parameter)
+                if self.is_first and value is not None:
+                    state[f"{name}::{key}"] = value.detach().float().cpu().clone()
+        return state
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self._engine.module.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def _gather(self, read: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        whole: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trained():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.zero_stage == 3):
+                if self.is_first:
+                    whole[name] = read(parameter).detach().cpu().clone()
+        return whole
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory of this worker so far: allocated on the GPU, or resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / _GIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+
+    def close(self) -> None:
+        """Leave the engine; DeepSpeed keeps hooks on the model until then."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None

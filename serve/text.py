@@ -1,0 +1,59 @@
+"""Token ids to text, piece by piece: no half characters, nothing of a stop string, and the same text as at once."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """The text of a growing answer. What `push` and `finish` return, joined, is the answer up to the stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._context_start = 0
+        self._unread_start = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; the text that is now certain. Sets `stopped` once a stop string is complete."""
+        self._ids.append(token_id)
+        text = self._unread_text()
+        if text.endswith(_REPLACEMENT):  # the bytes of a character that spans tokens
+            return ""
+        self._context_start, self._unread_start = self._unread_start, len(self._ids)
+        return self._release(text)
+
+    def finish(self) -> str:
+        """The text held back until now, at the end of the answer."""
+        text = self._release(self._unread_text())
+        return text if self.stopped else text + self._held
+
+    def _unread_text(self) -> str:
+        # The tokens before the unread ones are decoded with them, since some tokenizers write a token differently at
+        # the start of a text.
+        before = self._decode(self._ids[self._context_start : self._unread_start])
+        return self._decode(self._ids[self._context_start :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        ends = [text.find(stop) for stop in self._stop if stop in text]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that could be the start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
