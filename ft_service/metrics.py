@@ -3,7 +3,7 @@
     runs/<run id>/metrics.jsonl   one line per step, without gaps or repeats, however often the run was resumed
     runs/<run id>/events.jsonl    one line per event: started, resumed, checkpoint, warning, ...
 
-A sink takes one `StepMetrics` per step. One process of a run (rank 0) writes; this module needs neither torch nor ray.
+A sink is called with one `StepMetrics` per step, in one process of the run (rank 0). Needs neither torch nor ray.
 """
 
 import json
@@ -75,7 +75,7 @@ class Event(BaseModel):
 class Sink(Protocol):
     """Where metrics go. `flush` before each checkpoint: the steps a resumed run builds on must be on storage."""
 
-    def write(self, metrics: StepMetrics) -> None: ...
+    def __call__(self, metrics: StepMetrics) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -85,7 +85,7 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends to a run's metrics.jsonl: each step at once in a folder, at most every 30 s on an object store.
 
-    Call `rewind` before the first `write`, with 0 for a new run.
+    Call `rewind` before the first step, with 0 for a new run.
     """
 
     def __init__(self, storage: Storage, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,7 +102,7 @@ class JsonlSink:
         kept = [metrics for metrics in read_metrics(self._storage, self._run_id) if metrics.step <= step]
         self._storage.write_bytes(self._path, "".join(_line(metrics) + "\n" for metrics in kept).encode())
 
-    def write(self, metrics: StepMetrics) -> None:
+    def __call__(self, metrics: StepMetrics) -> None:
         self._pending.append(_line(metrics))
         if self._storage.is_local or self._clock() - self._flushed_at >= REMOTE_FLUSH_SECONDS:
             self.flush()
@@ -118,12 +118,12 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Writes TensorBoard event files to a folder of this machine; a resumed run names the `step` it goes on from.
+    """Writes TensorBoard event files to a folder or URI; a resumed run names the `step` it goes on from.
 
     Raises `SpecError` if tensorboardX (part of ray[train]) is missing.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: str | Path, step: int = 0) -> None:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -131,7 +131,7 @@ class TensorBoardSink:
             raise SpecError([Problem("report.tensorboard", True, "needs the package tensorboardX", cure)]) from None
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def write(self, metrics: StepMetrics) -> None:
+    def __call__(self, metrics: StepMetrics) -> None:
         for name, value in metrics.model_dump(exclude={"step", "time"}, exclude_none=True).items():
             self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
 
@@ -219,7 +219,7 @@ class ProgressLine:
         self._is_shown = True
         self._shown_at = -math.inf
 
-    def write(self, metrics: StepMetrics) -> None:
+    def __call__(self, metrics: StepMetrics) -> None:
         now = self._clock()
         first_step, first_time = self._first = self._first or (metrics.step, now)
         seconds_per_step = (now - first_time) / (metrics.step - first_step) if metrics.step > first_step else None
@@ -314,10 +314,16 @@ class Overfitting:
             f"Validation loss was lowest at step {self.best_step} ({self.best_validation_loss:.4f}) and rose to "
             f"{self.last_validation_loss:.4f} (+{rise:.1%}) by step {self.last_step}, while training loss kept "
             f"falling, from {self.training_loss_at_best:.4f} to {self.training_loss_at_last:.4f}: the model learns its "
-            f"examples by heart. Publish the weights of the checkpoint nearest step {self.best_step}, stop there "
-            "(train.early_stopping, or fewer train.epochs), train on more or more varied data, or give the adapter "
-            "less room (a lower method.lora_rank, some method.lora_dropout)."
+            f"examples by heart. The weights of step {self.best_step} are the ones to publish. Next time stop there "
+            "(train.early_stopping, or fewer train.epochs), train on more or more varied data, or give the adapter less "
+            "room (a lower method.lora_rank, some method.lora_dropout)."
         )
+
+
+def validations(metrics: Sequence[StepMetrics]) -> list[tuple[int, float]]:
+    """Step and validation loss, where one was measured and is a finite number."""
+    found = ((m.step, m.validation_loss) for m in metrics if m.validation_loss is not None)
+    return [(step, loss) for step, loss in found if math.isfinite(loss)]
 
 
 def find_overfitting(metrics: Sequence[StepMetrics]) -> Overfitting | None:
@@ -327,8 +333,7 @@ def find_overfitting(metrics: Sequence[StepMetrics]) -> Overfitting | None:
     ``(sum |v[i+1] - v[i]| - (v[0] - v_min) - (v[-1] - v_min)) / moves``, which is zero for a curve that only falls and
     then only rises, and about 1.1 sigma for noise around a level. Needs two validations after the lowest one.
     """
-    measured = [(m.step, m.validation_loss) for m in metrics if m.validation_loss is not None]
-    measured = [(step, loss) for step, loss in measured if math.isfinite(loss)]
+    measured = validations(metrics)
     if len(measured) < 3:
         return None
     steps, losses = zip(*measured, strict=True)

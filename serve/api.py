@@ -1,4 +1,4 @@
-"""The routes: a request of OpenAI's shape becomes engine requests, their pieces become a reply or a stream of events."""
+"""The routes: a request of OpenAI's shape becomes engine requests, their chunks a reply or a stream of events."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ft_service.chat import ChatFormat, Message
-from ft_service.errors import FtError, ModelError, StorageError
+from ft_service.errors import FtError, StorageError
 from serve.auth import HEALTH_PATH, RequireKey
 from serve.engine import Engine, GenerationChunk, GenerationRequest
 from serve.models import ServedModel, ServedModels
@@ -92,7 +92,7 @@ class _Translator:
         self._engine, self._models = engine, models
         try:
             self._chat: ChatFormat | None = ChatFormat(engine.tokenizer)
-        except ModelError as error:
+        except FtError as error:
             self._chat, self._no_chat = None, str(error)
 
     def chat(self, request: ChatRequest) -> _Question:
@@ -168,7 +168,7 @@ class _Translator:
 
 
 def _message(role: str, text: str) -> Message:
-    return Message(role="system" if role == "developer" else role, content=text)  # type: ignore[arg-type]
+    return Message(role="system" if role == "developer" else role, content=text)
 
 
 # -- from the engine to the wire ---------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ class _Completion:
     delta = choice
 
 
-Pieces = AsyncIterator[tuple[int, GenerationChunk]]
-"""Chunks with the index of the prompt they answer."""
+Pieces = AsyncGenerator[tuple[int, GenerationChunk], None]
+"""Chunks, each with the index of the prompt it answers."""
 
 
 async def _respond(
@@ -225,26 +225,26 @@ async def _respond(
         events = _events(question, pieces, reply, shape, parameters.include_usage)
         headers = {**question.model.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    texts, reasons, completion_tokens = [""] * len(question.requests), [None] * len(question.requests), 0
+    answers: dict[int, list[GenerationChunk]] = {}
     async for index, chunk in pieces:
-        texts[index] += chunk.text
-        reasons[index] = chunk.finish_reason
-        completion_tokens += chunk.num_tokens
-    reply.choices = [shape.choice(index, text, reasons[index]) for index, text in enumerate(texts)]
+        answers.setdefault(index, []).append(chunk)
+    reply.choices = [
+        shape.choice(index, "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason)
+        for index, chunks in answers.items()
+    ]
+    completion_tokens = sum(chunk.num_tokens for chunks in answers.values() for chunk in chunks)
     reply.usage = Usage.of(question.prompt_tokens, completion_tokens)
     return JSONResponse(reply.model_dump(), headers=question.model.headers)
 
 
-async def _pieces(engine: Engine, requests: list[GenerationRequest]) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+async def _pieces(engine: Engine, requests: list[GenerationRequest]) -> Pieces:
     for index, request in enumerate(requests):
         async with aclosing(engine.generate(request)) as chunks:
             async for chunk in chunks:
                 yield index, chunk
 
 
-async def _with_first(
-    first: tuple[int, GenerationChunk], rest: AsyncGenerator[tuple[int, GenerationChunk], None]
-) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+async def _with_first(first: tuple[int, GenerationChunk], rest: Pieces) -> Pieces:
     async with aclosing(rest):
         yield first
         async for piece in rest:
@@ -252,11 +252,7 @@ async def _with_first(
 
 
 async def _events(
-    question: _Question,
-    pieces: AsyncGenerator[tuple[int, GenerationChunk], None],
-    reply: Reply,
-    shape: _Chat | _Completion,
-    include_usage: bool,
+    question: _Question, pieces: Pieces, reply: Reply, shape: _Chat | _Completion, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events, ending in ``[DONE]``, or in an error once the status line has gone out."""
 
@@ -312,6 +308,8 @@ def _answer_errors_in_openai_shape(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return respond(ApiError(400, f"The body is not JSON (at character {first['loc'][1]}).", "invalid_json"))
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         return respond(ApiError(400, f"{param or 'body'}: {first['msg']}.", "invalid_value", param))
 

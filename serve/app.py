@@ -1,4 +1,4 @@
-"""The Ray Serve application, from settings: ``serve run serve.app:app``, or ``serve run serve.app:app storage=... base=...``.
+"""The Ray Serve application, built from settings: ``serve run serve.app:app [storage=... base=...]``.
 
 Settings come from the environment where the command does not give them: FT_STORAGE, FT_BASE, FT_BASE_REVISION,
 FT_API_KEY, FT_REPLICAS, FT_GPUS_PER_REPLICA.
@@ -6,6 +6,7 @@ FT_API_KEY, FT_REPLICAS, FT_GPUS_PER_REPLICA.
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from ray import serve
 from ray.serve import Application
 
 from ft_service.errors import UsageError
-from ft_service.model.base import fingerprint, resolve_base, short_name
+from ft_service.model.base import fingerprint, looks_like_folder, resolve_base, short_name
 from ft_service.registry import BaseModelRef, Registry
 from ft_service.storage import Storage
 from serve.api import create_api
@@ -27,28 +28,27 @@ from serve.transformers_engine import TransformersEngine
 MAX_ONGOING_REQUESTS = 256
 
 
-def _from_env(name: str) -> Any:
-    return Field(default_factory=lambda: os.environ.get(name) or None)
+def _from_env(name: str, default: str | None = None, **bounds: Any) -> Any:
+    return Field(default_factory=lambda: os.environ.get(name) or default, validate_default=True, **bounds)
+
+
+def _one_gpu_if_there_are_any() -> int:
+    if ray.is_initialized():
+        return int(ray.cluster_resources().get("GPU", 0) > 0)
+    return int(torch.cuda.is_available())
 
 
 class ServeConfig(BaseModel):
     """What a server is told. A field left out is read from the environment."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid")
 
     storage: str | None = _from_env("FT_STORAGE")
     base: str | None = _from_env("FT_BASE")
     base_revision: str | None = _from_env("FT_BASE_REVISION")
     api_key: SecretStr | None = _from_env("FT_API_KEY")
-    replicas: int = Field(default_factory=lambda: int(os.environ.get("FT_REPLICAS", "1")), ge=1)
-    gpus_per_replica: int = Field(default_factory=lambda: _default_gpus(), ge=0)
-
-
-def _default_gpus() -> int:
-    if "FT_GPUS_PER_REPLICA" in os.environ:
-        return int(os.environ["FT_GPUS_PER_REPLICA"])
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0 if ray.is_initialized() else torch.cuda.is_available()
-    return int(has_gpu)
+    replicas: int = _from_env("FT_REPLICAS", "1", ge=1)
+    gpus_per_replica: int | None = _from_env("FT_GPUS_PER_REPLICA", ge=0)
 
 
 @serve.deployment(name="models", max_ongoing_requests=MAX_ONGOING_REQUESTS)
@@ -57,38 +57,64 @@ class ModelServer:
     """A replica: one engine and its routes. It takes no request before the model is loaded."""
 
     def __init__(self, config: ServeConfig) -> None:
-        assert config.storage and config.base
-        registry = Registry(Storage(config.storage))
-        folder = resolve_base(config.base, config.base_revision)
-        base = BaseModelRef(
-            id=config.base,
-            revision=config.base_revision,
-            short_name=short_name(config.base),
-            fingerprint=fingerprint(folder),
-        )
-        engine = TransformersEngine(folder, registry)
+        folder, models = served_models(config)
+        engine = TransformersEngine(folder, models.registry)
         api_key = config.api_key.get_secret_value() if config.api_key else None
-        self._api = create_api(engine, ServedModels(registry, base, created=int(time.time())), api_key)
+        self._api = create_api(engine, models, api_key)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api
 
 
-def build_app(config: ServeConfig) -> Application:
-    """The Serve application of `config`; raises `UsageError` when storage or base are not said and cannot be found."""
+def complete(config: ServeConfig) -> ServeConfig:
+    """`config` with nothing left open and folders absolute, since replicas run elsewhere.
+
+    Raises `UsageError` when storage or base are not said and cannot be found.
+    """
     if not config.storage:
         raise UsageError("storage = None: where adapters are published. Set FT_STORAGE, or say storage=FOLDER.")
     storage = Storage(config.storage)
     if storage.is_local and not storage.exists(""):
         raise UsageError(f"storage = {config.storage!r}: no such folder. Name the storage of your runs, or create it.")
-    if not config.base:
+    base, revision = config.base, config.base_revision
+    if not base:
         base, revision = only_base(Registry(storage))
-        config = config.model_copy(update={"base": base, "base_revision": revision})
+    gpus = config.gpus_per_replica
+    return config.model_copy(
+        update={
+            "storage": _absolute(config.storage) if storage.is_local else config.storage,
+            "base": _absolute(base) if looks_like_folder(base) else base,
+            "base_revision": revision,
+            "gpus_per_replica": _one_gpu_if_there_are_any() if gpus is None else gpus,
+        }
+    )
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
+
+
+def served_models(config: ServeConfig) -> tuple[Path, ServedModels]:
+    """The base's folder, fetched if need be, and what a server of that `complete` config answers for."""
+    assert config.storage and config.base
+    folder = resolve_base(config.base, config.base_revision)
+    base = BaseModelRef(
+        id=config.base,
+        revision=config.base_revision,
+        short_name=short_name(config.base),
+        fingerprint=fingerprint(folder),
+    )
+    return folder, ServedModels(Registry(Storage(config.storage)), base, created=int(time.time()))
+
+
+def build_app(config: ServeConfig) -> Application:
+    """The Serve application of `config`, see `complete`."""
+    config = complete(config)
     server = ModelServer.options(  # type: ignore[attr-defined]
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
     )
-    return server.bind(config)  # type: ignore[no-any-return]
+    return server.bind(config)
 
 
 def app(config: ServeConfig) -> Application:

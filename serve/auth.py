@@ -41,7 +41,8 @@ class RequireKey:
             client = scope.get("client")
             if client and is_loopback(client[0]):
                 return None
-            return ApiError(401, "This server has no API key, so it answers its own machine alone. Set FT_API_KEY.", "no_api_key")
+            message = "This server has no API key, so it answers its own machine alone. Set FT_API_KEY there."
+            return ApiError(401, message, "no_api_key")
         given = Headers(scope=scope).get("authorization", "").encode("latin-1")
         if hmac.compare_digest(given, self._authorization):
             return None

@@ -30,7 +30,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """A piece of the answer. `text` may be empty while `num_tokens` is not; `finish_reason` is set on the last alone."""
+    """A piece of the answer: new text, possibly empty, of new tokens. The last one alone says why it ends."""
 
     text: str
     num_tokens: int

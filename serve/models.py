@@ -48,7 +48,7 @@ class ServedModels:
     """Reads the registry anew at every call, so a published adapter is there at once, on every replica."""
 
     def __init__(self, registry: Registry, base: BaseModelRef, created: int) -> None:
-        self._registry = registry
+        self.registry = registry
         self._base = ServedModel(base.short_name, created, base, adapter=None)
 
     @property
@@ -57,7 +57,7 @@ class ServedModels:
 
     def all(self) -> list[ServedModel]:
         """The base, then its adapters, oldest first."""
-        return [self._base, *(self._served(record) for record in self._registry.records() if self._fits(record))]
+        return [self._base, *(self._served(record) for record in self.registry.records() if self._fits(record))]
 
     def resolve(self, model_id: str) -> ServedModel:
         """The model of that name; raises `ApiError` 404, and never falls back to the base."""
@@ -66,16 +66,17 @@ class ServedModels:
         if not _ADAPTER_ID.fullmatch(model_id):
             raise _unknown(model_id)
         try:
-            record = self._registry.resolve(model_id)
+            record = self.registry.resolve(model_id)
         except NotPublishedError:
             raise _unknown(model_id) from None
         if record.kind == "model":
-            place = self._registry.storage.uri(f"models/{record.id}")
+            place = self.registry.storage.uri(f"models/{record.id}")
             raise _not_here(f"The model {model_id!r} is a base of its own. Start a server with FT_BASE={place}.")
         if not self._fits(record):
+            needed, here = record.base.fingerprint[:_SHORT], self._base.base.fingerprint[:_SHORT]
             raise _not_here(
-                f"The adapter {model_id!r} needs the base {record.base.id} (fingerprint {record.base.fingerprint[:_SHORT]}), "
-                f"and this server runs {self._base.id} ({self._base.base.fingerprint[:_SHORT]}). Ask a server of that base."
+                f"The adapter {model_id!r} needs the base {record.base.id} ({needed}), and this server runs "
+                f"{self._base.id} ({here}). Ask a server of that base."
             )
         return self._served(record)
 

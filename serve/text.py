@@ -29,8 +29,8 @@ class TextStream:
         return self._release(text)
 
     def finish(self) -> str:
-        """The text held back until now, at the end of the answer."""
-        text = self._release(self._unread_text())
+        """The text held back until now, at the end of the answer; half a character that was cut off is left out."""
+        text = self._release(self._unread_text().removesuffix(_REPLACEMENT))
         return text if self.stopped else text + self._held
 
     def _unread_text(self) -> str:

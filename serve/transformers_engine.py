@@ -1,4 +1,4 @@
-"""The engine of stock transformers and peft: one base, many adapters, one answer at a time. The only user of peft here."""
+"""An engine of stock transformers and peft: one base, many adapters, one answer at a time."""
 
 import asyncio
 import threading
@@ -104,9 +104,7 @@ class TransformersEngine:
     @contextmanager
     def _speaking_as(self, adapter: AdapterRecord | None) -> Iterator[None]:
         if adapter is not None:
-            self._load(adapter)
-            assert self._peft is not None
-            self._peft.set_adapter(adapter.digest, inference_mode=True)
+            self._activate(adapter)
             yield
         elif self._peft is not None:
             with self._peft.disable_adapter():
@@ -114,15 +112,17 @@ class TransformersEngine:
         else:
             yield
 
-    def _load(self, adapter: AdapterRecord) -> None:
+    def _activate(self, adapter: AdapterRecord) -> None:
         if adapter.digest not in self._loaded:
             self._check_files(adapter)
             self._attach(adapter)
-            if len(self._loaded) == self._max_loaded_adapters:
-                longest_unused, _ = self._loaded.popitem(last=False)
-                self._detach(longest_unused)
         self._loaded[adapter.digest] = None
         self._loaded.move_to_end(adapter.digest)
+        assert self._peft is not None
+        self._peft.set_adapter(adapter.digest, inference_mode=True)
+        if len(self._loaded) > self._max_loaded_adapters:
+            unused_for_longest, _ = self._loaded.popitem(last=False)
+            self._detach(unused_for_longest)
 
     def _check_files(self, adapter: AdapterRecord) -> None:
         damaged = self._registry.damaged_files(adapter)

@@ -1,9 +1,10 @@
 """Parallelism: the process group and the DeepSpeed engine. The only user of deepspeed; the model knows nothing of it."""
 
+import math
 import os
 import resource
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,6 @@ from ft_service.train.batches import MicroBatch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
 
 _GIB = 2**30
 
@@ -49,6 +49,7 @@ class Parallel:
         self.device = torch.device("cuda", torch.cuda.current_device()) if plan.spec.parallel.use_gpu else torch.device("cpu")
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
+        self._grad_norm: torch.Tensor | float = math.nan
 
     @property
     def is_first(self) -> bool:
@@ -118,8 +119,8 @@ class Parallel:
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "gradient_clipping": plan.spec.train.max_grad_norm,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            # Micro-steps are summed in fp32 at every stage: the sum then hardly depends on how a batch is split.
-            "data_types": {"grad_accum_dtype": "fp32"},
+            # Micro-steps are summed in fp32: the sum then hardly depends on how a batch is split. ZeRO-0 cannot.
+            "data_types": {"grad_accum_dtype": "fp32" if plan.zero_stage or self.dtype == torch.float32 else None},
             "zero_optimization": zero,
             "steps_per_print": 10**9,
         }
@@ -139,11 +140,16 @@ class Parallel:
         """End a micro-step; the last one of a step updates the weights at `learning_rate`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.plan.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            # Without ZeRO the engine forgets the norm, and every worker holds the whole, reduced gradient.
+            self._grad_norm = nn.utils.get_total_norm(p.grad for _, p in self._trained() if p.grad is not None)
         self._engine.step()
+        if self.plan.zero_stage > 0:
+            self._grad_norm = self._engine.get_global_grad_norm()
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return float(self._grad_norm)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -174,35 +180,17 @@ class Parallel:
 
         Every worker must call it. Parameters are gathered one at a time, and frozen ones never.
         """
-        return self._gather(lambda parameter: parameter.data)
-
-    def gather_training_state(self) -> dict[str, torch.Tensor]:
-        """fp32 weights and both Adam moments, named ``<parameter>::<fp32|exp_avg|exp_avg_sq>``; see `gather_trained`."""
-        state: dict[str, torch.Tensor] = {}
-        for key in ("fp32", "exp_avg", "exp_avg_sq"):
-            read: Callable[[nn.Parameter], torch.Tensor | None] = (
-                safe_get_full_fp32_param
-                if key == "fp32"
-                else lambda p, key=key: safe_get_full_optimizer_state(p, key)  # type: ignore[misc]
-            )
-            for name, parameter in self._trained():
-                value = read(parameter)
-                if self.is_first and value is not None:
-                    state[f"{name}::{key}"] = value.detach().float().cpu().clone()
-        return state
+        whole: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trained():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.zero_stage == 3):
+                if self.is_first:
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
-
-    def _gather(self, read: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        whole: dict[str, torch.Tensor] = {}
-        for name, parameter in self._trained():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.zero_stage == 3):
-                if self.is_first:
-                    whole[name] = read(parameter).detach().cpu().clone()
-        return whole
 
     def peak_memory_gib(self) -> float:
         """Peak memory of this worker so far: allocated on the GPU, or resident on a CPU."""

@@ -1,0 +1,249 @@
+"""`ft`: the commands. Each parses, calls one function of the package, prints, and exits 0 (done), 1 (failed) or 2 (usage)."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ft_service.commands import exit_on_error
+
+from ft_service.registry import AdapterRecord, Registry
+from ft_service.spec import load_run_spec
+from ft_service.storage import Storage
+
+app = typer.Typer(
+    help="Fine-tune Llama 3 on a Ray cluster, from a run spec to an adapter that answers over HTTP.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+adapters_app = typer.Typer(help="Published adapters and models.", invoke_without_command=True)
+app.add_typer(adapters_app, name="adapters")
+console = Console()
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[setting=value]...", help="Such as train.max_steps=10.")
+]
+RunId = Annotated[str | None, typer.Option("--run-id", help="Default: <name>-<8 hex>.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+StorageRoot = Annotated[
+    str, typer.Option("--storage", envvar="FT_STORAGE", help="Storage root: a folder, or an s3:// or gs:// URI.")
+]
+DEFAULT_STORAGE = "storage"
+
+
+def main() -> None:
+    """Entry point of the `ft` command."""
+    with exit_on_error():
+        app()
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    spec_path: SpecPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs there are.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="Memory of one, in GiB.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="Its Ray name, such as H100; tells the memory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a spec resolves to; writes nothing, and needs neither a GPU nor the weights."""
+    spec = load_run_spec(spec_path, overrides or [])
+    from ft_service.preview import plan_without_writing
+
+    decided = plan_without_writing(spec, gpus, gpu_memory_gib, gpu_type)
+    if as_json:
+        print(decided.model_dump_json(indent=2))
+        return
+    console.print(f"[bold]{spec.name}[/bold]  (nothing is written)")
+    for sentence in decided.said:
+        subject, _, rest = sentence.partition(": ")
+        console.print(f"  [bold]{subject}[/bold]: {rest}", highlight=False)
+    if decided.memory_gib:
+        console.print(_memory_table(decided.memory_gib))
+    for remark in decided.remarks:
+        console.print(f"  [cyan]Remark[/cyan] {remark}", highlight=False)
+    for warning in decided.warnings:
+        console.print(f"  [yellow]Warning[/yellow] {warning}", highlight=False)
+
+
+def _memory_table(memory: dict[str, float]) -> Table:
+    table = Table("component", "GiB", "", box=None)
+    for component, gib in memory.items():
+        bar = "█" * round(40 * gib / max(memory["total"], 1e-9))
+        table.add_row(component.replace("_", " "), f"{gib:.1f}", bar)
+    return table
+
+
+@app.command()
+def train(spec_path: SpecPath, overrides: Overrides = None, run_id: RunId = None) -> None:
+    """Train and publish here: joins the Ray cluster of RAY_ADDRESS, or starts one on this machine."""
+    spec = load_run_spec(spec_path, overrides or [])
+    from ft_service.train.launch import run
+
+    run(spec, run_id)
+
+
+@app.command()
+def submit(
+    spec_path: SpecPath,
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster's head.")] = (
+        "http://127.0.0.1:8265"
+    ),
+    run_id: RunId = None,
+    detach: Annotated[bool, typer.Option(help="Print the submission id and return.")] = False,
+) -> None:
+    """Submit jobs/train.py through the Ray Jobs API, follow its log, and exit with its result."""
+    spec = load_run_spec(spec_path, overrides or [])
+    from ft_service.submit import submit_run
+
+    raise SystemExit(submit_run(spec_path, spec, overrides or [], address, run_id, detach))
+
+
+@app.command()
+def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List the runs on a storage root."""
+    from ft_service.runs import RunFolder
+
+    root = Storage(storage)
+    found = [RunFolder(root, run_id).status() for run_id in root.folders("runs")]
+    statuses = [status for status in found if status is not None]
+    if as_json:
+        _print_json([status.model_dump(mode="json") for status in statuses])
+        return
+    table = Table("run", "state", "since", "published", "message")
+    for status in statuses:
+        table.add_row(
+            status.run_id, status.state, f"{status.time:%Y-%m-%d %H:%M}", status.published or "", status.message[:80]
+        )
+    console.print(table)
+
+
+@app.command()
+def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Show one run: state, plan, and its last measurements."""
+    from ft_service.metrics import read_metrics
+    from ft_service.runs import find_run
+
+    run = find_run(Storage(storage), run_id)
+    status, metrics = run.status(), read_metrics(run.storage, run_id)
+    last = metrics[-1] if metrics else None
+    if as_json:
+        _print_json(
+            {
+                "status": status.model_dump(mode="json") if status else None,
+                "last_step": last.model_dump(mode="json") if last else None,
+                "folder": run.storage.uri(run.path),
+            }
+        )
+        return
+    if status:
+        console.print(f"[bold]{run_id}[/bold] {status.state} {status.message}", highlight=False)
+    if run.storage.exists(f"{run.path}/plan.json"):
+        for sentence in run.plan().said:
+            console.print(f"  {sentence}", highlight=False)
+    if last:
+        console.print(f"  At step {last.step}: loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s")
+    console.print(f"  {run.storage.uri(run.path)}", soft_wrap=True)
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+@adapters_app.callback()
+def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List what was published: adapters, and models of `full` runs."""
+    if context.invoked_subcommand is not None:
+        return
+    registry = Registry(Storage(storage))
+    records = [*registry.records("model"), *registry.records("adapter")]
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in records])
+        return
+    table = Table("id", "kind", "base", "steps", "loss", "validation loss", "created")
+    for record in records:
+        validation = "" if record.validation_loss is None else f"{record.validation_loss:.4f}"
+        created = f"{record.created:%Y-%m-%d %H:%M}"
+        base = record.base.short_name
+        table.add_row(record.id, record.kind, base, str(record.steps), f"{record.final_loss:.4f}", validation, created)
+    console.print(table)
+
+
+@adapters_app.command()
+def verify(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Check one: digests, module names and shapes against the base, and that its answers differ from the base's."""
+    from ft_service.evaluate.verify import verify_adapter
+
+    registry = Registry(Storage(storage))
+    findings = verify_adapter(registry, registry.resolve(adapter_id))
+    if as_json:
+        _print_json([finding.__dict__ for finding in findings])
+    else:
+        for finding in findings:
+            mark = "[green]ok[/green]    " if finding.passed else "[red]failed[/red]"
+            console.print(f"{mark} {finding.check}: {finding.detail}", highlight=False)
+    if not all(finding.passed for finding in findings):
+        raise SystemExit(1)
+
+
+@adapters_app.command()
+def merge(adapter_id: str, out: Path, storage: StorageRoot = DEFAULT_STORAGE) -> None:
+    """Fold an adapter into its base in bf16, and write the model to the new folder OUT."""
+    from ft_service.model.merge import merge_adapter
+
+    registry = Registry(Storage(storage))
+    record: AdapterRecord = registry.resolve(adapter_id)
+    merge_adapter(registry, record, out)
+    console.print(f"Merged {record.id} into {out}")
+
+
+# -- serving and help ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    storage: StorageRoot = DEFAULT_STORAGE,
+    base: Annotated[str | None, typer.Option(help="Hub id or folder; default: the one base of all adapters.")] = None,
+    host: Annotated[str, typer.Option(help="Beyond loopback, FT_API_KEY must be set.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Serve a base and every adapter published for it, in OpenAI's HTTP shapes."""
+    from serve.run import run_server
+
+    run_server(storage, base, host, port)
+
+
+@app.command()
+def doctor(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Tell what this machine has: versions, accelerators, DeepSpeed ops, Ray, storage."""
+    from ft_service.doctor import examine
+
+    findings = examine(storage)
+    if as_json:
+        _print_json([finding.__dict__ for finding in findings])
+    else:
+        table = Table("what", "", "found", box=None)
+        for finding in findings:
+            mark = {"ok": "[green]ok[/green]", "warn": "[yellow]look[/yellow]", "fail": "[red]fail[/red]"}[
+                finding.level
+            ]
+            table.add_row(finding.what, mark, finding.found)
+        console.print(table)
+    if any(finding.level == "fail" for finding in findings):
+        raise SystemExit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

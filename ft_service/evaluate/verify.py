@@ -1,0 +1,107 @@
+"""Is a published adapter whole, does it fit its base, and does it change anything?"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import LlamaForCausalLM
+
+from ft_service import catalog
+from ft_service.errors import FtError
+from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ft_service.model.base import check_checkpoint, fingerprint, load_base, read_config, resolve_base
+from ft_service.registry import AdapterRecord, Registry
+
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it passed, and what was seen."""
+
+    check: str
+    passed: bool
+    detail: str
+
+
+def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Finding]:
+    """Check digests, the base, names and shapes, and that logits differ from the base's; stops at the first layer broken.
+
+    Needs the base's weights, and memory for them in bf16.
+    """
+    folder = registry.folder(record)
+    findings = [_digests(registry, record)]
+    if not findings[-1].passed:
+        return findings
+    if record.kind == "model":
+        return [*findings, _whole_model(folder)]
+    try:
+        base_folder = resolve_base(record.base.id, record.base.revision)
+    except FtError as error:
+        return [*findings, Finding("base", False, str(error))]
+    findings.append(_same_base(record, base_folder))
+    if findings[-1].passed:
+        findings.append(_modules(folder, base_folder))
+    if findings[-1].passed:
+        findings.append(_changes_logits(folder, base_folder))
+    return findings
+
+
+def _digests(registry: Registry, record: AdapterRecord) -> Finding:
+    damaged = registry.damaged_files(record)
+    detail = f"differ: {', '.join(damaged)}" if damaged else f"{len(record.files)} files as published"
+    return Finding("digests", not damaged, detail)
+
+
+def _whole_model(folder: Path) -> Finding:
+    try:
+        check_checkpoint(folder)
+    except FtError as error:
+        return Finding("model", False, str(error))
+    return Finding("model", True, f"whole; fingerprint {fingerprint(folder)[:8]}")
+
+
+def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
+    found = fingerprint(base_folder)
+    detail = f"{record.base.id} has fingerprint {found[:8]}, trained on {record.base.fingerprint[:8]}"
+    return Finding("base", found == record.base.fingerprint, detail)
+
+
+def _modules(folder: Path, base_folder: Path) -> Finding:
+    """Every LoRA pair must name a linear layer of the base and have its shape; judged without loading the base."""
+    shape = catalog.shape_from_config(read_config(base_folder))
+    expected = {name: (rows, columns) for name, rows, columns in shape.linear_shapes()}
+    wrong = list(_misfits(folder, expected, shape.num_layers))
+    adapted = json.loads((folder / CONFIG_FILE).read_text())["target_modules"]
+    detail = f"do not fit: {', '.join(wrong[:5])}" if wrong else f"{adapted} fit {shape.num_layers} layers"
+    return Finding("modules", not wrong, detail)
+
+
+def _misfits(folder: Path, expected: dict[str, tuple[int, int]], num_layers: int) -> Iterator[str]:
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+            parts = key.split(".")
+            if "lora_A" not in parts and "lora_B" not in parts:
+                continue
+            is_a = "lora_A" in parts
+            module = parts[parts.index("lora_A" if is_a else "lora_B") - 1]
+            size = tensors.get_slice(key).get_shape()[1 if is_a else 0]
+            layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+            if module not in expected or not 0 <= layer < num_layers or size != expected[module][1 if is_a else 0]:
+                yield key
+
+
+@torch.inference_mode()
+def _changes_logits(folder: Path, base_folder: Path) -> Finding:
+    base: LlamaForCausalLM = load_base(base_folder, dtype=torch.bfloat16, attention="sdpa").eval()
+    ids = torch.arange(1, _PROBE_TOKENS + 1)[None] % base.config.vocab_size
+    before = base(input_ids=ids, use_cache=False).logits.float()
+    after = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids, use_cache=False).logits.float()
+    change = float((after - before).abs().max())
+    detail = f"largest change over {_PROBE_TOKENS} probe tokens: {change:.3g}"
+    return Finding("logits", math.isfinite(change) and change > 0, detail)

@@ -1,0 +1,362 @@
+"""report.html: one run on one page that needs no network, and can be mailed or kept.
+
+`write_report` reads what lies in the run's folder, at any moment of the run; `render_report` is a pure function of it.
+"""
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from pydantic import BaseModel, ConfigDict, Field
+
+from ft_service.metrics import (
+    Event,
+    StepMetrics,
+    find_overfitting,
+    format_count,
+    format_duration,
+    read_events,
+    read_metrics,
+    validations,
+)
+from ft_service.plan import RunPlan
+from ft_service.registry import AdapterRecord, DatasetRef, Registry
+from ft_service.runs import RunStatus, find_run
+from ft_service.storage import Storage
+
+REPORT_FILE = "report.html"
+SAMPLES_FILE = "samples.json"
+SMOOTHING_SHARE = 1 / 40
+"""Width of the moving mean over the training loss, as a share of the steps."""
+
+
+class Sample(BaseModel):
+    """One prompt, answered by the base and by what the run trained."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    reference: str | None = Field(default=None, description="The answer in the data, if it has one.")
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """What is known of a run; each part is missing until the run has got that far."""
+
+    run_id: str
+    status: RunStatus | None = None
+    spec_yaml: str | None = None
+    plan: RunPlan | None = None
+    sources: Sequence[DatasetRef] = ()
+    metrics: Sequence[StepMetrics] = ()
+    events: Sequence[Event] = ()
+    samples: Sequence[Sample] = ()
+    record: AdapterRecord | None = None
+
+
+def write_report(storage: Storage, run_id: str) -> None:
+    """Write (or renew) runs/<run id>/report.html. Raises `NotPublishedError` if there is no such run."""
+    html = render_report(read_run(storage, run_id))
+    storage.write_bytes(f"runs/{run_id}/{REPORT_FILE}", html.encode())
+
+
+def read_run(storage: Storage, run_id: str) -> RunContents:
+    """Everything the report shows of a run, finished or not. Raises `NotPublishedError` if there is no such run."""
+    run = find_run(storage, run_id)
+
+    def has(name: str) -> bool:
+        return storage.exists(f"{run.path}/{name}")
+
+    status = run.status()
+    samples = storage.read_json(f"{run.path}/{SAMPLES_FILE}") if has(SAMPLES_FILE) else []
+    return RunContents(
+        run_id=run_id,
+        status=status,
+        spec_yaml=storage.read_bytes(f"{run.path}/spec.yaml").decode() if has("spec.yaml") else None,
+        plan=run.plan() if has("plan.json") else None,
+        sources=run.sources() if has("dataset.json") else [],
+        metrics=read_metrics(storage, run_id),
+        events=read_events(storage, run_id),
+        samples=[Sample.model_validate(sample) for sample in samples],
+        record=Registry(storage).resolve(status.published) if status and status.published else None,
+    )
+
+
+def render_report(run: RunContents) -> str:
+    """The report as one HTML page: styles and charts are inline, no script, and everything of the run is escaped."""
+    plan = run.plan
+    return _TEMPLATE.render(
+        run=run,
+        state=run.status.state if run.status else "unknown",
+        name=plan.spec.name if plan else run.run_id,
+        trained_name="fine-tuned" if plan and plan.spec.method.type == "full" else "adapter",
+        tiles=_tiles(run),
+        alerts=_alerts(run),
+        charts=_charts(run),
+        plan_rows=_rows(plan.model_dump(exclude=_SHOWN_ELSEWHERE)) if plan else [],
+        data_rows=_data_rows(plan) if plan else [],
+        num_records=sum(source.records for source in run.sources),
+        validations=[m for m in run.metrics if m.validation_loss is not None],
+    )
+
+
+# -- figures and warnings --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tile:
+    name: str
+    value: str
+    note: str = ""
+
+
+def _best(metrics: Sequence[StepMetrics]) -> tuple[int, float] | None:
+    """Step and value of the lowest validation loss."""
+    return min(validations(metrics), key=lambda measured: measured[1], default=None)
+
+
+def _tiles(run: RunContents) -> list[_Tile]:
+    metrics, plan = run.metrics, run.plan
+    if not metrics:
+        return []
+    first, last, best = metrics[0], metrics[-1], _best(metrics)
+    tokens = sum(m.tokens for m in metrics)
+    trained_share = sum(m.loss_tokens for m in metrics) / max(1, tokens)
+    times = [m.time for m in metrics] + [event.time for event in run.events if event.time]
+    planned_gib = plan.memory_gib.get("total") if plan else None
+    return [
+        _Tile("Training loss", f"{last.loss:.4f}", f"{first.loss:.4f} at step {first.step}"),
+        _Tile("Best validation loss", f"{best[1]:.4f}", f"at step {best[0]:,}")
+        if best
+        else _Tile("Best validation loss", "–", "not measured"),
+        _Tile("Steps", f"{last.step:,}", f"of {plan.num_steps:,} · {last.epoch:.2f} epochs" if plan else ""),
+        _Tile("Tokens", format_count(tokens), f"{trained_share:.0%} trained on"),
+        _Tile("Time", format_duration((max(times) - min(times)).total_seconds()), "first to last event"),
+        _Tile("Throughput", format_count(statistics.median(m.tokens_per_second for m in metrics)), "tokens/s, median"),
+        _Tile(
+            "Peak memory",
+            f"{max(m.peak_memory_gib for m in metrics):.1f} GiB",
+            f"{planned_gib:.1f} GiB planned" if planned_gib else "highest of any worker",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Alert:
+    severity: str
+    """'bad' or 'warning'."""
+    title: str
+    messages: Sequence[str]
+
+
+def _alerts(run: RunContents) -> list[_Alert]:
+    alerts = []
+    if run.status and run.status.state == "failed":
+        alerts.append(_Alert("bad", "This run failed", [run.status.message or "No reason was recorded; see its log."]))
+    if overfitting := find_overfitting(run.metrics):
+        alerts.append(_Alert("warning", "Overfitting", [overfitting.message]))
+    if run.plan and run.plan.warnings:
+        alerts.append(_Alert("warning", "Warnings of the plan", run.plan.warnings))
+    if events := [event.message for event in run.events if event.type == "warning"]:
+        alerts.append(_Alert("warning", "Warnings during the run", events))
+    return alerts
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+_SHOWN_ELSEWHERE = {"spec", "dataset", "said", "warnings", "remarks"}
+
+
+def _rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of dotted name and text."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _rows(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", _text(value)))
+    return rows
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.4g}"
+        case list() | tuple():
+            return ", ".join(map(_text, value)) or "–"
+    return str(value)
+
+
+def _data_rows(plan: RunPlan) -> list[tuple[str, str, str]]:
+    """Name, training split, validation split."""
+    data = plan.dataset
+    room = data.rows * plan.spec.data.max_seq_len
+    return [
+        ("examples", f"{data.conversations:,}", f"{data.validation_conversations:,}"),
+        ("packed rows", f"{data.rows:,}", f"{data.validation_rows:,}"),
+        ("tokens", f"{data.tokens:,}", f"{data.validation_tokens:,}"),
+        ("loss tokens", f"{data.loss_tokens:,}", f"{data.validation_loss_tokens:,}"),
+        ("rows filled", f"{data.tokens / room:.0%}" if room else "–", ""),
+        (f"cut at {plan.spec.data.max_seq_len:,} tokens", f"{data.truncated:,}", ""),
+    ]
+
+
+# -- charts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chart:
+    title: str
+    svg: Markup
+    is_wide: bool = False
+    legend: Sequence[tuple[str, str]] = field(default=())
+    """CSS class of the swatch, text."""
+
+
+# Matplotlib draws with stand-ins; in the page they become CSS variables, so a chart follows the light or dark theme.
+_TRAIN, _VALIDATION, _OTHER, _WARNING, _INK, _GRID = (f"#00fa0{digit}" for digit in range(1, 7))
+_VARIABLES = {
+    _TRAIN: "var(--train)",
+    _VALIDATION: "var(--validation)",
+    _OTHER: "var(--accent)",
+    _WARNING: "var(--warning)",
+    _INK: "var(--muted)",
+    _GRID: "var(--line)",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+
+
+_TICK_STEPS = (1, 2, 2.5, 5, 10)
+
+
+def _charts(run: RunContents) -> list[_Chart]:
+    metrics = run.metrics
+    if not metrics:
+        return []
+    steps = [m.step for m in metrics]
+    planned_gib = run.plan.memory_gib.get("total") if run.plan else None
+
+    def series(values: Sequence[float], format_tick: Callable[[float], str], limit: float | None = None) -> Markup:
+        def draw(axes: Axes) -> None:
+            _plot(axes, steps, values, color=_OTHER, linewidth=1.3)
+            if limit:
+                axes.axhline(limit, color=_WARNING, linewidth=1, linestyle=(0, (4, 3)))
+            axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_TICK_STEPS))
+
+        return _svg(draw, width=5.2, height=1.9)
+
+    return [
+        _loss_chart(metrics),
+        _Chart("Learning rate", series([m.learning_rate for m in metrics], lambda v: f"{v:.1e}" if v else "0")),
+        _Chart("Gradient norm, before clipping", series([m.grad_norm for m in metrics], lambda v: f"{v:g}")),
+        _Chart("Throughput, tokens/s", series([m.tokens_per_second for m in metrics], format_count)),
+        _Chart(
+            "Peak memory of a worker, GiB",
+            series([m.peak_memory_gib for m in metrics], lambda v: f"{v:g}", planned_gib),
+            legend=[("accent", "measured"), ("limit", f"planned {planned_gib:.1f}")] if planned_gib else (),
+        ),
+    ]
+
+
+def _loss_chart(metrics: Sequence[StepMetrics]) -> _Chart:
+    best, overfitting = _best(metrics), find_overfitting(metrics)
+    steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
+    measured = validations(metrics)
+
+    def draw(axes: Axes) -> None:
+        _plot(axes, steps, losses, color=_TRAIN, linewidth=0.8, alpha=0.3)
+        _plot(axes, steps, _smooth(losses), color=_TRAIN, linewidth=1.8)
+        if overfitting:
+            axes.axvspan(overfitting.best_step, overfitting.last_step, color=_WARNING, alpha=0.1, linewidth=0)
+        if measured:
+            axes.plot(*zip(*measured, strict=True), color=_VALIDATION, linewidth=1.8, marker="o", markersize=3.2)
+        if best:
+            axes.axvline(best[0], color=_VALIDATION, linewidth=0.8, linestyle=(0, (2, 3)))
+            axes.plot(*best, "o", color=_VALIDATION, markersize=9, fillstyle="none")
+        axes.set_xlabel("step")
+
+    legend = [("train", "training, moving mean"), ("raw", "training, each step")]
+    if best:
+        legend += [("validation", "validation"), ("best", f"best {best[1]:.4f} at step {best[0]:,}")]
+    if overfitting:
+        legend.append(("overfitting", "overfitting"))
+    return _Chart("Loss, nats per loss token", _svg(draw, width=10.8, height=3.6), is_wide=True, legend=legend)
+
+
+def _plot(axes: Axes, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
+    finite = [value if math.isfinite(value) else math.nan for value in values]
+    axes.plot(steps, finite, marker="o" if len(steps) == 1 else None, markersize=4, **style)
+
+
+def _smooth(values: Sequence[float]) -> Sequence[float]:
+    """Centred moving mean; near the ends over what there is."""
+    kernel = np.ones(2 * int(len(values) * SMOOTHING_SHARE / 2) + 1)
+    sums = np.convolve(values, kernel, mode="same")
+    return list(sums / np.convolve(np.ones(len(values)), kernel, mode="same"))
+
+
+def _svg(draw: Callable[[Axes], None], width: float, height: float) -> Markup:
+    """A chart of that many inches as inline SVG, without anything that names an address or clashes in a page."""
+    file = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "report"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=_TICK_STEPS, integer=True))
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    return Markup(svg)
+
+
+_TEMPLATE = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+).from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))

@@ -1,0 +1,53 @@
+"""`ft submit`: a thin wrapper over the Ray Jobs API, which `ray job submit` speaks too."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ft_service.errors import ClusterError, UsageError
+from ft_service.runs import new_run_id
+from ft_service.spec import RunSpec
+
+_PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+
+def submit_run(
+    spec_path: Path, spec: RunSpec, overrides: Sequence[str], address: str, run_id: str | None, detach: bool
+) -> int:
+    """Submit jobs/train.py with the project as working directory; returns the exit code of the job, 0 when detached.
+
+    The submission id is the run id, so Ray refuses the same run twice while its records last. Raises `ClusterError`.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    root = _PROJECT_ROOT
+    spec_path = spec_path.resolve()
+    if not spec_path.is_relative_to(root):
+        raise UsageError(f"SPEC = {spec_path}: lies outside {root}, which is what travels. Move it below, e.g. to jobs/specs.")
+    run_id = run_id or new_run_id(spec.name)
+    command = ["python", "jobs/train.py", str(spec_path.relative_to(root)), "--run-id", run_id, *overrides]
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join(command), submission_id=run_id, runtime_env={"working_dir": str(root)}
+        )
+    except Exception as error:  # the client raises RuntimeError, ConnectionError and its own, all with a text for people
+        raise ClusterError(
+            f"--address = {address}: the job was not accepted ({error}). Check that the cluster is up, that the address is "
+            "that of its dashboard, and that RAY_AUTH_MODE and the token are those of its head."
+        ) from None
+    print(job, flush=True)
+    if detach:
+        return 0
+    import asyncio
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    asyncio.run(follow())
+    info = client.get_job_info(job)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    print(f"job {job}: {info.status} {info.message or ''}", flush=True)
+    return info.driver_exit_code or 1

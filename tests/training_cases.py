@@ -1,0 +1,201 @@
+"""Runs training cases on the real engine in one process group, and prints their measurements as JSON.
+
+torchrun --nproc-per-node N tests/training_cases.py CASES.json RESULTS.json
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ft_service.catalog import shape_from_config
+from ft_service.data.order import step_rows
+from ft_service.metrics import StepMetrics
+from ft_service.model.adapter import attach_adapter
+from ft_service.model.base import load_base, read_config
+from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.spec import RunSpec
+from ft_service.train.batches import Batches
+from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loss import LossModel
+from ft_service.train.parallel import Parallel, init_process_group
+
+VOCABULARY = 256
+NUM_ROWS = 24
+DOCUMENTS_PER_ROW = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    document_lengths: np.ndarray
+
+
+def documents() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and loss mask of each document: the same on every call."""
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(6, 40, NUM_ROWS * DOCUMENTS_PER_ROW)
+    return [(rng.integers(0, VOCABULARY, n).astype(np.int32), rng.random(n) < 0.6) for n in lengths]
+
+
+def packed_rows() -> list[Row]:
+    docs = documents()
+    pairs = [docs[i : i + DOCUMENTS_PER_ROW] for i in range(0, len(docs), DOCUMENTS_PER_ROW)]
+    return [
+        Row(
+            np.concatenate([ids for ids, _ in pair]),
+            np.concatenate([mask for _, mask in pair]),
+            np.array([len(ids) for ids, _ in pair], dtype=np.int32),
+        )
+        for pair in pairs
+    ]
+
+
+def separate_rows(seed: int) -> list[Row]:
+    """A row per document, laid out so that each step draws the documents that the packed rows would have given it."""
+    docs = documents()
+    packed_order = step_rows(seed, 0, NUM_ROWS, NUM_ROWS)
+    wanted = [row * DOCUMENTS_PER_ROW + k for row in packed_order for k in range(DOCUMENTS_PER_ROW)]
+    drawn = step_rows(seed, 0, len(docs), len(docs))
+    rows: list[Any] = [None] * len(docs)
+    for place, document in zip(drawn, wanted, strict=True):
+        ids, mask = docs[document]
+        rows[place] = Row(ids, mask, np.array([len(ids)], dtype=np.int32))
+    return rows
+
+
+def fixed_rows() -> list[Row]:
+    """One batch, each row a single document, so that stock code can train on it without packing."""
+    return [Row(row.input_ids, row.loss_mask, np.array([len(row.input_ids)])) for row in packed_rows()[:4]]
+
+
+def rows_of(case: dict[str, Any]) -> list[Row]:
+    if case.get("fixed_batch"):
+        return fixed_rows()
+    return packed_rows() if case.get("packed", True) else separate_rows(seed=0)
+
+
+def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
+    spec = RunSpec.model_validate(
+        {
+            "name": "case",
+            "model": {"base": case["base"]},
+            "method": case["method"],
+            "data": {"train": [{"path": "unused"}], "validation": {"fraction": 0.5}, "max_seq_len": 128},
+            "train": {
+                "precision": case.get("precision", "fp32"),
+                "max_steps": 6,
+                "global_batch_size": 4 if case.get("packed", True) else 4 * DOCUMENTS_PER_ROW,
+                "micro_batch_size": case["micro"],
+                "learning_rate": 1e-2,
+                "schedule": "constant" if case.get("fixed_batch") else "cosine",
+                "warmup_ratio": 0.0 if case.get("fixed_batch") else 0.3,
+                "validate_every_steps": 3,
+                "weight_decay": 0.0 if case.get("fixed_batch") else 0.1,
+                "activation_checkpointing": case.get("checkpointing", False),
+            },
+            "parallel": {
+                "num_workers": world_size,
+                "use_gpu": False,
+                "zero_stage": case["stage"],
+                "offload": case.get("offload", "none"),
+                **({"nvme_path": case["nvme_path"]} if "nvme_path" in case else {}),
+            },
+            "storage": "unused",
+        }
+    )
+    rows = len(rows_of(case))
+    facts = DatasetFacts(
+        digest="d", conversations=48, rows=rows, tokens=1, loss_tokens=1, truncated=0, validation_loss_tokens=1
+    )
+    return make_plan(spec, facts, shape_from_config(read_config(Path(case["base"]))), Resources())
+
+
+def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    plan = plan_of(case, world_size)
+    parallel = Parallel(plan)
+    torch.manual_seed(0)
+    with parallel.partitioned_init():
+        base = load_base(
+            Path(case["base"]),
+            dtype=parallel.dtype,
+            four_bit=plan.spec.method.type == "qlora",
+            device=parallel.device,
+            partitioned=plan.zero_stage == 3,
+        )
+        model = base if plan.spec.method.type == "full" else attach_adapter(base, plan.spec.method, case["base"], None)
+    if plan.activation_checkpointing:
+        base.gradient_checkpointing_enable()
+    base.train()
+    frozen_before = {name: packed_bytes(p) for name, p in base.named_parameters() if not p.requires_grad}
+    parallel.wrap(LossModel(model, base))
+
+    rows = rows_of(case)
+    metrics: list[StepMetrics] = []
+
+    def batches() -> Batches:
+        return Batches(
+            rows, plan.spec.train.seed, plan.global_batch_size, plan.micro_batch_size, parallel.rank, world_size
+        )
+
+    nothing = Hooks(on_step=metrics.append, on_best=lambda state: None, on_checkpoint=lambda state: None)
+    train(plan, parallel, batches(), batches(), nothing, TrainingState())
+    trained = parallel.gather_trained()
+    result = {
+        "losses": [m.loss for m in metrics],
+        "validation_losses": [m.validation_loss for m in metrics if m.validation_loss is not None],
+        "grad_norms": [m.grad_norm for m in metrics],
+        "learning_rates": [m.learning_rate for m in metrics],
+        "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
+        "moved": float(sum((tensor.float() ** 2).sum() for name, tensor in trained.items() if "lora_B" in name)),
+        "frozen": frozen_facts(base, frozen_before) if plan.spec.method.type == "qlora" else None,
+    }
+    parallel.close()
+    return result
+
+
+def packed_bytes(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.detach().contiguous().view(torch.uint8).clone().flatten()
+
+
+def frozen_facts(base: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Of each 4-bit weight: its bytes here and in all, and whether this worker's share is still what was loaded."""
+    facts = {}
+    for name, parameter in base.named_parameters():
+        if type(parameter).__name__ != "Params4bit":
+            continue
+        local = getattr(parameter, "ds_tensor", parameter)
+        here = local.detach().contiguous().view(torch.uint8).flatten()
+        start = torch.distributed.get_rank() * len(here) if hasattr(parameter, "ds_tensor") else 0
+        whole = before[name][start : start + len(here)]
+        facts[name] = {
+            "bytes_here": len(here),
+            "bytes_whole": len(before[name]),
+            "weights": int(np.prod(parameter.quant_state.shape)),
+            "nested": parameter.quant_state.nested,
+            "unchanged": bool(torch.equal(here[: len(whole)], whole)),
+        }
+    return facts
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
+    torch.set_num_threads(1)
+    init_process_group(use_gpu=False)
+    world_size = torch.distributed.get_world_size()
+    for name, case in cases.items():
+        results[name] = run_case(case, world_size)
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
