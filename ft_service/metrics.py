@@ -6,7 +6,6 @@
 A sink is called with one `StepMetrics` per step, in one process of the run (rank 0). Needs neither torch nor ray.
 """
 
-import json
 import math
 import shutil
 import statistics
@@ -129,7 +128,8 @@ class TensorBoardSink:
         except ImportError:
             cure = "Run pip install tensorboardX, or set report.tensorboard: false."
             raise SpecError([Problem("report.tensorboard", True, "needs the package tensorboardX", cure)]) from None
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        # File names hold whole seconds; without the suffix a quick resume would overwrite the file before it.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".from-step-{step}")
 
     def __call__(self, metrics: StepMetrics) -> None:
         for name, value in metrics.model_dump(exclude={"step", "time"}, exclude_none=True).items():
@@ -189,7 +189,7 @@ def _run_file(run_id: str, name: str) -> str:
 
 
 def _line(record: BaseModel) -> str:
-    return json.dumps(record.model_dump(mode="json", exclude_none=True), ensure_ascii=False)
+    return record.model_dump_json(exclude_none=True)
 
 
 def _lines(storage: Storage, path: str) -> Iterator[tuple[int, bytes]]:
@@ -315,8 +315,8 @@ class Overfitting:
             f"{self.last_validation_loss:.4f} (+{rise:.1%}) by step {self.last_step}, while training loss kept "
             f"falling, from {self.training_loss_at_best:.4f} to {self.training_loss_at_last:.4f}: the model learns its "
             f"examples by heart. The weights of step {self.best_step} are the ones to publish. Next time stop there "
-            "(train.early_stopping, or fewer train.epochs), train on more or more varied data, or give the adapter less "
-            "room (a lower method.lora_rank, some method.lora_dropout)."
+            "(train.early_stopping, or fewer train.epochs), train on more or more varied data, or give the adapter "
+            "less room (a lower method.lora_rank, some method.lora_dropout)."
         )
 
 

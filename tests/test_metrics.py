@@ -1,4 +1,4 @@
-"""What metrics.py promises: a line per step without gaps or repeats, a readable progress line, a warning that can be trusted."""
+"""Metrics: a line per step without gaps or repeats, a readable progress line, a warning that can be trusted."""
 
 import io
 import json

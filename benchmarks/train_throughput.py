@@ -1,0 +1,287 @@
+"""Training throughput of our loop against TRL's SFTTrainer: same model, data, row length, threads and precision.
+
+python benchmarks/train_throughput.py [--workers 2] [--device cuda] [--rounds 3]
+
+A 23 M-parameter Llama with LoRA rank 8 on all linear layers, rows of 512 tokens, bf16. Each side runs in processes of its
+own, alternating; a figure is the median over rounds. TRL's `bfd` packing keeps documents apart, as ours does; its
+`wrapped` packing cuts documents anywhere and lets them see each other. All sides train on every token, so that nobody
+gains by skipping some; a last line trains on answers only, as instruction tuning does.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+ROW_TOKENS = 512
+ROWS_PER_STEP = 8
+WARMUP_STEPS = 2
+GOAL_AGAINST_BFD = 1.5
+GOAL_AGAINST_WRAPPED = 1.0
+SIDES = ("ours", "trl-bfd", "trl-wrapped")
+
+
+def write_model(folder: Path) -> None:
+    """A Llama of 23 M parameters with random weights, and a tokenizer that TRL asks for but nobody uses."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ft_service.model.scratch import train_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    train_tokenizer(["a small text", "and another one"], 300).save_pretrained(folder)
+
+
+def documents(count: int) -> list[list[int]]:
+    """Token ids of documents as long as grade-school mathematics problems with answers: 60 to 400, mostly near 180."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(170), 0.4, count), 60, 400).astype(int)
+    return [rng.integers(300, 32_000, length).tolist() for length in lengths]
+
+
+# -- one side, in a process of its own -------------------------------------------------------------------------------
+
+
+def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[str, float]:
+    import numpy as np
+    import torch
+
+    from ft_service.catalog import shape_from_config
+    from ft_service.data.pack import pack_lengths
+    from ft_service.metrics import StepMetrics
+    from ft_service.model.adapter import attach_adapter
+    from ft_service.model.base import load_base, read_config
+    from ft_service.plan import DatasetFacts, Resources, make_plan
+    from ft_service.spec import RunSpec
+    from ft_service.train.batches import Batches
+    from ft_service.train.loop import Hooks, TrainingState, train
+    from ft_service.train.loss import LossModel
+    from ft_service.train.parallel import Parallel, init_process_group
+
+    workers = int(os.environ.get("WORLD_SIZE", "1"))
+    spec = RunSpec.model_validate(
+        {
+            "name": "throughput",
+            "model": {"base": str(model)},
+            "method": {"type": "lora", "lora_rank": 8, "lora_alpha": 16},
+            "data": {"train": [{"path": "generated"}], "max_seq_len": ROW_TOKENS},
+            "train": {
+                "max_steps": steps + WARMUP_STEPS,
+                "global_batch_size": ROWS_PER_STEP,
+                "activation_checkpointing": False,
+            },
+            "parallel": {"num_workers": workers, "use_gpu": device == "cuda"},
+            "storage": "unused",
+        }
+    )
+    docs = documents(3 * ROWS_PER_STEP * (steps + WARMUP_STEPS))
+
+    class Row:
+        def __init__(self, members: list[int]) -> None:
+            chosen = [docs[member] for member in members]
+            self.input_ids = np.concatenate([np.array(ids, dtype=np.int32) for ids in chosen])
+            trained = [np.arange(len(ids)) >= (0.6 * len(ids) if answers_only else 0) for ids in chosen]
+            self.loss_mask = np.concatenate(trained)
+            self.document_lengths = np.array([len(ids) for ids in chosen], dtype=np.int32)
+
+    rows = [Row(members) for members in pack_lengths(np.array([len(ids) for ids in docs]), ROW_TOKENS)]
+    facts = DatasetFacts(
+        digest="d", conversations=len(docs), rows=len(rows), tokens=1, loss_tokens=1, truncated=0
+    )
+    plan = make_plan(spec, facts, shape_from_config(read_config(model)), Resources())
+    init_process_group(device == "cuda")
+    parallel = Parallel(plan)
+    base = load_base(model, dtype=parallel.dtype, device=parallel.device)
+    adapted = attach_adapter(base, spec.method, str(model), None)
+    base.train()
+    parallel.wrap(LossModel(adapted, base))
+    batches = Batches(rows, 0, plan.global_batch_size, plan.micro_batch_size, parallel.rank, workers)
+    measured: list[StepMetrics] = []
+    ends: list[float] = []
+
+    def on_step(metrics: StepMetrics) -> None:
+        measured.append(metrics)
+        ends.append(time.perf_counter())
+
+    train(plan, parallel, batches, None, Hooks(on_step, lambda state: None, lambda state: None), TrainingState())
+    seconds = ends[-1] - ends[WARMUP_STEPS - 1]
+    timed = measured[WARMUP_STEPS:]
+    return {
+        "tokens_per_second": sum(m.tokens for m in timed) / seconds,
+        "loss_tokens_per_second": sum(m.loss_tokens for m in timed) / seconds,
+        "loss": measured[-1].loss,
+    }
+
+
+def run_trl(model: Path, steps: int, device: str, strategy: str) -> dict[str, float]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    workers = int(os.environ.get("WORLD_SIZE", "1"))
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    zero2 = {
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps + WARMUP_STEPS,
+        per_device_train_batch_size=ROWS_PER_STEP // workers,
+        learning_rate=2e-4,
+        packing=True,
+        packing_strategy=strategy,
+        max_length=ROW_TOKENS,
+        bf16=True,
+        gradient_checkpointing=False,
+        logging_steps=steps + WARMUP_STEPS,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=device == "cpu",
+        deepspeed=zero2 if workers > 1 else None,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": documents(3 * ROWS_PER_STEP * (steps + WARMUP_STEPS))}),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    seconds = ends[-1] - ends[WARMUP_STEPS - 1]
+    rows = trainer.train_dataset["input_ids"]
+    tokens = ROWS_PER_STEP * steps * sum(len(row) for row in rows) / len(rows)
+    rate = tokens / seconds
+    return {"tokens_per_second": rate, "loss_tokens_per_second": rate, "loss": trainer.state.log_history[-1]["train_loss"]}
+
+
+def run_side(side: str, model: Path, steps: int, device: str) -> None:
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if side.startswith("ours"):
+        result = run_ours(model, steps, device, answers_only=side == "ours-answers")
+    else:
+        result = run_trl(model, steps, device, side.removeprefix("trl-"))
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("RESULT " + json.dumps({**result, "peak_memory_gib": peak / 2**30}), flush=True)
+
+
+# -- all sides, alternating ------------------------------------------------------------------------------------------
+
+
+def measure(side: str, model: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    threads = max(1, (os.cpu_count() or 1) // arguments.workers)
+    command = [sys.executable]
+    if arguments.workers > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.workers)]
+    command += [__file__, "--side", side, "--model", str(model), "--steps", str(arguments.steps), "--device", arguments.device]
+    accelerator = "cuda" if arguments.device == "cuda" else "cpu"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "DS_ACCELERATOR": accelerator,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        sys.exit(f"{side} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    result: dict[str, float] = json.loads(lines[-1].removeprefix("RESULT "))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=1, help="processes; more than one train under ZeRO-2")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        run_side(arguments.side, arguments.model, arguments.steps, arguments.device)
+        return
+
+    sides = [*SIDES, "ours-answers"]
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary, "model")
+        write_model(model)
+        for round_number in range(arguments.rounds):
+            for side in sides:
+                found[side].append(measure(side, model, arguments))
+                print(f"round {round_number + 1}: {side:14} {found[side][-1]['tokens_per_second']:10,.0f} tok/s", flush=True)
+
+    median = {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()
+    }
+    print(f"\n{'side':14} {'tok/s':>10} {'loss tok/s':>11} {'peak GiB':>9} {'loss':>7}")
+    for side, figures in median.items():
+        print(
+            f"{side:14} {figures['tokens_per_second']:10,.0f} {figures['loss_tokens_per_second']:11,.0f} "
+            f"{figures['peak_memory_gib']:9.2f} {figures['loss']:7.3f}"
+        )
+    ours = median["ours"]["tokens_per_second"]
+    ratios = {side: ours / median[side]["tokens_per_second"] for side in SIDES[1:]}
+    print(f"\nours / trl-bfd = {ratios['trl-bfd']:.2f}, ours / trl-wrapped = {ratios['trl-wrapped']:.2f}")
+    goal = {"trl-bfd": GOAL_AGAINST_BFD, "trl-wrapped": GOAL_AGAINST_WRAPPED}
+    holds = all(ratios[side] >= goal[side] for side in goal)
+    print(
+        json.dumps(
+            {
+                "benchmark": "train_throughput",
+                "workers": arguments.workers,
+                "device": arguments.device,
+                "figures": median,
+                "ratios": ratios,
+                "goal": goal,
+                "holds": holds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

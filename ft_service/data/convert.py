@@ -1,0 +1,78 @@
+"""A record to what is trained on: a conversation, or a text. Says exactly what a record lacks."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from ft_service.chat import ROLES, Message, Role
+from ft_service.spec import DataSource
+
+Conversation = tuple[Message, ...]
+
+_REQUIRED = {"alpaca": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+
+
+class BadRecord(ValueError):
+    """Why one record cannot be used; the caller knows its place."""
+
+
+def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str:
+    """The conversation (formats alpaca and chat) or text (format text) of a record. Raises `BadRecord`."""
+    column = {name: source.columns.get(name, name) for name in ("instruction", "input", "output", "system", "messages", "text")}
+    for name in _REQUIRED[source.format]:
+        if column[name] not in record:
+            there = ", ".join(map(str, record)) or "none"
+            raise BadRecord(f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source")
+    if source.format == "text":
+        return _string(record, column["text"])
+    if source.format == "chat":
+        return _chat(record[column["messages"]])
+    return _alpaca(record, column)
+
+
+def _alpaca(record: Mapping[str, Any], column: Mapping[str, str]) -> Conversation:
+    instruction, output = _string(record, column["instruction"]), _string(record, column["output"])
+    extra = _optional_string(record, column["input"])
+    system = _optional_string(record, column["system"])
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    turns = (Message("user", question), Message("assistant", output))
+    return (Message("system", system), *turns) if system else turns
+
+
+def _chat(messages: object) -> Conversation:
+    if not isinstance(messages, list) or not messages:
+        raise BadRecord("its messages are not a list with at least one message")
+    turns = tuple(_message(number, message) for number, message in enumerate(messages, 1))
+    if not any(turn.is_trained for turn in turns):
+        raise BadRecord("has no assistant message to train on (or all have weight 0)")
+    return turns
+
+
+def _message(number: int, message: object) -> Message:
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise BadRecord(f"message {number} is not {{role, content}}")
+    role, content, weight = message["role"], message["content"], message.get("weight")
+    if role not in ROLES:
+        raise BadRecord(f"message {number} has role {role!r}; known are {', '.join(ROLES)}")
+    if not isinstance(content, str) or not content.strip():
+        raise BadRecord(f"message {number} has no text as content")
+    if weight not in (None, 0, 1):
+        raise BadRecord(f"message {number} has weight {weight!r}; 0 and 1 are known")
+    return Message(cast(Role, role), content, weight)
+
+
+def _string(record: Mapping[str, Any], column: str) -> str:
+    value = record[column]
+    if not isinstance(value, str):
+        raise BadRecord(f"{column} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise BadRecord(f"{column} is empty")
+    return value
+
+
+def _optional_string(record: Mapping[str, Any], column: str) -> str:
+    value = record.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRecord(f"{column} is {type(value).__name__}, not text")
+    return value.strip()
