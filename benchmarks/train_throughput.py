@@ -69,7 +69,6 @@ def documents(count: int) -> list[list[int]]:
 
 def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[str, float]:
     import numpy as np
-    import torch
 
     from ft_service.catalog import shape_from_config
     from ft_service.data.pack import pack_lengths
@@ -110,9 +109,7 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
             self.document_lengths = np.array([len(ids) for ids in chosen], dtype=np.int32)
 
     rows = [Row(members) for members in pack_lengths(np.array([len(ids) for ids in docs]), ROW_TOKENS)]
-    facts = DatasetFacts(
-        digest="d", conversations=len(docs), rows=len(rows), tokens=1, loss_tokens=1, truncated=0
-    )
+    facts = DatasetFacts(digest="d", conversations=len(docs), rows=len(rows), tokens=1, loss_tokens=1, truncated=0)
     plan = make_plan(spec, facts, shape_from_config(read_config(model)), Resources())
     init_process_group(device == "cuda")
     parallel = Parallel(plan)
@@ -189,7 +186,11 @@ def run_trl(model: Path, steps: int, device: str, strategy: str) -> dict[str, fl
     rows = trainer.train_dataset["input_ids"]
     tokens = ROWS_PER_STEP * steps * sum(len(row) for row in rows) / len(rows)
     rate = tokens / seconds
-    return {"tokens_per_second": rate, "loss_tokens_per_second": rate, "loss": trainer.state.log_history[-1]["train_loss"]}
+    return {
+        "tokens_per_second": rate,
+        "loss_tokens_per_second": rate,
+        "loss": trainer.state.log_history[-1]["train_loss"],
+    }
 
 
 def run_side(side: str, model: Path, steps: int, device: str) -> None:
@@ -201,7 +202,11 @@ def run_side(side: str, model: Path, steps: int, device: str) -> None:
         result = run_ours(model, steps, device, answers_only=side == "ours-answers")
     else:
         result = run_trl(model, steps, device, side.removeprefix("trl-"))
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         print("RESULT " + json.dumps({**result, "peak_memory_gib": peak / 2**30}), flush=True)
 
@@ -214,7 +219,17 @@ def measure(side: str, model: Path, arguments: argparse.Namespace) -> dict[str, 
     command = [sys.executable]
     if arguments.workers > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.workers)]
-    command += [__file__, "--side", side, "--model", str(model), "--steps", str(arguments.steps), "--device", arguments.device]
+    command += [
+        __file__,
+        "--side",
+        side,
+        "--model",
+        str(model),
+        "--steps",
+        str(arguments.steps),
+        "--device",
+        arguments.device,
+    ]
     accelerator = "cuda" if arguments.device == "cuda" else "cpu"
     environment = {
         **os.environ,
@@ -252,7 +267,10 @@ def main() -> None:
         for round_number in range(arguments.rounds):
             for side in sides:
                 found[side].append(measure(side, model, arguments))
-                print(f"round {round_number + 1}: {side:14} {found[side][-1]['tokens_per_second']:10,.0f} tok/s", flush=True)
+                print(
+                    f"round {round_number + 1}: {side:14} {found[side][-1]['tokens_per_second']:10,.0f} tok/s",
+                    flush=True,
+                )
 
     median = {
         side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()

@@ -116,7 +116,9 @@ class ChatFormat:
                 header, body = self._header(message.role), [*next(contents), self._end]
                 ids += header + body
                 mask += [False] * len(header) + [message.is_trained] * len(body)
-            examples.append(Example(ids[:max_seq_len], mask[:max_seq_len], max_seq_len is not None and len(ids) > max_seq_len))
+            examples.append(
+                Example(ids[:max_seq_len], mask[:max_seq_len], max_seq_len is not None and len(ids) > max_seq_len)
+            )
         return examples
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -180,7 +182,9 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_s
     end = special_id(tokenizer, END_OF_TEXT)
     end = tokenizer.eos_token_id if end is None else end
     if end is None:
-        raise DataError(f"tokenizer of {tokenizer.name_or_path!r}: has no end-of-text token, which the text format needs.")
+        raise DataError(
+            f"tokenizer of {tokenizer.name_or_path!r}: has no end-of-text token, which the text format needs."
+        )
     begin = tokenizer.bos_token_id
     start = [] if begin is None else [begin]
     room = max_seq_len - len(start)

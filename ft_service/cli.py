@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ft_service.commands import exit_on_error
-
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.spec import load_run_spec
 from ft_service.storage import Storage

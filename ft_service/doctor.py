@@ -42,7 +42,9 @@ def _accelerator() -> Finding:
         return Finding("GPUs", "warn", "none: use parallel.use_gpu: false here")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Finding("GPUs", "ok", f"{len(names)} x {names[0]}, {memory:.0f} GiB, compute {torch.cuda.get_device_capability()}")
+    return Finding(
+        "GPUs", "ok", f"{len(names)} x {names[0]}, {memory:.0f} GiB, compute {torch.cuda.get_device_capability()}"
+    )
 
 
 def _compiler() -> Finding:

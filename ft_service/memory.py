@@ -95,8 +95,7 @@ def estimate_memory(
         activations=micro_batch_tokens * _activation_bytes(shape, activation_checkpointing, weight_bytes) / GIB,
         loss=2.5 * LOSS_CHUNK_BYTES / GIB,
         gather_buffers=gather / GIB,
-        reserve=CUDA_CONTEXT_GIB
-        + FRAGMENTATION * (weights + gradients + optimizer + gather) / GIB,
+        reserve=CUDA_CONTEXT_GIB + FRAGMENTATION * (weights + gradients + optimizer + gather) / GIB,
     )
 
 

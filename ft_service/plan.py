@@ -206,7 +206,10 @@ def _unmet_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
     if spec.parallel.use_gpu and gpus == 0:
         return [
             Problem(
-                "parallel.use_gpu", True, "needs GPUs, and the cluster has none", "Add GPU nodes, or set use_gpu: false."
+                "parallel.use_gpu",
+                True,
+                "needs GPUs, and the cluster has none",
+                "Add GPU nodes, or set use_gpu: false.",
             )
         ]
     if spec.parallel.use_gpu and gpus is not None and workers > gpus:
@@ -230,7 +233,9 @@ def _unusable_data(spec: RunSpec, dataset: DatasetFacts) -> list[Problem]:
         return [Problem("data.train", dataset.conversations, "holds nothing to train on", "Check format and columns.")]
     if spec.data.validation is not None and dataset.validation_loss_tokens == 0:
         return [
-            Problem("data.validation", dataset.validation_rows, "holds nothing to measure", "Hold out a larger fraction.")
+            Problem(
+                "data.validation", dataset.validation_rows, "holds nothing to measure", "Hold out a larger fraction."
+            )
         ]
     return []
 
@@ -293,7 +298,11 @@ def _sentences(plan: RunPlan) -> list[str]:
         f"Length: {plan.num_steps:,} steps, {plan.epochs:.2f} epochs, {plan.tokens:,} tokens "
         f"({plan.loss_tokens:,} loss tokens).",
         f"Learning rate: {plan.warmup_steps} steps up to {plan.learning_rate:.2e}, then {spec.train.schedule}"
-        + ("." if spec.train.schedule == "constant" else f" to {plan.learning_rate * spec.train.min_learning_rate_ratio:.1e}."),
+        + (
+            "."
+            if spec.train.schedule == "constant"
+            else f" to {plan.learning_rate * spec.train.min_learning_rate_ratio:.1e}."
+        ),
         f"Workers: {spec.parallel.num_workers} on {'GPU' if spec.parallel.use_gpu else 'CPU'}, ZeRO-{plan.zero_stage}, "
         f"offload {spec.parallel.offload}, {spec.train.precision}, activation checkpointing "
         f"{'on' if plan.activation_checkpointing else 'off'}.",

@@ -83,7 +83,9 @@ class Registry:
         `draft` holds the record's fields but `id`, `digest`, `created` and `files`, which follow from the content;
         `card` is the model card, in which ``{id}`` and ``{digest}`` stand for the two.
         """
-        digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _BESIDE_THE_CONTENT}
+        digests = {
+            file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _BESIDE_THE_CONTENT
+        }
         digest = content_digest(digests)
         adapter_id = f"{base_short_name}-{draft['run_name']}-{digest[:8]}".lower()
         place = _place(draft["kind"], adapter_id)
@@ -142,7 +144,9 @@ class Registry:
         try:
             return AdapterRecord.model_validate(self.storage.read_json(f"{place}/{RECORD_FILE}"))
         except ValidationError as error:
-            raise StorageError(f"{self.storage.uri(place)}/{RECORD_FILE}: not a record of this version ({error}).") from None
+            raise StorageError(
+                f"{self.storage.uri(place)}/{RECORD_FILE}: not a record of this version ({error})."
+            ) from None
 
 
 _BESIDE_THE_CONTENT = {RECORD_FILE, CARD_FILE}

@@ -4,7 +4,6 @@
 """
 
 import io
-import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -324,8 +323,7 @@ def _loss_chart(metrics: Sequence[StepMetrics]) -> _Chart:
 
 
 def _plot(axes: Axes, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
-    finite = [value if math.isfinite(value) else math.nan for value in values]
-    axes.plot(steps, finite, marker="o" if len(steps) == 1 else None, markersize=4, **style)
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, markersize=4, **style)
 
 
 def _smooth(values: Sequence[float]) -> Sequence[float]:
@@ -349,7 +347,7 @@ def _svg(draw: Callable[[Axes], None], width: float, height: float) -> Markup:
         )
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1)
     for stand_in, variable in _VARIABLES.items():

@@ -1,7 +1,7 @@
 """A run's folder on storage: what is written there, and when a run counts as complete.
 
-    <storage>/runs/<run id>/   spec.yaml  plan.json  dataset.json  status.json  events.jsonl  metrics.jsonl
-                               weights/  checkpoints/  outcome.json  samples.json  report.html
+<storage>/runs/<run id>/   spec.yaml  plan.json  dataset.json  status.json  events.jsonl  metrics.jsonl
+                           weights/  checkpoints/  outcome.json  samples.json  report.html
 """
 
 import secrets
@@ -95,7 +95,7 @@ def find_run(storage: Storage, run_id: str) -> RunFolder:
     """The run of that id; raises `NotPublishedError` with the ids there are."""
     known = storage.folders("runs")
     if run_id not in known:
-        raise NotPublishedError(f"run = {run_id!r}: not on {storage.root}. Runs there: {', '.join(known) or 'none yet'}.")
+        raise NotPublishedError(
+            f"run = {run_id!r}: not on {storage.root}. Runs there: {', '.join(known) or 'none yet'}."
+        )
     return RunFolder(storage, run_id)
-
-

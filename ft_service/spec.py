@@ -27,7 +27,9 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The base model that is fine-tuned."""
 
-    base: str = Field(min_length=1, description="Hub id, or a folder with a Llama-architecture checkpoint (safetensors).")
+    base: str = Field(
+        min_length=1, description="Hub id, or a folder with a Llama-architecture checkpoint (safetensors)."
+    )
     revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); none for a folder.")
 
 
@@ -52,7 +54,9 @@ class MethodSpec(_Section):
 class DataSource(_Section):
     """One file or folder of records, and the right to use them."""
 
-    path: str = Field(min_length=1, description="A .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME.")
+    path: str = Field(
+        min_length=1, description="A .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME."
+    )
     format: Literal["alpaca", "chat", "text"] = Field(default="alpaca", description="What a record means.")
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -113,11 +117,15 @@ class TrainSpec(_Section):
         default=0.0, ge=0, le=1, description="Where cosine and linear end, as a share of the peak rate."
     )
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps that warm up.")
-    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled decay of matrices; norms, biases: none.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=1, description="Decoupled decay of matrices; norms, biases: none."
+    )
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first decay rate.")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second decay rate.")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(default=1.0, ge=0, description="Global gradient norm is clipped to this; 0: no clipping.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Global gradient norm is clipped to this; 0: no clipping."
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of row order, adapter initialisation and dropout.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Type of weights and activations.")
     activation_checkpointing: bool | Literal["auto"] = Field(
@@ -152,7 +160,9 @@ class CheckpointSpec(_Section):
 class ReportSpec(_Section):
     """What people look at after the run."""
 
-    tensorboard: bool = Field(default=False, description="Also write TensorBoard event files (pip install tensorboard).")
+    tensorboard: bool = Field(
+        default=False, description="Also write TensorBoard event files (pip install tensorboard)."
+    )
     samples: int = Field(default=4, ge=0, le=64, description="Validation prompts answered by base and adapter.")
     sample_max_tokens: PositiveInt = Field(default=128, description="Longest sample answer, in tokens.")
 
@@ -239,7 +249,9 @@ class RunSpec(_Section):
                 "Use zero_stage: 3 or auto, or offload: cpu.",
             )
         if parallel.offload == "nvme" and not parallel.nvme_path:
-            refuse("parallel.nvme_path", parallel.nvme_path, "is needed for offload: nvme", "Name a folder on the drive.")
+            refuse(
+                "parallel.nvme_path", parallel.nvme_path, "is needed for offload: nvme", "Name a folder on the drive."
+            )
         if parallel.nvme_path and parallel.offload != "nvme":
             refuse("parallel.nvme_path", parallel.nvme_path, "is only used with offload: nvme", "Remove it.")
         if parallel.accelerator_type and not parallel.use_gpu:
@@ -344,7 +356,9 @@ def _apply_override(document: dict[str, Any], override: str) -> Problem | None:
     for depth, parent in enumerate(parents):
         node = _child(node, parent)
         if not isinstance(node, dict | list):
-            return Problem(setting, text, f"has no section {'.'.join(parents[: depth + 1])!r} to go to", "Check the name.")
+            return Problem(
+                setting, text, f"has no section {'.'.join(parents[: depth + 1])!r} to go to", "Check the name."
+            )
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
             return Problem(setting, text, "names no item of the list", f"Use a number from 0 to {len(node) - 1}.")
@@ -373,9 +387,9 @@ def _setting_path(item: Any, document: Any) -> tuple[list[str | int], Any]:
     keys: list[str | int] = []
     node = document
     for index, key in enumerate(location := item["loc"]):
-        if isinstance(node, dict) and key in node:
-            node = node[key]
-        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+        if (isinstance(node, dict) and key in node) or (
+            isinstance(node, list) and isinstance(key, int) and key < len(node)
+        ):
             node = node[key]
         elif item["type"] == "missing" and index == len(location) - 1:
             node = None

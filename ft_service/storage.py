@@ -35,7 +35,9 @@ class Storage:
             else:
                 self._fs, self._base = fs.LocalFileSystem(), str(Path(root).expanduser().absolute())
         except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"storage = {root!r}: not a usable root ({error}). Use a folder, s3:// or gs://.") from None
+            raise StorageError(
+                f"storage = {root!r}: not a usable root ({error}). Use a folder, s3:// or gs://."
+            ) from None
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
         return Storage, (self.root,)

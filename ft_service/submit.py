@@ -23,7 +23,9 @@ def submit_run(
     root = _PROJECT_ROOT
     spec_path = spec_path.resolve()
     if not spec_path.is_relative_to(root):
-        raise UsageError(f"SPEC = {spec_path}: lies outside {root}, which is what travels. Move it below, e.g. to jobs/specs.")
+        raise UsageError(
+            f"SPEC = {spec_path}: lies outside {root}, which is what travels. Move it below, e.g. to jobs/specs."
+        )
     run_id = run_id or new_run_id(spec.name)
     command = ["python", "jobs/train.py", str(spec_path.relative_to(root)), "--run-id", run_id, *overrides]
     try:
@@ -31,7 +33,9 @@ def submit_run(
         job = client.submit_job(
             entrypoint=shlex.join(command), submission_id=run_id, runtime_env={"working_dir": str(root)}
         )
-    except Exception as error:  # the client raises RuntimeError, ConnectionError and its own, all with a text for people
+    except (
+        Exception
+    ) as error:  # the client raises RuntimeError, ConnectionError and its own, all with a text for people
         raise ClusterError(
             f"--address = {address}: the job was not accepted ({error}). Check that the cluster is up, that the address is "
             "that of its dashboard, and that RAY_AUTH_MODE and the token are those of its head."

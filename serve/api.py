@@ -238,17 +238,10 @@ async def _respond(
 
 
 async def _pieces(engine: Engine, requests: list[GenerationRequest]) -> Pieces:
-    q: asyncio.Queue = asyncio.Queue()
-
-    async def go():
-        for index, request in enumerate(requests):
-            async for chunk in engine.generate(request):
-                q.put_nowait((index, chunk))
-        q.put_nowait(None)
-
-    engine.keep = asyncio.create_task(go())
-    while (x := await q.get()) is not None:
-        yield x
+    for index, request in enumerate(requests):
+        async with aclosing(engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield index, chunk
 
 
 async def _with_first(first: tuple[int, GenerationChunk], rest: Pieces) -> Pieces:

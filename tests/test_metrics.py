@@ -331,6 +331,12 @@ def test_noise_on_a_falling_or_level_curve_is_not_overfitting(validation: Curve,
     assert find_overfitting(curves(falling, validation, noise=0.004, seed=seed)) is None
 
 
+def test_a_validation_loss_that_jumps_up_and_down_is_not_overfitting() -> None:
+    zigzag = [1.6, 1.5, 1.6, 1.45, 1.6, 1.5, 1.6, 1.5, 1.6, 1.52]
+    # The last two stand 5 % above the lowest, but so does nearly every other validation.
+    assert find_overfitting(curves(falling, lambda x: zigzag[round(10 * x) - 1])) is None
+
+
 def test_a_run_that_diverges_is_not_called_overfitting() -> None:
     assert find_overfitting(curves(turning_up, turning_up)) is None
 

@@ -128,17 +128,14 @@ class Page(HTMLParser):
 
 
 def test_the_report_needs_no_network_and_runs_no_script() -> None:
-    html = render_report(a_run())
+    html = render_report(a_run(sources=[]))
     page = Page(html)
+    assert "://" not in html
     for _, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "action", "data", "poster"):
             assert (attributes.get(name) or "#").startswith("#")
     assert not page.names() & {"script", "link", "iframe", "object", "embed", "base"}
-    styles = "".join(re.findall(r"<style.*?</style>", html, re.DOTALL)) + " ".join(
-        attributes.get("style") or "" for _, attributes in page.tags
-    )
-    assert "@import" not in styles
-    assert "://" not in styles
+    assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
 
 

@@ -38,11 +38,15 @@ def named_hardware(path: Path) -> tuple[int, str]:
     return int(needs[1]), needs[2]
 
 
-def plan_of(path: Path) -> RunPlan:
-    spec, (num_gpus, gigabytes) = load_run_spec(path), named_hardware(path)
+def resources_named(path: Path) -> Resources:
+    num_gpus, gigabytes = named_hardware(path)
+    return Resources(num_gpus=num_gpus, gpu_memory_gib=GPUS[GPU_OF[gigabytes]].memory_gib)
+
+
+def plan_of(path: Path, resources: Resources) -> RunPlan:
+    spec = load_run_spec(path)
     facts = catalog.find(spec.model.base)
     assert facts
-    resources = Resources(num_gpus=num_gpus, gpu_memory_gib=GPUS[GPU_OF[gigabytes]].memory_gib)
     return make_plan(spec, DATASET, facts.shape, resources)
 
 
@@ -60,7 +64,7 @@ def test_a_spec_parses_and_opens_with_its_own_launch_command(path: Path) -> None
 
 @pytest.mark.parametrize("path", GPU_SPECS, ids=lambda path: path.stem)
 def test_a_spec_fits_the_hardware_it_names_and_the_plan_has_nothing_against_it(path: Path) -> None:
-    plan = plan_of(path)
+    plan = plan_of(path, resources_named(path))
     assert plan.spec.parallel.use_gpu and plan.spec.parallel.num_workers == named_hardware(path)[0]
     assert plan.warnings == [] and plan.remarks == []
 
@@ -68,9 +72,8 @@ def test_a_spec_fits_the_hardware_it_names_and_the_plan_has_nothing_against_it(p
 @pytest.mark.parametrize("path", GPU_SPECS, ids=lambda path: path.stem)
 def test_nothing_is_left_to_what_a_cold_cluster_cannot_tell(path: Path) -> None:
     """Before a node is up its memory is not known, so `auto` would take the smallest batch and the lowest stage."""
-    plan = plan_of(path)
-    cold = make_plan(plan.spec, DATASET, catalog.MODELS[0].shape, Resources())
-    assert (cold.micro_batch_size, cold.zero_stage) == (plan.micro_batch_size, plan.zero_stage)
+    warm, cold = plan_of(path, resources_named(path)), plan_of(path, Resources())
+    assert (cold.micro_batch_size, cold.zero_stage) == (warm.micro_batch_size, warm.zero_stage)
 
 
 def test_the_smoke_run_needs_no_gpu() -> None:

@@ -140,9 +140,7 @@ def plain_pytorch_losses(base: Path, learning_rates: list[float]) -> tuple[list[
         return total / count
 
     for step, rate in enumerate(learning_rates):
-        chosen = [
-            row * DOCUMENTS_PER_ROW + k for row in step_rows(0, step, 4, rows) for k in range(DOCUMENTS_PER_ROW)
-        ]
+        chosen = [row * DOCUMENTS_PER_ROW + k for row in step_rows(0, step, 4, rows) for k in range(DOCUMENTS_PER_ROW)]
         loss = loss_of(chosen)
         optimizer.zero_grad()
         loss.backward()

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ft_service.catalog import shape_from_config
 from ft_service.data.order import step_rows
 from ft_service.metrics import StepMetrics
-from ft_service.model.adapter import attach_adapter
-from ft_service.model.base import load_base, read_config
+from ft_service.model.base import read_config
+from ft_service.model.trainable import TrainableModel
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import RunSpec
 from ft_service.train.batches import Batches
@@ -123,19 +123,10 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     parallel = Parallel(plan)
     torch.manual_seed(0)
     with parallel.partitioned_init():
-        base = load_base(
-            Path(case["base"]),
-            dtype=parallel.dtype,
-            four_bit=plan.spec.method.type == "qlora",
-            device=parallel.device,
-            partitioned=plan.zero_stage == 3,
-        )
-        model = base if plan.spec.method.type == "full" else attach_adapter(base, plan.spec.method, case["base"], None)
-    if plan.activation_checkpointing:
-        base.gradient_checkpointing_enable()
-    base.train()
+        model = TrainableModel(plan, Path(case["base"]), parallel.device)
+    base = model.causal_lm
     frozen_before = {name: packed_bytes(p) for name, p in base.named_parameters() if not p.requires_grad}
-    parallel.wrap(LossModel(model, base))
+    parallel.wrap(LossModel(model.module, base))
 
     rows = rows_of(case)
     metrics: list[StepMetrics] = []

@@ -9,13 +9,10 @@ on one Python write the same bytes.
 """
 
 import ast
-import json
-import random
 import sysconfig
 import textwrap
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 

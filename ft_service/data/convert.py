@@ -17,11 +17,16 @@ class BadRecord(ValueError):
 
 def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str:
     """The conversation (formats alpaca and chat) or text (format text) of a record. Raises `BadRecord`."""
-    column = {name: source.columns.get(name, name) for name in ("instruction", "input", "output", "system", "messages", "text")}
+    column = {
+        name: source.columns.get(name, name)
+        for name in ("instruction", "input", "output", "system", "messages", "text")
+    }
     for name in _REQUIRED[source.format]:
         if column[name] not in record:
             there = ", ".join(map(str, record)) or "none"
-            raise BadRecord(f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source")
+            raise BadRecord(
+                f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source"
+            )
     if source.format == "text":
         return _string(record, column["text"])
     if source.format == "chat":

@@ -37,7 +37,11 @@ MEASURED_RECORDS = 20_000
 """`measure_dataset` tokenises at most this many, and scales up."""
 
 _SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())), ("document_lengths", pa.list_(pa.int32()))]
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("document_lengths", pa.list_(pa.int32())),
+    ]
 )
 
 

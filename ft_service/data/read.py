@@ -113,7 +113,9 @@ def _read_json(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
     try:
         records = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{file}: is not a JSON array of records ({error}). Mend it, or use one record a line.") from None
+        raise DataError(
+            f"{file}: is not a JSON array of records ({error}). Mend it, or use one record a line."
+        ) from None
     for number, record in enumerate(records, 1):
         yield from _if_object(record, f"{file}: record {number}", faults)
 

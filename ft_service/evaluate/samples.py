@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ft_service.data.prepare import PreparedDataset, open_dataset
+from ft_service.model.adapter import load_adapter
 from ft_service.model.base import load_base, load_tokenizer, resolve_base
 from ft_service.plan import RunPlan
 from ft_service.registry import AdapterRecord, Registry
@@ -65,7 +65,7 @@ def _answers(
     def load(source: Path, four_bit: bool = False) -> LlamaForCausalLM:
         return load_base(source, dtype=dtype, four_bit=four_bit, device=device, attention="sdpa").eval()
 
-    def answer(model: LlamaForCausalLM | PeftModel) -> list[list[int]]:
+    def answer(model: PreTrainedModel) -> list[list[int]]:
         return [_greedy(model, prompt, record.end_of_turn_ids, spec.report.sample_max_tokens) for prompt in prompts]
 
     base = load(resolve_base(spec.model.base, spec.model.revision), four_bit=spec.method.type == "qlora")
@@ -73,10 +73,10 @@ def _answers(
     if record.kind == "model":
         del base
         return before, answer(load(folder))
-    return before, answer(PeftModel.from_pretrained(base, folder).eval())
+    return before, answer(load_adapter(base, folder))
 
 
-def _greedy(model: LlamaForCausalLM | PeftModel, prompt: list[int], end_ids: list[int], max_tokens: int) -> list[int]:
+def _greedy(model: PreTrainedModel, prompt: list[int], end_ids: list[int], max_tokens: int) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         input_ids=ids,

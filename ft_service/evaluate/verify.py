@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 from ft_service import catalog
 from ft_service.errors import FtError
-from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from ft_service.model.base import check_checkpoint, fingerprint, load_base, read_config, resolve_base
 from ft_service.registry import AdapterRecord, Registry
 
@@ -101,7 +100,7 @@ def _changes_logits(folder: Path, base_folder: Path) -> Finding:
     base: LlamaForCausalLM = load_base(base_folder, dtype=torch.bfloat16, attention="sdpa").eval()
     ids = torch.arange(1, _PROBE_TOKENS + 1)[None] % base.config.vocab_size
     before = base(input_ids=ids, use_cache=False).logits.float()
-    after = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids, use_cache=False).logits.float()
+    after = load_adapter(base, folder)(input_ids=ids, use_cache=False).logits.float()
     change = float((after - before).abs().max())
     detail = f"largest change over {_PROBE_TOKENS} probe tokens: {change:.3g}"
     return Finding("logits", math.isfinite(change) and change > 0, detail)

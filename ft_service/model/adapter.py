@@ -69,6 +69,8 @@ def export_adapter(
     if empty or not weights:
         raise TrainingError(f"the adapter to publish is empty ({', '.join(empty[:3]) or 'no weights at all'}).")
     config = LoraConfig(**{**model.peft_config[ADAPTER_NAME].to_dict(), "inference_mode": True})
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules or [])  # a set: its order would change the digest
     if initial is not None:
         before = get_peft_model_state_dict(model, state_dict=dict(initial), adapter_name=ADAPTER_NAME)
         weights = {name: _relative_to_base(name, tensor, before[name]) for name, tensor in weights.items()}
@@ -91,6 +93,11 @@ def _relative_to_base(name: str, after: torch.Tensor, before: torch.Tensor) -> t
     if "lora_B" in name:
         return torch.cat([after, -before], dim=1)
     return after
+
+
+def load_adapter(base: LlamaForCausalLM, folder: Path) -> PeftModel:
+    """`base` with the adapter of a published folder on it, for inference. Changes `base` itself."""
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 def changes_base(method: MethodSpec) -> bool:

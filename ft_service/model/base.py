@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ft_service import catalog
 from ft_service.errors import ModelError
 from ft_service.model.attention import PACKED_ATTENTION
+
+# A bar from every worker would bury the run's own progress line.
+transformers.utils.logging.disable_progress_bar()
 
 _HUB_FILES = ["*.json", "*.jinja"]
 _INDEX_FILE = "model.safetensors.index.json"

@@ -17,10 +17,10 @@ def export_model(
     """Write config, weights (safetensors, 5 GB a file), tokenizer and chat template; `trained` holds whole tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
-    save_torch_state_dict({name: tensor.contiguous() for name, tensor in trained.items()}, folder, safe_serialization=True)
+    save_torch_state_dict(
+        {name: tensor.contiguous() for name, tensor in trained.items()}, folder, safe_serialization=True
+    )
     for pattern in _TOKENIZER_FILES:
         for file in base_folder.glob(pattern):
             shutil.copy2(file, folder / file.name)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-
-

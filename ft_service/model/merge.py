@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from ft_service.errors import ModelError, UsageError
+from ft_service.model.adapter import load_adapter
 from ft_service.model.base import fingerprint, load_base, resolve_base
 from ft_service.model.export import export_model
 from ft_service.registry import CARD_FILE, AdapterRecord, Registry
@@ -29,7 +29,7 @@ def merge_adapter(registry: Registry, record: AdapterRecord, out: Path) -> None:
         raise ModelError(f"{record.base.id}: not the base {record.id} was trained on. Fetch the revision it names.")
     folder = registry.folder(record)
     base = load_base(base_folder, dtype=torch.bfloat16, attention="sdpa")
-    merged = PeftModel.from_pretrained(base, folder).merge_and_unload(safe_merge=True)
+    merged = load_adapter(base, folder).merge_and_unload(safe_merge=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

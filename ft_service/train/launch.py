@@ -5,6 +5,7 @@
 Everything that can be refused is refused before a worker is asked for.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -46,7 +47,9 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
     storage.check_writable()
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
     if (done := _published(folder)) is not None:
-        say(f"Run {folder.run_id} is complete: it published {done.id}. Nothing to do; give another --run-id to run again.")
+        say(
+            f"Run {folder.run_id} is complete: it published {done.id}. Nothing to do; give another --run-id to run again."
+        )
         return done
     events = EventLog(storage, folder.run_id)
     say(f"Run {folder.run_id}: {storage.uri(folder.path)}")
@@ -107,7 +110,8 @@ def connect() -> None:
             runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else here,
             log_to_driver=True,
             logging_level="warning",
-            include_dashboard=None if address else False,
+            # Ray Train watches its controller through the dashboard's API, and complains every second without one.
+            include_dashboard=None if address else True,
         )
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, its own and gRPC's errors here
         raise ClusterError(
@@ -155,9 +159,12 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
         "OMP_NUM_THREADS": str(parallel.cpus_per_worker),
         "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
         # Ray Train would change into its own folder, where the spec's relative paths mean nothing.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
+    # Nothing reads its notices yet, and it logs an error of its own at every start.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"storage": folder.storage.root, "run_id": folder.run_id},
@@ -182,6 +189,8 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
 
 def _worker(config: dict[str, str]) -> None:
     from ft_service.train.worker import run_worker
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
 
     def tell_ray(metrics: StepMetrics) -> None:
         report({"step": metrics.step, "loss": metrics.loss, "validation_loss": metrics.validation_loss})
@@ -221,5 +230,3 @@ def _sample(plan: RunPlan, folder: RunFolder, record: AdapterRecord, events: Eve
         message = f"No samples: {getattr(error, 'cause', None) or type(error).__name__}."
         events.emit("samples", message)
         say(message)
-
-

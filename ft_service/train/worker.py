@@ -10,16 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import LlamaForCausalLM
 
-from ft_service.chat import ChatFormat
-from ft_service.data.prepare import PreparedDataset, open_dataset
+from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError
-from ft_service.metrics import EventLog, JsonlSink, ProgressLine, StepMetrics, TensorBoardSink
-from ft_service.model.adapter import attach_adapter, changes_base, export_adapter
-from ft_service.model.base import fingerprint, load_base, load_tokenizer, resolve_base
-from ft_service.model.export import export_model
+from ft_service.metrics import JsonlSink, ProgressLine, Sink, StepMetrics, TensorBoardSink
+from ft_service.model.base import fingerprint, resolve_base
+from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
 from ft_service.storage import Storage
@@ -44,8 +40,12 @@ def run_worker(storage_root: str, run_id: str, report: Report = lambda metrics: 
     dataset = open_dataset(run.storage, plan.dataset.digest)
     base_folder = resolve_base(plan.spec.model.base, plan.spec.model.revision)
 
-    trained = Trained(plan, parallel, base_folder)
-    weights = WeightsOnStorage(run, trained, parallel)
+    torch.manual_seed(plan.spec.train.seed)
+    with parallel.partitioned_init():
+        model = TrainableModel(plan, base_folder, parallel.device)
+    parallel.wrap(LossModel(model.module, model.causal_lm))
+    torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
+    weights = WeightsOnStorage(run, model, parallel)
     sinks = _sinks(run, plan) if parallel.is_first else []
 
     def on_step(metrics: StepMetrics) -> None:
@@ -82,50 +82,11 @@ def run_worker(storage_root: str, run_id: str, report: Report = lambda metrics: 
     parallel.close()
 
 
-class Trained:
-    """The model in training: the base, what is trained of it, and how that is written to a folder."""
-
-    def __init__(self, plan: RunPlan, parallel: Parallel, base_folder: Path) -> None:
-        method, spec = plan.spec.method, plan.spec
-        self._base_folder = base_folder
-        self._template = chat_template(base_folder)
-        # Adapters start alike on all workers; dropout then differs between them.
-        torch.manual_seed(spec.train.seed)
-        with parallel.partitioned_init():
-            causal_lm = load_base(
-                base_folder,
-                dtype=parallel.dtype,
-                four_bit=method.type == "qlora",
-                device=parallel.device,
-                partitioned=plan.zero_stage == 3,
-            )
-            self._model: LlamaForCausalLM | PeftModel = causal_lm
-            if method.type != "full":
-                self._model = attach_adapter(causal_lm, method, spec.model.base, spec.model.revision)
-        self._initial = self._adapter_weights() if changes_base(method) else None
-        if plan.activation_checkpointing:
-            causal_lm.gradient_checkpointing_enable()
-        causal_lm.train()
-        parallel.wrap(LossModel(self._model, causal_lm))
-        torch.manual_seed(spec.train.seed + parallel.rank)
-
-    def _adapter_weights(self) -> dict[str, torch.Tensor]:
-        named = self._model.named_parameters()
-        return {name: parameter.detach().cpu().clone() for name, parameter in named if parameter.requires_grad}
-
-    def export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write gathered `weights` as what gets published: a PEFT adapter folder or a model folder."""
-        if isinstance(self._model, PeftModel):
-            export_adapter(self._model, weights, self._initial, folder, self._template)
-        else:
-            export_model(self._model, weights, self._base_folder, folder, self._template)
-
-
 class WeightsOnStorage:
     """Keeps one set of weights of the run on storage: the last one given."""
 
-    def __init__(self, run: RunFolder, trained: Trained, parallel: Parallel) -> None:
-        self._run, self._trained, self._parallel = run, trained, parallel
+    def __init__(self, run: RunFolder, model: TrainableModel, parallel: Parallel) -> None:
+        self._run, self._model, self._parallel = run, model, parallel
         self.place = ""
 
     def keep(self, state: TrainingState) -> None:
@@ -134,7 +95,7 @@ class WeightsOnStorage:
             before, self.place = self.place, f"weights/step-{state.step}"
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary, "weights")
-                self._trained.export(gathered, folder)
+                self._model.export(gathered, folder)
                 self._run.storage.put_folder(folder, f"{self._run.path}/{self.place}", marker=_marker(folder))
             if before:
                 self._run.storage.delete(f"{self._run.path}/{before}")
@@ -142,14 +103,6 @@ class WeightsOnStorage:
 
 def _marker(folder: Path) -> str:
     return next(name for name in ("adapter_config.json", "config.json") if (folder / name).is_file())
-
-
-def chat_template(base_folder: Path) -> str:
-    """The template that is published: Llama 3's, or '' where the tokenizer has not its special tokens."""
-    try:
-        return ChatFormat(load_tokenizer(base_folder)).template
-    except FtError:
-        return ""
 
 
 def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
@@ -163,11 +116,8 @@ def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
     )
 
 
-def _sinks(run: RunFolder, plan: RunPlan) -> list[JsonlSink | TensorBoardSink | ProgressLine]:
-    sinks: list[JsonlSink | TensorBoardSink | ProgressLine] = [
-        JsonlSink(run.storage, run.run_id),
-        ProgressLine(plan.num_steps),
-    ]
+def _sinks(run: RunFolder, plan: RunPlan) -> list[Sink]:
+    sinks: list[Sink] = [JsonlSink(run.storage, run.run_id), ProgressLine(plan.num_steps)]
     if plan.spec.report.tensorboard:
         sinks.append(TensorBoardSink(Path(run.storage.uri(f"{run.path}/tensorboard"))))
     return sinks

@@ -1,0 +1,62 @@
+"""The model in training: base and adapter built as the plan says, and written as what gets published."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from ft_service.chat import ChatFormat
+from ft_service.errors import ModelError
+from ft_service.model.adapter import attach_adapter, changes_base, export_adapter
+from ft_service.model.base import load_base, load_tokenizer
+from ft_service.model.export import export_model
+from ft_service.plan import RunPlan
+
+
+class TrainableModel:
+    """A base model, and the adapter on it unless the method is `full`.
+
+    `module` is what is trained, `causal_lm` the Llama in it (the same object for a `full` run).
+    """
+
+    def __init__(self, plan: RunPlan, base_folder: Path, device: torch.device) -> None:
+        """Builds on `device`; under ZeRO-3 call it where models are partitioned as they are built."""
+        spec, method = plan.spec, plan.spec.method
+        self._base_folder = base_folder
+        self.causal_lm: LlamaForCausalLM = load_base(
+            base_folder,
+            dtype=torch.bfloat16 if spec.train.precision == "bf16" else torch.float32,
+            four_bit=method.type == "qlora",
+            device=device,
+            partitioned=plan.zero_stage == 3,
+        )
+        self.module: LlamaForCausalLM | PeftModel = self.causal_lm
+        if method.type != "full":
+            self.module = attach_adapter(self.causal_lm, method, spec.model.base, spec.model.revision)
+        self._initial = _trained_parameters(self.module) if changes_base(method) else None
+        if plan.activation_checkpointing:
+            self.causal_lm.gradient_checkpointing_enable()
+        self.module.train()
+
+    def export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write `weights` (parameter name in `module` -> whole tensor) as an adapter folder or a model folder."""
+        template = _chat_template(self._base_folder)
+        if isinstance(self.module, PeftModel):
+            export_adapter(self.module, weights, self._initial, folder, template)
+        else:
+            export_model(self.module, weights, self._base_folder, folder, template)
+
+
+def _trained_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    named = module.named_parameters()
+    return {name: parameter.detach().cpu().clone() for name, parameter in named if parameter.requires_grad}
+
+
+def _chat_template(base_folder: Path) -> str:
+    """What is published: Llama 3's template, or '' for a base whose tokenizer has not its special tokens."""
+    try:
+        return ChatFormat(load_tokenizer(base_folder)).template
+    except ModelError:
+        return ""
