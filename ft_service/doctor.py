@@ -1,5 +1,6 @@
 """`ft doctor`: what this machine has, and what is missing for a run."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def _ray() -> Finding:
     if address is None:
         return Finding("Ray cluster", "ok", "RAY_ADDRESS not set: ft train starts a local Ray")
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         total = ray.cluster_resources()
         ray.shutdown()
     except Exception as error:  # see launch.connect: Ray raises many kinds here

@@ -71,8 +71,8 @@ def estimate_memory(
     trained = trainable_parameters(shape, method, lora_rank)
     if method != "full":
         weights += trained * weight_bytes
-    gradients = trained * GRADIENT_BYTES_PER_PARAMETER
-    optimizer = trained * ADAM_BYTES_PER_PARAMETER
+    gradients = float(trained * GRADIENT_BYTES_PER_PARAMETER)
+    optimizer = float(trained * ADAM_BYTES_PER_PARAMETER)
 
     sharded = num_workers if zero_stage else 1
     optimizer /= sharded

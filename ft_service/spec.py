@@ -46,9 +46,14 @@ class MethodSpec(_Section):
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
     use_dora: bool = Field(default=False, description="Decompose the update into magnitude and direction (DoRA).")
-    init_lora_weights: bool | str = Field(
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^(gaussian|olora|pissa(_niter_\d+)?)$")] = Field(
         default=True, description="True (B = 0), 'gaussian', 'pissa', 'pissa_niter_16', 'olora': how A and B start."
     )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation moves a part of the base weights into the adapter."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
 class DataSource(_Section):
@@ -201,14 +206,13 @@ class RunSpec(_Section):
                     "has no meaning when method.type is 'full'",
                     "Remove it, or set method.type to lora or qlora.",
                 )
-        if method.type == "qlora" and isinstance(method.init_lora_weights, str):
-            if method.init_lora_weights.startswith(("pissa", "olora")):
-                refuse(
-                    "method.init_lora_weights",
-                    method.init_lora_weights,
-                    "decomposes the base weights, which are 4-bit under qlora",
-                    "Use method.type: lora, or init_lora_weights: true.",
-                )
+        if method.type == "qlora" and method.changes_base:
+            refuse(
+                "method.init_lora_weights",
+                method.init_lora_weights,
+                "decomposes the base weights, which are 4-bit under qlora",
+                "Use method.type: lora, or init_lora_weights: true.",
+            )
         if method.type == "qlora" and train.precision == "fp32" and parallel.use_gpu:
             refuse(
                 "train.precision",
@@ -304,7 +308,8 @@ def parse_run_spec(text: str, overrides: Sequence[str] = (), where: str = "run s
     if not isinstance(document, dict):
         problem = Problem("SPEC", where, "is not a mapping of settings", "Start from jobs/specs/lora.yaml.")
         raise SpecError([problem], where)
-    problems = [problem for override in overrides if (problem := _apply_override(document, override))]
+    refused = [_apply_override(document, override) for override in overrides]
+    problems = [problem for problem in refused if problem is not None]
     try:
         spec = RunSpec.model_validate(document)
     except ValidationError as error:

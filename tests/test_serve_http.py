@@ -32,9 +32,7 @@ def url(world) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
         for name, value in {"RAY_AUTH_MODE": "disabled", "FT_API_KEY": API_KEY, "FT_STORAGE": world.storage}.items():
             patch.setenv(name, value)
-        python_path = os.pathsep.join(
-            filter(None, [str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH")])
-        )
+        python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
         ray.init(
             address="local",
             num_cpus=2,
@@ -169,16 +167,19 @@ def test_the_key_is_asked_for_everywhere_but_at_health(url):
     assert httpx.post(f"{url}/chat/completions", json={}).status_code == 401
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_answer_to_a_client_that_goes_away_is_closed(url, world, stream):
+@pytest.fixture(scope="module")
+def endless(url, world) -> str:
     serve.run(EndlessServer.bind(world.storage), name="endless", route_prefix="/endless")
-    completions = f"{url.removesuffix('/v1')}/endless/v1/completions"
+    return url.replace("/v1", "/endless/v1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_to_a_client_that_goes_away_is_closed(endless, stream):
     body = {"model": "endless", "prompt": "x", "stream": stream}
     if stream:
-        with httpx.stream("POST", completions, json=body) as response:
+        with httpx.stream("POST", f"{endless}/completions", json=body) as response:
             next(response.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(completions, json=body, timeout=1)
+            httpx.post(f"{endless}/completions", json=body, timeout=1)
     assert serve.get_app_handle("endless").closed_answers.remote().result(timeout_s=30) == 1
-    serve.delete("endless")

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ft_service.data.prepare import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
@@ -65,7 +66,7 @@ def _answers(
     def load(source: Path, four_bit: bool = False) -> LlamaForCausalLM:
         return load_base(source, dtype=dtype, four_bit=four_bit, device=device, attention="sdpa").eval()
 
-    def answer(model: PreTrainedModel) -> list[list[int]]:
+    def answer(model: Any) -> list[list[int]]:
         return [_greedy(model, prompt, record.end_of_turn_ids, spec.report.sample_max_tokens) for prompt in prompts]
 
     base = load(resolve_base(spec.model.base, spec.model.revision), four_bit=spec.method.type == "qlora")
@@ -76,7 +77,7 @@ def _answers(
     return before, answer(load_adapter(base, folder))
 
 
-def _greedy(model: PreTrainedModel, prompt: list[int], end_ids: list[int], max_tokens: int) -> list[int]:
+def _greedy(model: Any, prompt: list[int], end_ids: list[int], max_tokens: int) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         input_ids=ids,

@@ -31,7 +31,7 @@ def attach_adapter(model: LlamaForCausalLM, method: MethodSpec, base: str, revis
         target_modules=method.target_modules,
         use_rslora=method.use_rslora,
         use_dora=method.use_dora,
-        init_lora_weights=method.init_lora_weights,
+        init_lora_weights=method.init_lora_weights,  # type: ignore[arg-type]
         base_model_name_or_path=base,
         revision=revision,
     )
@@ -98,8 +98,3 @@ def _relative_to_base(name: str, after: torch.Tensor, before: torch.Tensor) -> t
 def load_adapter(base: LlamaForCausalLM, folder: Path) -> PeftModel:
     """`base` with the adapter of a published folder on it, for inference. Changes `base` itself."""
     return PeftModel.from_pretrained(base, folder).eval()
-
-
-def changes_base(method: MethodSpec) -> bool:
-    """Whether the initialisation moves a part of the base weights into the adapter."""
-    return isinstance(method.init_lora_weights, str) and method.init_lora_weights.startswith(("pissa", "olora"))

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from ft_service.chat import ChatFormat
 from ft_service.errors import ModelError
-from ft_service.model.adapter import attach_adapter, changes_base, export_adapter
+from ft_service.model.adapter import attach_adapter, export_adapter
 from ft_service.model.base import load_base, load_tokenizer
 from ft_service.model.export import export_model
 from ft_service.plan import RunPlan
@@ -35,7 +35,7 @@ class TrainableModel:
         self.module: LlamaForCausalLM | PeftModel = self.causal_lm
         if method.type != "full":
             self.module = attach_adapter(self.causal_lm, method, spec.model.base, spec.model.revision)
-        self._initial = _trained_parameters(self.module) if changes_base(method) else None
+        self._initial = _trained_parameters(self.module) if method.changes_base else None
         if plan.activation_checkpointing:
             self.causal_lm.gradient_checkpointing_enable()
         self.module.train()

@@ -3,8 +3,9 @@
 Legend: T tokens of all documents of a micro-batch, N of them with a trained next token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -50,12 +51,10 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-        }
-        return MicroBatch(**moved)
+        tensors = [field.name for field in fields(self) if field.name != "document_lengths"]
+        return replace(
+            self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in tensors}
+        )
 
 
 def loss_positions(row: PackedRow) -> np.ndarray:
@@ -135,19 +134,11 @@ class Batches:
 
 
 def _silent(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(
-        **{
-            **{field.name: getattr(batch, field.name) for field in fields(batch)},
-            "target_positions": batch.target_positions[:0],
-            "targets": batch.targets[:0],
-        }
-    )
+    return replace(batch, target_positions=batch.target_positions[:0], targets=batch.targets[:0])
 
 
-def prefetched(make: Callable[[int], Step], start: int, stop: int) -> Iterator[Step]:
+def prefetched(make: Callable[[int], Step], start: int, stop: int) -> Generator[Step, None, None]:
     """`make(start)` ... `make(stop - 1)`, each prepared in a thread while the one before is trained on."""
-    from concurrent.futures import ThreadPoolExecutor
-
     if start >= stop:
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:

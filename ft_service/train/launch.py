@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.train import RunConfig, ScalingConfig, report
+from ray.train import LoggingConfig, RunConfig, ScalingConfig, report
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ft_service import catalog
@@ -109,7 +109,7 @@ def connect() -> None:
             address=address or None,
             runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else here,
             log_to_driver=True,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             # Ray Train watches its controller through the dashboard's API, and complains every second without one.
             include_dashboard=None if address else True,
         )
@@ -178,7 +178,8 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
         run_config=RunConfig(
             name=folder.run_id,
             storage_path=folder.storage.uri("ray") if folder.storage.is_local else f"{folder.storage.root}/ray",
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
+            logging_config=LoggingConfig(log_level="WARNING"),  # it would print every report of every worker
         ),
     )
     try:
@@ -189,8 +190,6 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
 
 def _worker(config: dict[str, str]) -> None:
     from ft_service.train.worker import run_worker
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
 
     def tell_ray(metrics: StepMetrics) -> None:
         report({"step": metrics.step, "loss": metrics.loss, "validation_loss": metrics.validation_loss})

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -25,7 +26,7 @@ class Workers(Protocol):
     def backward(self, loss: torch.Tensor) -> None: ...
     def micro_step(self, learning_rate: float) -> None: ...
     def grad_norm(self) -> float: ...
-    def evaluating(self): ...  # type: ignore[no-untyped-def]
+    def evaluating(self) -> AbstractContextManager[None]: ...
     def sum_over_workers(self, value: torch.Tensor | float) -> float: ...
     def peak_memory_gib(self) -> float: ...
 
@@ -62,8 +63,8 @@ def train(
     The loss of a step is the sum over its loss tokens divided by their global number. ZeRO and DDP *average* gradients
     over workers, hence the factor `world_size`; then neither the number of workers nor of micro-batches changes it.
     """
-    while_training = prefetched(batches.step, state.step, plan.num_steps)
-    for step in while_training:
+    steps = prefetched(batches.step, state.step, plan.num_steps)
+    for step in steps:
         started = time.perf_counter()
         rate = learning_rate(
             state.step,
@@ -96,7 +97,7 @@ def train(
         hooks.on_step(
             StepMetrics(
                 step=state.step,
-                time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                time=datetime.now(UTC),
                 epoch=state.step * plan.global_batch_size / plan.dataset.rows,
                 loss=loss,
                 validation_loss=validation_loss,
@@ -112,7 +113,7 @@ def train(
             break
         if _is_due(state.step, plan.spec.checkpoint.every_steps, None):
             hooks.on_checkpoint(state)
-    while_training.close()
+    steps.close()
     return state
 
 

@@ -93,12 +93,11 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         causal_lm.lm_head = LossHead.sharing(causal_lm.lm_head)
-        # Not a second registration of the same module: names must stay those of `model`.
-        object.__setattr__(self, "_causal_lm", causal_lm)
+        self._causal_lm = (causal_lm,)  # in a tuple, so that its parameters are not registered a second time
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Loss sum, in nats, over the micro-batch's loss tokens: an fp32 scalar."""
-        causal_lm: LlamaForCausalLM = self._causal_lm
+        (causal_lm,) = self._causal_lm
         hidden = causal_lm.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -112,7 +112,7 @@ class Parallel:
         plan, parallel = self.plan, self.plan.spec.parallel
         zero: dict[str, Any] = {"stage": plan.zero_stage}
         if parallel.offload != "none":
-            place = {"device": parallel.offload, "pin_memory": parallel.use_gpu}
+            place: dict[str, Any] = {"device": parallel.offload, "pin_memory": parallel.use_gpu}
             if parallel.offload == "nvme":
                 place["nvme_path"] = parallel.nvme_path
             zero["offload_optimizer"] = place
