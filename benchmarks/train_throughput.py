@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 ROW_TOKENS = 512
 ROWS_PER_STEP = 8
+TRL_MICRO_BATCH_ROWS = int(os.environ.get("TM","1"))
 WARMUP_STEPS = 2
 GOAL_AGAINST_BFD = 1.5
 GOAL_AGAINST_WRAPPED = 1.0
@@ -159,7 +160,8 @@ def run_trl(model: Path, steps: int, device: str, strategy: str) -> dict[str, fl
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=steps + WARMUP_STEPS,
-        per_device_train_batch_size=ROWS_PER_STEP // workers,
+        per_device_train_batch_size=TRL_MICRO_BATCH_ROWS,
+        gradient_accumulation_steps=ROWS_PER_STEP // workers // TRL_MICRO_BATCH_ROWS,
         learning_rate=2e-4,
         packing=True,
         packing_strategy=strategy,

@@ -272,6 +272,8 @@ def _warnings(
         warnings.append(
             f"{dataset.truncated} of {dataset.conversations} examples are cut at data.max_seq_len = {spec.data.max_seq_len}."
         )
+    if spec.checkpoint.every_steps is not None:
+        warnings.append("checkpoint.every_steps: the best weights are kept, but resuming is not there yet.")
     if spec.data.validation is None:
         warnings.append("No data.validation: overfitting will not be seen, and the last weights are published.")
     return warnings

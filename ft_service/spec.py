@@ -152,7 +152,6 @@ class ParallelSpec(_Section):
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer and weights rest.")
     nvme_path: str | None = Field(default=None, description="Folder on a local NVMe drive; needed for offload: nvme.")
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU to ask for, such as H100.")
-    max_failures: int = Field(default=0, ge=0, description="Times the workers are restarted after a failure.")
 
 
 class CheckpointSpec(_Section):

@@ -25,6 +25,7 @@ from serve.wire import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
+    ChatMessage,
     ChatRequest,
     Choice,
     CompletionChoice,
@@ -98,7 +99,7 @@ class _Translator:
     def chat(self, request: ChatRequest) -> _Question:
         model = self._models.resolve(request.model)
         chat = self._chat_format_for(model)
-        prompt_ids = chat.encode_prompt([_message(turn.role, turn.text) for turn in request.messages])
+        prompt_ids = chat.encode_prompt([_message(turn) for turn in request.messages])
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else chat.end_of_turn_ids)
         max_tokens = request.max_completion_tokens or request.max_tokens
         return _Question(model, [self._generation(model, prompt_ids, max_tokens, end_ids, request, "messages")])
@@ -167,8 +168,8 @@ class _Translator:
         )
 
 
-def _message(role: str, text: str) -> Message:
-    return Message(role="system" if role == "developer" else role, content=text)
+def _message(turn: ChatMessage) -> Message:
+    return Message(role="system" if turn.role == "developer" else turn.role, content=turn.text)
 
 
 # -- from the engine to the wire ---------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class ServeConfig(BaseModel):
     gpus_per_replica: int | None = _from_env("FT_GPUS_PER_REPLICA", ge=0)
 
 
-@serve.deployment(name="models", max_ongoing_requests=MAX_ONGOING_REQUESTS)
+@serve.deployment(name="models", max_ongoing_requests=MAX_ONGOING_REQUESTS, max_constructor_retry_count=2)
 @serve.ingress()
 class ModelServer:
     """A replica: one engine and its routes. It takes no request before the model is loaded."""

@@ -97,7 +97,7 @@ def _start_ray(address: str | None) -> None:
         ray.init(address=address or "local", runtime_env=runtime_env, **local_only)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"ray address = {address or 'local'!r}: Ray does not answer ({_last_line(error)}). "
+            f"ray address = {address or 'local'!r}: Ray does not answer ({_last_line(str(error))}). "
             "Check RAY_ADDRESS and RAY_AUTH_MODE, or unset them to start Ray here."
         ) from None
 
@@ -105,8 +105,10 @@ def _start_ray(address: str | None) -> None:
 def _deploy(config: ServeConfig) -> None:
     try:
         serve.run(build_app(config), name=APP_NAME)
-    except RuntimeError as error:
-        raise ServingError(f"the server did not start: {_last_line(error)}") from None
+    except RuntimeError:  # it names the deployment; why a replica failed is in the status
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        reasons = "; ".join(_last_line(deployment.message) for deployment in deployments)
+        raise ServingError(f"the server did not start: {reasons}") from None
 
 
 def _announce(config: ServeConfig, host: str, port: int, local: bool) -> None:
@@ -129,5 +131,5 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1].strip()

@@ -1,178 +1,309 @@
-"""The whole way on a laptop: records, base model, adapter, server, and proof that the adapter knows more than its base.
+"""The whole way on two CPU cores, offline: records, base model, adapter, server, and what the adapter learnt.
 
 python examples/quickstart/quickstart.py [--folder quickstart]
 
-Offline, on two CPU cores. Everything it starts, it ends; what it made stays in the folder.
+It ends everything it starts. What it made stays in the folder.
 """
 
 import argparse
 import json
+import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import psutil
 from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-SPECS = Path(__file__).resolve().parent.relative_to(ROOT)
-sys.path.insert(0, str(ROOT))  # the checkout is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout need not be installed
 
-from examples.quickstart.records import write_records
-from ft_service.errors import ClusterError, FtError, TrainingError
+from examples.quickstart.records import standard_library, write_records
+from ft_service.errors import ClusterError, FtError, ServingError, TrainingError
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.runs import RunFolder, new_run_id
 from ft_service.storage import Storage
 
+PROJECT = Path(__file__).resolve().parents[2]
 NUM_CPUS = 2
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
-RAY_START_SECONDS = 90
-SERVE_START_SECONDS = 180
-STOP_SECONDS = 15
-ANSWER_SECONDS = 60
-QUESTIONS_PER_ANSWER = 40
+VOCAB_SIZE = 2048
+MODEL_SIZES = {"hidden_size": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 1, "intermediate_size": 512}
 ANSWER_TOKENS = 8
 PARALLEL_REQUESTS = 8
-WANTED_POINTS = 60
-SCRATCH_MODEL = {"hidden_size": 192, "num_layers": 4, "num_heads": 3, "num_kv_heads": 1, "intermediate_size": 512}
-VOCAB_SIZE = 2048
+EXPECTED_GAIN_POINTS = 60
+EXAMPLES_SHOWN = 6
 
+RAY_START_SECONDS = 120
+SERVE_START_SECONDS = 180
+ANSWER_SECONDS = 120
+STOP_SECONDS = 20
+
+Record = dict[str, str]
 console = Console(highlight=False)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A Ray head of our own, and the environment in which its token and address are known."""
-
-    dashboard: str
-    environment: dict[str, str]
-
-
-@dataclass
-class Answers:
-    """What one model answered to the held-out questions."""
-
-    model: str
-    texts: list[str] = field(default_factory=list)
-
-    def right(self, questions: list[dict[str, str]]) -> list[bool]:
-        return [
-            text.strip().casefold() == question["output"]
-            for text, question in zip(self.texts, questions, strict=True)
-        ]
-
-    def percent(self, questions: list[dict[str, str]]) -> float:
-        return 100 * sum(self.right(questions)) / len(questions)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where records, runs and adapter go")
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where everything it makes goes")
     folder = parser.parse_args().folder.absolute()
     try:
-        return quickstart(folder)
+        return run_quickstart(folder)
     except FtError as error:
-        console.print(f"[red]Failed:[/red] {error}", soft_wrap=True)
+        console.print(f"[red]Failed.[/red] {error}", soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("Interrupted; everything that was started has been ended.")
+        console.print("Interrupted. What was started has been ended.")
     return 1
 
 
-def quickstart(folder: Path) -> int:
-    """All steps; returns the exit code."""
+def run_quickstart(folder: Path) -> int:
+    """All steps, in order; returns the exit code."""
     began = time.monotonic()
-    storage = Storage(str(folder / "storage"))
-    with step(1, "Records from the installed standard library's documentation"):
-        counts = write_records(folder / "records")
-        console.print(*(f"  {name}: {count:,} records" for name, count in counts.items()), sep="\n")
-    with step(2, "A Llama with random weights, and its tokenizer"):
-        scratch = write_scratch(folder)
-    with ray_head() as cluster:
+    records, storage = folder / "records", Storage(str(folder / "storage"))
+    registry = Registry(storage)
+    with step(1, "Records from the documentation of the installed standard library"):
+        for name, count in write_records(records, standard_library()).items():
+            console.print(f"  {records / name}: {count:,} records", soft_wrap=True)
+    with step(2, "A tokenizer, and a Llama with random weights"):
+        write_scratch(folder / "scratch", records / "docs.jsonl")
+    with ray_head(folder / "ray.log") as ray:
         with step(4, "Base model: a full run over the documentation"):
-            base = train(cluster, storage, "base", folder, scratch)
+            base_run, base = train(ray, storage, "base", records / "docs.jsonl", folder / "scratch")
         with step(5, "Adapter: LoRA on that base, 2 DeepSpeed workers"):
-            adapter = train(cluster, storage, "adapter", folder, Registry(storage).folder(base))
-        with server(cluster, storage, base) as url, step(7, "Held-out questions to base and adapter"):
-            questions = held_out_questions(folder / "records" / "heldout.jsonl")
-            answers = [ask(url, model, questions) for model in (base.id, adapter.id)]
-    gain = compare(questions, *answers)
-    console.print(f"\nDone in {time.monotonic() - began:.0f} s. Ray and the server are stopped.")
-    say_what_next(folder, adapter, base)
-    if gain < WANTED_POINTS:
-        console.print(f"[red]The adapter gained {gain:.0f} points; {WANTED_POINTS} were expected.[/red]")
+            adapter_run, adapter = train(ray, storage, "adapter", records / "train.jsonl", registry.folder(base))
+        with server(ray, storage, registry.folder(base)) as url, step(7, "Held-out questions, to base and adapter"):
+            questions = [json.loads(line) for line in (records / "heldout.jsonl").read_text("utf-8").splitlines()]
+            base_answers, adapter_answers = (ask_all(url, model.id, questions) for model in (base, adapter))
+    gain = compare(questions, base_answers, adapter_answers)
+    console.print(f"Done in {time.monotonic() - began:.0f} s. Ray and the server are ended.\n")
+    say_what_next(folder, registry, adapter, [base_run, adapter_run])
+    if gain < EXPECTED_GAIN_POINTS:
+        console.print(f"[red]Failed.[/red] The adapter gained {gain:.0f} points; expected are {EXPECTED_GAIN_POINTS}.")
         return 1
     return 0
 
 
 @contextmanager
 def step(number: int, title: str) -> Iterator[None]:
-    """Announce a step, and say how long it took."""
-    console.rule(f"[bold]{number}/7  {title}", align="left")
+    console.print(f"\n[bold]{number}/7 {title}[/bold]")
     began = time.monotonic()
     yield
-    console.print(f"  [dim]{time.monotonic() - began:.0f} s[/dim]")
+    console.print(f"  [dim]took {time.monotonic() - began:.0f} s[/dim]")
 
 
-# -- the steps -------------------------------------------------------------------------------------------------------
+# -- model -----------------------------------------------------------------------------------------------------------
 
 
-def write_scratch(folder: Path) -> Path:
-    from ft_service.model.scratch import train_tokenizer, write_scratch_model
+def write_scratch(folder: Path, docs: Path) -> None:
+    from ft_service.model.scratch import train_tokenizer, write_scratch_model  # torch takes seconds: step 1 shows first
 
-    docs = (folder / "records" / "docs.jsonl").read_text(encoding="utf-8").splitlines()
-    tokenizer = train_tokenizer((json.loads(line)["text"] for line in docs), VOCAB_SIZE)
-    scratch = folder / "scratch"
-    write_scratch_model(scratch, tokenizer=tokenizer, seed=0, **SCRATCH_MODEL)
-    console.print(f"  {len(tokenizer):,} tokens, {(scratch / 'model.safetensors').stat().st_size / 4e6:.1f} M parameters")
-    return scratch
+    texts = [json.loads(line)["text"] for line in docs.read_text("utf-8").splitlines()]
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+    write_scratch_model(folder, tokenizer=tokenizer, seed=0, **MODEL_SIZES)
+    size_mib = (folder / "model.safetensors").stat().st_size / 2**20
+    console.print(f"  {folder}: {len(tokenizer):,} tokens, {size_mib:.0f} MiB of weights", soft_wrap=True)
+
+
+# -- Ray and training ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray head: its dashboard, and the environment in which commands know its address and token."""
+
+    dashboard: str
+    environment: dict[str, str]
 
 
 @contextmanager
-def ray_head() -> Iterator[Cluster]:
-    """A Ray of our own, beside any other on this machine: free ports, own folder, own token."""
-    # Ray's socket paths lie below this folder and may not be longer than 107 bytes.
-    session = Path(tempfile.mkdtemp(prefix="ftq", dir="/tmp"))
-    gcs_port, dashboard_port, client_port = free_ports(3)
-    address = f"127.0.0.1:{gcs_port}"
-    environment = clean_environment() | {
+def ray_head(log: Path) -> Iterator[Ray]:
+    """A Ray beside any other on this machine: ports, folder and token of its own."""
+    # The paths of Ray's sockets lie below this folder, and Linux allows them 107 bytes.
+    session = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
+    gcs, dashboard, client = free_ports(3)
+    ray = Ray(f"http://127.0.0.1:{dashboard}", ray_environment(f"127.0.0.1:{gcs}"))
+    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={session}"]
+    command += [f"--num-cpus={NUM_CPUS}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    try:
+        with background(command, ray.environment, log) as head:
+            with step(3, "A local Ray"):
+                headers = {"Authorization": f"Bearer {ray.environment['RAY_AUTH_TOKEN']}"}
+                if not answers(f"{ray.dashboard}/api/version", head, RAY_START_SECONDS, headers):
+                    raise ClusterError(f"Ray did not start within {RAY_START_SECONDS} s. Its log: {log}")
+                console.print(f"  dashboard {ray.dashboard}, token {ray.environment['RAY_AUTH_TOKEN']}", soft_wrap=True)
+            yield ray
+    finally:
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def ray_environment(address: str) -> dict[str, str]:
+    """Ours, less what belongs to another Ray; the `python` of a job is the one that runs this."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FT_"))}
+    return environment | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
         "RAY_ADDRESS": address,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "HF_HUB_OFFLINE": "1",
     }
-    cluster = Cluster(f"http://127.0.0.1:{dashboard_port}", environment)
-    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={gcs_port}", f"--ray-client-server-port={client_port}", "--dashboard-agent-listen-port=0"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={session}"]
-    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-    command += [f"--num-cpus={NUM_CPUS}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    with background(command, environment, session / "ray.log") as head:
-        with step(3, "A local Ray"):
-            headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
-            wait_for(f"{cluster.dashboard}/api/jobs/", head, RAY_START_SECONDS, ClusterError, session / "ray.log", headers)
-            console.print(f"  dashboard {cluster.dashboard}  (it asks for a token: {environment['RAY_AUTH_TOKEN']})")
-        yield cluster
-    shutil.rmtree(session, ignore_errors=True)
 
 
-def train(cluster: Cluster, storage: Storage, name: str, folder: Path, base: Path) -> AdapterRecord:
-    """Submit ``NAME.yaml`` with `ray job submit`, follow its log, and return what it published."""
-    run_id = new_run_id(name)
-    command = ["ray", "job", "submit", f"--address={cluster.dashboard}", f"--working-dir={ROOT}", "--"]
-    command += ["python", "jobs/train.py", str(SPECS / f"{name}.yaml"), f"--run-id={run_id}"]
-    command += [f"storage={storage.root}", f"model.base={base}"]
-    records = {"base": "docs.jsonl", "adapter": "train.jsonl"}[name]
-    source = {"path": str(folder / "records" / records)}
-    print(source)
+def train(ray: Ray, storage: Storage, spec: str, data: Path, base: Path) -> tuple[RunFolder, AdapterRecord]:
+    """Submit a run, show its log, and return it with what it published."""
+    run = RunFolder(storage, new_run_id(spec))
+    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
+    command += ["python", "jobs/train.py", f"examples/quickstart/{spec}.yaml"]
+    command += [f"storage={storage.root}", f"model.base={base}", f"data.train.0.path={data}", "--run-id", run.run_id]
     console.print(f"  [dim]{' '.join(command)}[/dim]", soft_wrap=True)
-    if (code := subprocess.run(command, cwd=ROOT, env=cluster.environment).returncode) != 0:
-        raise TrainingError(f"run {run_id} ended with exit code {code}; its log is above.")
-    status = RunFolder(storage, run_id).status()
-    if status is None or status.published is None:
-        raise TrainingError(f"run {run_id} published nothing on {storage.root}; its log is above.")
-    return Registry(storage).resolve(status.published)
+    with ended_with_us(subprocess.Popen(command, cwd=PROJECT, env=ray.environment, start_new_session=True)) as job:
+        job.wait()
+    status = run.status()
+    if job.returncode != 0 or status is None or status.published is None:
+        raise TrainingError(f"run {run.run_id} published nothing (exit code {job.returncode}); its log is above.")
+    return run, Registry(storage).resolve(status.published)
+
+
+# -- serving and asking ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(ray: Ray, storage: Storage, base: Path) -> Iterator[str]:
+    """Serve the base and its adapters; yields the address."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}/v1"
+    command = [sys.executable, "-m", "ft_service.cli", "serve", "--storage", storage.root, "--base", str(base)]
+    command += ["--port", str(port)]
+    log = Path(storage.root).parent / "serve.log"
+    with background(command, ray.environment, log) as process:
+        with step(6, "Ray Serve"):
+            if not answers(f"{url}/health", process, SERVE_START_SECONDS):
+                raise ServingError(f"the server did not start within {SERVE_START_SECONDS} s. Its log: {log}")
+            models = httpx.get(f"{url}/models").raise_for_status().json()["data"]
+            console.print(f"  {url} serves {', '.join(model['id'] for model in models)}", soft_wrap=True)
+        yield url
+
+
+def ask_all(url: str, model: str, questions: list[Record]) -> list[str]:
+    """The model's answer to each question, greedy."""
+    with httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as client, ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+
+        def ask(question: Record) -> str:
+            message = {"role": "user", "content": f"{question['instruction']}\n\n{question['input']}"}
+            body = {"model": model, "messages": [message], "temperature": 0, "max_tokens": ANSWER_TOKENS}
+            response = client.post("/chat/completions", json=body)
+            if response.is_error:
+                raise ServingError(f"{model}: HTTP {response.status_code}, {response.text}")
+            return str(response.json()["choices"][0]["message"]["content"]).strip()
+
+        return list(track(pool.map(ask, questions), f"  {model}", len(questions), console=console))
+
+
+def compare(questions: list[Record], base_answers: list[str], adapter_answers: list[str]) -> float:
+    """Print both against the expected answers; returns the adapter's gain in percentage points."""
+    expected = [question["output"] for question in questions]
+    examples = Table("question about", "expected", "base says", "adapter says", title="A few of the questions")
+    for question, *said in list(zip(questions, base_answers, adapter_answers, strict=True))[:EXAMPLES_SHOWN]:
+        examples.add_row(question["input"].splitlines()[0], question["output"], *map(repr, said))
+    scores = Table("who answers", "right", "of", "percent", title="Exact answers to held-out questions")
+    (_, most_frequent) = Counter(expected).most_common(1)[0]
+    right = {
+        "the most frequent answer, always": most_frequent,
+        "base": count_right(expected, base_answers),
+        "adapter": count_right(expected, adapter_answers),
+    }
+    for name, count in right.items():
+        scores.add_row(name, str(count), str(len(expected)), f"{100 * count / len(expected):.1f}")
+    console.print("", examples, "", scores)
+    return 100 * (right["adapter"] - right["base"]) / len(expected)
+
+
+def count_right(expected: list[str], said: list[str]) -> int:
+    return sum(answer.casefold() == right.casefold() for answer, right in zip(said, expected, strict=True))
+
+
+def say_what_next(folder: Path, registry: Registry, adapter: AdapterRecord, runs: list[RunFolder]) -> None:
+    for run in runs:
+        console.print(f"Report   {run.storage.uri(run.path)}/report.html", soft_wrap=True)
+    console.print(f"Records  {folder / 'records'}", soft_wrap=True)
+    console.print(f"Adapter  {registry.folder(adapter)}", soft_wrap=True)
+    storage = registry.storage.root
+    console.print("\nTry next:")
+    console.print(f"  ft serve --storage {storage}   and ask it yourself", soft_wrap=True)
+    console.print(f"  ft adapters verify {adapter.id} --storage {storage}", soft_wrap=True)
+    console.print("  jobs/specs/*.yaml   the same with a Llama of Meta's, your own records, and GPUs")
+
+
+# -- processes and ports ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def background(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs as long as the block, with its output in a file."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        with ended_with_us(process):
+            yield process
+
+
+@contextmanager
+def ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """However the block ends, the process and all its descendants have ended after it. Others are never touched."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            family = [*psutil.Process(process.pid).children(recursive=True)]
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+            for survivor in alive:
+                survivor.kill()
+
+
+def answers(url: str, process: subprocess.Popen[bytes], seconds: float, headers: dict[str, str] | None = None) -> bool:
+    """Wait until `url` answers 200; False when the process ended, or after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(url, headers=headers, timeout=5).status_code == httpx.codes.OK:
+                return True
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now; held together, so that they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,102 +1,115 @@
-"""Instruction records from the documentation of the Python standard library that is installed: real text, real noise.
+"""Instruction records from the documentation of the installed Python standard library: real text, with its real noise.
 
-    docs.jsonl      {"text": ...}                       what the base reads: every documented entry of the training modules
+    docs.jsonl      {"text"}                            what the base model reads: every documented entry
     train.jsonl     {"instruction", "input", "output"}  questions about those entries
-    heldout.jsonl   the same, about packages that the other two files never mention
+    heldout.jsonl   the same about other packages, which the two files above leave out
 
-An entry is a module, class, function or method with a docstring. All files follow from the sources alone, so two runs
-on one Python write the same bytes.
+An entry is a module, class, function or method with a docstring. The files follow from the library's sources alone.
 """
 
 import ast
+import json
+import random
 import sysconfig
 import textwrap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NOT_THE_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo"}
-HELD_OUT_SHARE = 5
-"""One top-level package in so many is held out."""
-SUMMARY_CHARACTERS = 160
+QUESTION = "What is documented here: a module, a class, a function or a method?"
+ANSWERS = ("module", "class", "function", "method")
 
-KIND_QUESTION = "What is documented here: a module, a class, a function or a method?"
-PARAMETERS_QUESTION = "How many parameters does it take besides self: none, one, two or more?"
-ANSWERS = {
-    KIND_QUESTION: ("module", "class", "function", "method"),
-    PARAMETERS_QUESTION: ("none", "one", "two", "more"),
-}
+TRAIN_PER_ANSWER, HELD_OUT_PER_ANSWER = 1000, 40
+
+DOC_CHARACTERS = 500
+SUMMARY_CHARACTERS = 160
+NOT_THE_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented thing. `parameters` counts those of a function or method besides self and cls."""
+    """One documented thing. `kind` is one of ANSWERS; `signature` says neither `class` nor `def`."""
 
     module: str
     kind: str
-    name: str
     signature: str
     doc: str
-    parameters: int | None = None
 
     @property
     def package(self) -> str:
         return self.module.split(".")[0]
-
-    @property
-    def shown(self) -> str:
-        """What a question shows: the signature and the docstring's first paragraph, cut to a few lines."""
-        summary = " ".join(self.doc.split("\n\n")[0].split())
-        return f"{self.signature}\n{textwrap.shorten(summary, SUMMARY_CHARACTERS, placeholder='...')}"
 
 
 def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def write_records(folder: Path, library: Path) -> dict[str, int]:
+    """Write the three files into `folder`; returns the number of records of each."""
+    entries = list(read_entries(library))
+    training = [entry for entry in entries if not is_held_out(entry.package)]
+    held_out = [entry for entry in entries if is_held_out(entry.package)]
+    return {
+        "docs.jsonl": _write(folder / "docs.jsonl", ({"text": text(entry)} for entry in training)),
+        "train.jsonl": _write(folder / "train.jsonl", map(question, balanced(training, TRAIN_PER_ANSWER))),
+        "heldout.jsonl": _write(folder / "heldout.jsonl", map(question, balanced(held_out, HELD_OUT_PER_ANSWER))),
+    }
+
+
 def read_entries(library: Path) -> Iterator[Entry]:
-    """Every documented entry below `library`, in order of path and line; tests and bundled applications are left out."""
+    """Every documented entry below `library`, in order of path and line, without tests and applications."""
     for file in sorted(library.rglob("*.py")):
         path = file.relative_to(library)
         if NOT_THE_LIBRARY.isdisjoint(path.parts):
             module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
             tree = ast.parse(file.read_bytes(), str(file))
             if doc := ast.get_docstring(tree):
-                yield Entry(module, "module", module, module, doc)
-            yield from _members(tree, module, owner="")
+                yield Entry(module, "module", module, doc)
+            yield from _members(tree, module, in_class=False)
 
 
-def _members(node: ast.AST, module: str, owner: str) -> Iterator[Entry]:
-    """The documented classes, functions and methods in a module's or class's body; functions inside functions are not."""
+def _members(node: ast.AST, module: str, in_class: bool) -> Iterator[Entry]:
+    """The documented classes, functions and methods of a module or class; what lies inside a function is not seen."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
-            bases = ", ".join(map(ast.unparse, child.bases))
             if doc := ast.get_docstring(child):
-                yield Entry(module, "class", owner + child.name, f"{child.name}({bases})", doc)
-            yield from _members(child, module, owner=f"{owner}{child.name}.")
+                yield Entry(module, "class", f"{child.name}({', '.join(map(ast.unparse, child.bases))})", doc)
+            yield from _members(child, module, in_class=True)
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             if doc := ast.get_docstring(child):
-                kind = "method" if owner else "function"
-                signature = f"{child.name}({ast.unparse(child.args)})"
-                yield Entry(module, kind, owner + child.name, signature, doc, _count_parameters(child.args))
-        else:
-            yield from _members(child, module, owner)
+                kind = "method" if in_class else "function"
+                yield Entry(module, kind, f"{child.name}({ast.unparse(child.args)})", doc)
+        elif isinstance(child, ast.stmt | ast.excepthandler):
+            yield from _members(child, module, in_class)
 
 
-def _count_parameters(arguments: ast.arguments) -> int:
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    return sum(argument is not None and argument.arg not in ("self", "cls") for argument in named)
+def is_held_out(package: str) -> bool:
+    """One top-level package in five, chosen by its name: the same ones on every machine."""
+    return zlib.crc32(package.encode()) % 5 == 1
 
 
-def is_held_out(entry: Entry) -> bool:
-    """By top-level package, from its name alone: the same on every machine, and no package is on both sides."""
-    return zlib.crc32(entry.package.encode()) % HELD_OUT_SHARE == 1
+def balanced(entries: list[Entry], per_answer: int) -> list[Entry]:
+    """At most so many entries of each kind, mixed, so that always saying the same is right on about a quarter."""
+    shuffle = random.Random(0)
+    shuffled = shuffle.sample(entries, len(entries))
+    chosen = [entry for kind in ANSWERS for entry in [e for e in shuffled if e.kind == kind][:per_answer]]
+    return shuffle.sample(chosen, len(chosen))
 
 
-def questions(entry: Entry) -> Iterator[dict[str, str]]:
-    """The questions about one entry, with their answers."""
-    yield {"instruction": KIND_QUESTION, "input": entry.shown, "output": entry.kind}
-    if entry.parameters is not None:
-        answer = ANSWERS[PARAMETERS_QUESTION][min(entry.parameters, 3)]
-        yield {"instruction": PARAMETERS_QUESTION, "input": entry.shown, "output": answer}
+def text(entry: Entry) -> str:
+    """An entry as a page of documentation, with its line of the index at the end."""
+    return f"{entry.signature}\n{entry.doc[:DOC_CHARACTERS]}\n\n{entry.kind} in module {entry.module}"
+
+
+def question(entry: Entry) -> dict[str, str]:
+    """The question about an entry: its signature and the first paragraph of its docstring, cut to a few lines."""
+    summary = textwrap.shorten(entry.doc.split("\n\n")[0], SUMMARY_CHARACTERS, placeholder="...")
+    return {"instruction": QUESTION, "input": f"{entry.signature}\n{summary}", "output": entry.kind}
+
+
+def _write(file: Path, records: Iterable[dict[str, str]]) -> int:
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)

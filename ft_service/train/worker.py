@@ -117,9 +117,11 @@ def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
 
 
 def _sinks(run: RunFolder, plan: RunPlan) -> list[Sink]:
-    sinks: list[Sink] = [JsonlSink(run.storage, run.run_id), ProgressLine(plan.num_steps)]
+    log = JsonlSink(run.storage, run.run_id)
+    log.rewind(0)  # an earlier attempt of this run may have left lines
+    sinks: list[Sink] = [log, ProgressLine(plan.num_steps)]
     if plan.spec.report.tensorboard:
-        sinks.append(TensorBoardSink(Path(run.storage.uri(f"{run.path}/tensorboard"))))
+        sinks.append(TensorBoardSink(run.storage.uri(f"{run.path}/tensorboard")))
     return sinks
 
 
