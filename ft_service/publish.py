@@ -9,7 +9,7 @@ from ft_service import catalog
 from ft_service.card import model_card
 from ft_service.chat import ChatFormat
 from ft_service.errors import FtError
-from ft_service.model.base import load_tokenizer, resolve_base
+from ft_service.model.base import load_tokenizer, looks_like_folder, resolve_base
 from ft_service.registry import AdapterRecord, Registry, content_digest
 from ft_service.runs import RunFolder
 
@@ -20,14 +20,15 @@ def publish(run: RunFolder) -> AdapterRecord:
     """Publish the weights that the run's outcome names; the same weights twice give the same record."""
     plan, outcome = run.plan(), run.outcome()
     spec = plan.spec
-    template_digest, end_of_turn_ids = _chat_facts(spec.model.base, spec.model.revision)
+    base = spec.model.base
+    template_digest, end_of_turn_ids = _chat_facts(base, spec.model.revision)
     draft: dict[str, object] = {
         "kind": "model" if spec.method.type == "full" else "adapter",
         "run_id": run.run_id,
         "run_name": spec.name,
         "plan_digest": plan.digest,
         "base": {
-            "id": spec.model.base,
+            "id": str(Path(base).expanduser().absolute()) if looks_like_folder(base) else base,
             "revision": spec.model.revision,
             "short_name": plan.base_short_name,
             "fingerprint": outcome.base_fingerprint,

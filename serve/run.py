@@ -4,21 +4,20 @@ import os
 import signal
 import socket
 from contextlib import ExitStack
-from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import ray
 from pydantic import ValidationError
 from ray import serve
 
-from ft_service.errors import ClusterError, ServingError, UsageError
+from ft_service.cluster import connect
+from ft_service.errors import ServingError, UsageError
 from serve.app import ServeConfig, build_app, complete, served_models
 from serve.auth import is_loopback
 
 APP_NAME = "ft"
-_PROJECT = Path(__file__).resolve().parent.parent
 _WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -39,7 +38,7 @@ def run_server(
         served_models(complete(config))  # a base that cannot be loaded is told here, not by a replica
     with ExitStack() as started:
         try:
-            _start_ray(ray_address)
+            connect(ray_address)
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
             if serve.status().proxies:
@@ -83,23 +82,6 @@ def _check_port(host: str, port: int) -> None:
             raise ServingError(
                 f"port = {port}: cannot listen on {host} ({error}). Stop what uses it, or choose another with --port."
             ) from None
-
-
-def _start_ray(address: str | None) -> None:
-    if address:
-        # A cluster's machines have the packages, but not this project.
-        runtime_env: dict[str, Any] = {"py_modules": [str(_PROJECT / "serve"), str(_PROJECT / "ft_service")]}
-    else:
-        python_path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
-        runtime_env = {"env_vars": {"PYTHONPATH": python_path}}
-    local_only = {} if address else {"include_dashboard": False}
-    try:
-        ray.init(address=address or "local", runtime_env=runtime_env, **local_only)  # type: ignore[arg-type]
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"ray address = {address or 'local'!r}: Ray does not answer ({_last_line(str(error))}). "
-            "Check RAY_ADDRESS and RAY_AUTH_MODE, or unset them to start Ray here."
-        ) from None
 
 
 def _deploy(config: ServeConfig) -> None:

@@ -10,10 +10,12 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -44,7 +46,7 @@ MODEL_SIZES = {"hidden_size": 192, "num_layers": 4, "num_heads": 3, "num_kv_head
 ANSWER_TOKENS = 8
 PARALLEL_REQUESTS = 8
 EXPECTED_GAIN_POINTS = 60
-EXAMPLES_SHOWN = 6
+EXAMPLES_SHOWN, EXAMPLE_CHARACTERS = 6, 60
 
 RAY_START_SECONDS = 120
 SERVE_START_SECONDS = 180
@@ -59,6 +61,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where everything it makes goes")
     folder = parser.parse_args().folder.absolute()
+    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for a GPU, and says that it found none
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run_quickstart(folder)
     except FtError as error:
@@ -83,12 +87,12 @@ def run_quickstart(folder: Path) -> int:
             base_run, base = train(ray, storage, "base", records / "docs.jsonl", folder / "scratch")
         with step(5, "Adapter: LoRA on that base, 2 DeepSpeed workers"):
             adapter_run, adapter = train(ray, storage, "adapter", records / "train.jsonl", registry.folder(base))
-        with server(ray, storage, registry.folder(base)) as url, step(7, "Held-out questions, to base and adapter"):
-            questions = [json.loads(line) for line in (records / "heldout.jsonl").read_text("utf-8").splitlines()]
-            base_answers, adapter_answers = (ask_all(url, model.id, questions) for model in (base, adapter))
-    gain = compare(questions, base_answers, adapter_answers)
-    console.print(f"Done in {time.monotonic() - began:.0f} s. Ray and the server are ended.\n")
-    say_what_next(folder, registry, adapter, [base_run, adapter_run])
+        questions = [json.loads(line) for line in (records / "heldout.jsonl").read_text("utf-8").splitlines()]
+        title = f"{len(questions)} held-out questions, to base and adapter"
+        with server(ray, storage, registry.folder(base), folder / "serve.log") as url, step(7, title):
+            gain = compare(questions, *(ask_all(url, model.id, questions) for model in (base, adapter)))
+    console.print(f"\nDone in {time.monotonic() - began:.0f} s; Ray and the server are ended.\n")
+    say_what_next(records, registry, base, adapter, [base_run, adapter_run])
     if gain < EXPECTED_GAIN_POINTS:
         console.print(f"[red]Failed.[/red] The adapter gained {gain:.0f} points; expected are {EXPECTED_GAIN_POINTS}.")
         return 1
@@ -143,8 +147,8 @@ def ray_head(log: Path) -> Iterator[Ray]:
         with background(command, ray.environment, log) as head:
             with step(3, "A local Ray"):
                 headers = {"Authorization": f"Bearer {ray.environment['RAY_AUTH_TOKEN']}"}
-                if not answers(f"{ray.dashboard}/api/version", head, RAY_START_SECONDS, headers):
-                    raise ClusterError(f"Ray did not start within {RAY_START_SECONDS} s. Its log: {log}")
+                if not comes_up(f"{ray.dashboard}/api/version", head, RAY_START_SECONDS, headers):
+                    raise ClusterError(f"Ray did not start; its log is {log}.")
                 console.print(f"  dashboard {ray.dashboard}, token {ray.environment['RAY_AUTH_TOKEN']}", soft_wrap=True)
             yield ray
     finally:
@@ -159,6 +163,9 @@ def ray_environment(address: str) -> dict[str, str]:
         "RAY_ADDRESS": address,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -182,35 +189,36 @@ def train(ray: Ray, storage: Storage, spec: str, data: Path, base: Path) -> tupl
 
 
 @contextmanager
-def server(ray: Ray, storage: Storage, base: Path) -> Iterator[str]:
+def server(ray: Ray, storage: Storage, base: Path, log: Path) -> Iterator[str]:
     """Serve the base and its adapters; yields the address."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}/v1"
     command = [sys.executable, "-m", "ft_service.cli", "serve", "--storage", storage.root, "--base", str(base)]
     command += ["--port", str(port)]
-    log = Path(storage.root).parent / "serve.log"
     with background(command, ray.environment, log) as process:
         with step(6, "Ray Serve"):
-            if not answers(f"{url}/health", process, SERVE_START_SECONDS):
-                raise ServingError(f"the server did not start within {SERVE_START_SECONDS} s. Its log: {log}")
-            models = httpx.get(f"{url}/models").raise_for_status().json()["data"]
-            console.print(f"  {url} serves {', '.join(model['id'] for model in models)}", soft_wrap=True)
+            if not comes_up(f"{url}/health", process, SERVE_START_SECONDS):
+                raise ServingError(f"the server did not start; its log is {log}.")
+            console.print(f"  {url}, its log is {log}", soft_wrap=True)
         yield url
 
 
 def ask_all(url: str, model: str, questions: list[Record]) -> list[str]:
     """The model's answer to each question, greedy."""
-    with httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as client, ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+    with httpx.Client(timeout=ANSWER_SECONDS, trust_env=False) as client, ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
 
         def ask(question: Record) -> str:
             message = {"role": "user", "content": f"{question['instruction']}\n\n{question['input']}"}
             body = {"model": model, "messages": [message], "temperature": 0, "max_tokens": ANSWER_TOKENS}
-            response = client.post("/chat/completions", json=body)
+            response = client.post(f"{url}/chat/completions", json=body)
             if response.is_error:
                 raise ServingError(f"{model}: HTTP {response.status_code}, {response.text}")
             return str(response.json()["choices"][0]["message"]["content"]).strip()
 
-        return list(track(pool.map(ask, questions), f"  {model}", len(questions), console=console))
+        try:
+            return list(track(pool.map(ask, questions), f"  {model}", len(questions), console=console))
+        except httpx.HTTPError as error:
+            raise ServingError(f"{model}: no answer from {url} ({type(error).__name__}: {error}).") from None
 
 
 def compare(questions: list[Record], base_answers: list[str], adapter_answers: list[str]) -> float:
@@ -218,7 +226,11 @@ def compare(questions: list[Record], base_answers: list[str], adapter_answers: l
     expected = [question["output"] for question in questions]
     examples = Table("question about", "expected", "base says", "adapter says", title="A few of the questions")
     for question, *said in list(zip(questions, base_answers, adapter_answers, strict=True))[:EXAMPLES_SHOWN]:
-        examples.add_row(question["input"].splitlines()[0], question["output"], *map(repr, said))
+        examples.add_row(
+            textwrap.shorten(question["input"], EXAMPLE_CHARACTERS, placeholder="..."),
+            question["output"],
+            *map(repr, said),
+        )
     scores = Table("who answers", "right", "of", "percent", title="Exact answers to held-out questions")
     (_, most_frequent) = Counter(expected).most_common(1)[0]
     right = {
@@ -236,16 +248,21 @@ def count_right(expected: list[str], said: list[str]) -> int:
     return sum(answer.casefold() == right.casefold() for answer, right in zip(said, expected, strict=True))
 
 
-def say_what_next(folder: Path, registry: Registry, adapter: AdapterRecord, runs: list[RunFolder]) -> None:
-    for run in runs:
-        console.print(f"Report   {run.storage.uri(run.path)}/report.html", soft_wrap=True)
-    console.print(f"Records  {folder / 'records'}", soft_wrap=True)
-    console.print(f"Adapter  {registry.folder(adapter)}", soft_wrap=True)
-    storage = registry.storage.root
-    console.print("\nTry next:")
-    console.print(f"  ft serve --storage {storage}   and ask it yourself", soft_wrap=True)
-    console.print(f"  ft adapters verify {adapter.id} --storage {storage}", soft_wrap=True)
-    console.print("  jobs/specs/*.yaml   the same with a Llama of Meta's, your own records, and GPUs")
+def say_what_next(
+    records: Path, registry: Registry, base: AdapterRecord, adapter: AdapterRecord, runs: list[RunFolder]
+) -> None:
+    storage, ft = registry.storage.root, Path(sys.executable).with_name("ft")
+    lines = [
+        *(f"Report   {run.storage.uri(run.path)}/report.html" for run in runs),
+        f"Records  {records}",
+        f"Adapter  {registry.folder(adapter)}",
+        "",
+        "Try next:",
+        f"  {ft} adapters verify {adapter.id} --storage {storage}",
+        f"  {ft} serve --storage {storage} --base {registry.folder(base)}",
+        "  and your own records: jobs/specs/tiny-cpu.yaml on a CPU, jobs/specs/lora.yaml with Llama 3.1 8B on GPUs",
+    ]
+    console.print(*lines, sep="\n", soft_wrap=True)
 
 
 # -- processes and ports ---------------------------------------------------------------------------------------------
@@ -280,12 +297,12 @@ def ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen
                 survivor.kill()
 
 
-def answers(url: str, process: subprocess.Popen[bytes], seconds: float, headers: dict[str, str] | None = None) -> bool:
+def comes_up(url: str, process: subprocess.Popen[bytes], seconds: float, headers: dict[str, str] | None = None) -> bool:
     """Wait until `url` answers 200; False when the process ended, or after so many seconds."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(url, headers=headers, timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(url, headers=headers, timeout=5, trust_env=False).status_code == httpx.codes.OK:
                 return True
         except httpx.TransportError:
             pass

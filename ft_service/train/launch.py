@@ -5,7 +5,6 @@
 Everything that can be refused is refused before a worker is asked for.
 """
 
-import logging
 import os
 import sys
 import traceback
@@ -17,8 +16,9 @@ from ray.train import LoggingConfig, RunConfig, ScalingConfig, report
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ft_service import catalog
+from ft_service.cluster import connect
 from ft_service.data.prepare import prepare_dataset
-from ft_service.errors import ClusterError, FtError, TrainingError
+from ft_service.errors import FtError, TrainingError
 from ft_service.evaluate.samples import write_samples
 from ft_service.gpus import GPUS
 from ft_service.metrics import EventLog, StepMetrics
@@ -33,7 +33,6 @@ from ft_service.storage import Storage
 
 Say = Callable[[str], None]
 
-_PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves it on the head node, where drivers of submitted jobs run."""
 
@@ -95,29 +94,6 @@ def _record_failure(folder: RunFolder, events: EventLog, reason: str) -> None:
 
 
 # -- before training -------------------------------------------------------------------------------------------------
-
-
-def connect() -> None:
-    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine; raises `ClusterError`."""
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    # Workers of a submitted job get its working directory from Ray; those of a local run import this very checkout.
-    here = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(_PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])}}
-    try:
-        ray.init(
-            address=address or None,
-            runtime_env=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else here,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-            # Ray Train watches its controller through the dashboard's API, and complains every second without one.
-            include_dashboard=None if address else True,
-        )
-    except Exception as error:  # Ray raises ConnectionError, RuntimeError, its own and gRPC's errors here
-        raise ClusterError(
-            f"RAY_ADDRESS = {address!r}: Ray cannot be joined ({type(error).__name__}: {error}). "
-            "Check that the cluster is up and that RAY_AUTH_MODE and the token are those of its head."
-        ) from None
 
 
 def cluster_resources() -> Resources:

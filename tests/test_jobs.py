@@ -1,0 +1,310 @@
+"""The main job on a real Ray cluster with token authentication: submitted, trained, published, and true in its answers."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from examples.quickstart.quickstart import PROJECT, Ray, free_ports, ray_head
+from ft_service.data.prepare import open_dataset
+from ft_service.metrics import read_metrics
+from ft_service.model.scratch import train_tokenizer, write_scratch_model
+from ft_service.registry import AdapterRecord, Registry
+from ft_service.runs import RunFolder
+from ft_service.storage import Storage
+
+pytestmark = pytest.mark.slow
+
+JOB_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
+    with ray_head(tmp_path_factory.mktemp("ray") / "ray.log") as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Llama, records, specs of a full and a LoRA run, and an empty storage."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
+    questions = [" ".join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(120)]
+    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_scratch_model(
+        folder / "base",
+        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=128,
+        seed=0,
+    )
+    spec = f"""
+name: words
+model: {{base: {folder}/base}}
+method: {{type: lora, lora_rank: 4}}
+data:
+  train: [{{path: {folder}/train.jsonl, source: made up, license: CC0-1.0}}]
+  validation: {{fraction: 0.2}}
+  max_seq_len: 128
+train: {{max_steps: 6, global_batch_size: 4, learning_rate: 1e-2, validate_every_steps: 3, precision: fp32}}
+parallel: {{num_workers: 2, use_gpu: false}}
+report: {{samples: 2, sample_max_tokens: 4}}
+storage: {folder}/storage
+"""
+    (folder / "lora.yaml").write_text(spec)
+    (folder / "full.yaml").write_text(spec.replace("{type: lora, lora_rank: 4}", "{type: full}"))
+    return folder
+
+
+def submit(ray: Ray, spec: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The first-class way, as a person types it."""
+    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
+    command += ["python", "jobs/train.py", str(spec), *arguments]
+    return run(command, ray.environment)
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS)
+
+
+def ft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "ft_service.cli", *arguments], {**os.environ, "COLUMNS": "200", **environment})
+
+
+def output(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr + done.stdout
+
+
+@pytest.fixture(scope="module")
+def lora(ray: Ray, world: Path) -> AdapterRecord:
+    done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
+    assert done.returncode == 0, output(done)[-4000:]
+    return published(world, "lora-1")
+
+
+def published(world: Path, run_id: str) -> AdapterRecord:
+    storage = Storage(str(world / "storage"))
+    status = RunFolder(storage, run_id).status()
+    assert status is not None and status.state == "succeeded" and status.published is not None
+    return Registry(storage).resolve(status.published)
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_a_submitted_run_publishes_a_record_of_what_it_was_trained_on(world: Path, lora: AdapterRecord) -> None:
+    assert lora.kind == "adapter"
+    assert lora.id == f"base-words-{lora.digest[:8]}"
+    assert [(source.source, source.license, source.records) for source in lora.datasets] == [("made up", "CC0-1.0", 120)]
+    assert lora.base.id == str(world / "base")
+    assert lora.packages["deepspeed"] and lora.packages["peft"]
+
+
+def test_a_run_leaves_a_line_a_step_a_plan_and_a_report(world: Path, lora: AdapterRecord) -> None:
+    storage = Storage(str(world / "storage"))
+    assert [metrics.step for metrics in read_metrics(storage, "lora-1")] == [1, 2, 3, 4, 5, 6]
+    plan = RunFolder(storage, "lora-1").plan()
+    assert plan.micro_batch_size * plan.gradient_accumulation_steps * 2 == plan.global_batch_size == 4
+    report = (world / "storage/runs/lora-1/report.html").read_text()
+    assert lora.id in report
+    samples = json.loads((world / "storage/runs/lora-1/samples.json").read_text())
+    assert len(samples) == 2 and all("Last word of" in sample["prompt"] for sample in samples)
+
+
+@torch.no_grad()
+def stock_validation_loss(model: torch.nn.Module, storage: Storage, digest: str) -> float:
+    """By stock transformers: a forward pass per validation document, its own logits, a mean over loss tokens."""
+    rows = open_dataset(storage, digest).validation
+    assert rows is not None
+    total, count = 0.0, 0
+    for number in range(len(rows)):
+        row = rows[number]
+        ends = np.cumsum(row.document_lengths)
+        for start, end in zip(ends - row.document_lengths, ends, strict=True):
+            ids = torch.from_numpy(row.input_ids[start:end].astype(np.int64))
+            predicted = torch.from_numpy(row.loss_mask[start + 1 : end].astype(bool))
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits[predicted], ids[1:][predicted], reduction="sum"))
+            count += int(predicted.sum())
+    return total / count
+
+
+def test_stock_peft_gives_the_validation_loss_the_run_reported(world: Path, lora: AdapterRecord) -> None:
+    storage = Storage(str(world / "storage"))
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    before = stock_validation_loss(base, storage, lora.dataset_digest)
+    adapted = PeftModel.from_pretrained(base, Registry(storage).folder(lora)).eval()
+    after = stock_validation_loss(adapted, storage, lora.dataset_digest)
+    assert after == pytest.approx(lora.validation_loss, abs=1e-3)
+    assert abs(before - after) > 0.01  # the comparison would notice a lost adapter
+
+
+def test_verify_passes_and_notices_a_flipped_byte(world: Path, lora: AdapterRecord, tmp_path: Path) -> None:
+    storage = str(world / "storage")
+    fine = ft("adapters", "verify", lora.id, "--storage", storage)
+    assert fine.returncode == 0, output(fine)
+    weights = world / "storage/adapters" / lora.id / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        broken = ft("adapters", "verify", lora.id, "--storage", storage)
+    finally:
+        weights.write_bytes(content)
+    assert broken.returncode == 1
+    assert "adapter_model.safetensors" in broken.stdout
+
+
+def test_a_merged_model_answers_like_base_and_adapter(world: Path, lora: AdapterRecord, tmp_path: Path) -> None:
+    done = ft("adapters", "merge", lora.id, str(tmp_path / "merged"), "--storage", str(world / "storage"))
+    assert done.returncode == 0, output(done)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, world / "storage/adapters" / lora.id)(ids).logits
+        folded = merged(ids).logits
+    # Weights merged in bf16 carry 8 bits: far closer to the adapted model than the base is.
+    assert (folded - adapted).abs().max() < 0.2 * (plain - adapted).abs().max()
+
+
+def test_a_full_run_publishes_a_model_that_can_be_the_next_base(ray: Ray, world: Path) -> None:
+    done = submit(ray, world / "full.yaml", "--run-id", "full-1", "parallel.zero_stage=3", "train.learning_rate=1e-3")
+    assert done.returncode == 0, output(done)[-4000:]
+    record = published(world, "full-1")
+    assert record.kind == "model"
+    folder = world / "storage/models" / record.id
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = stock_validation_loss(model, Storage(str(world / "storage")), record.dataset_digest)
+    assert loss == pytest.approx(record.validation_loss, abs=1e-3)
+
+    planned = ft("plan", str(world / "lora.yaml"), f"model.base={folder}", "--json")
+    assert planned.returncode == 0, output(planned)
+    assert json.loads(planned.stdout)["base_short_name"] == record.id
+
+
+# -- said clearly ----------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_run_is_not_run_again_and_says_so(ray: Ray, world: Path, lora: AdapterRecord) -> None:
+    status = (world / "storage/runs/lora-1/status.json").read_bytes()
+    done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
+    assert done.returncode == 0, output(done)
+    assert "lora-1 is complete" in done.stdout
+    assert lora.id in done.stdout
+    assert (world / "storage/runs/lora-1/status.json").read_bytes() == status
+
+
+def test_ft_submit_follows_the_job_and_returns_its_exit_code(ray: Ray, world: Path) -> None:
+    spec = PROJECT / "examples/quickstart/adapter.yaml"  # what travels is the checkout: the spec must lie in it
+    missing = ("model.base=/nowhere/model", f"storage={world}/storage", f"data.train.0.path={world}/train.jsonl")
+    arguments = [str(spec), *missing, "--address", ray.dashboard, "--run-id", "absent-base"]
+    done = run([sys.executable, "-m", "ft_service.cli", "submit", *arguments], ray.environment)
+    assert done.returncode == 1, output(done)
+    assert "absent-base" in done.stdout.splitlines()[0]
+    assert "model.base = '/nowhere/model': no such folder" in output(done)
+    assert "Traceback" not in output(done)
+    status = RunFolder(Storage(str(world / "storage")), "absent-base").status()
+    assert status is not None and status.state == "failed" and "/nowhere/model" in status.message
+
+
+def test_a_job_with_a_bad_spec_exits_2_before_anything_starts(world: Path) -> None:
+    arguments = [str(world / "lora.yaml"), "train.max_stepz=3", "--run-id", "bad-spec"]
+    done = run([sys.executable, "jobs/train.py", *arguments], dict(os.environ))
+    assert done.returncode == 2
+    assert "train.max_stepz" in done.stderr and "max_steps" in done.stderr
+    assert not (world / "storage/runs/bad-spec").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "token"),
+        ({"RAY_ADDRESS": f"127.0.0.1:{free_ports(1)[0]}"}, "nobody answers"),
+    ],
+    ids=["wrong token", "nobody there"],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_message(
+    ray: Ray, world: Path, environment: dict[str, str], message: str
+) -> None:
+    arguments = ["train", str(world / "lora.yaml"), "--run-id", f"unjoined-{len(message)}"]
+    done = run([sys.executable, "-m", "ft_service.cli", *arguments], {**ray.environment, **environment})
+    assert done.returncode == 1, output(done)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_submitting_with_a_wrong_token_is_one_message(ray: Ray) -> None:
+    spec = PROJECT / "examples/quickstart/adapter.yaml"
+    arguments = [str(spec), "--address", ray.dashboard]
+    wrong = {**ray.environment, "RAY_AUTH_TOKEN": "0" * 64}
+    done = run([sys.executable, "-m", "ft_service.cli", "submit", *arguments], wrong)
+    assert done.returncode == 1, output(done)
+    assert "the job was not accepted" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def half_downloaded(base: Path) -> None:
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def without_weights(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def another_architecture(base: Path) -> None:
+    config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (half_downloaded, "half-downloaded"),
+        (without_weights, "model.safetensors missing"),
+        (another_architecture, "its architecture is GPT2LMHeadModel"),
+    ],
+)
+def test_a_base_that_is_no_whole_llama_is_refused_by_the_plan(
+    world: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    damage(base)
+    done = ft("plan", str(world / "lora.yaml"), f"model.base={base}")
+    assert done.returncode == 1
+    assert message in done.stderr and str(base) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_storage_root_that_cannot_be_written_is_told_before_anything_starts(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = ft("train", str(world / "lora.yaml"), f"storage={tmp_path}/file/storage")
+    assert done.returncode == 1
+    assert f"{tmp_path}/file/storage" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_writes_nothing(world: Path, tmp_path: Path) -> None:
+    done = ft("plan", str(world / "lora.yaml"), f"storage={tmp_path}/storage")
+    assert done.returncode == 0, output(done)
+    assert "2 rows x 2 workers x 1 accumulation = 4 rows" in done.stdout
+    assert not (tmp_path / "storage").exists()
