@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("spec", help="run spec (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="such as train.max_steps=10")
     parser.add_argument("--run-id", help="default: <name>-<8 hex>; a complete run of that id is not run again")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # overrides may follow --run-id
     with exit_on_error():
         spec = load_run_spec(arguments.spec, arguments.overrides)
         from ft_service.train.launch import run  # torch and Ray take seconds: a bad spec is told before

@@ -231,21 +231,24 @@ def compare(questions: list[Record], base_answers: list[str], adapter_answers: l
             question["output"],
             *map(repr, said),
         )
-    scores = Table("who answers", "right", "of", "percent", title="Exact answers to held-out questions")
-    (_, most_frequent) = Counter(expected).most_common(1)[0]
-    right = {
-        "the most frequent answer, always": most_frequent,
-        "base": count_right(expected, base_answers),
-        "adapter": count_right(expected, adapter_answers),
-    }
-    for name, count in right.items():
-        scores.add_row(name, str(count), str(len(expected)), f"{100 * count / len(expected):.1f}")
+    [(most_frequent, _)] = Counter(expected).most_common(1)
+    scores = Table("who answers", "exact answer", "right first word", title=f"{len(expected)} held-out questions")
+    right = {}
+    for name, said in {
+        "always the most frequent answer": [most_frequent] * len(expected),
+        "base": base_answers,
+        "adapter": adapter_answers,
+    }.items():
+        right[name] = percent_right(expected, said)
+        first_words = [answer.partition(" ")[0] for answer in said]
+        scores.add_row(name, f"{right[name]:.1f} %", f"{percent_right(expected, first_words):.1f} %")
     console.print("", examples, "", scores)
-    return 100 * (right["adapter"] - right["base"]) / len(expected)
+    return right["adapter"] - right["base"]
 
 
-def count_right(expected: list[str], said: list[str]) -> int:
-    return sum(answer.casefold() == right.casefold() for answer, right in zip(said, expected, strict=True))
+def percent_right(expected: list[str], said: list[str]) -> float:
+    right = (answer.strip().casefold() == wanted.casefold() for answer, wanted in zip(said, expected, strict=True))
+    return 100 * sum(right) / len(expected)
 
 
 def say_what_next(
