@@ -60,6 +60,7 @@ def _message(number: int, message: object) -> Message:
         raise BadRecord(f"message {number} has role {role!r}; known are {', '.join(ROLES)}")
     if not isinstance(content, str) or not content.strip():
         raise BadRecord(f"message {number} has no text as content")
+    _check_unicode(content, f"the content of message {number}")
     if weight not in (None, 0, 1):
         raise BadRecord(f"message {number} has weight {weight!r}; 0 and 1 are known")
     return Message(cast(Role, role), content, weight)
@@ -71,6 +72,7 @@ def _string(record: Mapping[str, Any], column: str) -> str:
         raise BadRecord(f"{column} is {type(value).__name__}, not text")
     if not value.strip():
         raise BadRecord(f"{column} is empty")
+    _check_unicode(value, column)
     return value
 
 
@@ -80,4 +82,13 @@ def _optional_string(record: Mapping[str, Any], column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord(f"{column} is {type(value).__name__}, not text")
+    _check_unicode(value, column)
     return value.strip()
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON can escape half a character (``\\ud83d`` alone), which no tokenizer can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{name} holds half a character, {text[error.start]!r}, at {error.start}") from None

@@ -34,7 +34,7 @@ _FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _BATCH_RECORDS = 2000
 MEASURED_RECORDS = 20_000
-"""`measure_dataset` tokenises at most this many, and scales up."""
+"""`measure_dataset` tokenises at most this many of each source, and scales up."""
 
 _SCHEMA = pa.schema(
     [
@@ -136,14 +136,16 @@ def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Datase
     """The facts of the spec's data, without writing anything; large data is sampled and scaled (`exact` is False then)."""
     splits = _read_splits(spec, tokenizer, lambda text: None, limit=MEASURED_RECORDS)
     facts = _facts("not prepared", splits, len(_pack(splits.train, spec)), len(_pack(splits.validation, spec)))
-    read = sum(splits.records)
-    if read <= splits.converted:
+    if splits.records == splits.converted:
         return facts
-    scale = read / splits.converted
+    num_train = len(spec.data.train)
+    train_scale = sum(splits.records[:num_train]) / sum(splits.converted[:num_train])
+    validation_scale = train_scale
+    if isinstance(spec.data.validation, list):
+        validation_scale = sum(splits.records[num_train:]) / max(1, sum(splits.converted[num_train:]))
     counts = {
-        name: round(value * scale)
-        for name, value in facts.model_dump().items()
-        if isinstance(value, int) and name != "exact"
+        name: round(value * (validation_scale if name.startswith("validation_") else train_scale))
+        for name, value in facts.model_dump(exclude={"digest", "exact"}).items()
     }
     return facts.model_copy(update={**counts, "exact": False})
 
@@ -157,7 +159,8 @@ class _Splits:
     validation: list[Example] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     """Records read of each source."""
-    converted: int = 0
+    converted: list[int] = field(default_factory=list)
+    """Of these, the ones that were used and not only counted."""
 
 
 def _all_sources(spec: RunSpec) -> list[DataSource]:
@@ -171,9 +174,9 @@ def _read_splits(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, progress: Sa
     keyed: list[tuple[float, list[Example]]] = []
     for index, source in enumerate(_all_sources(spec)):
         splits.records.append(0)
+        splits.converted.append(0)
         held_out = index >= len(spec.data.train)
-        left = None if limit is None else max(0, limit - splits.converted)
-        for batch in _batches(_items(source, faults, splits, left), _BATCH_RECORDS):
+        for batch in _batches(_items(source, faults, splits, limit), _BATCH_RECORDS):
             for (item, _), examples in zip(batch, encode(source, batch), strict=True):
                 if held_out:
                     splits.validation += examples
@@ -199,7 +202,7 @@ def _items(
         splits.records[-1] += 1
         if limit is not None and splits.records[-1] > limit:
             continue
-        splits.converted += 1
+        splits.converted[-1] += 1
         try:
             yield convert(record, source), place
         except BadRecord as error:
@@ -237,8 +240,12 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _share(item: Conversation | str, seed: int) -> float:
-    """A number in [0, 1) that depends on seed and content alone: equal records never land on both sides of a split."""
-    digest = hashlib.sha256(f"{seed}\0{item!r}".encode()).digest()
+    """A number in [0, 1) that depends on seed and content alone: equal records never land on both sides of a split.
+
+    Weights, and whitespace that the chat format strips, make no difference: what the model reads is the same.
+    """
+    content = item if isinstance(item, str) else [(message.role, message.content.strip()) for message in item]
+    digest = hashlib.sha256(json.dumps([seed, content]).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -314,5 +321,7 @@ def _dataset_digest(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, digests: 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for setting_of_the_last_call in ("truncation", "padding"):
+        content.pop(setting_of_the_last_call, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_PREFIX = "hub:"
 _SHOWN = 10
+_LONGEST_CSV_FIELD = 2**31 - 1  # characters; Python's own limit of 128 Ki is less than a document
 
 
 class Faults:
@@ -69,8 +70,11 @@ def source_digest(source: DataSource) -> str:
     if source.path.startswith(HUB_PREFIX):
         digest.update(_hub_dataset(source)._fingerprint.encode())
     for file in files_of(source):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise _unreadable(file, error) from None
     return digest.hexdigest()
 
 
@@ -83,7 +87,10 @@ def read_records(source: DataSource, faults: Faults) -> Iterator[tuple[Record, s
         return
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     for file in files_of(source):
-        yield from readers[file.suffix](file, faults)
+        try:
+            yield from readers[file.suffix](file, faults)
+        except OSError as error:
+            raise _unreadable(file, error) from None
 
 
 # -- one reader a format ---------------------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ def _read_jsonl(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 faults.add(place, f"is not UTF-8 (byte {error.start}: {error.reason})")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 faults.add(place, f"is not JSON ({error})")
             else:
                 yield from _if_object(record, place, faults)
@@ -112,7 +119,7 @@ def _read_json(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
         return
     try:
         records = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file}: is not a JSON array of records ({error}). Mend it, or use one record a line."
         ) from None
@@ -121,11 +128,13 @@ def _read_json(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
 
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), restkey="", strict=True)
+    csv.field_size_limit(_LONGEST_CSV_FIELD)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         for record in reader:
             place = f"{file}:{reader.line_num}"
-            if "" in record or None in record.values():
+            # DictReader files values beyond the header under None, and gives None to columns beyond the values
+            if None in record or None in record.values():
                 faults.add(place, f"has not the {len(reader.fieldnames or [])} columns of the header")
                 continue
             yield record, place
@@ -141,7 +150,7 @@ def _read_parquet(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield record, f"{file}: row {number}"
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({error}). Write it again; it may be cut off.") from None
 
 
@@ -150,6 +159,10 @@ def _if_object(record: object, place: str, faults: Faults) -> Iterator[tuple[Rec
         yield record, place
     else:
         faults.add(place, f"is a JSON {type(record).__name__}, not an object with columns")
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"{file}: cannot be read ({error.strerror or error}). Check that it is a file, and its permissions.")
 
 
 def _text(file: Path) -> str:
@@ -170,7 +183,12 @@ def _is_saved_dataset(path: Path) -> bool:
 def _saved_dataset(path: Path) -> Any:
     from datasets import DatasetDict, load_from_disk
 
-    dataset = load_from_disk(str(path))
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:  # the library raises many kinds: a missing file, a cut-off one, an unknown feature
+        raise DataError(
+            f"{path}: cannot be loaded as a saved dataset ({type(error).__name__}: {error}). Save it again."
+        ) from None
     if isinstance(dataset, DatasetDict):
         raise DataError(f"{path}: holds the splits {', '.join(dataset)}. Name the folder of one of them.")
     return dataset
