@@ -60,7 +60,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised conversation or text: ids [T], which of them are loss tokens [T], and whether its end was cut off."""
+    """One tokenised conversation or text: ids [T], which of them are loss tokens [T], whether its end was cut off."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -93,8 +93,8 @@ class ChatFormat:
         ids = {token: special_id(tokenizer, token) for token in needed}
         if missing := [token for token, token_id in ids.items() if token_id is None]:
             raise ModelError(
-                f"tokenizer of {tokenizer.name_or_path!r}: has no {', '.join(missing)}, so it cannot write Llama 3's chat "
-                "format. Use a Llama 3 checkpoint, or data in the text format."
+                f"tokenizer of {tokenizer.name_or_path!r}: has no {', '.join(missing)}, so it cannot write Llama 3's "
+                "chat format. Use a Llama 3 checkpoint, or data in the text format."
             )
         self.tokenizer = tokenizer
         self._begin, self._header_start, self._header_end, self._end = (cast(int, ids[token]) for token in needed)
@@ -106,7 +106,7 @@ class ChatFormat:
         return self.encode_batch([messages], max_seq_len)[0]
 
     def encode_batch(self, conversations: Sequence[Sequence[Message]], max_seq_len: int | None = None) -> list[Example]:
-        """Ids and loss mask of each conversation, cut after `max_seq_len` tokens; ends with the last message's end of turn."""
+        """Ids and loss mask of each conversation, up to the end of its last turn, or cut after `max_seq_len` tokens."""
         texts = [message.content.strip() for messages in conversations for message in messages]
         contents = iter(plain_ids(self.tokenizer, texts))
         examples = []

@@ -1,4 +1,4 @@
-"""`ft`: the commands. Each parses, calls one function of the package, prints, and exits 0 (done), 1 (failed) or 2 (usage)."""
+"""`ft`: each command parses, calls one function of the package, prints, and exits 0 (done), 1 (failed) or 2 (usage)."""
 
 import json
 from pathlib import Path

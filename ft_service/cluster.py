@@ -35,7 +35,7 @@ def connect(address: str | None = None) -> None:
         )
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, and Ray's own when a token is refused
         raise ClusterError(
-            f"RAY_ADDRESS = {address or 'local'!r}: Ray cannot be joined ({type(error).__name__}: {_last_line(error)}). "
+            f"RAY_ADDRESS = {address or 'local'!r}: cannot be joined ({type(error).__name__}: {_last_line(error)}). "
             "Check that the cluster is up, and that RAY_AUTH_MODE and the token are those of its head."
         ) from None
 
@@ -58,8 +58,8 @@ def _check_that_somebody_listens(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except OSError as error:
         raise ClusterError(
-            f"RAY_ADDRESS = {address!r}: nobody answers there ({error}). Start the cluster, correct the address, or unset "
-            "RAY_ADDRESS to use this machine alone."
+            f"RAY_ADDRESS = {address!r}: nobody answers there ({error}). Start the cluster, correct the address, or "
+            "unset RAY_ADDRESS to use this machine alone."
         ) from None
 
 

@@ -9,7 +9,7 @@ from ft_service.errors import FtError
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn an `FtError` into its text on standard error and its exit code; anything else is a bug and keeps its trace."""
+    """Turn an `FtError` into its text on standard error and its exit code; anything else is a bug, with its trace."""
     try:
         yield
     except FtError as error:

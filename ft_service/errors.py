@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 
 class FtError(Exception):
-    """Base of all errors of this project; a command prints its text, without a traceback, and exits with `exit_code`."""
+    """Base of all errors of this project; a command prints its text, no traceback, and exits with `exit_code`."""
 
     exit_code = 1
 

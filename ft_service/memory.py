@@ -1,7 +1,8 @@
 """Memory model: GiB per GPU by component, from the base's shape alone. No torch, no GPU, no weights.
 
 Sources: Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054) for what each stage shards; Dettmers et al. 2023 (QLoRA,
-arXiv:2305.14314) for the bits of NF4 with double quantisation; Korthikanti et al. 2022 (arXiv:2205.05198) for activations.
+arXiv:2305.14314) for the bits of NF4 with double quantisation; Korthikanti et al. 2022 (arXiv:2205.05198) for
+activations.
 """
 
 from dataclasses import dataclass

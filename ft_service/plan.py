@@ -23,7 +23,7 @@ CPU_MICRO_BATCH_TOKENS = 4096
 
 
 class DatasetFacts(BaseModel):
-    """What the plan and the report need to know of a prepared dataset. Counts are of the training split unless named."""
+    """What plan and report need to know of a prepared dataset. Counts are of the training split unless named."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -263,14 +263,15 @@ def _warnings(
         )
     if steps_per_epoch < 1:
         warnings.append(
-            f"The {dataset.rows} packed rows fill less than one batch of {spec.train.global_batch_size}: a step sees rows "
-            "more than once. Lower train.global_batch_size."
+            f"The {dataset.rows} packed rows fill less than one batch of {spec.train.global_batch_size}: a step sees "
+            "rows more than once. Lower train.global_batch_size."
         )
     if num_steps < 20:
         warnings.append(f"{num_steps} steps are few to learn from. Lower train.global_batch_size or add epochs.")
     if dataset.truncated:
         warnings.append(
-            f"{dataset.truncated} of {dataset.conversations} examples are cut at data.max_seq_len = {spec.data.max_seq_len}."
+            f"{dataset.truncated} of {dataset.conversations} examples are cut at data.max_seq_len = "
+            f"{spec.data.max_seq_len}."
         )
     if spec.checkpoint.every_steps is not None:
         warnings.append("checkpoint.every_steps: the best weights are kept, but resuming is not there yet.")

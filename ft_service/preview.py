@@ -1,4 +1,4 @@
-"""`ft plan`: the plan of a run that is not begun. Writes nothing; needs config and tokenizer of the base, not its weights."""
+"""`ft plan`: the plan of a run not begun. Writes nothing; needs the base's config and tokenizer, not its weights."""
 
 from ft_service import catalog
 from ft_service.data.prepare import measure_dataset

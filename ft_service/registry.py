@@ -1,7 +1,8 @@
 """What was produced: adapters and models on storage, immutable and content-addressed.
 
-    <storage>/adapters/<id>/   adapter_model.safetensors  adapter_config.json  chat_template.jinja  README.md  record.json
-    <storage>/models/<id>/     a model folder of a `full` run, which can be the base of the next run, and record.json
+    <storage>/adapters/<id>/   adapter_model.safetensors  adapter_config.json  chat_template.jinja
+                               README.md (model card)  record.json
+    <storage>/models/<id>/     a model folder of a `full` run, which can be the base of the next run, with the same two
 
 `record.json` holds the digest of every other file, so it is also the mark that a folder is whole.
 """
@@ -121,7 +122,8 @@ class Registry:
                     return self._read(place)
         known = [record.id for kind in ("adapter", "model") for record in self.records(kind)]
         raise NotPublishedError(
-            f"adapter = {adapter_id!r}: not published on {self.storage.root}. Published: {', '.join(known) or 'none yet'}."
+            f"adapter = {adapter_id!r}: not published on {self.storage.root}. "
+            f"Published: {', '.join(known) or 'none yet'}."
         )
 
     def folder(self, record: AdapterRecord) -> Path:

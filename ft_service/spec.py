@@ -387,7 +387,7 @@ _WANTED = {
 
 
 def _setting_path(item: Any, document: Any) -> tuple[list[str | int], Any]:
-    """Where in the document an error lies, and the value there; pydantic adds the names of union members to its path."""
+    """Where in the document an error lies, and the value there; pydantic's path also names union members."""
     keys: list[str | int] = []
     node = document
     for index, key in enumerate(location := item["loc"]):

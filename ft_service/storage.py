@@ -1,7 +1,7 @@
 """One root that every machine sees: a folder, NFS, or an ``s3://`` / ``gs://`` URI. Nothing else is shared.
 
-Writes are atomic: a file or a folder exists completely or not at all. On a file system that is a rename; an object store
-shows an object only once it is whole, so there a folder's *marker* file, named by the caller, is written last.
+Writes are atomic: a file or a folder exists completely or not at all. On a file system that is a rename; an object
+store shows an object only once it is whole, so there a folder's *marker* file, named by the caller, is written last.
 """
 
 import json
@@ -127,7 +127,8 @@ class Storage:
             os.replace(partial, full)
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(
-                f"storage = {self.root!r}: cannot write {path} ({error}). Check that it exists, is writable and not full."
+                f"storage = {self.root!r}: cannot write {path} ({error}). "
+                "Check that it exists, is writable and not full."
             ) from None
 
     def write_json(self, path: str, value: Any) -> None:

@@ -69,9 +69,7 @@ def test_every_epoch_is_a_permutation_and_batches_straddle_epochs(seed: int, num
 
 
 @settings(deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1), num_rows=st.integers(1, 30), batch=st.integers(1, 70), other=st.integers(1, 70)
-)
+@given(seed=st.integers(0, 2**32 - 1), num_rows=st.integers(1, 30), batch=st.integers(1, 70), other=st.integers(1, 70))
 def test_the_stream_of_rows_is_the_same_for_every_batch_size(seed: int, num_rows: int, batch: int, other: int) -> None:
     assert stream(seed, batch, num_rows, 100) == stream(seed, other, num_rows, 100)
 

@@ -181,7 +181,11 @@ def chat_record(*turns: Any) -> dict[str, Any]:
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 
 BAD_RECORDS = [
-    ("alpaca", {"question": "q", "answer": "a"}, r"has no column 'instruction' \(there: question, answer\). Set columns"),
+    (
+        "alpaca",
+        {"question": "q", "answer": "a"},
+        r"has no column 'instruction' \(there: question, answer\). Set columns",
+    ),
     ("alpaca", {"instruction": "q", "answer": "a"}, r"has no column 'output' \(there: instruction, answer\)"),
     ("alpaca", {}, r"has no column 'instruction' \(there: none\)"),
     ("alpaca", {"instruction": "q", "output": ""}, "output is empty"),
@@ -236,15 +240,13 @@ def refused(path: Path) -> str:
         ("a.json", b'{"a": 1}\n{"a": \n', ":2", "is not JSON"),
         ("a.csv", b"a,b\n1,2\n3\n", ":3", "has not the 2 columns of the header"),
         ("a.csv", b"a,b\n1,2\n3,4,5\n", ":3", "has not the 2 columns of the header"),
-        ("a.csv", b'a,b\n1,"open\n', ":2", "is not CSV"),
+        ("a.csv", b'a,b\n1,2\n3,"open\n5,6\n', ":3", "is not CSV"),
         ("a.csv", b"a,b\n1,\xe9\n", ":2", "is not UTF-8"),
         ("a.parquet", b"PAR1 not really", "", "cannot be read as Parquet"),
         ("a.parquet", b"", "", "cannot be read as Parquet"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_line(
-    tmp_path: Path, name: str, content: bytes, place: str, why: str
-) -> None:
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, place: str, why: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     message = refused(path)

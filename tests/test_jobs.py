@@ -1,4 +1,4 @@
-"""The main job on a real Ray cluster with token authentication: submitted, trained, published, and true in its answers."""
+"""The main job on a real Ray cluster with token authentication: submitted, trained, published, and true."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def published(world: Path, run_id: str) -> AdapterRecord:
 def test_a_submitted_run_publishes_a_record_of_what_it_was_trained_on(world: Path, lora: AdapterRecord) -> None:
     assert lora.kind == "adapter"
     assert lora.id == f"base-words-{lora.digest[:8]}"
-    assert [(source.source, source.license, source.records) for source in lora.datasets] == [("made up", "CC0-1.0", 120)]
+    assert [(data.source, data.license, data.records) for data in lora.datasets] == [("made up", "CC0-1.0", 120)]
     assert lora.base.id == str(world / "base")
     assert lora.packages["deepspeed"] and lora.packages["peft"]
 

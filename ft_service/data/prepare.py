@@ -133,7 +133,7 @@ def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
 
 
 def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> DatasetFacts:
-    """The facts of the spec's data, without writing anything; large data is sampled and scaled (`exact` is False then)."""
+    """The facts of the spec's data, without writing anything; large data is sampled and scaled, and `exact` False."""
     splits = _read_splits(spec, tokenizer, lambda text: None, limit=MEASURED_RECORDS)
     facts = _facts("not prepared", splits, len(_pack(splits.train, spec)), len(_pack(splits.validation, spec)))
     if splits.records == splits.converted:
@@ -250,7 +250,7 @@ def _share(item: Conversation | str, seed: int) -> float:
 
 
 def _threshold(shares: Sequence[float], fraction: float) -> float:
-    """What lies below is held out: about `fraction`, and at least one distinct record on either side if there are two."""
+    """What lies below is held out: about `fraction`, and of two or more distinct records at least one on a side."""
     distinct = sorted(set(shares))
     if fraction == 0 or len(distinct) < 2:
         return 0.0
@@ -321,7 +321,9 @@ def _dataset_digest(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, digests: 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for setting_of_the_last_call in ("truncation", "padding"):
-        content.pop(setting_of_the_last_call, None)
+    content: dict[str, Any]
+    if backend is None:
+        content = tokenizer.get_vocab()
+    else:  # without what the last call asked for, which is no part of the tokenizer
+        content = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -40,8 +40,8 @@ class Faults:
             return
         more = f"\n  ... and {self.count - _SHOWN} more" if self.count > _SHOWN else ""
         raise DataError(
-            f"{self.count} record{'s' if self.count > 1 else ''} cannot be used. Mend or remove them; nothing was left out "
-            "in silence:\n" + "\n".join(self._first) + more
+            f"{self.count} record{'s' if self.count > 1 else ''} cannot be used. Mend or remove them; nothing was left "
+            "out in silence:\n" + "\n".join(self._first) + more
         )
 
 
@@ -139,7 +139,8 @@ def _read_csv(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
                 continue
             yield record, place
     except csv.Error as error:
-        faults.add(f"{file}:{reader.line_num}", f"is not CSV ({error})")
+        # line_num is still that of the last good record: a quote left open swallows the rest of the file
+        faults.add(f"{file}:{reader.line_num + 1}", f"is not CSV ({error})")
 
 
 def _read_parquet(file: Path, faults: Faults) -> Iterator[tuple[Record, str]]:
@@ -162,7 +163,9 @@ def _if_object(record: object, place: str, faults: Faults) -> Iterator[tuple[Rec
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(f"{file}: cannot be read ({error.strerror or error}). Check that it is a file, and its permissions.")
+    return DataError(
+        f"{file}: cannot be read ({error.strerror or error}). Check that it is a file, and its permissions."
+    )
 
 
 def _text(file: Path) -> str:

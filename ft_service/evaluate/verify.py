@@ -29,7 +29,7 @@ class Finding:
 
 
 def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Finding]:
-    """Check digests, the base, names and shapes, and that logits differ from the base's; stops at the first layer broken.
+    """Check digests, base, names and shapes, and that logits differ from the base's; stops at what is broken.
 
     Needs the base's weights, and memory for them in bf16.
     """

@@ -1,4 +1,4 @@
-"""Adapters: attach trainable LoRA layers to a frozen base, export what was trained. The only user of peft in training."""
+"""Adapters: attach trainable LoRA layers to a frozen base, and export what was trained as stock PEFT folders."""
 
 from collections.abc import Mapping
 from pathlib import Path

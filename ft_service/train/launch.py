@@ -47,7 +47,8 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
     if (done := _published(folder)) is not None:
         say(
-            f"Run {folder.run_id} is complete: it published {done.id}. Nothing to do; give another --run-id to run again."
+            f"Run {folder.run_id} is complete: it published {done.id}. Nothing to do; "
+            "give another --run-id to run again."
         )
         return done
     events = EventLog(storage, folder.run_id)

@@ -1,4 +1,4 @@
-"""Parallelism: the process group and the DeepSpeed engine. The only user of deepspeed; the model knows nothing of it."""
+"""Parallelism: the process group and the DeepSpeed engine. The only user of deepspeed."""
 
 import math
 import os
@@ -24,7 +24,7 @@ _GIB = 2**30
 
 
 def init_process_group(use_gpu: bool) -> None:
-    """Join the process group that the launcher described in the environment (torchrun, Ray), or one of a single process."""
+    """Join the process group that the environment describes (torchrun, Ray), or one of this process alone."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

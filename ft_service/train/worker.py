@@ -1,4 +1,4 @@
-"""One worker of a run, from plan to weights on storage. Needs a process group's environment, and neither Ray nor a cluster.
+"""One worker of a run, from plan to weights on storage. Needs neither Ray nor a cluster.
 
 ``torchrun --nproc-per-node 2 -m ft_service.train.worker STORAGE RUN_ID`` trains a prepared run without Ray.
 """
@@ -30,7 +30,7 @@ Report = Callable[[StepMetrics], None]
 def run_worker(storage_root: str, run_id: str, report: Report = lambda metrics: None) -> None:
     """Train the run whose plan and dataset lie on storage, and write its outcome there.
 
-    Every worker of the process group calls this; `report` is called on each of them after each validation and at the end.
+    Every worker of the process group calls this; `report` is called on each after every validation and at the end.
     """
     run = RunFolder(Storage(storage_root), run_id)
     plan = run.plan()

@@ -1,0 +1,440 @@
+"""Preparing: every example lies in one packed row, once; the same data is prepared once; a failure leaves nothing."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ft_service.chat import ChatFormat, Message, encode_texts
+from ft_service.data import prepare
+from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_dataset, open_dataset, prepare_dataset
+from ft_service.errors import DataError, StorageError
+from ft_service.model.scratch import train_tokenizer
+from ft_service.spec import RunSpec, parse_run_spec
+from ft_service.storage import Storage
+
+Records = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["how many words are there in answer number one"] * 4, vocab_size=340)
+
+
+def alpaca_records(count: int, seed: int = 0) -> Records:
+    """Distinct short records of 1 to 40 words."""
+    lengths = np.random.default_rng(seed).integers(1, 41, size=count)
+    return [
+        {"instruction": f"number {at}", "input": "", "output": " ".join(["words"] * int(length))}
+        for at, length in enumerate(lengths)
+    ]
+
+
+class Case:
+    """A folder with data files, a storage, and specs over both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.storage = Storage(str(folder / "storage"))
+
+    def write(self, name: str, records: Records) -> str:
+        path = self.folder / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return str(path)
+
+    def spec(self, *paths: str, **data: Any) -> RunSpec:
+        settings = {"max_seq_len": 2048, "format": "alpaca", "columns": {}, **data}
+        source = {"format": settings.pop("format"), "columns": settings.pop("columns")}
+        document = {
+            "name": "case",
+            "model": {"base": "none"},
+            "data": {"train": [{"path": path, **source} for path in paths], **settings},
+            "storage": self.storage.root,
+        }
+        return parse_run_spec(json.dumps(document))
+
+    def stored(self) -> list[str]:
+        return [str(file.relative_to(self.folder)) for file in self.folder.glob("storage/datasets/**/*")]
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def rows_of(table: RowTable | None) -> list[Row]:
+    return [] if table is None else [table[index] for index in range(len(table))]
+
+
+def documents(table: RowTable | None) -> Iterator[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Ids and loss mask of every document of every row."""
+    for row in rows_of(table):
+        ends = np.cumsum(row.document_lengths)
+        assert ends[-1] == len(row.input_ids) == len(row.loss_mask)
+        for ids, mask in zip(np.split(row.input_ids, ends[:-1]), np.split(row.loss_mask, ends[:-1]), strict=True):
+            yield tuple(ids.tolist()), tuple(mask.tolist())
+
+
+def texts(tokenizer: PreTrainedTokenizerFast, table: RowTable | None) -> list[str]:
+    return sorted(tokenizer.decode(ids, skip_special_tokens=False) for ids, _ in documents(table))
+
+
+def conversation(record: dict[str, Any]) -> list[Message]:
+    return [Message("user", record["instruction"]), Message("assistant", record["output"])]
+
+
+# -- what lies in the rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("max_seq_len", [160, 2048])
+def test_every_record_lies_in_exactly_one_row_once(
+    case: Case, tokenizer: PreTrainedTokenizerFast, packing: bool, max_seq_len: int
+) -> None:
+    records = alpaca_records(150)
+    dataset = prepare_dataset(
+        case.spec(case.write("a.jsonl", records), packing=packing, max_seq_len=max_seq_len), tokenizer, case.storage
+    )
+    chat = ChatFormat(tokenizer)
+    examples = [chat.encode(conversation(record)) for record in records]
+    assert Counter(documents(dataset.train)) == Counter((tuple(e.input_ids), tuple(e.loss_mask)) for e in examples)
+    assert max(len(row.input_ids) for row in rows_of(dataset.train)) <= max_seq_len
+    facts = dataset.facts
+    assert (facts.conversations, facts.rows, facts.truncated) == (150, len(dataset.train), 0)
+    assert facts.tokens == sum(len(example.input_ids) for example in examples)
+    assert facts.loss_tokens == sum(sum(example.loss_mask) for example in examples)
+    assert facts.exact and facts.digest == dataset.digest
+    if not packing:
+        assert [len(row.document_lengths) for row in rows_of(dataset.train)] == [1] * 150
+
+
+def test_short_records_fill_98_percent_of_rows_of_2048(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = prepare_dataset(case.spec(case.write("a.jsonl", alpaca_records(3000))), tokenizer, case.storage)
+    assert dataset.facts.tokens / (dataset.facts.rows * 2048) >= 0.98
+
+
+def test_more_records_than_one_batch_all_arrive(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_BATCH_RECORDS", 7)
+    spec = case.spec(case.write("a.jsonl", alpaca_records(50)), packing=False)
+    dataset = prepare_dataset(spec, tokenizer, case.storage)
+    assert len(set(texts(tokenizer, dataset.train))) == len(dataset.train) == 50
+
+
+def test_several_sources_of_several_formats_are_one_dataset(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    long_text = "many words " * 120
+    chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}]
+    document = case.spec(case.write("a.jsonl", [{"q": "ask", "a": "tell"}]), max_seq_len=64).model_dump()
+    document["data"]["train"] = [
+        {"path": case.write("a.jsonl", [{"q": "ask", "a": "tell"}]), "columns": {"instruction": "q", "output": "a"}},
+        {"path": case.write("b.jsonl", chat), "format": "chat", "source": "https://example.com/b", "license": "MIT"},
+        {"path": case.write("c.jsonl", [{"text": long_text}]), "format": "text"},
+    ]
+    dataset = prepare_dataset(RunSpec.model_validate(document), tokenizer, case.storage)
+    (pieces,) = encode_texts(tokenizer, [long_text], 64)
+    expected = [
+        ChatFormat(tokenizer).encode([Message("user", "ask"), Message("assistant", "tell")]),
+        ChatFormat(tokenizer).encode([Message("user", "q"), Message("assistant", "a")]),
+        *pieces,
+    ]
+    assert len(pieces) > 2
+    assert Counter(documents(dataset.train)) == Counter((tuple(e.input_ids), tuple(e.loss_mask)) for e in expected)
+    assert [(source.records, source.source, source.license) for source in dataset.sources] == [
+        (1, None, None),
+        (1, "https://example.com/b", "MIT"),
+        (1, None, None),
+    ]
+    assert len({source.digest for source in dataset.sources}) == 3
+
+
+def test_a_cut_conversation_is_counted(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "words " * 100}]
+    dataset = prepare_dataset(case.spec(case.write("a.jsonl", records), max_seq_len=40), tokenizer, case.storage)
+    assert (dataset.facts.truncated, dataset.facts.conversations) == (1, 2)
+    assert max(len(row.input_ids) for row in rows_of(dataset.train)) == 40
+
+
+# -- prepared once -----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_time_nothing_is_read_or_written(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = case.spec(case.write("a.jsonl", alpaca_records(20)), validation={"fraction": 0.2})
+    said: list[str] = []
+    first = prepare_dataset(spec, tokenizer, case.storage, said.append)
+    before = {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()}
+
+    def no_reading(*_: object) -> None:
+        raise AssertionError("records were read again")
+
+    monkeypatch.setattr(prepare, "read_records", no_reading)
+    second = prepare_dataset(spec, tokenizer, case.storage, said.append)
+    assert {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()} == before
+    assert (second.digest, second.facts, second.sources) == (first.digest, first.facts, first.sources)
+    assert list(documents(second.train)) == list(documents(first.train))
+    assert said[-1].startswith("Data: prepared before")
+
+
+def test_a_worker_opens_what_was_prepared(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = case.spec(case.write("a.jsonl", alpaca_records(20)), validation={"fraction": 0.2})
+    prepared = prepare_dataset(spec, tokenizer, case.storage)
+    opened = open_dataset(Storage(case.storage.root), prepared.digest)
+    assert opened.facts == prepared.facts and opened.sources == prepared.sources
+    assert list(documents(opened.train)) == list(documents(prepared.train))
+    assert list(documents(opened.validation)) == list(documents(prepared.validation))
+    with pytest.raises(StorageError, match="datasets/0000"):
+        open_dataset(case.storage, "0000")
+
+
+def test_whatever_the_rows_depend_on_changes_the_digest(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    def digest(records: Records, tokenizer: PreTrainedTokenizerFast = tokenizer, seed: int = 0, **data: Any) -> str:
+        spec = case.spec(case.write("a.jsonl", records), **data)
+        spec = spec.model_copy(update={"train": spec.train.model_copy(update={"seed": seed})})
+        return prepare_dataset(spec, tokenizer, case.storage).digest
+
+    records = [{"instruction": f"q{at}", "output": f"a{at}", "other": "o"} for at in range(4)]
+    changed_byte = [*records[:-1], {**records[-1], "output": "a4"}]
+    other_tokenizer = train_tokenizer(["entirely other letters"] * 4, vocab_size=300)
+    digests = [
+        digest(records),
+        digest(changed_byte),
+        digest(records[::-1]),
+        digest(records, columns={"output": "other"}),
+        digest(records, max_seq_len=1024),
+        digest(records, packing=False),
+        digest(records, validation={"fraction": 0.5}),
+        digest(records, validation={"fraction": 0.25}),
+        digest(records, seed=1),
+        digest(records, tokenizer=other_tokenizer),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(records) == digests[0]
+
+
+def test_settings_that_a_tokenizer_call_leaves_behind_do_not_change_the_digest(case: Case) -> None:
+    tokenizer = train_tokenizer(["a few words"] * 4, vocab_size=300)
+    spec = case.spec(case.write("a.jsonl", alpaca_records(3)))
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    first = prepare_dataset(spec, tokenizer, case.storage)
+    assert prepare_dataset(spec, tokenizer, case.storage).digest == first.digest
+    assert first.facts.truncated == 0
+
+
+# -- held out ----------------------------------------------------------------------------------------------------------
+
+
+def split(dataset: PreparedDataset, tokenizer: PreTrainedTokenizerFast) -> tuple[list[str], list[str]]:
+    return texts(tokenizer, dataset.train), texts(tokenizer, dataset.validation)
+
+
+def test_a_fraction_holds_out_about_that_share_and_nothing_twice(
+    case: Case, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spec = case.spec(case.write("a.jsonl", alpaca_records(1000)), validation={"fraction": 0.2})
+    dataset = prepare_dataset(spec, tokenizer, case.storage)
+    train, validation = split(dataset, tokenizer)
+    assert len(train) + len(validation) == 1000 and not set(train) & set(validation)
+    # a share of 1000 draws with p = 0.2 has a standard deviation of 12.6: 60 is nearly five of them
+    assert abs(len(validation) - 200) < 60
+    facts = dataset.facts
+    assert (facts.conversations, facts.validation_conversations) == (len(train), len(validation))
+    assert dataset.validation is not None and facts.validation_rows == len(dataset.validation)
+
+
+def test_equal_conversations_never_stand_on_both_sides(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    def variants(at: int) -> list[dict[str, Any]]:
+        """What the model reads the same: with and without a weight, with blanks around."""
+        return [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{blank}q{at}"},
+                    {"role": "assistant", "content": "a", **weight},
+                ]
+            }
+            for blank in ("", "  ")
+            for weight in ({}, {"weight": 1}, {"weight": None})
+        ]
+
+    records = [record for at in range(40) for record in variants(at)]
+    spec = case.spec(case.write("a.jsonl", records), format="chat", validation={"fraction": 0.5})
+    train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
+    assert len(train) + len(validation) == len(records) and len(train) % 6 == len(validation) % 6 == 0
+    assert train and validation and not set(train) & set(validation)
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_of_records(
+    case: Case, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = alpaca_records(60)
+    forward, backward = (
+        prepare_dataset(case.spec(case.write(name, some), validation={"fraction": 0.3}), tokenizer, case.storage)
+        for name, some in (("a.jsonl", records), ("b.jsonl", records[::-1]))
+    )
+    assert forward.digest != backward.digest
+    assert split(forward, tokenizer) == split(backward, tokenizer)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_both_sides_hold_something_however_small_the_data(
+    case: Case, tokenizer: PreTrainedTokenizerFast, fraction: float
+) -> None:
+    spec = case.spec(case.write("a.jsonl", alpaca_records(2)), validation={"fraction": fraction})
+    train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
+    assert (len(train), len(validation)) == (1, 1)
+
+
+def test_all_pieces_of_a_long_text_stand_on_one_side(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [{"text": f"{letter} " * 50} for letter in "abcdefghijklmnop"]
+    spec = case.spec(case.write("a.jsonl", records), format="text", max_seq_len=32, validation={"fraction": 0.5})
+    train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
+    letters = [
+        {text.removeprefix("<|begin_of_text|>").strip()[0] for text in side} - {"<"} for side in (train, validation)
+    ]
+    assert letters[0] and letters[1] and not letters[0] & letters[1]
+    assert letters[0] | letters[1] == set("abcdefghijklmnop")
+
+
+def test_a_validation_list_is_held_out_whole_and_nothing_else_is(
+    case: Case, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    held_out = case.write("v.jsonl", [{"instruction": "v", "output": "w"}])
+    spec = case.spec(case.write("a.jsonl", alpaca_records(30)), validation=[{"path": held_out}])
+    dataset = prepare_dataset(spec, tokenizer, case.storage)
+    train, validation = split(dataset, tokenizer)
+    assert len(train) == 30
+    assert validation == [
+        tokenizer.decode(ChatFormat(tokenizer).encode([Message("user", "v"), Message("assistant", "w")]).input_ids)
+    ]
+    assert [source.path for source in dataset.sources] == [spec.data.train[0].path, held_out]
+
+
+def test_no_validation_holds_out_nothing(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = prepare_dataset(case.spec(case.write("a.jsonl", alpaca_records(5))), tokenizer, case.storage)
+    assert dataset.validation is None and dataset.facts.validation_conversations == 0
+
+
+# -- measured without writing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("validation", [None, {"fraction": 0.3}, "list"])
+def test_measuring_gives_the_facts_of_preparing_and_writes_nothing(
+    case: Case, tokenizer: PreTrainedTokenizerFast, validation: Any
+) -> None:
+    path = case.write("a.jsonl", alpaca_records(80))
+    if validation == "list":
+        validation = [{"path": case.write("v.jsonl", alpaca_records(20, seed=1))}]
+    spec = case.spec(path, validation=validation, max_seq_len=256)
+    measured = measure_dataset(spec, tokenizer)
+    assert not (case.folder / "storage").exists()
+    prepared = prepare_dataset(spec, tokenizer, case.storage).facts
+    assert measured.model_copy(update={"digest": prepared.digest}) == prepared
+
+
+def test_large_data_is_sampled_and_scaled_and_says_so(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "MEASURED_RECORDS", 50)
+    record = {"instruction": "same", "output": "length"}
+    train, held_out = case.write("a.jsonl", [record] * 400), case.write("v.jsonl", [record] * 100)
+    spec = case.spec(train, validation=[{"path": held_out}], packing=False)
+    measured = measure_dataset(spec, tokenizer)
+    prepared = prepare_dataset(spec, tokenizer, case.storage).facts
+    # records of equal length: the scaled figures are the true ones, of the validation list as well
+    assert measured == prepared.model_copy(update={"digest": measured.digest, "exact": False})
+
+
+def test_data_just_at_the_limit_is_measured_exactly(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "MEASURED_RECORDS", 50)
+    spec = case.spec(case.write("a.jsonl", alpaca_records(50)), case.write("b.jsonl", alpaca_records(50, seed=1)))
+    assert measure_dataset(spec, tokenizer).exact
+
+
+# -- what cannot be used -----------------------------------------------------------------------------------------------
+
+
+GOOD = '{"instruction": "q", "output": "a"}\n'
+
+
+def refused(case: Case, tokenizer: PreTrainedTokenizerFast, spec: RunSpec) -> str:
+    """The one error that both preparing and measuring raise; and nothing lies on the storage after it."""
+    with pytest.raises(DataError) as measuring:
+        measure_dataset(spec, tokenizer)
+    with pytest.raises(DataError) as preparing:
+        prepare_dataset(spec, tokenizer, case.storage)
+    assert str(measuring.value) == str(preparing.value)
+    assert case.stored() == []
+    return str(preparing.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"instruction": "q"', "is not JSON"),
+        ('"text"', "is a JSON str, not an object"),
+        ('{"instruction": "q", "output": ["a"]}', "output is list, not text"),
+        ('{"instruction": "q", "output": ""}', "output is empty"),
+        ('{"instruction": "q", "answer": "a"}', "has no column 'output' (there: instruction, answer). Set columns"),
+        ('{"instruction": "q", "output": "\\ud83d"}', "output holds half a character"),
+        (
+            '{"instruction": "%s", "output": "a"}' % ("words " * 60),
+            "has no loss token left within data.max_seq_len = 64",
+        ),
+    ],
+)
+def test_one_bad_record_stops_everything_and_is_named(
+    case: Case, tokenizer: PreTrainedTokenizerFast, line: str, why: str
+) -> None:
+    path = case.folder / "a.jsonl"
+    path.write_text(f"{GOOD}{GOOD}{line}\n{GOOD}")
+    message = refused(case, tokenizer, case.spec(str(path), max_seq_len=64))
+    assert message.startswith("1 record cannot be used. Mend or remove")
+    assert f"{path}:3: {why}" in message
+
+
+def test_bad_records_of_all_sources_and_kinds_are_told_at_once(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    first = case.write("a.jsonl", [{"instruction": "q", "output": "a"}, {"instruction": "words " * 60, "output": "a"}])
+    second = case.write("b.jsonl", [{"instruction": "q", "output": 1}] * 12)
+    message = refused(case, tokenizer, case.spec(first, second, max_seq_len=64))
+    assert message.startswith("13 records cannot be used")
+    assert f"{first}:2: has no loss token left" in message
+    assert f"{second}:9: " in message and f"{second}:10: " not in message
+    assert message.endswith("... and 3 more")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_a_source_without_records_is_named(case: Case, tokenizer: PreTrainedTokenizerFast, content: str) -> None:
+    empty = case.folder / "empty.json"
+    empty.write_text(content)
+    spec = case.spec(case.write("a.jsonl", alpaca_records(3)), str(empty))
+    assert refused(case, tokenizer, spec) == f"{empty}: holds no records. Name a file that has some."
+
+
+def test_an_absent_file_is_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    absent = str(case.folder / "absent.jsonl")
+    assert f"{absent}: no such file" in refused(case, tokenizer, case.spec(absent))
+
+
+def test_a_failure_while_writing_leaves_no_dataset(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = case.spec(case.write("a.jsonl", alpaca_records(5)))
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_write_rows", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            prepare_dataset(spec, tokenizer, case.storage)
+    assert case.stored() == []
+    assert len(prepare_dataset(spec, tokenizer, case.storage).train) == 1
