@@ -37,8 +37,8 @@ def submit_run(
         Exception
     ) as error:  # the client raises RuntimeError, ConnectionError and its own, all with a text for people
         raise ClusterError(
-            f"--address = {address}: the job was not accepted ({error}). Check that the cluster is up, that the address "
-            "is that of its dashboard, and that RAY_AUTH_MODE and the token are those of its head."
+            f"--address = {address}: the job was not accepted ({error}). Check that the cluster is up, that the "
+            "address is that of its dashboard, and that RAY_AUTH_MODE and the token are those of its head."
         ) from None
     print(job, flush=True)
     if detach:

@@ -1,17 +1,13 @@
 """The training is right: against plain PyTorch, against transformers' Trainer, and against itself on every layout."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_cases import DOCUMENTS_PER_ROW, VOCABULARY, documents, fixed_rows
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_cases import DOCUMENTS_PER_ROW, documents, fixed_rows, run_cases, write_base
+from transformers import LlamaForCausalLM
 
 from ft_service.data.order import step_rows
 
@@ -23,37 +19,9 @@ FULL, LORA, QLORA = {"type": "full"}, {"type": "lora", "lora_rank": 4}, {"type":
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random weights; odd sizes force ZeRO-3 to pad its partitions."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=36,
-        intermediate_size=75,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        max_position_embeddings=128,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    write_base(folder)
     return folder
-
-
-def run_cases(cases: dict[str, Any], world_size: int, folder: Path) -> dict[str, Any]:
-    """Run cases under torchrun; `folder` receives their input and output."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)),
-        *(str(Path(__file__).with_name("training_cases.py")), str(folder / "cases.json"), str(folder / "results.json")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

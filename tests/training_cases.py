@@ -4,6 +4,8 @@ torchrun --nproc-per-node N tests/training_cases.py CASES.json RESULTS.json
 """
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +25,7 @@ from ft_service.model.trainable import TrainableModel
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import RunSpec
 from ft_service.train.batches import Batches
-from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loop import Hooks, TrainingState, mean_loss, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
 
@@ -76,6 +79,38 @@ def fixed_rows() -> list[Row]:
     return [Row(row.input_ids, row.loss_mask, np.array([len(row.input_ids)])) for row in packed_rows()[:4]]
 
 
+def write_base(folder: Path) -> None:
+    """A Llama of two layers with random weights; odd sizes force ZeRO-3 to pad its partitions."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=36,
+        intermediate_size=75,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def run_cases(cases: dict[str, Any], world_size: int, folder: Path) -> dict[str, Any]:
+    """Run cases under torchrun; `folder` receives their input and output."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)),
+        *(__file__, str(folder / "cases.json"), str(folder / "results.json")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "results.json").read_text())
+
+
 def rows_of(case: dict[str, Any]) -> list[Row]:
     if case.get("fixed_batch"):
         return fixed_rows()
@@ -100,6 +135,7 @@ def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
                 "validate_every_steps": 3,
                 "weight_decay": 0.0 if case.get("fixed_batch") else 0.1,
                 "activation_checkpointing": case.get("checkpointing", False),
+                **case.get("train", {}),
             },
             "parallel": {
                 "num_workers": world_size,
@@ -139,9 +175,12 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     nothing = Hooks(on_step=metrics.append, on_best=lambda state: None, on_checkpoint=lambda state: None)
     train(plan, parallel, batches(), batches(), nothing, TrainingState())
     trained = parallel.gather_trained()
+    if "export" in case and parallel.is_first:
+        model.export(trained, Path(case["export"]))
     result = {
         "losses": [m.loss for m in metrics],
         "validation_losses": [m.validation_loss for m in metrics if m.validation_loss is not None],
+        "validated_again": mean_loss(parallel, batches()),
         "grad_norms": [m.grad_norm for m in metrics],
         "learning_rates": [m.learning_rate for m in metrics],
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
