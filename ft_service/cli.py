@@ -118,7 +118,7 @@ def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> Non
     if as_json:
         _print_json([status.model_dump(mode="json") for status in statuses])
         return
-    table = Table("run", "state", "since", "published", "message")
+    table = _table("run", "state", "since", "published", "message")
     for status in statuses:
         table.add_row(
             status.run_id, status.state, f"{status.time:%Y-%m-%d %H:%M}", status.published or "", status.message[:80]
@@ -167,7 +167,7 @@ def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_
     if as_json:
         _print_json([record.model_dump(mode="json") for record in records])
         return
-    table = Table("id", "kind", "base", "steps", "loss", "validation loss", "created")
+    table = _table("id", "kind", "base", "steps", "loss", "validation loss", "created")
     for record in records:
         validation = "" if record.validation_loss is None else f"{record.validation_loss:.4f}"
         created = f"{record.created:%Y-%m-%d %H:%M}"
@@ -229,7 +229,7 @@ def doctor(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> N
     if as_json:
         _print_json([finding.__dict__ for finding in findings])
     else:
-        table = Table("what", "", "found", box=None)
+        table = _table("what", "", "found")
         for finding in findings:
             mark = {"ok": "[green]ok[/green]", "warn": "[yellow]look[/yellow]", "fail": "[red]fail[/red]"}[
                 finding.level
@@ -238,6 +238,13 @@ def doctor(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> N
         console.print(table)
     if any(finding.level == "fail" for finding in findings):
         raise SystemExit(1)
+
+
+def _table(*columns: str) -> Table:
+    """A table whose first column, what people copy, is never cut or folded."""
+    table = Table(*columns, box=None)
+    table.columns[0].no_wrap = True
+    return table
 
 
 def _print_json(value: Any) -> None:

@@ -34,6 +34,20 @@ NUM_ROWS = 24
 DOCUMENTS_PER_ROW = 2
 
 
+class TrulyPartitioned(Parallel):
+    """ZeRO-3 that lets go of every weight after each use, as of weights that are large.
+
+    DeepSpeed keeps those of fewer than 100,000 elements gathered for good, and others when they are used again soon.
+    """
+
+    def _config(self) -> dict[str, Any]:
+        config = super()._config()
+        if self.plan.zero_stage == 3:
+            nothing_stays = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+            config["zero_optimization"] |= {f"stage3_{name}": 0 for name in nothing_stays}
+        return config
+
+
 @dataclass(frozen=True)
 class Row:
     input_ids: np.ndarray
@@ -156,7 +170,7 @@ def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
 
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     plan = plan_of(case, world_size)
-    parallel = Parallel(plan)
+    parallel = TrulyPartitioned(plan)
     torch.manual_seed(0)
     with parallel.partitioned_init():
         model = TrainableModel(plan, Path(case["base"]), parallel.device)

@@ -1,0 +1,277 @@
+"""Every way to train gives what stock software finds in its weights: LoRA variants, offloading, dropout, plain torchrun."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from training_cases import documents, run_cases, write_base
+from transformers import LlamaForCausalLM
+
+from ft_service.catalog import shape_from_config
+from ft_service.data.prepare import prepare_dataset
+from ft_service.metrics import read_metrics
+from ft_service.model.base import fingerprint, load_tokenizer, read_config
+from ft_service.model.scratch import train_tokenizer, write_scratch_model
+from ft_service.plan import Resources, make_plan
+from ft_service.runs import RunFolder
+from ft_service.spec import parse_run_spec
+from ft_service.storage import Storage
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-3
+LORA = {"type": "lora", "lora_rank": 4}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa_niter_4"},
+    "pissa-rslora": {"init_lora_weights": "pissa_niter_4", "use_rslora": True},
+    "olora": {"init_lora_weights": "olora"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "subset": {"target_modules": ["q_proj", "v_proj"]},
+}
+OFFLOADED = [("full", 2), ("full", 3), ("lora", 2), ("lora", 3)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def results(base: Path, exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cases: dict[str, dict[str, Any]] = {}
+    for stage in (2, 3):
+        for variant, settings in VARIANTS.items():
+            cases[f"{variant}-zero{stage}"] = {"method": LORA | settings, "stage": stage}
+        cases[f"dropout-zero{stage}"] = {"method": LORA | {"lora_dropout": 0.5}, "stage": stage}
+    for kind, stage in OFFLOADED:
+        method = LORA if kind == "lora" else {"type": "full"}
+        cases[f"{kind}-zero{stage}"] = {"method": method, "stage": stage}
+        cases[f"{kind}-zero{stage}-offloaded"] = {"method": method, "stage": stage, "offload": "cpu"}
+    for name, case in cases.items():
+        case |= {"base": str(base), "micro": 2, "export": str(exports / name)}
+    return run_cases(cases, 2, tmp_path_factory.mktemp("two"))
+
+
+@torch.no_grad()
+def stock_loss(model: torch.nn.Module) -> float:
+    """Loss per loss token over all documents, by stock software: a forward pass a document, its own logits."""
+    model.eval()
+    total, count = 0.0, 0
+    for ids, mask in documents():
+        tokens, predicted = torch.from_numpy(ids).long(), torch.from_numpy(mask[1:])
+        logits = model(input_ids=tokens[None]).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits[predicted], tokens[1:][predicted], reduction="sum"))
+        count += int(predicted.sum())
+    return total / count
+
+
+def stock_base(base: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+# -- LoRA variants ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("variant", [*VARIANTS, "dropout"])
+def test_stock_peft_finds_the_loss_of_the_run_in_every_variant(
+    base: Path, exports: Path, results: dict[str, Any], variant: str, stage: int
+) -> None:
+    name = f"{variant}-zero{stage}"
+    before = stock_loss(stock_base(base))
+    after = stock_loss(PeftModel.from_pretrained(stock_base(base), exports / name))
+    assert after == pytest.approx(results[name]["validation_losses"][-1], abs=TOLERANCE)
+    assert before - after > 5 * TOLERANCE  # it learned, and a lost adapter would be noticed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_alike_with_its_base_whole_and_partitioned(results: dict[str, Any], variant: str) -> None:
+    whole, partitioned = results[f"{variant}-zero2"], results[f"{variant}-zero3"]
+    assert partitioned["losses"] == pytest.approx(whole["losses"], abs=TOLERANCE)
+    assert partitioned["validation_losses"] == pytest.approx(whole["validation_losses"], abs=TOLERANCE)
+
+
+def test_only_the_modules_named_are_adapted(results: dict[str, Any]) -> None:
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in results["subset-zero2"]["trained"]}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_each_variant_is_another_training(results: dict[str, Any]) -> None:
+    # Else a setting that never reaches peft would pass every other test here.
+    curves = {tuple(results[f"{variant}-zero2"]["losses"]) for variant in (*VARIANTS, "dropout")}
+    curves.add(tuple(results["lora-zero2"]["losses"]))
+    assert len(curves) == len(VARIANTS) + 2
+
+
+@pytest.mark.parametrize("variant", ["pissa", "pissa-rslora", "olora"])
+def test_an_initialisation_out_of_the_base_starts_at_the_loss_of_the_base(
+    results: dict[str, Any], variant: str
+) -> None:
+    # W - B A + B A = W: the first step sees the base, whatever the rank.
+    assert results[f"{variant}-zero2"]["losses"][0] == pytest.approx(results["lora-zero2"]["losses"][0], abs=TOLERANCE)
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_dropout_is_on_in_training_and_off_in_validation(results: dict[str, Any], stage: int) -> None:
+    found = results[f"dropout-zero{stage}"]
+    assert found["validated_again"] == found["validation_losses"][-1]
+    # From the second step on: B = 0 hides dropout in the first.
+    assert found["losses"][1:] != pytest.approx(results[f"lora-zero{stage}"]["losses"][1:], abs=1e-6)
+
+
+# -- offloading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "stage"), OFFLOADED)
+def test_offloading_to_the_cpu_changes_no_curve(results: dict[str, Any], kind: str, stage: int) -> None:
+    expected, found = results[f"{kind}-zero{stage}"], results[f"{kind}-zero{stage}-offloaded"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
+    assert found["validation_losses"] == pytest.approx(expected["validation_losses"], abs=TOLERANCE)
+    assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_full_run_exports_the_weights_it_validated(
+    exports: Path, results: dict[str, Any], stage: int
+) -> None:
+    name = f"full-zero{stage}-offloaded"
+    assert stock_loss(stock_base(exports / name)) == pytest.approx(results[name]["validation_losses"][-1], abs=TOLERANCE)
+
+
+# -- without Ray -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Llama and records."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    questions = [" ".join(rng.choices(["red", "green", "blue", "cat", "dog"], k=rng.randint(3, 12))) for _ in range(60)]
+    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_scratch_model(
+        folder / "base",
+        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=64,
+        seed=0,
+    )
+    return folder
+
+
+def prepared_run(world: Path, run_id: str, num_workers: int, **settings: object) -> RunFolder:
+    """A run as the launcher leaves it to its workers: dataset and plan lie on storage."""
+    spec = parse_run_spec(
+        f"""
+name: words
+model: {{base: {world}/base}}
+method: {{type: lora, lora_rank: 4}}
+data: {{train: [{{path: {world}/train.jsonl}}], validation: {{fraction: 0.2}}, max_seq_len: 128}}
+train: {{max_steps: 4, global_batch_size: 4, learning_rate: 1e-2, validate_every_steps: 2, precision: fp32}}
+parallel: {{num_workers: {num_workers}, use_gpu: false}}
+storage: {world}/storage
+""",
+        [f"{name}={value}" for name, value in settings.items()],
+    )
+    run = RunFolder(Storage(str(world / "storage")), run_id)
+    dataset = prepare_dataset(spec, load_tokenizer(world / "base"), run.storage)
+    shape = shape_from_config(read_config(world / "base"))
+    run.write_plan(spec, make_plan(spec, dataset.facts, shape, Resources()), dataset.sources)
+    return run
+
+
+def work(run: RunFolder, *launcher: str) -> None:
+    command = [sys.executable, "-m", *launcher, "ft_service.train.worker", run.storage.root, run.run_id]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+TWO_WORKERS = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(world: Path) -> RunFolder:
+    run = prepared_run(world, "two", 2, **{"report.tensorboard": "true"})
+    work(run, *TWO_WORKERS)
+    return run
+
+
+@pytest.fixture(scope="module")
+def by_one_process(world: Path) -> RunFolder:
+    run = prepared_run(world, "one", 1)
+    work(run)
+    return run
+
+
+def test_torchrun_and_one_process_train_a_prepared_run_without_ray(
+    world: Path, by_torchrun: RunFolder, by_one_process: RunFolder
+) -> None:
+    curves = []
+    for run in (by_torchrun, by_one_process):
+        metrics = read_metrics(run.storage, run.run_id)
+        assert [m.step for m in metrics] == [1, 2, 3, 4]
+        validated = {m.step: m.validation_loss for m in metrics if m.validation_loss is not None}
+        assert list(validated) == [2, 4]
+        outcome = run.outcome()
+        assert outcome.steps_run == 4
+        assert outcome.final_loss == metrics[-1].loss
+        assert outcome.validation_loss == validated[outcome.steps] == min(validated.values())
+        assert outcome.base_fingerprint == fingerprint(world / "base")
+        weights = world / "storage" / run.path / outcome.weights
+        assert (weights / "adapter_model.safetensors").is_file()
+        PeftModel.from_pretrained(stock_base(world / "base"), weights)
+        assert [folder.name for folder in weights.parent.iterdir()] == [weights.name]  # only the best is kept
+        curves.append([m.loss for m in metrics])
+    assert curves[0] == pytest.approx(curves[1], abs=TOLERANCE)
+
+
+def test_tensorboard_shows_the_metrics_of_the_run(world: Path, by_torchrun: RunFolder) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(world / "storage" / by_torchrun.path / "tensorboard"))
+    shown.Reload()
+    losses = {event.step: event.value for event in shown.Scalars("loss")}
+    expected = {m.step: m.loss for m in read_metrics(by_torchrun.storage, by_torchrun.run_id)}
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_is_not_written_unasked(world: Path, by_one_process: RunFolder) -> None:
+    assert not (world / "storage" / by_one_process.path / "tensorboard").exists()
+
+
+def test_a_failure_of_a_worker_is_one_message_without_ray(world: Path) -> None:
+    run = prepared_run(world, "no-data", 1)
+    shutil.rmtree(world / "storage/datasets" / run.plan().dataset.digest)
+    command = [sys.executable, "-m", "ft_service.train.worker", run.storage.root, run.run_id]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "worker 0:" in done.stderr and run.plan().dataset.digest in done.stderr
+    assert "Traceback" not in done.stderr
