@@ -123,7 +123,7 @@ def test_a_run_leaves_a_line_a_step_a_plan_and_a_report(world: Path, lora: Adapt
     report = (world / "storage/runs/lora-1/report.html").read_text()
     assert lora.id in report
     samples = json.loads((world / "storage/runs/lora-1/samples.json").read_text())
-    assert len(samples) == 2 and all("Last word of" in sample["prompt"] for sample in samples)
+    assert len(samples) == 2 and all(sample["prompt"].startswith("Last word of: ") for sample in samples)
 
 
 @torch.no_grad()

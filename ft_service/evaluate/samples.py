@@ -1,5 +1,6 @@
 """A few answers of base and adapter side by side, for people to look at in the run's report."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from ft_service.chat import END_OF_TURN, HEADER_END, HEADER_START
 from ft_service.data.prepare import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
 from ft_service.model.base import load_base, load_tokenizer, resolve_base
@@ -15,6 +17,9 @@ from ft_service.plan import RunPlan
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.runs import RunFolder
 from ft_service.storage import Storage
+
+
+_TURN = re.compile(f"{re.escape(HEADER_START)}(.*?){re.escape(HEADER_END)}\n\n(.*?){re.escape(END_OF_TURN)}", re.DOTALL)
 
 
 def write_samples(storage_root: str, run_id: str, adapter_id: str) -> None:
@@ -28,7 +33,7 @@ def write_samples(storage_root: str, run_id: str, adapter_id: str) -> None:
     before, after = _answers(plan, record, registry.folder(record), prompts)
     samples = [
         {
-            "prompt": _text(tokenizer, prompt),
+            "prompt": _turns(tokenizer, prompt),
             "reference": _text(tokenizer, reference),
             "base": _text(tokenizer, base),
             "adapter": _text(tokenizer, adapter),
@@ -89,6 +94,14 @@ def _greedy(model: Any, prompt: list[int], end_ids: list[int], max_tokens: int) 
     )
     answer: list[int] = output[0, len(prompt) :].tolist()
     return answer
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """A prompt as people read it: without headers where there is one turn, else with the role before each."""
+    turns = _TURN.findall(str(tokenizer.decode(ids)))
+    if not turns:
+        return _text(tokenizer, ids)
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
