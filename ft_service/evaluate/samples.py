@@ -18,7 +18,6 @@ from ft_service.registry import AdapterRecord, Registry
 from ft_service.runs import RunFolder
 from ft_service.storage import Storage
 
-
 _TURN = re.compile(f"{re.escape(HEADER_START)}(.*?){re.escape(HEADER_END)}\n\n(.*?){re.escape(END_OF_TURN)}", re.DOTALL)
 
 
