@@ -176,7 +176,8 @@ def _zero_stage(spec: RunSpec, shape: ModelShape, resources: Resources, checkpoi
         return asked
     if spec.parallel.offload == "nvme":
         return 3
-    lowest = 2 if spec.parallel.num_workers > 1 or spec.parallel.offload == "cpu" else 0
+    # Alone there is nothing to shard, but unlike stage 0 stage 1 sums micro-steps in fp32.
+    lowest = 2 if spec.parallel.num_workers > 1 or spec.parallel.offload == "cpu" else 1
     limit = resources.gpu_memory_gib
     if not spec.parallel.use_gpu or limit is None or spec.parallel.num_workers == 1:
         return lowest

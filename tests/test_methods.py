@@ -159,6 +159,29 @@ def test_an_offloaded_full_run_exports_the_weights_it_validated(
     assert found == pytest.approx(results[name]["validation_losses"][-1], abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_offloading_to_nvme_changes_no_curve(kind: str, tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("offload: nvme needs libaio (Debian's libaio-dev)")
+    # DeepSpeed leaves tensors of less than 1 MiB in memory; half of 768 x 1600 x 4 bytes is more.
+    write_base(tmp_path / "base", hidden_size=768, intermediate_size=1600)
+    method = LORA if kind == "lora" else {"type": "full"}
+    common = {
+        "base": str(tmp_path / "base"),
+        "method": method,
+        "stage": 3,
+        "micro": 2,
+        "train": {"learning_rate": 1e-3},
+    }
+    offloaded = common | {"offload": "nvme", "nvme_path": str(tmp_path / "drive")}
+    found = run_cases({"kept": common, "offloaded": offloaded}, 2, tmp_path)
+    assert found["offloaded"]["losses"] == pytest.approx(found["kept"]["losses"], abs=TOLERANCE)
+    assert found["offloaded"]["validation_losses"] == pytest.approx(found["kept"]["validation_losses"], abs=TOLERANCE)
+    assert any(file.stat().st_size >= 2**20 for file in (tmp_path / "drive").rglob("*") if file.is_file())
+
+
 # -- without Ray -----------------------------------------------------------------------------------------------------
 
 
