@@ -119,12 +119,15 @@ class Storage:
                 with self._fs.open_output_stream(full) as stream:
                     stream.write(content)
                 return
-            partial = f"{full}.{uuid.uuid4().hex}.partial"
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, full)
+            partial = Path(f"{full}.{uuid.uuid4().hex}.partial")
+            try:
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, full)
+            finally:
+                partial.unlink(missing_ok=True)
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(
                 f"storage = {self.root!r}: cannot write {path} ({error}). "

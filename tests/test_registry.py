@@ -1,0 +1,206 @@
+"""Storage and registry: complete or not at all, content-addressed, and every damage noticed."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from ft_service.errors import (
+    ClusterError,
+    DataError,
+    FtError,
+    ModelError,
+    NotPublishedError,
+    Problem,
+    ServingError,
+    SpecError,
+    StorageError,
+    TrainingError,
+    UsageError,
+)
+from ft_service.registry import AdapterRecord, Registry
+from ft_service.runs import RunFolder, find_run
+from ft_service.storage import Storage
+
+DRAFT: dict[str, object] = {
+    "kind": "adapter",
+    "run_id": "bot-1",
+    "run_name": "Bot",
+    "plan_digest": "p",
+    "base": {"id": "b", "revision": None, "short_name": "llama-3.1-8b", "fingerprint": "f"},
+    "method": {"type": "lora"},
+    "datasets": [],
+    "dataset_digest": "d",
+    "steps": 3,
+    "final_loss": 1.5,
+    "validation_loss": None,
+    "chat_template_digest": "t",
+    "end_of_turn_ids": [1],
+    "packages": {},
+}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "storage"))
+
+
+def publish(storage: Storage, folder: Path, weights: bytes, card: str = "id {id}, digest {digest}") -> AdapterRecord:
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text("{}")
+    return Registry(storage).publish(folder, DRAFT, "llama-3.1-8b", card)
+
+
+# -- registry --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_named_after_base_run_and_content(storage: Storage, tmp_path: Path) -> None:
+    record = publish(storage, tmp_path / "a", b"weights")
+    assert record.id == f"llama-3.1-8b-bot-{record.digest[:8]}"
+    folder = Registry(storage).folder(record)
+    assert (folder / "README.md").read_text() == f"id {record.id}, digest {record.digest}"
+    assert Registry(storage).resolve(record.id) == record
+    assert Registry(storage).records() == [record]
+    assert Registry(storage).damaged_files(record) == []
+
+
+def test_the_digest_is_of_the_weights_not_of_the_card(storage: Storage, tmp_path: Path) -> None:
+    first = publish(storage, tmp_path / "a", b"weights")
+    again = publish(storage, tmp_path / "b", b"weights", card="another card")
+    other = publish(storage, tmp_path / "c", b"weightz")
+    assert again == first  # published once, its record stays
+    assert other.digest != first.digest
+    assert len(Registry(storage).records()) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"weightz"), Path.unlink])
+def test_a_changed_or_missing_file_is_noticed(storage: Storage, tmp_path: Path, damage) -> None:
+    record = publish(storage, tmp_path / "a", b"weights")
+    damage(Registry(storage).folder(record) / "adapter_model.safetensors")
+    assert Registry(storage).damaged_files(record) == ["adapter_model.safetensors"]
+
+
+def test_a_half_written_folder_is_not_there(storage: Storage, tmp_path: Path) -> None:
+    record = publish(storage, tmp_path / "a", b"weights")
+    (Registry(storage).folder(record) / "record.json").unlink()
+    assert Registry(storage).records() == []
+    with pytest.raises(NotPublishedError):
+        Registry(storage).resolve(record.id)
+
+
+@pytest.mark.parametrize("adapter_id", ["nope", "../adapters/x", ".hidden", "a/b"])
+def test_an_unknown_id_names_those_there_are(storage: Storage, tmp_path: Path, adapter_id: str) -> None:
+    record = publish(storage, tmp_path / "a", b"weights")
+    with pytest.raises(NotPublishedError, match=record.id):
+        Registry(storage).resolve(adapter_id)
+
+
+def test_a_damaged_record_is_told_with_its_place(storage: Storage, tmp_path: Path) -> None:
+    record = publish(storage, tmp_path / "a", b"weights")
+    for text, message in (("{}", "not a record"), ("{", "not JSON")):
+        (Registry(storage).folder(record) / "record.json").write_text(text)
+        with pytest.raises(StorageError, match=message):
+            Registry(storage).resolve(record.id)
+
+
+# -- storage ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(storage: Storage, monkeypatch) -> None:
+    storage.write_bytes("folder/file", b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.write_bytes("folder/file", b"new")
+    assert storage.read_bytes("folder/file") == b"old"
+    assert [file.name for file in storage.local_folder("folder").iterdir()] == ["file"]
+
+
+def test_a_folder_is_put_whole_and_only_once(storage: Storage, tmp_path: Path, monkeypatch) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "file").write_text("first")
+    (source / "mark").write_text("")
+
+    def interrupted(*_: object) -> None:
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", interrupted)
+        with pytest.raises(StorageError, match="interrupted"):
+            storage.put_folder(source, "things/one", marker="mark")
+    assert storage.folders("things") == []
+    assert list(storage.local_folder("things").iterdir()) == []
+
+    storage.put_folder(source, "things/one", marker="mark")
+    (source / "deep" / "file").write_text("second")
+    storage.put_folder(source, "things/one", marker="mark")
+    assert storage.read_bytes("things/one/deep/file") == b"first"
+
+
+@pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/passwd"])
+def test_nothing_outside_the_root_is_reached(storage: Storage, path: str) -> None:
+    with pytest.raises(StorageError, match="leaves the storage root"):
+        storage.write_bytes(path, b"")
+
+
+def test_a_root_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot write"):
+        Storage(str(tmp_path / "file" / "below")).check_writable()
+    with pytest.raises(StorageError, match="not a usable root"):
+        Storage("gopher://somewhere")
+
+
+def test_lines_are_appended_and_storages_travel(storage: Storage) -> None:
+    again = pickle.loads(pickle.dumps(storage))
+    storage.append_line("log", "one")
+    again.append_line("log", "two")
+    assert storage.read_bytes("log") == b"one\ntwo\n"
+    storage.check_writable()
+    assert storage.folders("") == []
+
+
+# -- runs and errors -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_found_by_id_and_its_state_is_told(storage: Storage) -> None:
+    run = RunFolder(storage, "bot-1")
+    assert run.status() is None
+    run.enter("failed", message="no data")
+    status = find_run(storage, "bot-1").status()
+    assert status is not None and (status.state, status.message) == ("failed", "no data")
+    with pytest.raises(NotPublishedError, match="bot-1"):
+        find_run(storage, "bot-2")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SpecError([Problem("a.b", 3, "is wrong", "Use 4.")]),
+        *(
+            kind("setting = 1: wrong. Use 2.")
+            for kind in (
+                UsageError,
+                DataError,
+                ModelError,
+                StorageError,
+                NotPublishedError,
+                ClusterError,
+                TrainingError,
+                ServingError,
+            )
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_process_borders_with_their_text(error: FtError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert again.exit_code == (2 if isinstance(error, SpecError | UsageError) else 1)
