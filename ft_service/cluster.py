@@ -40,9 +40,14 @@ def connect(address: str | None = None) -> None:
         ) from None
 
 
+def is_submitted_job() -> bool:
+    """Whether this process is the driver of a job submitted to a cluster; Ray tells it by this variable."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def _runtime_env(address: str | None) -> dict[str, Any] | None:
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return None  # a submitted job: Ray ships its working directory
+    if is_submitted_job():
+        return None  # Ray ships its working directory
     if address:
         return {"py_modules": [str(PROJECT / package) for package in ("ft_service", "serve")]}
     python_path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))

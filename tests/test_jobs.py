@@ -231,6 +231,14 @@ def test_a_job_with_a_bad_spec_exits_2_before_anything_starts(world: Path) -> No
     assert not (world / "storage/runs/bad-spec").exists()
 
 
+def test_a_job_does_not_write_into_the_copy_of_its_working_directory(world: Path) -> None:
+    arguments = [str(world / "lora.yaml"), "storage=results"]
+    done = run([sys.executable, "jobs/train.py", *arguments], {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
+    assert done.returncode == 2, output(done)
+    assert "storage = 'results': is relative" in done.stderr
+    assert not (PROJECT / "results").exists()
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

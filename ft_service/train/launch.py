@@ -16,9 +16,9 @@ from ray.train import LoggingConfig, RunConfig, ScalingConfig, report
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ft_service import catalog
-from ft_service.cluster import connect
+from ft_service.cluster import connect, is_submitted_job
 from ft_service.data.prepare import prepare_dataset
-from ft_service.errors import FtError, TrainingError
+from ft_service.errors import FtError, Problem, SpecError, TrainingError
 from ft_service.evaluate.samples import write_samples
 from ft_service.gpus import GPUS
 from ft_service.metrics import EventLog, StepMetrics
@@ -43,6 +43,9 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
     Raises `FtError`; whatever was begun is then marked failed on storage, with the reason.
     """
     storage = Storage(spec.storage)
+    if is_submitted_job() and storage.is_local and not Path(spec.storage).expanduser().is_absolute():
+        problem = "is relative, and a submitted job runs in a copy of the working directory that Ray deletes"
+        raise SpecError([Problem("storage", spec.storage, problem, "Use an absolute folder that all machines see.")])
     storage.check_writable()
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
     if (done := _published(folder)) is not None:
