@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.train import LoggingConfig, RunConfig, ScalingConfig, report
+from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ft_service import catalog
@@ -21,7 +21,7 @@ from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import FtError, Problem, SpecError, TrainingError
 from ft_service.evaluate.samples import write_samples
 from ft_service.gpus import GPUS
-from ft_service.metrics import EventLog, StepMetrics
+from ft_service.metrics import EventLog
 from ft_service.model.base import load_tokenizer, read_config, resolve_base
 from ft_service.plan import Resources, RunPlan, make_plan
 from ft_service.publish import publish
@@ -159,7 +159,7 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
             name=folder.run_id,
             storage_path=folder.storage.uri("ray") if folder.storage.is_local else f"{folder.storage.root}/ray",
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
-            logging_config=LoggingConfig(log_level="WARNING"),  # it would print every report of every worker
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
@@ -171,10 +171,8 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
 def _worker(config: dict[str, str]) -> None:
     from ft_service.train.worker import run_worker
 
-    def tell_ray(metrics: StepMetrics) -> None:
-        report({"step": metrics.step, "loss": metrics.loss, "validation_loss": metrics.validation_loss})
-
-    run_worker(config["storage"], config["run_id"], tell_ray)
+    # Measurements go to storage, not to ray.train.report: it would log each of every worker, and keep none of them.
+    run_worker(config["storage"], config["run_id"])
 
 
 def _cause(error: Exception) -> FtError:

@@ -6,7 +6,6 @@
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,13 +23,11 @@ from ft_service.train.loop import Hooks, TrainingState, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
 
-Report = Callable[[StepMetrics], None]
 
-
-def run_worker(storage_root: str, run_id: str, report: Report = lambda metrics: None) -> None:
+def run_worker(storage_root: str, run_id: str) -> None:
     """Train the run whose plan and dataset lie on storage, and write its outcome there.
 
-    Every worker of the process group calls this; `report` is called on each after every validation and at the end.
+    Every worker of the process group calls this.
     """
     run = RunFolder(Storage(storage_root), run_id)
     plan = run.plan()
@@ -51,8 +48,6 @@ def run_worker(storage_root: str, run_id: str, report: Report = lambda metrics: 
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
             sink(metrics)
-        if metrics.validation_loss is not None or metrics.step == plan.num_steps:
-            report(metrics)
 
     state = train(
         plan,
