@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -138,9 +137,6 @@ class Registry:
             for name, digest in record.files.items()
             if not (folder / name).is_file() or sha256_of(folder / name) != digest
         ]
-
-    def copy_to(self, record: AdapterRecord, target: Path) -> None:
-        shutil.copytree(self.folder(record), target)
 
     def _read(self, place: str) -> AdapterRecord:
         try:

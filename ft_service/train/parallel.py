@@ -15,7 +15,7 @@ from torch import nn
 from ft_service.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 
-# Without these DeepSpeed would guess an accelerator from what is installed.
+# Otherwise DeepSpeed would guess an accelerator from what is installed.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed

@@ -83,6 +83,9 @@ class WeightsOnStorage:
     def __init__(self, run: RunFolder, model: TrainableModel, parallel: Parallel) -> None:
         self._run, self._model, self._parallel = run, model, parallel
         self.place = ""
+        if parallel.is_first:
+            # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
+            run.storage.delete(f"{run.path}/weights")
 
     def keep(self, state: TrainingState) -> None:
         gathered = self._parallel.gather_trained()

@@ -1,0 +1,45 @@
+"""What a worker leaves on storage is of its own attempt."""
+
+from pathlib import Path
+
+from ft_service.runs import RunFolder
+from ft_service.storage import Storage
+from ft_service.train.loop import TrainingState
+from ft_service.train.worker import WeightsOnStorage
+
+
+class Alone:
+    is_first = True
+
+    def gather_trained(self) -> dict[str, object]:
+        return {}
+
+
+class Writes:
+    """Stands for a model whose weights are a text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def export(self, weights: dict[str, object], folder: Path) -> None:
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(self.text)
+
+
+def keep(run: RunFolder, text: str, *steps: int) -> str:
+    weights = WeightsOnStorage(run, Writes(text), Alone())  # type: ignore[arg-type]
+    for step in steps:
+        weights.keep(TrainingState(step=step))
+    return run.storage.read_bytes(f"{run.path}/{weights.place}/adapter_config.json").decode()
+
+
+def test_a_second_attempt_never_publishes_the_weights_of_the_first(tmp_path: Path) -> None:
+    run = RunFolder(Storage(str(tmp_path)), "bot-1")
+    assert keep(run, "first", 3) == "first"
+    assert keep(run, "second", 3) == "second"
+
+
+def test_only_the_newest_weights_given_are_kept(tmp_path: Path) -> None:
+    run = RunFolder(Storage(str(tmp_path)), "bot-1")
+    keep(run, "text", 3, 6)
+    assert run.storage.folders("runs/bot-1/weights") == ["step-6"]
