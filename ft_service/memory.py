@@ -1,4 +1,4 @@
-"""Memory model: GiB per GPU by component, from the base's shape alone. No torch, no GPU, no weights.
+"""Memory model: bytes per GPU and per host by component, from the base's shape alone. No torch, no GPU, no weights.
 
 Sources: Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054) for what each stage shards; Dettmers et al. 2023 (QLoRA,
 arXiv:2305.14314) for the bits of NF4 with double quantisation; Korthikanti et al. 2022 (arXiv:2205.05198) for
@@ -18,86 +18,103 @@ NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 ADAM_BYTES_PER_PARAMETER = 12
 GRADIENT_BYTES_PER_PARAMETER = 4
 LOSS_CHUNK_BYTES = 512 * 1024 * 1024
-CUDA_CONTEXT_GIB = 1.0
+CUDA_CONTEXT_BYTES = GIB
 FRAGMENTATION = 0.06
+
+Method = Literal["full", "lora", "qlora"]
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides, beside the base's shape, how much memory a run takes."""
+
+    method: Method
+    num_workers: int = 1
+    workers_per_node: int = 1
+    zero_stage: int = 1
+    hpz: bool = False
+    """A second copy of the weights sharded within each node (ZeRO++ hpZ); only ZeRO-3 over several nodes."""
+    offload: Offload = "none"
+    micro_batch_size: int = 1
+    """Packed rows per forward pass of one worker."""
+    max_seq_len: int = 2048
+    activation_checkpointing: bool = True
+    precision: Literal["bf16", "fp32"] = "bf16"
+    lora_rank: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = False
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """GiB on one GPU, by what fills it."""
+    """Bytes by what fills them."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    loss: float
-    gather_buffers: float
-    reserve: float
+    gpu: dict[str, int]
+    """On one GPU. Components, always all of them and in this order: weights, quantisation_statistics, gradients,
+    optimizer, activations, loss, gather_buffers, reserve."""
+    host: dict[str, int]
+    """In one node's main memory: offloaded weights, gradients, optimizer; the processes themselves; buffers."""
 
     @property
-    def total(self) -> float:
-        return sum(self.by_component().values())
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
 
-    def by_component(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
 
 
-def trainable_parameters(shape: ModelShape, method: Literal["full", "lora", "qlora"], lora_rank: int) -> int:
-    """Parameters that are trained; for LoRA, those of A [rank, in] and B [out, rank] on every linear layer."""
-    if method == "full":
+def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
+    """Parameters that are trained; for LoRA, those of A [rank, in] and B [out, rank] on every targeted linear layer."""
+    if layout.method == "full":
         return shape.num_parameters
-    per_layer = sum(lora_rank * (rows + columns) for _, rows, columns in shape.linear_shapes())
+    per_layer = sum(layout.lora_rank * (rows + columns) for _, rows, columns in shape.linear_shapes())
     return shape.num_layers * per_layer
 
 
-def estimate_memory(
-    shape: ModelShape,
-    *,
-    method: Literal["full", "lora", "qlora"],
-    lora_rank: int,
-    zero_stage: int,
-    num_workers: int,
-    offload: Literal["none", "cpu", "nvme"],
-    micro_batch_tokens: int,
-    activation_checkpointing: bool,
-    weight_bytes: int = 2,
-) -> MemoryEstimate:
-    """Memory of one GPU during a step, in GiB.
-
-    `micro_batch_tokens` is micro-batch size x row length; `weight_bytes` is 2 for bf16 and 4 for fp32.
-    """
+def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
+    """Peak memory during a training step."""
+    weight_bytes = 2 if layout.precision == "bf16" else 4
+    four_bit = layout.method == "qlora"
     linear = shape.num_layers * sum(rows * columns for _, rows, columns in shape.linear_shapes())
     rest = shape.num_parameters - linear
-    weights = linear * (NF4_BYTES_PER_WEIGHT if method == "qlora" else weight_bytes) + rest * weight_bytes
-    trained = trainable_parameters(shape, method, lora_rank)
-    if method != "full":
+    weights = linear * (0.5 if four_bit else weight_bytes) + rest * weight_bytes
+    statistics = linear * (NF4_BYTES_PER_WEIGHT - 0.5) if four_bit else 0.0
+    trained = trainable_parameters(shape, layout)
+    if layout.method != "full":
         weights += trained * weight_bytes
     gradients = float(trained * GRADIENT_BYTES_PER_PARAMETER)
     optimizer = float(trained * ADAM_BYTES_PER_PARAMETER)
 
-    sharded = num_workers if zero_stage else 1
+    sharded = layout.num_workers if layout.zero_stage else 1
     optimizer /= sharded
-    if zero_stage >= 2:
+    if layout.zero_stage >= 2:
         gradients /= sharded
     gather = 0.0
-    if zero_stage == 3:
-        layer = shape.layer_parameters * (NF4_BYTES_PER_WEIGHT if method == "qlora" else weight_bytes)
-        embedding = shape.vocab_size * shape.hidden_size * weight_bytes
-        gather = 2 * layer + embedding  # the layer at work, the one prefetched, and the head
+    if layout.zero_stage == 3:
+        layer = shape.layer_parameters * (0.5 if four_bit else weight_bytes)
+        gather = 2 * layer + shape.vocab_size * shape.hidden_size * weight_bytes
         weights /= sharded
-    if offload != "none":
+    host = {"processes": 2 * GIB * layout.workers_per_node}
+    if layout.offload != "none":
+        host["optimizer"] = round(optimizer * layout.workers_per_node)
         optimizer, gradients = 0.0, gradients / max(1, shape.num_layers)
-        weights = 0.0 if zero_stage == 3 else weights
-
-    return MemoryEstimate(
-        weights=weights / GIB,
-        gradients=gradients / GIB,
-        optimizer=optimizer / GIB,
-        activations=micro_batch_tokens * _activation_bytes(shape, activation_checkpointing, weight_bytes) / GIB,
-        loss=2.5 * LOSS_CHUNK_BYTES / GIB,
-        gather_buffers=gather / GIB,
-        reserve=CUDA_CONTEXT_GIB + FRAGMENTATION * (weights + gradients + optimizer + gather) / GIB,
-    )
+        if layout.zero_stage == 3:
+            host["weights"], weights = round(weights * layout.workers_per_node), 0.0
+    resting = weights + statistics + gradients + optimizer + gather
+    tokens = layout.micro_batch_size * layout.max_seq_len
+    gpu = {
+        "weights": weights,
+        "quantisation_statistics": statistics,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": tokens * _activation_bytes(shape, layout.activation_checkpointing, weight_bytes),
+        "loss": 2.5 * LOSS_CHUNK_BYTES,
+        "gather_buffers": gather,
+        "reserve": CUDA_CONTEXT_BYTES + FRAGMENTATION * resting,
+    }
+    return MemoryEstimate({name: round(size) for name, size in gpu.items()}, host)
 
 
 def _activation_bytes(shape: ModelShape, checkpointing: bool, element_bytes: int) -> float:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ft_service import catalog
 from ft_service.catalog import ModelShape
 from ft_service.errors import Problem, SpecError
-from ft_service.memory import MemoryEstimate, estimate_memory, trainable_parameters
+from ft_service.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.spec import RunSpec
 
 DEFAULT_EPOCHS = 3.0
@@ -123,7 +123,8 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
     if spec.data.validation is not None:
         validate_every = spec.train.validate_every_steps or max(1, num_steps // VALIDATIONS_PER_RUN)
 
-    memory = _memory(spec, shape, zero_stage, micro, checkpointing) if spec.parallel.use_gpu else None
+    layout = _layout(spec, zero_stage, micro, checkpointing)
+    memory = estimate_memory(shape, layout) if spec.parallel.use_gpu else None
     facts = catalog.find(spec.model.base)
     seen = num_steps * batch / dataset.rows
     draft = {
@@ -131,7 +132,7 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         "dataset": dataset,
         "base_short_name": catalog.short_name(spec.model.base),
         "parameters": shape.num_parameters,
-        "trainable_parameters": trainable_parameters(shape, spec.method.type, spec.method.lora_rank),
+        "trainable_parameters": trainable_parameters(shape, layout),
         "zero_stage": zero_stage,
         "micro_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
@@ -144,7 +145,7 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         "validate_every_steps": validate_every,
         "tokens": round(dataset.tokens * seen),
         "loss_tokens": round(dataset.loss_tokens * seen),
-        "memory_gib": {**memory.by_component(), "total": memory.total} if memory else {},
+        "memory_gib": _gib(memory) if memory else {},
         "remarks": catalog.remarks(facts, {source.format for source in spec.data.train}) if facts else [],
         "warnings": _warnings(spec, dataset, resources, memory, num_steps, steps_per_epoch),
         "said": [],
@@ -155,18 +156,29 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 
-def _memory(spec: RunSpec, shape: ModelShape, stage: int, micro: int, checkpointing: bool) -> MemoryEstimate:
-    return estimate_memory(
-        shape,
+def _layout(spec: RunSpec, stage: int, micro: int, checkpointing: bool) -> Layout:
+    targets = spec.method.target_modules
+    return Layout(
         method=spec.method.type,
-        lora_rank=spec.method.lora_rank,
-        zero_stage=stage,
         num_workers=spec.parallel.num_workers,
+        zero_stage=stage,
         offload=spec.parallel.offload,
-        micro_batch_tokens=micro * spec.data.max_seq_len,
+        micro_batch_size=micro,
+        max_seq_len=spec.data.max_seq_len,
         activation_checkpointing=checkpointing,
-        weight_bytes=2 if spec.train.precision == "bf16" else 4,
+        precision=spec.train.precision,
+        lora_rank=spec.method.lora_rank,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_dora=spec.method.use_dora,
     )
+
+
+def _gib(memory: MemoryEstimate) -> dict[str, float]:
+    return {**{name: size / GIB for name, size in memory.gpu.items()}, "total": memory.gpu_bytes / GIB}
+
+
+def _fits(shape: ModelShape, layout: Layout, limit_gib: float) -> bool:
+    return estimate_memory(shape, layout).gpu_bytes <= limit_gib * GIB
 
 
 def _zero_stage(spec: RunSpec, shape: ModelShape, resources: Resources, checkpointing: bool) -> int:
@@ -181,7 +193,7 @@ def _zero_stage(spec: RunSpec, shape: ModelShape, resources: Resources, checkpoi
     limit = resources.gpu_memory_gib
     if not spec.parallel.use_gpu or limit is None or spec.parallel.num_workers == 1:
         return lowest
-    return lowest if _memory(spec, shape, lowest, 1, checkpointing).total <= limit else 3
+    return lowest if _fits(shape, _layout(spec, lowest, 1, checkpointing), limit) else 3
 
 
 def _micro_batch_size(
@@ -194,7 +206,7 @@ def _micro_batch_size(
         if not spec.parallel.use_gpu:
             return size * spec.data.max_seq_len <= CPU_MICRO_BATCH_TOKENS
         limit = resources.gpu_memory_gib
-        return limit is not None and _memory(spec, shape, stage, size, checkpointing).total <= limit
+        return limit is not None and _fits(shape, _layout(spec, stage, size, checkpointing), limit)
 
     return max((size for size in divisors if fits(size)), default=1)
 
@@ -257,9 +269,9 @@ def _warnings(
 ) -> list[str]:
     warnings = []
     limit = resources.gpu_memory_gib
-    if memory and limit is not None and memory.total > limit:
+    if memory and limit is not None and memory.gpu_bytes > limit * GIB:
         warnings.append(
-            f"Needs about {memory.total:.0f} GiB per GPU, and one has {limit:.0f} GiB. Use more workers with ZeRO-3, "
+            f"Needs about {memory.gpu_bytes / GIB:.0f} GiB per GPU, and one has {limit:.0f} GiB. Use more workers with ZeRO-3, "
             "qlora, a shorter data.max_seq_len, or parallel.offload: cpu."
         )
     if steps_per_epoch < 1:

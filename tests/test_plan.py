@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ft_service import catalog
 from ft_service.errors import SpecError
-from ft_service.memory import estimate_memory
+from ft_service.memory import GIB, Layout, estimate_memory
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import parse_run_spec
 
@@ -109,16 +109,8 @@ def test_the_digest_is_of_every_decision() -> None:
 
 
 def gib(base: str, method: str, workers: int = 1, stage: int = 0, tokens: int = 2048) -> float:
-    return estimate_memory(
-        shape_of(f"meta-llama/{base}"),
-        method=method,  # type: ignore[arg-type]
-        lora_rank=16,
-        zero_stage=stage,
-        num_workers=workers,
-        offload="none",
-        micro_batch_tokens=tokens,
-        activation_checkpointing=True,
-    ).total
+    layout = Layout(method=method, zero_stage=stage, num_workers=workers, max_seq_len=tokens)  # type: ignore[arg-type]
+    return estimate_memory(shape_of(f"meta-llama/{base}"), layout).gpu_bytes / GIB
 
 
 def test_memory_agrees_with_what_the_field_knows() -> None:
