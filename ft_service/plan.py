@@ -271,8 +271,8 @@ def _warnings(
     limit = resources.gpu_memory_gib
     if memory and limit is not None and memory.gpu_bytes > limit * GIB:
         warnings.append(
-            f"Needs about {memory.gpu_bytes / GIB:.0f} GiB per GPU, and one has {limit:.0f} GiB. Use more workers with ZeRO-3, "
-            "qlora, a shorter data.max_seq_len, or parallel.offload: cpu."
+            f"Needs about {memory.gpu_bytes / GIB:.0f} GiB per GPU, and one has {limit:.0f} GiB. Use more workers with "
+            "ZeRO-3, qlora, a shorter data.max_seq_len, or parallel.offload: cpu."
         )
     if steps_per_epoch < 1:
         warnings.append(
