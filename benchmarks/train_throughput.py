@@ -76,7 +76,9 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
     from ft_service.data.pack import pack_lengths
     from ft_service.metrics import StepMetrics
     from ft_service.model.adapter import attach_adapter
-    from ft_service.model.base import load_base, read_config
+    from ft_service.model.base import read_config
+    from ft_service.model.checkpoint import Checkpoint
+    from ft_service.model.load import load_causal_lm
     from ft_service.plan import DatasetFacts, Resources, make_plan
     from ft_service.spec import RunSpec
     from ft_service.train.batches import Batches
@@ -115,7 +117,7 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
     plan = make_plan(spec, facts, shape_from_config(read_config(model)), Resources())
     init_process_group(device == "cuda")
     parallel = Parallel(plan)
-    base = load_base(model, dtype=parallel.dtype, device=parallel.device)
+    base = load_causal_lm(Checkpoint(model), dtype=parallel.dtype, placement=parallel.placement())
     adapted = attach_adapter(base, spec.method, str(model), None)
     base.train()
     parallel.wrap(LossModel(adapted, base))

@@ -200,6 +200,28 @@ def _lines(storage: Storage, path: str) -> Iterator[tuple[int, bytes]]:
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 
+class LoadingLine:
+    """How far this worker has come in reading its share of the weights: a line now and then, and one at the end."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._began = self._shown_at = clock()
+
+    def __call__(self, bytes_read: int, bytes_in_all: int) -> None:
+        now = self._clock()
+        if bytes_read < bytes_in_all and now - self._shown_at < LOG_LINE_SECONDS:
+            return
+        self._shown_at = now
+        rate = bytes_read / max(now - self._began, 1e-3)
+        print(
+            f"Loading: {bytes_read / 2**30:.2f} of {bytes_in_all / 2**30:.2f} GiB of weights by this worker, "
+            f"{rate / 2**30:.2f} GiB/s",
+            file=self._stream,
+            flush=True,
+        )
+
+
 class ProgressLine:
     """One dense line about the newest step: rewritten in place on a terminal, and now and then a new line in a log.
 

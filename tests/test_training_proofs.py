@@ -186,7 +186,7 @@ def test_qlora_freezes_real_4_bit_weights(two_workers: dict[str, Any]) -> None:
     frozen = two_workers["qlora-bf16-zero2"]["frozen"]
     assert len(frozen) == 14
     for facts in frozen.values():
-        assert facts["unchanged"]
+        assert facts["unchanged"] and facts["same_statistics"]
         assert facts["nested"]  # double quantisation
         assert facts["bytes_whole"] == pytest.approx(facts["weights"] / 2, abs=2)
         assert facts["bytes_here"] == facts["bytes_whole"]
@@ -196,6 +196,6 @@ def test_qlora_under_zero3_partitions_the_4_bit_weights(two_workers: dict[str, A
     frozen = two_workers["qlora-bf16-zero3"]["frozen"]
     assert len(frozen) == 14
     for facts in frozen.values():
-        assert facts["unchanged"]
+        assert facts["unchanged"] and facts["same_statistics"]
         assert facts["bytes_whole"] == pytest.approx(facts["weights"] / 2, abs=2)
         assert facts["bytes_here"] == pytest.approx(facts["bytes_whole"] / 2, abs=2)

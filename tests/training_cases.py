@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +21,7 @@ from ft_service.catalog import shape_from_config
 from ft_service.data.order import step_rows
 from ft_service.metrics import StepMetrics
 from ft_service.model.base import read_config
+from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import RunSpec
@@ -172,10 +173,10 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     plan = plan_of(case, world_size)
     parallel = TrulyPartitioned(plan)
     torch.manual_seed(0)
-    with parallel.partitioned_init():
-        model = TrainableModel(plan, Path(case["base"]), parallel.device)
+    base_folder = Path(case["base"])
+    with parallel.aware_of_partitions():
+        model = TrainableModel(plan, base_folder, Checkpoint(base_folder), parallel.placement())
     base = model.causal_lm
-    frozen_before = {name: packed_bytes(p) for name, p in base.named_parameters() if not p.requires_grad}
     parallel.wrap(LossModel(model.module, base))
 
     rows = rows_of(case)
@@ -200,32 +201,59 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         "learning_rates": [m.learning_rate for m in metrics],
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
         "moved": float(sum((tensor.float() ** 2).sum() for name, tensor in trained.items() if "lora_B" in name)),
-        "frozen": frozen_facts(base, frozen_before) if plan.spec.method.type == "qlora" else None,
+        "frozen": frozen_facts(base, base_folder, parallel.dtype) if plan.spec.method.type == "qlora" else None,
     }
     parallel.close()
     return result
 
 
-def packed_bytes(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.detach().contiguous().view(torch.uint8).clone().flatten()
+def stock_4bit(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The whole model, loaded and quantised by transformers and bitsandbytes."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=nf4)
 
 
-def frozen_facts(base: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Of each 4-bit weight: its bytes here and in all, and whether this worker's share is still what was loaded."""
+def frozen_facts(base: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Of each 4-bit weight: its bytes here and in all, and whether this worker's share is what bitsandbytes makes."""
+
+    def packed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().contiguous().view(torch.uint8).flatten()
+
+    stock = dict(stock_4bit(folder, dtype).named_parameters())
     facts = {}
     for name, parameter in base.named_parameters():
         if type(parameter).__name__ != "Params4bit":
             continue
-        local = getattr(parameter, "ds_tensor", parameter)
-        here = local.detach().contiguous().view(torch.uint8).flatten()
-        start = torch.distributed.get_rank() * len(here) if hasattr(parameter, "ds_tensor") else 0
-        whole = before[name][start : start + len(here)]
+        partitioned = hasattr(parameter, "ds_tensor")
+        here = packed(parameter.ds_tensor if partitioned else parameter)
+        original = stock[name.replace(".base_layer", "")]
+        whole = packed(original)
+        start = torch.distributed.get_rank() * len(here) if partitioned else 0
+        expected = whole[start : start + len(here)]
+        ours, theirs = parameter.quant_state, original.quant_state
         facts[name] = {
             "bytes_here": len(here),
-            "bytes_whole": len(before[name]),
-            "weights": int(np.prod(parameter.quant_state.shape)),
-            "nested": parameter.quant_state.nested,
-            "unchanged": bool(torch.equal(here[: len(whole)], whole)),
+            "bytes_whole": len(whole),
+            "weights": int(np.prod(ours.shape)),
+            "nested": ours.nested,
+            "unchanged": torch.equal(here[: len(expected)], expected),
+            "same_statistics": all(
+                torch.equal(a, b)
+                for a, b in (
+                    (ours.absmax, theirs.absmax),
+                    (ours.offset, theirs.offset),
+                    (ours.code, theirs.code),
+                    (ours.state2.absmax, theirs.state2.absmax),
+                    (ours.state2.code, theirs.state2.code),
+                )
+            )
+            and (ours.shape, ours.dtype, ours.blocksize) == (theirs.shape, theirs.dtype, theirs.blocksize),
         }
     return facts
 

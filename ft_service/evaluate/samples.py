@@ -12,7 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from ft_service.chat import END_OF_TURN, HEADER_END, HEADER_START
 from ft_service.data.prepare import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
-from ft_service.model.base import load_base, load_tokenizer, resolve_base
+from ft_service.model.base import load_tokenizer, resolve_base
+from ft_service.model.checkpoint import Checkpoint
+from ft_service.model.load import Whole, load_causal_lm
 from ft_service.plan import RunPlan
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.runs import RunFolder
@@ -68,7 +70,8 @@ def _answers(
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
 
     def load(source: Path, four_bit: bool = False) -> LlamaForCausalLM:
-        return load_base(source, dtype=dtype, four_bit=four_bit, device=device, attention="sdpa").eval()
+        checkpoint, place = Checkpoint(source), Whole(device)
+        return load_causal_lm(checkpoint, dtype=dtype, four_bit=four_bit, placement=place, attention="sdpa")
 
     def answer(model: Any) -> list[list[int]]:
         return [_greedy(model, prompt, record.end_of_turn_ids, spec.report.sample_max_tokens) for prompt in prompts]

@@ -7,8 +7,10 @@ import torch
 
 from ft_service.errors import ModelError, UsageError
 from ft_service.model.adapter import load_adapter
-from ft_service.model.base import fingerprint, load_base, resolve_base
+from ft_service.model.base import fingerprint, resolve_base
+from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.export import export_model
+from ft_service.model.load import load_causal_lm
 from ft_service.registry import CARD_FILE, AdapterRecord, Registry
 
 
@@ -28,7 +30,7 @@ def merge_adapter(registry: Registry, record: AdapterRecord, out: Path) -> None:
     if fingerprint(base_folder) != record.base.fingerprint:
         raise ModelError(f"{record.base.id}: not the base {record.id} was trained on. Fetch the revision it names.")
     folder = registry.folder(record)
-    base = load_base(base_folder, dtype=torch.bfloat16, attention="sdpa")
+    base = load_causal_lm(Checkpoint(base_folder), dtype=torch.bfloat16, attention="sdpa")
     merged = load_adapter(base, folder).merge_and_unload(safe_merge=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

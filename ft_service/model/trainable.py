@@ -10,8 +10,10 @@ from transformers import LlamaForCausalLM
 from ft_service.chat import ChatFormat
 from ft_service.errors import ModelError
 from ft_service.model.adapter import attach_adapter, export_adapter
-from ft_service.model.base import load_base, load_tokenizer
+from ft_service.model.base import load_tokenizer
+from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.export import export_model
+from ft_service.model.load import Placement, Progress, load_causal_lm
 from ft_service.plan import RunPlan
 
 
@@ -21,16 +23,26 @@ class TrainableModel:
     `module` is what is trained, `causal_lm` the Llama in it (the same object for a `full` run).
     """
 
-    def __init__(self, plan: RunPlan, base_folder: Path, device: torch.device) -> None:
-        """Builds on `device`; under ZeRO-3 call it where models are partitioned as they are built."""
+    def __init__(
+        self,
+        plan: RunPlan,
+        base_folder: Path,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        progress: Progress | None = None,
+    ) -> None:
+        """Loads the base where `placement` says; every process of a shared placement calls it.
+
+        `base_folder` has config and tokenizer, `checkpoint` the weights.
+        """
         spec, method = plan.spec, plan.spec.method
         self._base_folder = base_folder
-        self.causal_lm: LlamaForCausalLM = load_base(
-            base_folder,
+        self.causal_lm: LlamaForCausalLM = load_causal_lm(
+            checkpoint,
             dtype=torch.bfloat16 if spec.train.precision == "bf16" else torch.float32,
             four_bit=method.type == "qlora",
-            device=device,
-            partitioned=plan.zero_stage == 3,
+            placement=placement,
+            progress=progress,
         )
         self.module: LlamaForCausalLM | PeftModel = self.causal_lm
         if method.type != "full":

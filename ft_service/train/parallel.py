@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ft_service.model.load import Placement, Whole
+from ft_service.model.shards import Sharing, partition_numel
 from ft_service.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 
@@ -19,6 +21,8 @@ from ft_service.train.batches import MicroBatch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
 _GIB = 2**30
 
@@ -60,20 +64,29 @@ class Parallel:
         self._grad_norm: torch.Tensor | float = math.nan
 
     @property
+    def hpz_partition_size(self) -> int:
+        """Workers of a node that share a second copy of the weights; 1 without one."""
+        return 1
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     # -- building --------------------------------------------------------------------------------------------------
 
+    def placement(self) -> Placement:
+        """Where the base's weights rest: partitioned among all workers under ZeRO-3, otherwise whole on each."""
+        return _Partitioned(self) if self.plan.zero_stage == 3 else Whole(self.device)
+
     @contextmanager
-    def partitioned_init(self) -> Iterator[None]:
-        """Under ZeRO-3, models built inside are partitioned as they are built; otherwise nothing happens."""
+    def aware_of_partitions(self) -> Iterator[None]:
+        """Inside, transformers and peft know whether weights are partitioned, and gather those that they look at."""
         if self.plan.zero_stage < 3:
             yield
             return
         from transformers.integrations import HfDeepSpeedConfig
 
-        alive = HfDeepSpeedConfig(self._config())  # transformers keeps a weak reference: it must outlive the load
+        alive = HfDeepSpeedConfig(self._config())  # transformers keeps a weak reference: it must outlive the block
         try:
             yield
         finally:
@@ -121,6 +134,7 @@ class Parallel:
         if plan.zero_stage == 3:
             # DeepSpeed would otherwise replace torch.nn.functional.linear for the whole process, for good.
             zero["memory_efficient_linear"] = False
+            zero["zero_hpz_partition_size"] = self.hpz_partition_size
         return {
             "train_batch_size": plan.global_batch_size,
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -211,3 +225,59 @@ class Parallel:
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
+
+
+class _Partitioned:
+    """ZeRO-3's placement, without `deepspeed.zero.Init` around it, which allocates and broadcasts each weight whole.
+
+    What Init would make of a parameter is made here from its parts: the marks and methods of a partitioned parameter
+    (Init's own), and the tensor of this worker's partition, on the device, in pinned memory or in an NVMe swap buffer.
+    """
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.device = parallel.device
+        node_size = parallel.hpz_partition_size
+        self.sharing = Sharing(parallel.rank, parallel.world_size, node_size)
+        self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config(), dtype=parallel.dtype)
+
+    def place(self, parameter: Any) -> list[torch.Tensor]:
+        self._init._convert_to_deepspeed_param(parameter)
+        numel = partition_numel(parameter.numel(), self.sharing.world_size)
+        parameter.ds_numel_aligned = numel * self.sharing.world_size
+        parameter.ds_tensor = self._rest(parameter, numel)
+        targets = [parameter.ds_tensor]
+        if self.sharing.node_size > 1:
+            numel = parameter.ds_numel_aligned // self.sharing.node_size
+            parameter.ds_secondary_tensor = self._mark(self._allocate(parameter, numel), numel, None)
+            targets.append(parameter.ds_secondary_tensor)
+        # As after a forward pass: no more than a name for what is gathered next time.
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        return targets
+
+    def settle(self, parameter: Any) -> None:
+        if parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme:
+            self._init.param_swapper.swap_out_and_release([parameter])
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        gathered = tensor.new_empty(self.sharing.world_size * len(tensor))
+        dist.all_gather_into_tensor(gathered, tensor)
+        return gathered.view(self.sharing.world_size, len(tensor))
+
+    def _rest(self, parameter: Any, numel: int) -> torch.Tensor:
+        swapper = self._init.param_swapper
+        if swapper is not None and swapper.swappable_tensor(numel=numel):
+            return self._mark(swapper.get_buffer(parameter, numel), numel, OffloadDeviceEnum.nvme)
+        return self._mark(self._allocate(parameter, numel), numel, None)
+
+    def _allocate(self, parameter: Any, numel: int) -> torch.Tensor:
+        offloaded = self._init.remote_device in (OffloadDeviceEnum.cpu, OffloadDeviceEnum.nvme)
+        tensor = torch.empty(numel, dtype=parameter.dtype, device="cpu" if offloaded else self.device)
+        return tensor.pin_memory() if offloaded and self._init.pin_memory else tensor
+
+    @staticmethod
+    def _mark(tensor: torch.Tensor, numel: int, location: OffloadDeviceEnum | None) -> torch.Tensor:
+        tensor.ds_numel = numel  # type: ignore[attr-defined]
+        tensor.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        tensor.final_location = location  # type: ignore[attr-defined]
+        return tensor

@@ -12,8 +12,8 @@ import torch
 
 from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError
-from ft_service.metrics import JsonlSink, ProgressLine, Sink, StepMetrics, TensorBoardSink
-from ft_service.model.base import fingerprint, resolve_base
+from ft_service.metrics import JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
+from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
@@ -35,11 +35,14 @@ def run_worker(storage_root: str, run_id: str) -> None:
     torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
     parallel = Parallel(plan)
     dataset = open_dataset(run.storage, plan.dataset.digest)
-    base_folder = resolve_base(plan.spec.model.base, plan.spec.model.revision)
+    base, revision = plan.spec.model.base, plan.spec.model.revision
+    base_folder = resolve_base(base, revision, weights=False)
+    checkpoint = open_checkpoint(base, revision)
 
     torch.manual_seed(plan.spec.train.seed)
-    with parallel.partitioned_init():
-        model = TrainableModel(plan, base_folder, parallel.device)
+    with parallel.aware_of_partitions():
+        said = LoadingLine() if parallel.is_first else None
+        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), said)
     parallel.wrap(LossModel(model.module, model.causal_lm))
     torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
     weights = WeightsOnStorage(run, model, parallel)
@@ -68,7 +71,7 @@ def run_worker(storage_root: str, run_id: str) -> None:
                 final_loss=state.loss,
                 validation_loss=state.best_validation_loss if state.best_step else None,
                 stopped_early=state.stopped_early,
-                base_fingerprint=fingerprint(base_folder),
+                base_fingerprint=checkpoint.fingerprint(),
             )
         )
         for sink in sinks:

@@ -1,0 +1,285 @@
+"""The files of a Llama checkpoint: what is in them, whether they are whole, and any range of any tensor.
+
+A safetensors file is 8 bytes of length, a JSON header, and the tensors one after another, each row-major and whole. So
+any slice of a flattened tensor is one range of bytes, which `os.preadv` or a ranged request fetches and nothing else.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pyarrow
+from pyarrow import fs
+
+from ft_service.errors import ModelError
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_SAMPLE_BYTES = 1024 * 1024
+_MAX_HEADER_BYTES = 100 * 1000 * 1000  # the format's own limit
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: `start` and `nbytes` are bytes of `file`; `dtype` is the format's name, such as BF16."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+
+class Checkpoint:
+    """A checkpoint in a folder or on object storage. Opening reads nothing; every method raises `ModelError`."""
+
+    def __init__(self, location: str | Path) -> None:
+        """`location` is a folder, or an ``s3://`` or ``gs://`` URI."""
+        self.location = str(location)
+        self._files: _LocalFiles | _RemoteFiles
+        if "://" in self.location:
+            self._files = _RemoteFiles(self.location)
+        else:
+            self._files = _LocalFiles(Path(self.location))
+
+    # -- what is in it ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, of a Llama."""
+        if self._files.size(CONFIG_FILE) is None:
+            raise ModelError(f"model.base = {self.location!r}: has no config.json. Name a whole checkpoint.")
+        config: dict[str, Any] = self._json(CONFIG_FILE)
+        architecture = (config.get("architectures") or [config.get("model_type")])[0]
+        if architecture != "LlamaForCausalLM":
+            raise ModelError(
+                f"model.base = {self.location!r}: its architecture is {architecture}. "
+                "Use a checkpoint whose config.json says LlamaForCausalLM."
+            )
+        return config
+
+    @cached_property
+    def weight_files(self) -> list[str]:
+        """Names of the safetensors files, sorted; all of them are there."""
+        names = [SINGLE_FILE] if self._files.size(INDEX_FILE) is None else sorted(set(self._index().values()))
+        missing = [name for name in names if self._files.size(name) is None]
+        if missing:
+            pickled = any(name.endswith((".bin", ".pth")) for name in self._files.names())
+            cure = "Convert it to safetensors first." if pickled else "Fetch the checkpoint again."
+            raise ModelError(f"model.base = {self.location!r}: {', '.join(missing)} missing. {cure}")
+        return names
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor by name, in the order in which they lie in the files."""
+        found: dict[str, TensorEntry] = {}
+        for file in self.weight_files:
+            header, header_bytes = self._headers[file]
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+            for name, entry in entries:
+                first, last = entry["data_offsets"]
+                found[name] = TensorEntry(
+                    file, entry["dtype"], tuple(entry["shape"]), header_bytes + first, last - first
+                )
+        return found
+
+    def check(self) -> None:
+        """Raise unless config and index are sound, and every weight file has the length its header speaks of."""
+        _ = self.config
+        for file in self.weight_files:
+            header, header_bytes = self._headers[file]
+            # In tensors sized by their types, every byte range must fit, and the file must end where the last one does.
+            for name, entry in header.items():
+                first, last = entry["data_offsets"]
+                size = ITEM_BYTES.get(entry["dtype"])
+                if size is not None and last - first != size * math.prod(entry["shape"]):
+                    raise ModelError(
+                        f"{self._path(file)}: {name} has {last - first:,} bytes, which {entry['dtype']} of shape "
+                        f"{entry['shape']} has not: damaged. Fetch it again."
+                    )
+            expected = header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            actual = self._files.size(file)
+            if expected != actual:
+                raise ModelError(
+                    f"{self._path(file)}: {actual:,} bytes, and its header speaks of {expected:,}: half-downloaded. "
+                    "Fetch it again."
+                )
+        if self._files.size(INDEX_FILE) is not None:
+            tensors = self.tensors
+            lost = [name for name, file in self._index().items() if name not in tensors or tensors[name].file != file]
+            if lost:
+                raise ModelError(
+                    f"{self._path(INDEX_FILE)}: names {len(lost)} tensors that are not in their files "
+                    f"({', '.join(lost[:3])}). Fetch the checkpoint again."
+                )
+
+    def fingerprint(self) -> str:
+        """SHA-256 that tells this checkpoint from others without reading hundreds of gigabytes.
+
+        Over config.json and, of every weight file, its size, its header (names, types, shapes, places) and its first
+        and last MiB of weights.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.weight_files:
+            size, header_bytes = self._size(file), self._headers[file][1]
+            digest.update(f"{file} {size} ".encode() + self._bytes(file, 0, header_bytes))
+            for start in (header_bytes, max(header_bytes, size - _SAMPLE_BYTES)):
+                digest.update(self._bytes(file, start, min(size, start + _SAMPLE_BYTES)))
+        return digest.hexdigest()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def json_file(self, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file beside the weights, None if there is no such file."""
+        return None if self._files.size(name) is None else self._json(name)
+
+    def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of a tensor from its element `start` on. Threads may call it at once."""
+        self._files.read_into(entry.file, entry.start + start * entry.item_bytes, buffer)
+
+    def close(self) -> None:
+        """Close what reading has opened; reading again opens it again."""
+        self._files.close()
+
+    def _index(self) -> dict[str, str]:
+        try:
+            index = self._json(INDEX_FILE)["weight_map"]
+            return {str(name): str(file) for name, file in index.items()}
+        except (KeyError, TypeError, AttributeError):
+            raise ModelError(f"{self._path(INDEX_FILE)}: has no weight_map. Fetch the checkpoint again.") from None
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[dict[str, Any], int]]:
+        """Of each weight file: its header without metadata, and the bytes in front of the first tensor."""
+        return {file: self._header(file) for file in self.weight_files}
+
+    def _header(self, file: str) -> tuple[dict[str, Any], int]:
+        size = self._size(file)
+        length = struct.unpack("<Q", self._bytes(file, 0, 8))[0] if size >= 8 else size
+        damaged = ModelError(f"{self._path(file)}: its safetensors header is damaged. Fetch it again.")
+        if length > min(_MAX_HEADER_BYTES, size - 8):
+            raise damaged
+        try:
+            header = json.loads(self._bytes(file, 8, 8 + length))
+            header.pop("__metadata__", None)
+            for entry in header.values():
+                first, last = entry["data_offsets"]
+                _ = str(entry["dtype"]), [int(length) for length in entry["shape"]], int(first), int(last)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise damaged from None
+        return header, 8 + length
+
+    def _json(self, file: str) -> Any:
+        try:
+            return json.loads(self._bytes(file, 0, self._size(file)))
+        except ValueError as error:
+            raise ModelError(f"{self._path(file)}: is not JSON ({error}). Fetch the checkpoint again.") from None
+
+    def _size(self, file: str) -> int:
+        size = self._files.size(file)
+        if size is None:
+            raise ModelError(f"{self._path(file)}: has gone. Fetch the checkpoint again.")
+        return size
+
+    def _bytes(self, file: str, start: int, stop: int) -> bytes:
+        content = bytearray(stop - start)
+        self._files.read_into(file, start, memoryview(content))
+        return bytes(content)
+
+    def _path(self, file: str) -> str:
+        return f"{self.location.rstrip('/')}/{file}"
+
+
+class _LocalFiles:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+        self._lock = Lock()
+
+    def names(self) -> Iterator[str]:
+        return (path.name for path in self._folder.iterdir())
+
+    def size(self, file: str) -> int | None:
+        path = self._folder / file
+        return path.stat().st_size if path.is_file() else None
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY)
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._descriptors[file], [buffer[done:]], start + done)
+            except OSError as error:
+                raise ModelError(f"{self._folder / file}: cannot be read ({error}).") from None
+            if count == 0:
+                raise ModelError(f"{self._folder / file}: ends too early. Fetch it again.")
+            done += count
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+class _RemoteFiles:
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        try:
+            self._fs, self._base = fs.FileSystem.from_uri(uri)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ModelError(
+                f"model.base = {uri!r}: cannot be opened ({error}). Use a folder, s3:// or gs://."
+            ) from None
+        self._streams: dict[str, pyarrow.NativeFile] = {}
+        self._lock = Lock()
+
+    def names(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def size(self, file: str) -> int | None:
+        return self._sizes.get(file)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        try:
+            found = self._fs.get_file_info(fs.FileSelector(self._base, allow_not_found=True))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ModelError(f"model.base = {self._uri!r}: does not answer ({error}).") from None
+        return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        try:
+            with self._lock:
+                if file not in self._streams:
+                    self._streams[file] = self._fs.open_input_file(f"{self._base}/{file}")
+            content = self._streams[file].read_at(len(buffer), start)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ModelError(f"{self._uri.rstrip('/')}/{file}: cannot be read ({error}).") from None
+        if len(content) != len(buffer):
+            raise ModelError(f"{self._uri.rstrip('/')}/{file}: ends too early. Fetch it again.")
+        buffer[:] = content
+
+    def close(self) -> None:
+        while self._streams:
+            self._streams.popitem()[1].close()

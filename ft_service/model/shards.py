@@ -1,0 +1,66 @@
+"""Who holds what: the arithmetic of ZeRO-3's partitions and of 4-bit blocks. No torch, so that it can be simulated.
+
+ZeRO-3 flattens each parameter and cuts it into one piece per process, all of ceil(numel / processes) elements; the last
+ones are padded (Rajbhandari et al. 2020, arXiv:1910.02054).
+"""
+
+from dataclasses import dataclass
+
+NF4_BLOCK = 64
+"""Weights that share one scale (QLoRA, arXiv:2305.14314)."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements [start, stop) of a flattened tensor."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Among how many processes each parameter is cut, and which of them this one is.
+
+    `node_size` > 1 asks for a second copy that is cut among the processes of a node alone (ZeRO++ hpZ,
+    arXiv:2306.10209); the ranks of a node are then consecutive.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    node_size: int = 1
+
+    def spans(self, numel: int) -> list[Span]:
+        """What this process holds of a parameter: its partition and, under hpZ, its part of the node's copy."""
+        held = [partition(numel, self.world_size, self.rank)]
+        if self.node_size > 1:
+            # The node's copy is of the padded length, so that its parts begin where partitions do.
+            padded = self.world_size * partition_numel(numel, self.world_size)
+            held.append(partition(numel, self.node_size, self.rank % self.node_size, padded))
+        return held
+
+
+def partition_numel(numel: int, parts: int) -> int:
+    """Elements that every process allocates, padding included."""
+    return -(-numel // parts)
+
+
+def partition(numel: int, parts: int, index: int, padded_numel: int | None = None) -> Span:
+    """The elements that fall to the process `index` of `parts`, without padding; possibly none."""
+    size = partition_numel(padded_numel or numel, parts)
+    return Span(min(numel, index * size), min(numel, (index + 1) * size))
+
+
+def whole_blocks(packed: Span, weights_per_element: int, num_weights: int) -> Span:
+    """The weights of all blocks that a span of packed elements touches."""
+    start = packed.start * weights_per_element // NF4_BLOCK * NF4_BLOCK
+    stop = -(-packed.stop * weights_per_element // NF4_BLOCK) * NF4_BLOCK
+    return Span(min(start, num_weights), min(stop, num_weights)) if len(packed) else Span(start, start)
+
+
+def num_blocks(weights: Span) -> int:
+    """Blocks in a span of weights that begins at a block."""
+    return -(-len(weights) // NF4_BLOCK)
