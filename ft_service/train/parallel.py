@@ -238,7 +238,7 @@ class _Partitioned:
         self.device = parallel.device
         node_size = parallel.hpz_partition_size
         self.sharing = Sharing(parallel.rank, parallel.world_size, node_size)
-        self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config(), dtype=parallel.dtype)
+        self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config())
 
     def place(self, parameter: Any) -> list[torch.Tensor]:
         self._init._convert_to_deepspeed_param(parameter)
