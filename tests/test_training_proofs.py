@@ -51,6 +51,17 @@ def two_workers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return run_cases(cases, 2, tmp_path_factory.mktemp("two"))
 
 
+@pytest.fixture(scope="module")
+def two_nodes(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Four workers, two and two of which share a copy of the weights (ZeRO++ hpZ)."""
+    cases = {name: {"method": method, "stage": 3, "micro": 1} for name, method in (("full", FULL), ("lora", LORA))}
+    cases["qlora-bf16"] = {"method": QLORA, "stage": 3, "micro": 1, "precision": "bf16"}
+    cases["lora-checkpointing"] = cases["lora"] | {"checkpointing": True}
+    for case in cases.values():
+        case |= {"base": str(base), "node_size": 2}
+    return run_cases(cases, 4, tmp_path_factory.mktemp("nodes"))
+
+
 def assert_same_curve(found: dict[str, Any], expected: dict[str, Any], tolerance: float = TOLERANCE) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], abs=tolerance)
     assert found["validation_losses"] == pytest.approx(expected["validation_losses"], abs=tolerance)
@@ -66,6 +77,16 @@ def test_every_layout_trains_the_same_full_weights(one_worker: dict[str, Any], t
             if name.startswith("full"):
                 assert_same_curve(found, expected)
                 assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-2), name
+
+
+def test_a_copy_of_the_weights_on_each_node_changes_no_curve(
+    one_worker: dict[str, Any], two_nodes: dict[str, Any]
+) -> None:
+    assert_same_curve(two_nodes["full"], one_worker["full-zero0"])
+    assert_same_curve(two_nodes["lora"], one_worker["lora-zero0"])
+    assert_same_curve(two_nodes["lora-checkpointing"], one_worker["lora-zero0"])
+    assert two_nodes["lora"]["moved"] > 0
+    assert_same_curve(two_nodes["qlora-bf16"], one_worker["qlora-bf16"], tolerance=5e-3)
 
 
 def test_every_layout_trains_the_same_adapter(one_worker: dict[str, Any], two_workers: dict[str, Any]) -> None:

@@ -41,6 +41,15 @@ class TrulyPartitioned(Parallel):
     DeepSpeed keeps those of fewer than 100,000 elements gathered for good, and others when they are used again soon.
     """
 
+    def __init__(self, plan: RunPlan, node_size: int = 1) -> None:
+        """`node_size` workers are taken to be a node, with a copy of the weights of its own (hpZ)."""
+        self._node_size = node_size
+        super().__init__(plan)
+
+    @property
+    def hpz_partition_size(self) -> int:
+        return self._node_size
+
     def _config(self) -> dict[str, Any]:
         config = super()._config()
         if self.plan.zero_stage == 3:
@@ -113,12 +122,12 @@ def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run_cases(cases: dict[str, Any], world_size: int, folder: Path) -> dict[str, Any]:
-    """Run cases under torchrun; `folder` receives their input and output."""
+def run_cases(cases: dict[str, Any], world_size: int, folder: Path, script: str = __file__) -> dict[str, Any]:
+    """Run the cases of a script such as this one under torchrun; `folder` receives their input and output."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)),
-        *(__file__, str(folder / "cases.json"), str(folder / "results.json")),
+        *(script, str(folder / "cases.json"), str(folder / "results.json")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -171,7 +180,7 @@ def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
 
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     plan = plan_of(case, world_size)
-    parallel = TrulyPartitioned(plan)
+    parallel = TrulyPartitioned(plan, case.get("node_size", 1))
     torch.manual_seed(0)
     base_folder = Path(case["base"])
     with parallel.aware_of_partitions():

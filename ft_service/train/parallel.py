@@ -23,6 +23,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from deepspeed.utils import groups
 
 _GIB = 2**30
 
@@ -238,7 +239,9 @@ class _Partitioned:
         self.device = parallel.device
         node_size = parallel.hpz_partition_size
         self.sharing = Sharing(parallel.rank, parallel.world_size, node_size)
-        self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config())
+        # DeepSpeed makes the groups of hpZ once in a process, and refuses to make them again.
+        node_group = groups._get_zero_param_intra_parallel_group() if node_size > 1 else None
+        self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config(), zero_param_parallel_group=node_group)
 
     def place(self, parameter: Any) -> list[torch.Tensor]:
         self._init._convert_to_deepspeed_param(parameter)

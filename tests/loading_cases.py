@@ -1,0 +1,139 @@
+"""Loads checkpoints over a process group by our own loader, and holds each share against what transformers loads.
+
+torchrun --nproc-per-node N tests/loading_cases.py CASES.json RESULTS.json
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from training_cases import TrulyPartitioned, plan_of, stock_4bit
+
+from ft_service.model.checkpoint import Checkpoint, TensorEntry
+from ft_service.model.load import load_causal_lm
+from ft_service.train.parallel import init_process_group
+
+
+class CountingCheckpoint(Checkpoint):
+    """Notes every byte range that is asked for."""
+
+    def __init__(self, location: str | Path) -> None:
+        super().__init__(location)
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
+        first = entry.start + start * entry.item_bytes
+        self.ranges.append((entry.file, first, first + len(buffer)))
+        super().read_into(entry, start, buffer)
+
+
+def write_base(folder: Path, *, tied: bool, dtype: str, files: int, seed: int = 1) -> None:
+    """Two layers of odd sizes (so that partitions are padded and cut 4-bit blocks), in one or several files."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=72,
+        intermediate_size=104,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        max_position_embeddings=128,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size="5GB" if files == 1 else f"{240 // files}KB")
+
+
+def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    plan = plan_of(case, world_size)
+    parallel = TrulyPartitioned(plan, case.get("node_size", 1))
+    folder = Path(case["base"])
+    checkpoint = CountingCheckpoint(folder)
+    four_bit = case["method"]["type"] == "qlora"
+    placement = parallel.placement()
+    model = load_causal_lm(checkpoint, dtype=parallel.dtype, four_bit=four_bit, placement=placement, attention="sdpa")
+    if four_bit:
+        stock = stock_4bit(folder, parallel.dtype)
+    else:
+        stock = LlamaForCausalLM.from_pretrained(folder, dtype=parallel.dtype, attn_implementation="sdpa")
+    expected = dict(stock.named_parameters())
+    found = dict(model.named_parameters())
+    unequal = []
+    for name, parameter in found.items():
+        whole = expected[name].detach()
+        if plan.zero_stage == 3:
+            flat = whole.reshape(-1)
+            size = -(-len(flat) // world_size)
+            padded = torch.nn.functional.pad(flat, (0, size * world_size - len(flat)))
+            share = padded[parallel.rank * size : (parallel.rank + 1) * size]
+            swapped = parameter.ds_tensor.numel() == 0  # in an NVMe swap file
+            if not swapped and not same_bits(parameter.ds_tensor, share):
+                unequal.append(f"{name} (share)")
+            if case.get("node_size", 1) > 1:
+                size = len(padded) // case["node_size"]
+                place = parallel.rank % case["node_size"]
+                if not same_bits(parameter.ds_secondary_tensor, padded[place * size : (place + 1) * size]):
+                    unequal.append(f"{name} (node's share)")
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if not same_bits(parameter, whole):
+                    unequal.append(f"{name} (gathered)")
+        elif not same_bits(parameter, whole):
+            unequal.append(name)
+    theirs, ours = dict(stock.named_buffers()), dict(model.named_buffers())
+    unequal += [name for name in theirs if not same_bits(ours[name], theirs[name])]
+    shares = torch.tensor([sum(stop - start for _, start, stop in checkpoint.ranges)])
+    in_all = [torch.empty_like(shares) for _ in range(world_size)]
+    dist.all_gather(in_all, shares)
+    everyones: list[Any] = [None] * world_size
+    dist.all_gather_object(everyones, checkpoint.ranges)
+    result = {
+        "unequal": unequal,
+        "names": sorted(found) == sorted(expected),
+        "tied": (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings,
+        "trainable": sum(p.requires_grad for p in found.values()),
+        "swapped": sum(getattr(p, "ds_tensor", p).numel() == 0 for p in found.values()),
+        "bytes_read": [int(share) for share in in_all],
+        "ranges": everyones,
+        "on": {str(getattr(p, "ds_tensor", p).device) for p in found.values()} == {"cpu"},
+    }
+    parallel.barrier()
+    return result
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (
+        ours.dtype == theirs.dtype
+        and ours.shape == theirs.shape
+        and torch.equal(ours.detach().contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    )
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
+    torch.set_num_threads(1)
+    init_process_group(use_gpu=False)
+    world_size = dist.get_world_size()
+    for name, case in cases.items():
+        every: list[Any] = [None] * world_size
+        dist.all_gather_object(every, load_case(case, world_size))
+        results[name] = {**every[0], "unequal": [problem for result in every for problem in result["unequal"]]}
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
