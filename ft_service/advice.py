@@ -12,12 +12,15 @@ from ft_service.spec import RunSpec
 MOST_SUGGESTIONS = 3
 _MOST_WORKERS = 1024
 _SHORTEST_ROW = 512
+_METHODS = ("full", "lora", "qlora")
 _SOLD_TYPES = ("L4", "L40S", "A100-80G", "H100", "H200", "B200")
 """Suggested, least memory first; of types of one size the one that can still be rented."""
 
 
 def reasons(question: Question, chosen: Choice, choices: Sequence[Choice]) -> list[str]:
     """One sentence for each setting that was left to the planner: what, and why not otherwise."""
+    if not chosen.fits:
+        return ["Nothing that the spec leaves open fits: this is what lacks least."]
     layout, said = chosen.layout, []
     if question.zero_stage == "auto":
         said.append(_zero_reason(chosen, choices))
@@ -30,9 +33,8 @@ def reasons(question: Question, chosen: Choice, choices: Sequence[Choice]) -> li
     if question.offload == "auto":
         others = unlike(choices, chosen, lambda layout: layout.offload)
         if layout.offload == "none":
-            tail = f"; offloading {why_not(chosen, others)}" if others and chosen.fits else ""
-            fits = "everything fits on the GPUs" if chosen.fits else "it would not be enough"
-            said.append(f"No offloading: {fits}{tail}.")
+            tail = f"; offloading {why_not(chosen, others)}" if others else ""
+            said.append(f"No offloading: everything fits on the GPUs{tail}.")
         else:
             said.append(
                 f"Offload to {layout.offload}: staying on the GPUs {why_not(chosen, others)}. Each node then needs "
@@ -56,17 +58,18 @@ def _zero_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
         return "ZeRO-1: one worker has nothing to shard, and unlike stage 0 it sums micro-steps in fp32."
     what = {2: "gradients and optimizer are sharded, and each GPU keeps whole weights", 3: "weights are sharded too"}
     others = unlike(choices, chosen, lambda layout: layout.zero_stage)
-    other_stages = sorted({choice.layout.zero_stage for choice in others})
-    if not other_stages:
+    if not others:
         return f"ZeRO-{layout.zero_stage}: offloading to {layout.offload} needs it."
-    return f"ZeRO-{layout.zero_stage}: {what[layout.zero_stage]}; ZeRO-{other_stages[0]} {why_not(chosen, others)}."
+    other = best(others).layout.zero_stage
+    return f"ZeRO-{layout.zero_stage}: {what[layout.zero_stage]}; ZeRO-{other} {why_not(chosen, others)}."
 
 
 def _micro_batch_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
     size = chosen.layout.micro_batch_size
     rows = f"{size} row{'s' if size > 1 else ''}"
     head = f"Micro-batch of {rows}, {size * chosen.layout.max_seq_len:,} tokens"
-    larger = [choice for choice in choices if choice.layout.micro_batch_size > size]
+    others = unlike(choices, chosen, lambda layout: layout.micro_batch_size)
+    larger = [choice for choice in others if choice.layout.micro_batch_size > size]
     if larger:
         return f"{head}: {best(larger).layout.micro_batch_size} rows {why_not(chosen, larger)}."
     return f"{head}: all that a worker takes of a batch, in one forward pass."
@@ -76,7 +79,7 @@ def _micro_batch_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
 
 
 def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> list[str]:
-    """At most three changes, each enough by itself, nearest first; the last ones are about hardware."""
+    """At most three changes, each enough by itself: of settings up to two, nearest first, then of hardware."""
 
     def choice(spec: RunSpec, machine: Machine = machine, per_node: int = workers_per_node) -> Choice | None:
         choices = judge_all(shape, ask(spec, per_node), machine)
@@ -84,27 +87,17 @@ def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine
         return found if found and found.fits else None
 
     def on_settings() -> Iterator[str]:
-        for setting, value in _relaxed(spec):
-            if found := choice(_with(spec, {setting: value})):
-                yield _fits_with(f"{setting}: {_resolved(found, setting, value)}", found)
-                return
-        length = spec.data.max_seq_len // 2
-        while length >= max(_SHORTEST_ROW, spec.data.max_seq_len // 8):
-            if found := choice(_with(spec, {"data.max_seq_len": length})):
-                yield _fits_with(f"data.max_seq_len: {length}", found)
-                break
-            length //= 2
-        if spec.method.type != "qlora" and (found := choice(_with(spec, {"method.type": "qlora"}))):
-            yield _fits_with("method.type: qlora", found)
+        lengths = (spec.data.max_seq_len // 2**halvings for halvings in (1, 2, 3))
+        shorter = [("data.max_seq_len", length) for length in lengths if length >= _SHORTEST_ROW]
+        lighter = [("method.type", method) for method in ("lora", "qlora")[_METHODS.index(spec.method.type) :]]
+        for changes in ([*_relaxed(spec), *shorter], lighter):
+            for setting, value in changes:
+                if found := choice(_with(spec, {setting: value})):
+                    yield _fits_with(f"{setting}: {_resolved(found, setting, value)}", found)
+                    break
 
     def on_hardware() -> Iterator[str]:
         workers = spec.parallel.num_workers
-        larger = [name for name in _SOLD_TYPES if machine.gpu_gib and GPUS[name].memory_gib > 1.05 * machine.gpu_gib]
-        for name in larger:
-            on_type = Machine(GPUS[name], GPUS[name].memory_gib, machine.host_gib)
-            if found := choice(spec, on_type):
-                yield f"Fits on {workers} x {name}: {gib(found):.0f} GiB of {GPUS[name].memory_gib:.0f} per GPU."
-                break
         more = 2 ** workers.bit_length()
         while more <= _MOST_WORKERS:
             batch = spec.train.global_batch_size
@@ -115,12 +108,16 @@ def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine
             per_node = workers_per_node if workers > workers_per_node else GPUS_PER_NODE
             if found := choice(_with(spec, changes), per_node=min(per_node, more)):
                 yield _fits_with(" and ".join(f"{name}: {value}" for name, value in changes.items()), found)
-                return
+                break
             more *= 2
+        larger = [name for name in _SOLD_TYPES if machine.gpu_gib and GPUS[name].memory_gib > 1.05 * machine.gpu_gib]
+        for name in larger:
+            on_type = Machine(GPUS[name], GPUS[name].memory_gib, machine.host_gib)
+            if found := choice(spec, on_type):
+                yield f"Fits on {workers} x {name}: {gib(found):.0f} GiB of {GPUS[name].memory_gib:.0f} per GPU."
+                break
 
-    settings, hardware = list(on_settings()), list(on_hardware())
-    kept = settings[: max(MOST_SUGGESTIONS - len(hardware), 1)]
-    return [*kept, *hardware][:MOST_SUGGESTIONS]
+    return [*on_settings(), *on_hardware()][:MOST_SUGGESTIONS]
 
 
 def _relaxed(spec: RunSpec) -> Iterator[tuple[str, Any]]:
@@ -137,9 +134,9 @@ def _relaxed(spec: RunSpec) -> Iterator[tuple[str, Any]]:
 
 def _resolved(choice: Choice, setting: str, value: Any) -> Any:
     """What "auto" came to: a suggestion names a value."""
-    name = setting.rpartition(".")[2]
-    found = getattr(choice.layout, name)
-    return str(found).lower() if isinstance(found, bool) else found if value == "auto" else value
+    if value == "auto":
+        return getattr(choice.layout, setting.rpartition(".")[2])
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _with(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:
@@ -152,8 +149,9 @@ def _with(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:
 
 def _fits_with(change: str, choice: Choice) -> str:
     per_gpu = choice.tokens_per_second / choice.layout.num_workers
-    offloading = "" if choice.layout.offload == "none" else f", offloading to {choice.layout.offload}"
-    return f"Fits with {change}: {gib(choice):.0f} GiB per GPU, about {per_gpu:,.0f} tokens/s each{offloading}."
+    host = choice.memory.host_bytes / GIB
+    offloading = "" if choice.layout.offload == "none" else f", and {host:,.0f} GiB of each node's main memory"
+    return f"Fits with {change}: {gib(choice):.0f} GiB per GPU{offloading}, about {per_gpu:,.0f} tokens/s per GPU."
 
 
 def shortage(choice: Choice, machine: Machine) -> str:

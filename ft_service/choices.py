@@ -17,10 +17,11 @@ from ft_service.throughput import StepTime, step_time
 TIE = 0.02
 """Settings whose estimated speeds differ by less are equally fast: the estimate knows no better."""
 MARGIN = 0.05
-"""Share of the GPU's memory that is left free where there is a choice: the memory model is an estimate too."""
+"""Share of the GPU's memory that is better left free: the memory model is an estimate too."""
 _GAIN_OF_OFFLOADING = 1.25
 _GAIN_OF_HPZ = 1.10
-"""How many times faster they must be to be chosen unasked: they add moving parts, and rest on more that is unknown."""
+_GAIN_OF_THE_LAST_MEMORY = 1.10
+"""How many times faster these must be to be chosen unasked: they add moving parts or risk."""
 _OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 Auto = Literal["auto"]
 
@@ -72,7 +73,7 @@ class Choice:
     def merit(self) -> float:
         """What choices are ranked by: speed, discounted for what should not be chosen for a small gain."""
         discount = _GAIN_OF_OFFLOADING if self.layout.offload != "none" else _GAIN_OF_HPZ if self.layout.hpz else 1.0
-        return self.tokens_per_second / discount
+        return self.tokens_per_second / discount / (1.0 if self.leaves_margin else _GAIN_OF_THE_LAST_MEMORY)
 
     @property
     def complexity(self) -> tuple[int, bool, int, int]:
@@ -186,7 +187,6 @@ def best(choices: Sequence[Choice]) -> Choice:
     fitting = [choice for choice in choices if choice.fits]
     if not fitting:
         return min(choices, key=lambda choice: (not choice.fits_host, choice.memory.gpu_bytes))
-    fitting = [choice for choice in fitting if choice.leaves_margin] or fitting
     most = max(choice.merit for choice in fitting)
     equals = [choice for choice in fitting if choice.merit >= (1 - TIE) * most]
     return min(equals, key=lambda choice: choice.complexity)
@@ -201,19 +201,21 @@ def why_not(chosen: Choice, others: Sequence[Choice]) -> str:
         if not other.fits_host:
             return f"would need {other.memory.host_bytes / GIB:,.0f} GiB of each node's main memory"
         return f"would need at least {gib(other):,.0f} GiB per GPU"
-    if chosen.leaves_margin and not other.leaves_margin:
-        return f"would need {gib(other):,.0f} GiB per GPU, too near the brim"
     slower = 1 - other.tokens_per_second / chosen.tokens_per_second
     if slower > TIE:
-        return f"would fit, and be about {slower:.0%} slower"
+        return f"would be about {slower:.0%} slower"
+    if slower < -TIE and not other.leaves_margin:
+        return f"would be about {-slower:.0%} faster, and with {gib(other):,.1f} GiB per GPU too near the brim"
     if slower < -TIE:
-        return f"would fit, and be about {-slower:.0%} faster, too little for what it adds"
-    return "would fit, and be no faster"
+        return f"would be about {-slower:.0%} faster, too little for what it adds"
+    return "would be no faster"
 
 
 def unlike(choices: Sequence[Choice], chosen: Choice, setting: Callable[[Layout], object]) -> list[Choice]:
-    """The choices that differ from the chosen one in this setting."""
-    return [choice for choice in choices if setting(choice.layout) != setting(chosen.layout)]
+    """The choices that differ from the chosen one in this setting and, if there are such, not in offloading too."""
+    others = [choice for choice in choices if setting(choice.layout) != setting(chosen.layout)]
+    moved = (chosen.layout.offload, chosen.layout.hpz)
+    return [choice for choice in others if (choice.layout.offload, choice.layout.hpz) == moved] or others
 
 
 def gib(choice: Choice) -> float:

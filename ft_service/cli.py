@@ -66,7 +66,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a spec resolves to, why, and what it takes; writes nothing, and needs neither a GPU nor the weights."""
+    """Print what a spec resolves to, why, and what it takes; writes nothing, needs neither a GPU nor the weights."""
     if (spec_path is None) == (table is None):
         raise UsageError("ft plan: takes a SPEC, or --table MODEL. Name one of the two.")
     gpu = None
