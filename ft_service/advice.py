@@ -70,7 +70,9 @@ def _micro_batch_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
     head = f"Micro-batch of {rows}, {size * chosen.layout.max_seq_len:,} tokens"
     others = unlike(choices, chosen, lambda layout: layout.micro_batch_size)
     larger = [choice for choice in others if choice.layout.micro_batch_size > size]
-    if larger:
+    # More rows with recomputation against fewer without: that is told of recomputation.
+    alike = [c for c in larger if c.layout.activation_checkpointing == chosen.layout.activation_checkpointing]
+    if larger := alike or larger:
         return f"{head}: {best(larger).layout.micro_batch_size} rows {why_not(chosen, larger)}."
     return f"{head}: all that a worker takes of a batch, in one forward pass."
 

@@ -116,7 +116,9 @@ class RunPlan(BaseModel):
         default=None, description="GiB of one GPU without activation checkpointing."
     )
     fits: bool | None = Field(default=None, description="None: not known.")
-    estimate: Estimate | None = Field(default=None, description="Time and cost; None where the GPU is not known.")
+    estimate: Estimate | None = Field(
+        default=None, description="Time and cost; None on a CPU, on unknown GPUs, and for what does not fit."
+    )
     said: list[str] = Field(description="The plan in sentences.")
     reasons: list[str] = Field(default_factory=list, description="Why, for each setting the spec left open.")
     advice: list[str] = Field(default_factory=list, description="What would fit, where this does not.")
@@ -193,7 +195,9 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         "tokens": round(dataset.tokens * seen),
         "loss_tokens": round(dataset.loss_tokens * seen),
         **_memory(spec, shape, decision.choice, machine),
-        "estimate": _estimate(spec, dataset, shape, resources, decision.choice, num_steps, validate_every),
+        "estimate": None
+        if decision.fits is False
+        else _estimate(spec, dataset, shape, resources, decision.choice, num_steps, validate_every),
         "reasons": decision.reasons,
         "advice": [] if decision.fits is not False else suggestions(shape, spec, workers_per_node, machine),
         "fits": decision.fits,
@@ -488,7 +492,7 @@ def _workers_said(plan: RunPlan) -> str:
     workers, per_node = plan.spec.parallel.num_workers, plan.workers_per_node
     if not plan.spec.parallel.use_gpu:
         return f"{workers} on CPU"
-    kind = plan.estimate.gpu_type if plan.estimate else "GPU"
+    kind = plan.estimate.gpu_type if plan.estimate else plan.spec.parallel.accelerator_type or "GPU"
     return f"{workers} on {kind}" + (f", {per_node} a node" if workers > per_node else "")
 
 

@@ -1,5 +1,7 @@
 """Plans and tables of plans in the terminal: sentences, reasons, and memory as bars against the card's size."""
 
+from itertools import takewhile
+
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
@@ -106,20 +108,26 @@ def show_family(family: Family, console: Console) -> None:
             f"\n[bold]{method}[/bold]: smallest that fits: {'; '.join(words) or 'none of these'}.", highlight=False
         )
         priced = family.price_per_gpu_hour is not None
-        columns = ["GPUs", "type", "", "ZeRO", "offload", "rows a pass", "recompute", "GiB per GPU", "per node"]
-        table = Table(*columns, "tokens/s", *(["$ per M tokens"] if priced else []), box=None, padding=(0, 1))
-        for column in (0, 5, 7, 8, 9, *([10] if priced else [])):
-            table.columns[column].justify = "right"
+        left = ("type", "ZeRO", "offload", "recompute")
+        columns = ["GPUs", *left[:3], "rows", "recompute", "GiB/GPU", "of", "host", "tokens/s"]
+        table = Table(*columns, *(["$/Mtok"] if priced else []), box=None, padding=(0, 1, 0, 0))
+        for column in table.columns:
+            column.no_wrap = True
+            column.justify = "left" if column.header in left else "right"
         for name in types:
             of_type = [member for member in family.members if (member.method, member.gpu_type) == (method, name)]
-            too_few = [member for member in of_type if not member.fits]
+            too_few = list(takewhile(lambda member: not member.fits, of_type))
             if too_few:  # one line for all of them: that of the most GPUs
-                table.add_row(*_cells(too_few[-1], priced, f"{too_few[0].num_gpus}-"), style="dim")
-            for member in of_type:
-                if member.fits:
-                    table.add_row(*_cells(member, priced))
+                counts = str(too_few[-1].num_gpus) if len(too_few) == 1 else f"1-{too_few[-1].num_gpus}"
+                table.add_row(counts, *_cells(too_few[-1], priced), style="dim")
+            for member in of_type[len(too_few) :]:
+                table.add_row(str(member.num_gpus), *_cells(member, priced), style="" if member.fits else "dim")
             table.add_section()
         console.print(table)
+    console.print(
+        "rows: of one forward pass; recompute: activation checkpointing; host: GiB of each node's main memory.",
+        style="dim",
+    )
 
 
 def _smallest_words(member: FamilyMember) -> str:
@@ -127,19 +135,17 @@ def _smallest_words(member: FamilyMember) -> str:
     return f"{member.num_gpus} x {member.gpu_type}{offload}"
 
 
-def _cells(member: FamilyMember, priced: bool, from_count: str = "") -> list[str]:
-    has = GPUS[member.gpu_type].memory_gib
+def _cells(member: FamilyMember, priced: bool) -> list[str]:
     cells = [
-        f"{from_count}{member.num_gpus}" if from_count != f"{member.num_gpus}-" else str(member.num_gpus),
         member.gpu_type,
-        "fits" if member.fits else "no",
         f"{member.zero_stage}{' hpZ' if member.hpz else ''}",
         member.offload,
         str(member.micro_batch_size),
         "yes" if member.activation_checkpointing else "no",
-        f"{member.gib_per_gpu:,.0f} of {has:.0f}",
+        f"{member.gib_per_gpu:,.0f}",
+        f"{GPUS[member.gpu_type].memory_gib:.0f}",
         f"{member.gib_per_node:,.0f}",
-        f"{member.tokens_per_second:,.0f}" if member.fits else "",
+        f"{member.tokens_per_second:,.0f}" if member.fits else "no fit",
     ]
     price = member.usd_per_million_tokens
     return [*cells, *([f"{price:,.2f}" if price is not None and member.fits else ""] if priced else [])]

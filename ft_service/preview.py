@@ -34,7 +34,7 @@ def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
         known = catalog.find(spec.model.base)
         if known is None or looks_like_folder(spec.model.base):
             raise
-        reason = str(error).partition(". ")[0]
+        reason = str(error).partition(" (")[0]
     remark = (
         f"{reason}. Its shape is that of the catalogue, and tokens are guessed as one per {BYTES_PER_TOKEN} bytes of "
         "UTF-8, Llama 3's figure for English: expect other languages and program text to be longer."
