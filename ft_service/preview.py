@@ -7,6 +7,7 @@ from ft_service import catalog
 from ft_service.catalog import ModelShape
 from ft_service.data.estimate import BYTES_PER_TOKEN, estimate_dataset
 from ft_service.data.prepare import measure_dataset
+from ft_service.data.read import files_of
 from ft_service.errors import ModelError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
@@ -26,6 +27,9 @@ def plan_without_writing(spec: RunSpec, resources: Resources) -> RunPlan:
 
 def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
     """Data, shape, and what is to be known about where they come from."""
+    validation = spec.data.validation
+    for source in [*spec.data.train, *(validation if isinstance(validation, list) else [])]:
+        files_of(source)  # a missing file is told at once, not after the hub's time-outs
     try:
         base = resolve_base(spec.model.base, spec.model.revision, weights=False)
         shape = catalog.shape_from_config(read_config(base))
