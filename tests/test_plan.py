@@ -117,6 +117,7 @@ def test_hpz_is_for_weights_sharded_over_nodes_with_a_slow_network() -> None:
     asked = on("H100", 16, *large, "parallel.hpz=true", gpus_per_node=8)
     assert (asked.zero_stage, asked.hpz_partition_size, asked.workers_per_node) == (3, 8, 8)
     assert on("H100", 8, *large, gpus_per_node=8).hpz_partition_size == 1
+    large += ["train.global_batch_size=32", "data.max_seq_len=1024", RECOMPUTED]  # little to hide a gather behind
     assert GPUS["A100-80G"].network * 8 == GPUS["H100"].network
     assert on("A100-80G", 32, *large, gpus_per_node=8).hpz_partition_size == 8
     assert on("H100", 32, *large, gpus_per_node=8).hpz_partition_size == 1
