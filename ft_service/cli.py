@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ft_service.commands import exit_on_error
+from ft_service.errors import UsageError
+from ft_service.gpus import GPUS, GPUS_PER_NODE, find_gpu
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.spec import load_run_spec
 from ft_service.storage import Storage
@@ -46,39 +48,70 @@ def main() -> None:
 
 @app.command()
 def plan(
-    spec_path: SpecPath,
+    spec_path: Annotated[Path | None, typer.Argument(metavar="SPEC", help="Run spec (YAML).")] = None,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs there are.")] = None,
-    gpu_memory_gib: Annotated[float | None, typer.Option(help="Memory of one, in GiB.")] = None,
-    gpu_type: Annotated[str | None, typer.Option(help="Its Ray name, such as H100; tells the memory.")] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Instead of a spec: every method on 1 to 64 GPUs, for a hub id or folder."),
+    ] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="Ray's name of the GPU, such as H100; tells its memory.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes there are.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs in each (default 8).")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs there are, instead of nodes.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU, in GiB.")] = None,
+    host_memory_gib: Annotated[float | None, typer.Option(min=1, help="Main memory of one node, in GiB.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="US dollars per GPU and hour.")] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=8, help="With --table: length of a row (default 4096).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a spec resolves to; writes nothing, and needs neither a GPU nor the weights."""
+    """Print what a spec resolves to, why, and what it takes; writes nothing, needs neither a GPU nor the weights."""
+    if (spec_path is None) == (table is None):
+        raise UsageError("ft plan: takes a SPEC, or --table MODEL. Name one of the two.")
+    gpu = None
+    if gpu_type is not None and (gpu := find_gpu(gpu_type)) is None:
+        raise UsageError(f"--gpu-type = {gpu_type!r}: not known. Use one of {', '.join(GPUS)}, or --gpu-memory-gib.")
+    if nodes is not None and gpus is not None:
+        raise UsageError(f"--nodes = {nodes}: stands beside --gpus = {gpus}. Keep one of the two.")
+    from ft_service import plan_view
+
+    if table is not None:
+        from ft_service.family import default_gpus, family
+
+        per_node = gpus_per_node or GPUS_PER_NODE
+        found = family(table, [gpu] if gpu else default_gpus(), max_seq_len or 4096, per_node, price)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+        else:
+            plan_view.show_family(found, console)
+        return
+    assert spec_path is not None
+    if max_seq_len is not None:
+        raise UsageError(f"--max-seq-len = {max_seq_len}: goes with --table. With a SPEC write data.max_seq_len=...")
     spec = load_run_spec(spec_path, overrides or [])
+    from ft_service.plan import Resources
     from ft_service.preview import plan_without_writing
 
-    decided = plan_without_writing(spec, gpus, gpu_memory_gib, gpu_type)
+    if nodes is not None:
+        gpus_per_node = gpus_per_node or GPUS_PER_NODE
+        gpus = nodes * gpus_per_node
+    decided = plan_without_writing(
+        spec,
+        Resources(
+            num_gpus=gpus,
+            gpu_memory_gib=gpu_memory_gib or (gpu.memory_gib if gpu else None),
+            gpu_type=gpu.name if gpu else None,
+            gpus_per_node=gpus_per_node,
+            num_nodes=nodes,
+            host_memory_gib_per_node=host_memory_gib,
+            price_per_gpu_hour=price,
+        ),
+    )
     if as_json:
         print(decided.model_dump_json(indent=2))
-        return
-    console.print(f"[bold]{spec.name}[/bold]  (nothing is written)")
-    for sentence in decided.said:
-        subject, _, rest = sentence.partition(": ")
-        console.print(f"  [bold]{subject}[/bold]: {rest}", highlight=False)
-    if decided.memory_gib:
-        console.print(_memory_table(decided.memory_gib))
-    for remark in decided.remarks:
-        console.print(f"  [cyan]Remark[/cyan] {remark}", highlight=False)
-    for warning in decided.warnings:
-        console.print(f"  [yellow]Warning[/yellow] {warning}", highlight=False)
-
-
-def _memory_table(memory: dict[str, float]) -> Table:
-    table = Table("component", "GiB", "", box=None)
-    for component, gib in memory.items():
-        bar = "█" * round(40 * gib / max(memory["total"], 1e-9))
-        table.add_row(component.replace("_", " "), f"{gib:.1f}", bar)
-    return table
+    else:
+        plan_view.show_plan(decided, console)
 
 
 @app.command()

@@ -6,13 +6,18 @@ Every derived number and every check across settings and facts lives here; train
 import hashlib
 import math
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service import catalog
+from ft_service import catalog, throughput
+from ft_service.advice import reasons, shortage, suggestions
 from ft_service.catalog import ModelShape
+from ft_service.choices import Choice, Machine, Question, ask, best, judge, judge_all
 from ft_service.errors import Problem, SpecError
-from ft_service.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
+from ft_service.gpus import GPUS, GPUS_PER_NODE, Gpu, find_gpu
+from ft_service.memory import GIB, estimate_memory, trainable_parameters
 from ft_service.spec import RunSpec
 
 DEFAULT_EPOCHS = 3.0
@@ -48,6 +53,31 @@ class Resources:
     num_cpus: int | None = None
     gpu_memory_gib: float | None = None
     gpu_type: str | None = None
+    gpus_per_node: int | None = None
+    num_nodes: int | None = None
+    host_memory_gib_per_node: float | None = None
+    price_per_gpu_hour: float | None = None
+    """US dollars."""
+
+
+class Estimate(BaseModel):
+    """What a run will take, from datasheets and a stated MFU: to budget with, not a measurement."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpu_type: str
+    mfu: float = Field(description="Assumed share of the peak rate, of all FLOPs executed.")
+    mfu_source: str
+    tokens_per_second: float = Field(description="Over all workers, on rows as full as the data's.")
+    tokens_per_second_per_gpu: float
+    seconds_per_step: float
+    compute_share: float = Field(description="Of a step; the rest is communication and offloading that is not hidden.")
+    communication_share: float
+    offload_share: float
+    seconds_per_epoch: float
+    seconds: float = Field(description="The whole run with its validations, without loading and without waiting.")
+    gpu_hours: float
+    cost_usd: float | None
 
 
 class RunPlan(BaseModel):
@@ -69,11 +99,29 @@ class RunPlan(BaseModel):
     warmup_steps: int
     learning_rate: float = Field(description="Peak.")
     activation_checkpointing: bool
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    hpz_partition_size: int = Field(default=1, description="Workers that share a second copy of the weights; 1: none.")
+    workers_per_node: int = 1
     validate_every_steps: int | None
     tokens: int = Field(description="Tokens seen over the whole run.")
     loss_tokens: int = Field(description="Loss tokens over the whole run.")
     memory_gib: dict[str, float] = Field(description="GiB of one GPU by component, and their total; empty on CPU.")
+    host_memory_gib: dict[str, float] = Field(
+        default_factory=dict, description="GiB of one node's main memory by component, and their total; empty on CPU."
+    )
+    gpu_has_gib: float | None = Field(default=None, description="GiB that one GPU has; None: not known.")
+    host_has_gib: float | None = Field(default=None, description="GiB that one node has; None: not known.")
+    checkpointed_gib: float | None = Field(default=None, description="GiB of one GPU with activation checkpointing.")
+    uncheckpointed_gib: float | None = Field(
+        default=None, description="GiB of one GPU without activation checkpointing."
+    )
+    fits: bool | None = Field(default=None, description="None: not known.")
+    estimate: Estimate | None = Field(
+        default=None, description="Time and cost; None on a CPU, on unknown GPUs, and for what does not fit."
+    )
     said: list[str] = Field(description="The plan in sentences.")
+    reasons: list[str] = Field(default_factory=list, description="Why, for each setting the spec left open.")
+    advice: list[str] = Field(default_factory=list, description="What would fit, where this does not.")
     warnings: list[str]
     remarks: list[str]
 
@@ -88,7 +136,12 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
 
     Raises `SpecError` with every contradiction between spec, data, base and resources, together.
     """
-    problems = [*spec.contradictions(), *_unmet_resources(spec, resources), *_unusable_data(spec, dataset)]
+    problems = [
+        *spec.contradictions(),
+        *_unmet_resources(spec, resources),
+        *_unmet_hpz(spec, resources),
+        *_unusable_data(spec, dataset),
+    ]
     if not _targets_are_trainable(spec):
         problems.append(
             Problem(
@@ -101,15 +154,10 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
     if problems:
         raise SpecError(problems)
 
-    workers = spec.parallel.num_workers
-    checkpointing = spec.train.activation_checkpointing
-    checkpointing = spec.parallel.use_gpu if checkpointing == "auto" else checkpointing
-    zero_stage = _zero_stage(spec, shape, resources, checkpointing)
-    rows_per_worker = spec.train.global_batch_size // workers
-    micro = spec.train.micro_batch_size
-    if micro == "auto":
-        micro = _micro_batch_size(spec, shape, resources, zero_stage, checkpointing, rows_per_worker)
-    accumulation = rows_per_worker // micro
+    workers_per_node = _workers_per_node(spec, resources)
+    machine = _machine(spec, resources)
+    decision = _decide(spec, shape, machine, workers_per_node)
+    layout, accumulation = decision.choice.layout, decision.choice.accumulation
     batch = spec.train.global_batch_size
 
     steps_per_epoch = dataset.rows / batch
@@ -123,8 +171,6 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
     if spec.data.validation is not None:
         validate_every = spec.train.validate_every_steps or max(1, num_steps // VALIDATIONS_PER_RUN)
 
-    layout = _layout(spec, zero_stage, micro, checkpointing)
-    memory = estimate_memory(shape, layout) if spec.parallel.use_gpu else None
     facts = catalog.find(spec.model.base)
     seen = num_steps * batch / dataset.rows
     draft = {
@@ -133,21 +179,30 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         "base_short_name": catalog.short_name(spec.model.base),
         "parameters": shape.num_parameters,
         "trainable_parameters": trainable_parameters(shape, layout),
-        "zero_stage": zero_stage,
-        "micro_batch_size": micro,
+        "zero_stage": layout.zero_stage,
+        "micro_batch_size": layout.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "global_batch_size": batch,
         "num_steps": num_steps,
         "epochs": epochs,
         "warmup_steps": warmup,
         "learning_rate": spec.train.learning_rate or DEFAULT_LEARNING_RATE[spec.method.type],
-        "activation_checkpointing": checkpointing,
+        "activation_checkpointing": layout.activation_checkpointing,
+        "offload": layout.offload,
+        "hpz_partition_size": layout.workers_per_node if layout.hpz else 1,
+        "workers_per_node": layout.workers_per_node,
         "validate_every_steps": validate_every,
         "tokens": round(dataset.tokens * seen),
         "loss_tokens": round(dataset.loss_tokens * seen),
-        "memory_gib": _gib(memory) if memory else {},
+        **_memory(spec, shape, decision.choice, machine),
+        "estimate": None
+        if decision.fits is False
+        else _estimate(spec, dataset, shape, resources, decision.choice, num_steps, validate_every),
+        "reasons": decision.reasons,
+        "advice": [] if decision.fits is not False else suggestions(shape, spec, workers_per_node, machine),
+        "fits": decision.fits,
         "remarks": catalog.remarks(facts, {source.format for source in spec.data.train}) if facts else [],
-        "warnings": _warnings(spec, dataset, resources, memory, num_steps, steps_per_epoch),
+        "warnings": _warnings(spec, dataset, decision, machine, num_steps, steps_per_epoch),
         "said": [],
     }
     return RunPlan.model_validate({**draft, "said": _sentences(RunPlan.model_validate(draft))})
@@ -156,59 +211,151 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 
-def _layout(spec: RunSpec, stage: int, micro: int, checkpointing: bool) -> Layout:
-    targets = spec.method.target_modules
-    return Layout(
-        method=spec.method.type,
-        num_workers=spec.parallel.num_workers,
-        zero_stage=stage,
-        offload=spec.parallel.offload,
-        micro_batch_size=micro,
-        max_seq_len=spec.data.max_seq_len,
-        activation_checkpointing=checkpointing,
-        precision=spec.train.precision,
-        lora_rank=spec.method.lora_rank,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_dora=spec.method.use_dora,
+@dataclass(frozen=True)
+class _Decision:
+    choice: Choice
+    reasons: list[str]
+    fits: bool | None
+
+
+def _workers_per_node(spec: RunSpec, resources: Resources) -> int:
+    workers = spec.parallel.num_workers
+    if not spec.parallel.use_gpu:
+        return workers
+    if resources.gpus_per_node is not None:
+        return min(workers, resources.gpus_per_node)
+    if resources.num_nodes is not None:
+        return math.ceil(workers / resources.num_nodes)
+    return min(workers, GPUS_PER_NODE)
+
+
+def _gpu(spec: RunSpec, resources: Resources) -> Gpu | None:
+    """The type that workers will run on: the one that the spec asks for, else the only one there."""
+    return find_gpu(spec.parallel.accelerator_type or resources.gpu_type)
+
+
+def _machine(spec: RunSpec, resources: Resources) -> Machine:
+    gpu, asked = _gpu(spec, resources), spec.parallel.accelerator_type
+    elsewhere = asked is not None and resources.gpu_type not in (None, asked)
+    memory = None if elsewhere else resources.gpu_memory_gib
+    if memory is None and gpu is not None:
+        memory = gpu.memory_gib
+    # Settings are compared on a type that stands for all, where theirs is not known: only ratios matter for that.
+    return Machine(gpu or GPUS["H100"], memory, resources.host_memory_gib_per_node)
+
+
+def _decide(spec: RunSpec, shape: ModelShape, machine: Machine, workers_per_node: int) -> _Decision:
+    question = ask(spec, workers_per_node)
+    if not spec.parallel.use_gpu:
+        return _Decision(_judge_on_cpu(spec, shape, question, machine), [], None)
+    if machine.gpu_gib is None:
+        choice = judge_all(shape, _safest(question), machine)[0]
+        return _Decision(choice, _UNKNOWN_MEMORY, None)
+    choices = judge_all(shape, question, machine)
+    choice = best(choices)
+    return _Decision(choice, reasons(question, choice, choices), choice.fits)
+
+
+_UNKNOWN_MEMORY = [
+    "The memory of the GPUs is not known, so what needs least of it was taken: ZeRO-3 for several workers, one row a "
+    "pass, activation checkpointing. Set parallel.accelerator_type (in `ft plan`: --gpu-type) to have it judged."
+]
+
+
+def _safest(question: Question) -> Question:
+    """Every open setting to what needs least GPU memory, short of offloading."""
+    auto: Literal["auto"] = "auto"
+    several = question.layout.num_workers > 1
+    offload = "none" if question.offload == auto else question.offload
+    lowest = 3 if several or offload == "nvme" else 2 if offload == "cpu" else 1
+    return with_changes(
+        question,
+        zero_stage=lowest if question.zero_stage == auto else question.zero_stage,
+        micro_batch_size=1 if question.micro_batch_size == auto else question.micro_batch_size,
+        activation_checkpointing=question.activation_checkpointing in (True, auto),
+        offload=offload,
+        hpz=question.hpz is True,
     )
 
 
-def _gib(memory: MemoryEstimate) -> dict[str, float]:
-    return {**{name: size / GIB for name, size in memory.gpu.items()}, "total": memory.gpu_bytes / GIB}
+def _judge_on_cpu(spec: RunSpec, shape: ModelShape, question: Question, machine: Machine) -> Choice:
+    """On a CPU memory is not modelled: the lowest stage, and as many rows a pass as fill its matrix units."""
+    offload = "none" if question.offload == "auto" else question.offload
+    lowest = 3 if offload == "nvme" else 2 if spec.parallel.num_workers > 1 or offload == "cpu" else 1
+    rows = question.rows_per_worker
+    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    filling = max((size for size in divisors if size * spec.data.max_seq_len <= CPU_MICRO_BATCH_TOKENS), default=1)
+    layout = with_changes(
+        question.layout,
+        zero_stage=lowest if question.zero_stage == "auto" else question.zero_stage,
+        micro_batch_size=filling if question.micro_batch_size == "auto" else question.micro_batch_size,
+        activation_checkpointing=question.activation_checkpointing is True,
+        offload=offload,
+    )
+    return judge(shape, layout, rows, machine)
 
 
-def _fits(shape: ModelShape, layout: Layout, limit_gib: float) -> bool:
-    return estimate_memory(shape, layout).gpu_bytes <= limit_gib * GIB
+def _memory(spec: RunSpec, shape: ModelShape, choice: Choice, machine: Machine) -> dict[str, object]:
+    if not spec.parallel.use_gpu:
+        return {"memory_gib": {}}
+    memory = choice.memory
+
+    def gib_if(checkpointing: bool) -> float:
+        layout = with_changes(choice.layout, activation_checkpointing=checkpointing)
+        return estimate_memory(shape, layout).gpu_bytes / GIB
+
+    return {
+        "memory_gib": {**{name: size / GIB for name, size in memory.gpu.items()}, "total": memory.gpu_bytes / GIB},
+        "host_memory_gib": {
+            **{name: size / GIB for name, size in memory.host.items()},
+            "total": memory.host_bytes / GIB,
+        },
+        "gpu_has_gib": machine.gpu_gib,
+        "host_has_gib": machine.host_gib,
+        "checkpointed_gib": gib_if(True),
+        "uncheckpointed_gib": gib_if(False),
+    }
 
 
-def _zero_stage(spec: RunSpec, shape: ModelShape, resources: Resources, checkpointing: bool) -> int:
-    """The lowest stage that fits: each higher one trades traffic for memory."""
-    asked = spec.parallel.zero_stage
-    if asked != "auto":
-        return asked
-    if spec.parallel.offload == "nvme":
-        return 3
-    # Alone there is nothing to shard, but unlike stage 0 stage 1 sums micro-steps in fp32.
-    lowest = 2 if spec.parallel.num_workers > 1 or spec.parallel.offload == "cpu" else 1
-    limit = resources.gpu_memory_gib
-    if not spec.parallel.use_gpu or limit is None or spec.parallel.num_workers == 1:
-        return lowest
-    return lowest if _fits(shape, _layout(spec, lowest, 1, checkpointing), limit) else 3
-
-
-def _micro_batch_size(
-    spec: RunSpec, shape: ModelShape, resources: Resources, stage: int, checkpointing: bool, rows_per_worker: int
-) -> int:
-    """The largest divisor of a worker's rows that fits."""
-    divisors = [size for size in range(1, rows_per_worker + 1) if rows_per_worker % size == 0]
-
-    def fits(size: int) -> bool:
-        if not spec.parallel.use_gpu:
-            return size * spec.data.max_seq_len <= CPU_MICRO_BATCH_TOKENS
-        limit = resources.gpu_memory_gib
-        return limit is not None and _fits(shape, _layout(spec, stage, size, checkpointing), limit)
-
-    return max((size for size in divisors if fits(size)), default=1)
+def _estimate(
+    spec: RunSpec,
+    dataset: DatasetFacts,
+    shape: ModelShape,
+    resources: Resources,
+    choice: Choice,
+    num_steps: int,
+    validate_every: int | None,
+) -> Estimate | None:
+    gpu = _gpu(spec, resources)
+    if not spec.parallel.use_gpu or gpu is None:
+        return None
+    # Rows are flattened, so what they leave empty costs nothing.
+    row_tokens = max(1, min(spec.data.max_seq_len, round(dataset.tokens / dataset.rows)))
+    layout = with_changes(choice.layout, max_seq_len=row_tokens)
+    time = throughput.step_time(shape, layout, choice.accumulation, gpu)
+    workers = spec.parallel.num_workers
+    rate = spec.train.global_batch_size * row_tokens / time.seconds
+    seconds = num_steps * time.seconds
+    if validate_every:
+        forward = throughput.forward_share(shape, layout)
+        seconds += num_steps // validate_every * forward * dataset.validation_tokens / rate
+    gpu_hours = workers * seconds / 3600
+    price = resources.price_per_gpu_hour
+    return Estimate(
+        gpu_type=gpu.name,
+        mfu=throughput.MFU,
+        mfu_source=throughput.MFU_SOURCE,
+        tokens_per_second=rate,
+        tokens_per_second_per_gpu=rate / workers,
+        seconds_per_step=time.seconds,
+        compute_share=time.compute / time.seconds,
+        communication_share=time.communication / time.seconds,
+        offload_share=time.offload / time.seconds,
+        seconds_per_epoch=dataset.tokens / rate,
+        seconds=seconds,
+        gpu_hours=gpu_hours,
+        cost_usd=None if price is None else gpu_hours * price,
+    )
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -241,6 +388,14 @@ def _unmet_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
     return []
 
 
+def _unmet_hpz(spec: RunSpec, resources: Resources) -> list[Problem]:
+    workers, per_node = spec.parallel.num_workers, _workers_per_node(spec, resources)
+    if spec.parallel.hpz is not True or (workers > per_node > 1 and workers % per_node == 0):
+        return []
+    problem = f"needs several nodes with equally many workers, and {workers} workers run {per_node} a node"
+    return [Problem("parallel.hpz", True, problem, "Use hpz: auto, or whole nodes.")]
+
+
 def _unusable_data(spec: RunSpec, dataset: DatasetFacts) -> list[Problem]:
     if dataset.rows == 0 or dataset.loss_tokens == 0:
         return [Problem("data.train", dataset.conversations, "holds nothing to train on", "Check format and columns.")]
@@ -262,18 +417,16 @@ def _targets_are_trainable(spec: RunSpec) -> bool:
 def _warnings(
     spec: RunSpec,
     dataset: DatasetFacts,
-    resources: Resources,
-    memory: MemoryEstimate | None,
+    decision: _Decision,
+    machine: Machine,
     num_steps: int,
     steps_per_epoch: float,
 ) -> list[str]:
     warnings = []
-    limit = resources.gpu_memory_gib
-    if memory and limit is not None and memory.gpu_bytes > limit * GIB:
-        warnings.append(
-            f"Needs about {memory.gpu_bytes / GIB:.0f} GiB per GPU, and one has {limit:.0f} GiB. Use more workers with "
-            "ZeRO-3, qlora, a shorter data.max_seq_len, or parallel.offload: cpu."
-        )
+    if decision.fits is False:
+        warnings.append(shortage(decision.choice, machine))
+    if spec.parallel.use_gpu and spec.train.precision == "bf16" and not machine.gpu.has_bf16:
+        warnings.append(f"{machine.gpu.name} has no bf16: it will be emulated, slowly. Use an Ampere GPU or newer.")
     if steps_per_epoch < 1:
         warnings.append(
             f"The {dataset.rows} packed rows fill less than one batch of {spec.train.global_batch_size}: a step sees "
@@ -319,8 +472,8 @@ def _sentences(plan: RunPlan) -> list[str]:
             if spec.train.schedule == "constant"
             else f" to {plan.learning_rate * spec.train.min_learning_rate_ratio:.1e}."
         ),
-        f"Workers: {spec.parallel.num_workers} on {'GPU' if spec.parallel.use_gpu else 'CPU'}, ZeRO-{plan.zero_stage}, "
-        f"offload {spec.parallel.offload}, {spec.train.precision}, activation checkpointing "
+        f"Workers: {_workers_said(plan)}, ZeRO-{plan.zero_stage}{' with hpZ' if plan.hpz_partition_size > 1 else ''}, "
+        f"offload {plan.offload}, {spec.train.precision}, activation checkpointing "
         f"{'on' if plan.activation_checkpointing else 'off'}.",
     ]
     if plan.validate_every_steps:
@@ -329,5 +482,56 @@ def _sentences(plan: RunPlan) -> list[str]:
             "the weights with the lowest loss are published."
         )
     if plan.memory_gib:
-        sentences.append(f"Memory: about {plan.memory_gib['total']:.1f} GiB per GPU.")
+        sentences.append(_memory_said(plan))
+    if plan.estimate:
+        sentences += _estimate_said(plan.estimate)
     return sentences
+
+
+def _workers_said(plan: RunPlan) -> str:
+    workers, per_node = plan.spec.parallel.num_workers, plan.workers_per_node
+    if not plan.spec.parallel.use_gpu:
+        return f"{workers} on CPU"
+    kind = plan.estimate.gpu_type if plan.estimate else plan.spec.parallel.accelerator_type or "GPU"
+    return f"{workers} on {kind}" + (f", {per_node} a node" if workers > per_node else "")
+
+
+def _memory_said(plan: RunPlan) -> str:
+    total, has, other = plan.memory_gib["total"], plan.gpu_has_gib, plan.uncheckpointed_gib
+    opposite = "without activation checkpointing"
+    if not plan.activation_checkpointing:
+        other, opposite = plan.checkpointed_gib, "with activation checkpointing"
+    of = "" if has is None else f" of {has:.1f}"
+    host = plan.host_memory_gib["total"]
+    node = "" if plan.host_has_gib is None else f" of {plan.host_has_gib:.0f}"
+    return f"Memory: about {total:.1f}{of} GiB per GPU ({other:.1f} {opposite}); {host:.0f}{node} GiB per node."
+
+
+def _estimate_said(estimate: Estimate) -> list[str]:
+    parts = [
+        f"{share:.0%} {name}"
+        for name, share in (
+            ("computation", estimate.compute_share),
+            ("communication", estimate.communication_share),
+            ("offloading", estimate.offload_share),
+        )
+        if share >= 0.005
+    ]
+    sentences = [
+        f"Speed: about {estimate.tokens_per_second:,.0f} tokens/s, {estimate.tokens_per_second_per_gpu:,.0f} per GPU "
+        f"({', '.join(parts)}). An estimate, at {estimate.mfu:.0%} of the peak rate of {estimate.gpu_type} "
+        f"({estimate.mfu_source}).",
+        f"Time: about {duration(estimate.seconds_per_epoch)} per epoch, {duration(estimate.seconds)} in all with "
+        "validations, and loading before it.",
+    ]
+    cost = f"Cost: {estimate.gpu_hours:,.1f} GPU hours"
+    sentences.append(f"{cost}." if estimate.cost_usd is None else f"{cost}, about ${estimate.cost_usd:,.2f}.")
+    return sentences
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min, 5.2 h, 3.1 days."""
+    for unit, name, form in ((86_400 * 2, "days", ".1f"), (3600, "h", ".1f"), (60, "min", ".0f")):
+        if seconds >= unit:
+            return f"{seconds / (86_400 if name == 'days' else unit):{form}} {name}"
+    return f"{seconds:.0f} s"

@@ -134,7 +134,7 @@ class TrainSpec(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of row order, adapter initialisation and dropout.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Type of weights and activations.")
     activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="Recompute activations in the backward pass (auto: on GPUs)."
+        default="auto", description="Recompute activations in the backward pass (auto: where that is the faster fit)."
     )
     validate_every_steps: PositiveInt | None = Field(
         default=None, description="Steps between validation losses (default: ten times a run)."
@@ -149,7 +149,12 @@ class ParallelSpec(_Section):
     use_gpu: bool = Field(default=True, description="False trains on CPU (small models, tests).")
     cpus_per_worker: PositiveInt = Field(default=1, description="CPUs reserved, and threads used, per worker.")
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(default="auto", description="What DeepSpeed ZeRO shards.")
-    offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer and weights rest.")
+    offload: Literal["auto", "none", "cpu", "nvme"] = Field(
+        default="auto", description="Where optimizer and, under ZeRO-3, weights rest (auto: nvme only with nvme_path)."
+    )
+    hpz: Literal["auto"] | bool = Field(
+        default="auto", description="A second copy of the weights, sharded within each node (ZeRO-3 over several)."
+    )
     nvme_path: str | None = Field(default=None, description="Folder on a local NVMe drive; needed for offload: nvme.")
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU to ask for, such as H100.")
 
@@ -237,7 +242,7 @@ class RunSpec(_Section):
                 f"is not a multiple of parallel.num_workers = {parallel.num_workers}",
                 f"Use a multiple of {parallel.num_workers}.",
             )
-        if parallel.offload != "none" and parallel.zero_stage == 0:
+        if parallel.offload in ("cpu", "nvme") and parallel.zero_stage == 0:
             refuse(
                 "parallel.offload",
                 parallel.offload,
@@ -255,8 +260,24 @@ class RunSpec(_Section):
             refuse(
                 "parallel.nvme_path", parallel.nvme_path, "is needed for offload: nvme", "Name a folder on the drive."
             )
-        if parallel.nvme_path and parallel.offload != "nvme":
-            refuse("parallel.nvme_path", parallel.nvme_path, "is only used with offload: nvme", "Remove it.")
+        if parallel.nvme_path and parallel.offload in ("none", "cpu"):
+            refuse("parallel.nvme_path", parallel.nvme_path, "is only used with offload: nvme or auto", "Remove it.")
+        if parallel.hpz is True and parallel.zero_stage in (0, 1, 2):
+            refuse(
+                "parallel.hpz",
+                True,
+                f"copies sharded weights, and parallel.zero_stage is {parallel.zero_stage}",
+                "Use zero_stage: 3 or auto, or hpz: false.",
+            )
+        if parallel.hpz is True and parallel.offload in ("cpu", "nvme"):
+            refuse(
+                "parallel.hpz",
+                True,
+                f"keeps a copy on the GPUs of what parallel.offload: {parallel.offload} takes off them",
+                "Use offload: none, or hpz: false.",
+            )
+        if parallel.hpz is True and not parallel.use_gpu:
+            refuse("parallel.hpz", True, "is for GPUs of several nodes", "Use hpz: false.")
         if parallel.accelerator_type and not parallel.use_gpu:
             refuse(
                 "parallel.accelerator_type",

@@ -17,6 +17,10 @@ NEITHER_TORCH_NOR_RAY = (
     "metrics",
     "memory",
     "plan",
+    "throughput",
+    "choices",
+    "advice",
+    "family",
     "runs",
     "gpus",
 )

@@ -111,7 +111,14 @@ def cluster_resources() -> Resources:
         num_cpus=None if autoscales else int(total.get("CPU", 0)),
         gpu_memory_gib=GPUS[gpu_type].memory_gib if gpu_type in GPUS else None,
         gpu_type=gpu_type,
+        gpus_per_node=_gpus_per_node(),
     )
+
+
+def _gpus_per_node() -> int | None:
+    """Of the nodes that are up, the most that one has; None where none has any."""
+    counts = (int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
+    return max(counts, default=0) or None
 
 
 def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> RunPlan:

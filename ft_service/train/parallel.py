@@ -95,7 +95,7 @@ class Parallel:
 
     def wrap(self, model: nn.Module) -> None:
         """Hand `model`, whose forward gives a loss sum, to DeepSpeed; parameters that require gradients are trained."""
-        for_cpu = self.plan.spec.parallel.offload != "none"
+        for_cpu = self.plan.offload != "none"
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
         )
@@ -125,9 +125,9 @@ class Parallel:
     def _config(self) -> dict[str, Any]:
         plan, parallel = self.plan, self.plan.spec.parallel
         zero: dict[str, Any] = {"stage": plan.zero_stage}
-        if parallel.offload != "none":
-            place: dict[str, Any] = {"device": parallel.offload, "pin_memory": parallel.use_gpu}
-            if parallel.offload == "nvme":
+        if plan.offload != "none":
+            place: dict[str, Any] = {"device": plan.offload, "pin_memory": parallel.use_gpu}
+            if plan.offload == "nvme":
                 place["nvme_path"] = parallel.nvme_path
             zero["offload_optimizer"] = place
             if plan.zero_stage == 3:
