@@ -1,8 +1,9 @@
 """`ft`: each command parses, calls one function of the package, prints, and exits 0 (done), 1 (failed) or 2 (usage)."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from ft_service.gpus import GPUS, GPUS_PER_NODE, find_gpu
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.spec import load_run_spec
 from ft_service.storage import Storage
+
+if TYPE_CHECKING:
+    from ft_service.model.dry_run import DryRun
 
 app = typer.Typer(
     help="Fine-tune Llama 3 on a Ray cluster, from a run spec to an adapter that answers over HTTP.",
@@ -64,6 +68,9 @@ def plan(
     max_seq_len: Annotated[
         int | None, typer.Option(min=8, help="With --table: length of a row (default 4096).")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Walk the loading of the base on every rank: bytes read, held, at peak.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what a spec resolves to, why, and what it takes; writes nothing, needs neither a GPU nor the weights."""
@@ -76,6 +83,11 @@ def plan(
         raise UsageError(f"--nodes = {nodes}: stands beside --gpus = {gpus}. Keep one of the two.")
     from ft_service import plan_view
 
+    if table is not None and dry_run:
+        from ft_service.preview import dry_runs
+
+        _print_dry_runs(dry_runs(table), as_json)
+        return
     if table is not None:
         from ft_service.family import default_gpus, family
 
@@ -108,10 +120,23 @@ def plan(
             price_per_gpu_hour=price,
         ),
     )
-    if as_json:
+    if dry_run:
+        from ft_service.preview import dry_run_of
+
+        _print_dry_runs(dry_run_of(decided), as_json)
+    elif as_json:
         print(decided.model_dump_json(indent=2))
     else:
         plan_view.show_plan(decided, console)
+
+
+def _print_dry_runs(found: "list[DryRun]", as_json: bool) -> None:
+    from ft_service import plan_view
+
+    if as_json:
+        print(json.dumps([dataclasses.asdict(run) for run in found], indent=2))
+    else:
+        plan_view.show_dry_runs(found, console)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Plans and tables of plans in the terminal: sentences, reasons, and memory as bars against the card's size."""
 
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -10,6 +11,9 @@ from rich.text import Text
 from ft_service.family import METHODS, Family, FamilyMember
 from ft_service.gpus import GPUS
 from ft_service.plan import RunPlan
+
+if TYPE_CHECKING:
+    from ft_service.model.dry_run import DryRun
 
 _BAR_WIDTH = 48
 _NAMES = {
@@ -149,3 +153,30 @@ def _cells(member: FamilyMember, priced: bool) -> list[str]:
     ]
     price = member.usd_per_million_tokens
     return [*cells, *([f"{price:,.2f}" if price is not None and member.fits else ""] if priced else [])]
+
+
+# -- dry runs --------------------------------------------------------------------------------------------------------
+
+
+def show_dry_runs(runs: "list[DryRun]", console: Console) -> None:
+    """What loading asks of every rank: one line for each world."""
+    gib = 2**30
+    first = runs[0]
+    console.print(
+        f"Loading {first.num_parameters:,} parameters, {first.checkpoint_bytes / gib:,.1f} GiB of files, under ZeRO-3: "
+        "every rank walked, every parameter held exactly once."
+    )
+    table = Table("base", "ranks", "GiB read", "GiB held", "GiB statistics", "GiB peak", "peak over rest", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for run in runs:
+        rank = run.fullest
+        rest = rank.held + rank.statistics
+        world = str(run.world_size) + (f", {run.node_size} a node (hpZ)" if run.node_size > 1 else "")
+        figures = [f"{size / gib:,.2f}" for size in (rank.read, rank.held, rank.statistics, rank.peak)]
+        table.add_row("4-bit" if run.four_bit else "bf16", world, *figures, f"{(rank.peak - rest) / gib:.2f}")
+    console.print(table)
+    console.print(
+        f"Of the fullest rank, beside what its process takes. A whole decoder layer is "
+        f"{first.largest_layer_bytes / gib:.2f} GiB; none is ever whole."
+    )

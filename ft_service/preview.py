@@ -3,13 +3,21 @@
 Where the hub cannot be asked, the catalogue tells the shape and tokens are guessed from bytes, and the plan says so.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import LlamaConfig
+
 from ft_service import catalog
 from ft_service.catalog import ModelShape
 from ft_service.data.estimate import BYTES_PER_TOKEN, estimate_dataset
 from ft_service.data.prepare import measure_dataset
 from ft_service.data.read import files_of
-from ft_service.errors import ModelError
+from ft_service.errors import ModelError, UsageError
+from ft_service.family import shape_of
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
+from ft_service.model.checkpoint import Checkpoint
+from ft_service.model.dry_run import DryRun, dry_run, imagined_checkpoint
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import RunSpec
 
@@ -44,3 +52,33 @@ def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
         "UTF-8, Llama 3's figure for English: expect other languages and program text to be longer."
     )
     return estimate_dataset(spec), known.shape, [remark]
+
+
+DRY_RUN_WORLDS = (8, 16, 64)
+
+
+def dry_runs(model: str, worlds: Sequence[int] = DRY_RUN_WORLDS) -> list[DryRun]:
+    """Loading a model of the catalogue or a checkpoint folder, bf16 and 4-bit, on worlds of these sizes."""
+    return [_dry_run(model, four_bit, world, 1, "cuda") for four_bit in (False, True) for world in worlds]
+
+
+def dry_run_of(plan: RunPlan) -> list[DryRun]:
+    """Loading as the workers of this plan will; raises `UsageError` where nothing is sharded."""
+    if plan.zero_stage < 3:
+        raise UsageError(
+            f"--dry-run: under ZeRO-{plan.zero_stage} each worker reads the whole base. Use parallel.zero_stage=3."
+        )
+    spec = plan.spec
+    device = "cuda" if spec.parallel.use_gpu else "cpu"
+    four_bit = spec.method.type == "qlora"
+    return [_dry_run(spec.model.base, four_bit, spec.parallel.num_workers, plan.hpz_partition_size, device)]
+
+
+def _dry_run(model: str, four_bit: bool, world_size: int, node_size: int, device: str) -> DryRun:
+    if looks_like_folder(model) and any(Path(model).expanduser().glob("*.safetensors")):
+        checkpoint = Checkpoint(Path(model).expanduser())
+        checkpoint.check()
+        config, tensors = LlamaConfig.from_dict(dict(checkpoint.config)), checkpoint.tensors
+    else:
+        config, tensors = imagined_checkpoint(shape_of(model))
+    return dry_run(config, tensors, four_bit=four_bit, world_size=world_size, node_size=node_size, device=device)

@@ -94,19 +94,23 @@ def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             unequal.append(name)
     theirs, ours = dict(stock.named_buffers()), dict(model.named_buffers())
     unequal += [name for name in theirs if not same_bits(ours[name], theirs[name])]
-    shares = torch.tensor([sum(stop - start for _, start, stop in checkpoint.ranges)])
-    in_all = [torch.empty_like(shares) for _ in range(world_size)]
-    dist.all_gather(in_all, shares)
+    held = [
+        tensor.nbytes
+        for p in found.values()
+        for tensor in (getattr(p, "ds_tensor", p), getattr(p, "ds_secondary_tensor", None))
+        if tensor is not None
+    ]
     everyones: list[Any] = [None] * world_size
-    dist.all_gather_object(everyones, checkpoint.ranges)
+    dist.all_gather_object(everyones, (checkpoint.ranges, sum(held)))
     result = {
         "unequal": unequal,
         "names": sorted(found) == sorted(expected),
         "tied": (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings,
         "trainable": sum(p.requires_grad for p in found.values()),
         "swapped": sum(getattr(p, "ds_tensor", p).numel() == 0 for p in found.values()),
-        "bytes_read": [int(share) for share in in_all],
-        "ranges": everyones,
+        "bytes_read": [sum(stop - start for _, start, stop in ranges) for ranges, _ in everyones],
+        "bytes_held": [held for _, held in everyones],
+        "ranges": [ranges for ranges, _ in everyones],
         "on": {str(getattr(p, "ds_tensor", p).device) for p in found.values()} == {"cpu"},
     }
     parallel.barrier()

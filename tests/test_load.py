@@ -11,11 +11,12 @@ import torch
 from loading_cases import write_base
 from safetensors.torch import load_file, save_file
 from training_cases import run_cases
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.errors import ModelError
 from ft_service.model.base import open_checkpoint
 from ft_service.model.checkpoint import Checkpoint
+from ft_service.model.dry_run import dry_run
 from ft_service.model.load import load_causal_lm
 
 LORA: dict[str, Any] = {"type": "lora", "lora_rank": 4}
@@ -95,6 +96,27 @@ def test_each_process_reads_its_part_alone(loaded: tuple[int, dict[str, Any]], b
     for name, slack in (("bf16", 2), ("4-bit", 2 * 64 * 2)):
         assert max(results[name]["bytes_read"]) <= whole / world_size + slack * len(tensors)
     assert results["whole"]["bytes_read"] == [whole] * world_size
+
+
+def test_the_dry_run_foretells_what_each_process_reads(
+    loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
+) -> None:
+    world_size, results = loaded
+    for name, result in results.items():
+        case = cases_of(bases, world_size)[name]
+        if case["stage"] < 3:
+            continue
+        checkpoint = Checkpoint(case["base"])
+        run = dry_run(
+            LlamaConfig.from_dict(dict(checkpoint.config)),
+            checkpoint.tensors,
+            four_bit=case["method"]["type"] == "qlora",
+            world_size=world_size,
+            node_size=case.get("node_size", 1),
+            dtype=torch.bfloat16 if case["precision"] == "bf16" else torch.float32,
+        )
+        assert [rank.read for rank in run.ranks] == result["bytes_read"], name
+        assert [rank.held for rank in run.ranks] == result["bytes_held"], name
 
 
 # -- what is wrong is said before a weight is read -------------------------------------------------------------------

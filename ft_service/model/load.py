@@ -24,8 +24,9 @@ from ft_service.model.checkpoint import Checkpoint, TensorEntry
 from ft_service.model.shards import Sharing, Span, num_blocks, partition, whole_blocks
 
 CHUNK_BYTES = 16 * 1024 * 1024
-# Quantising takes about 30 bytes a weight while it lasts: on a CPU what its caches hold, on a GPU what keeps it busy.
-NF4_CHUNK_WEIGHTS = {"cpu": 64 * 1024, "cuda": 8 * 1024 * 1024}
+QUANTISING_BYTES_PER_WEIGHT = 30  # while it lasts: bitsandbytes' fp32 copies, indices and packed results
+# On a CPU what its caches hold, on a GPU what keeps it busy.
+NF4_CHUNK_WEIGHTS = {"cpu": 64 * 1024, "cuda": 2 * 1024 * 1024}
 _READERS = min(8, os.cpu_count() or 1)
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -114,16 +115,22 @@ def load_causal_lm(
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, four_bit: bool, attention: str) -> LlamaForCausalLM:
-    """The model on the meta device."""
+    """The model of a checkpoint on the meta device."""
     config = LlamaConfig.from_dict(copy.deepcopy(checkpoint.config), attn_implementation=attention)
     config._name_or_path = checkpoint.location
+    model = build(config, dtype, four_bit)
+    if (generation := checkpoint.json_file("generation_config.json")) is not None:
+        model.generation_config = GenerationConfig.from_dict(generation)
+    return model
+
+
+def build(config: LlamaConfig, dtype: torch.dtype, four_bit: bool) -> LlamaForCausalLM:
+    """The model of a config on the meta device, where weights take no memory."""
     config.dtype = dtype
     # The constructor itself, since transformers' own ways partition (and allocate) under ZeRO-3.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         model.to(dtype=dtype)  # type: ignore[call-arg]
-    if (generation := checkpoint.json_file("generation_config.json")) is not None:
-        model.generation_config = GenerationConfig.from_dict(generation)
     if four_bit:
         nf4.make_linears_4bit(model, dtype)
     return model
@@ -147,6 +154,20 @@ class Fill:
     def bytes_read(self) -> int:
         return sum(len(span) for span in self.read) * self.entry.item_bytes
 
+    def transient_bytes(self, sharing: Sharing, dtype: torch.dtype, device: str = "cpu") -> int:
+        """The most that filling takes beside what it leaves: chunks under way in all reading threads, and scales."""
+        if not self.weights_per_element:
+            direct = device == "cpu" and _TORCH_DTYPES[self.entry.dtype] == dtype
+            chunk = min(CHUNK_BYTES, max(len(span) for span in self.read) * self.entry.item_bytes)
+            return 0 if direct else _READERS * chunk
+        blocks = num_blocks(Span(0, self.entry.numel))
+        mine = max(num_blocks(span) for span in self.read)
+        scales = 4 * (sum(num_blocks(span) for span in self.read) + 3 * blocks)  # own, whole, less their mean, a copy
+        if sharing.world_size > 1:
+            scales += 4 * mine * (1 + sharing.world_size)  # padded, and gathered
+        chunk = min(NF4_CHUNK_WEIGHTS[device], max(len(span) for span in self.read))
+        return _READERS * chunk * QUANTISING_BYTES_PER_WEIGHT + scales
+
 
 def plan_fills(model: nn.Module, tensors: Mapping[str, TensorEntry], sharing: Sharing) -> list[Fill]:
     """What the process of `sharing` reads to fill `model`, a skeleton, in the order of the files.
@@ -154,11 +175,7 @@ def plan_fills(model: nn.Module, tensors: Mapping[str, TensorEntry], sharing: Sh
     Raises `ModelError` with everything in which the tensors are not those of the model.
     """
     parameters = dict(model.named_parameters())
-    linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    shapes = {
-        name: (linears[name].out_features, linears[name].in_features) if nf4.is_packed(p) else tuple(p.shape)
-        for name, p in parameters.items()
-    }
+    shapes = weight_shapes(model)
     _match(tensors, shapes, tied=set(dict(model.named_parameters(remove_duplicate=False))) - set(parameters))
     fills = []
     for name, entry in tensors.items():
@@ -170,6 +187,15 @@ def plan_fills(model: nn.Module, tensors: Mapping[str, TensorEntry], sharing: Sh
         read = [whole_blocks(span, packing, entry.numel) for span in held] if packing else held
         fills.append(Fill(name, entry, held, read, packing))
     return fills
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter of a skeleton as files hold it: 4-bit ones before they are packed."""
+    linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        name: (linears[name].out_features, linears[name].in_features) if nf4.is_packed(p) else tuple(p.shape)
+        for name, p in model.named_parameters()
+    }
 
 
 def _match(tensors: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], tied: set[str]) -> None:

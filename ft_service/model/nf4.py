@@ -91,6 +91,12 @@ def attach_statistics(parameter: Any, linear: Any, scales: torch.Tensor, shape: 
     parameter.module = linear
 
 
+def statistics_bytes(num_weights: int) -> int:
+    """What the statistics of a tensor take: 8 bits a block, 32 a group of blocks, and the tables to read them with."""
+    blocks = -(-num_weights // NF4_BLOCK)
+    return blocks + 4 * -(-blocks // _SCALES_PER_GROUP) + 4 * (1 + 16 + 256)
+
+
 def statistics_tensors(parameter: Any) -> list[torch.Tensor]:
     """The tensors of a 4-bit parameter's statistics, for whoever counts memory."""
     state = parameter.quant_state

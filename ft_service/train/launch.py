@@ -130,10 +130,14 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> RunPlan:
     folder.write_plan(spec, plan, dataset.sources)
     for sentence in plan.said:
         say(f"  {sentence}")
+    for reason in plan.reasons:
+        say(f"  Why: {reason}")
     for remark in plan.remarks:
         say(f"  Remark: {remark}")
     for warning in plan.warnings:
         say(f"  Warning: {warning}")
+    for advice in plan.advice:
+        say(f"  Advice: {advice}")
     return plan
 
 

@@ -67,7 +67,7 @@ class Parallel:
     @property
     def hpz_partition_size(self) -> int:
         """Workers of a node that share a second copy of the weights; 1 without one."""
-        return 1
+        return self.plan.hpz_partition_size
 
     @property
     def is_first(self) -> bool:
