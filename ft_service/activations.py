@@ -40,12 +40,14 @@ def activation_bytes(
     saved = tokens * saved_per_token(
         shape, element_bytes=element_bytes, full=full, targets=targets, lora_rank=lora_rank, flash=flash
     )
-    passing = _layer_backward(shape, tokens, element_bytes, method)
+    passing = _layer_backward(shape, tokens, element_bytes, method, full or "down_proj" in targets)
     # Hidden states of the last norm, kept as any norm's; rotary angles.
     shared = tokens * (_norm(shape.hidden_size, element_bytes, full, False) + 2 * element_bytes * shape.head_dim)
     hidden = tokens * element_bytes * shape.hidden_size
     if checkpointing:
         kept = shape.num_layers * hidden + shared
+        if element_bytes == _FP32:
+            saved -= hidden  # the input is in fp32 already, and kept
         return kept + max(0, saved + passing - loss)
     return shape.num_layers * saved + shared + max(0, passing - loss)
 
@@ -66,10 +68,8 @@ def saved_per_token(
     # Queries, keys and values as they enter attention, its output, and fp32 log-sum-exp per head.
     attention = e * (2 * query + 2 * key_value) + _FP32 * shape.num_heads
     if not flash:
-        # The output is laid out anew for the next map; keys and values are repeated to as many heads as queries have.
+        # The outputs of several documents are joined into a new tensor for the next map.
         attention += e * query * ("o_proj" in reading)
-        if shape.num_kv_heads != shape.num_heads:
-            attention += e * 2 * (query - key_value)
     # gate, silu(gate), up, and their product where it is read again.
     mlp = e * shape.intermediate_size * (3 + ("down_proj" in reading))
     adapters = 0 if full else e * lora_rank * len(targets)
@@ -81,9 +81,13 @@ def _norm(width: int, element_bytes: int, trained: bool, output_read: bool) -> i
     return width * (_FP32 + element_bytes * (trained + output_read)) + _FP32
 
 
-def _layer_backward(shape: ModelShape, tokens: int, element_bytes: int, method: str) -> int:
-    """What the widest moment of a layer's backward pass adds: in the MLP, gradients of its width and of the input."""
-    gradients = tokens * element_bytes * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+def _layer_backward(shape: ModelShape, tokens: int, element_bytes: int, method: str, down_reads: bool) -> int:
+    """What a layer's backward pass adds at its widest, in the product of silu(gate) and up.
+
+    The gradients of the product and of both factors are there, and that of the layer's output; the product itself, if
+    it was kept, is gone.
+    """
+    gradients = tokens * element_bytes * ((3 - down_reads) * shape.intermediate_size + shape.hidden_size)
     dequantised = element_bytes * shape.intermediate_size * shape.hidden_size if method == "qlora" else 0
     return gradients + dequantised
 
