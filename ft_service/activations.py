@@ -27,6 +27,7 @@ def activation_bytes(
     method: str,
     targets: Set[str],
     lora_rank: int,
+    use_dora: bool,
     checkpointing: bool,
     loss: int,
     flash: bool = True,
@@ -38,9 +39,15 @@ def activation_bytes(
     """
     full = method == "full"
     saved = tokens * saved_per_token(
-        shape, element_bytes=element_bytes, full=full, targets=targets, lora_rank=lora_rank, flash=flash
+        shape,
+        element_bytes=element_bytes,
+        full=full,
+        targets=targets,
+        lora_rank=lora_rank,
+        use_dora=use_dora,
+        flash=flash,
     )
-    passing = _layer_backward(shape, tokens, element_bytes, method, full or "down_proj" in targets)
+    passing = _passing(shape, tokens, element_bytes, method, targets, use_dora)
     # Hidden states of the last norm, kept as any norm's; rotary angles.
     shared = tokens * (_norm(shape.hidden_size, element_bytes, full, False) + 2 * element_bytes * shape.head_dim)
     hidden = tokens * element_bytes * shape.hidden_size
@@ -53,7 +60,14 @@ def activation_bytes(
 
 
 def saved_per_token(
-    shape: ModelShape, *, element_bytes: int, full: bool, targets: Set[str], lora_rank: int, flash: bool
+    shape: ModelShape,
+    *,
+    element_bytes: int,
+    full: bool,
+    targets: Set[str],
+    lora_rank: int,
+    use_dora: bool,
+    flash: bool,
 ) -> int:
     """Bytes per token that one layer's forward pass leaves for its backward pass.
 
@@ -73,6 +87,9 @@ def saved_per_token(
     # gate, silu(gate), up, and their product where it is read again.
     mlp = e * shape.intermediate_size * (3 + ("down_proj" in reading))
     adapters = 0 if full else e * lora_rank * len(targets)
+    if use_dora:
+        # For the gradient of the magnitude: the base's output and the adapter's.
+        adapters += e * 2 * sum(rows for name, rows, _ in shape.linear_shapes() if name in targets)
     return norms + attention + mlp + adapters
 
 
@@ -81,15 +98,22 @@ def _norm(width: int, element_bytes: int, trained: bool, output_read: bool) -> i
     return width * (_FP32 + element_bytes * (trained + output_read)) + _FP32
 
 
-def _layer_backward(shape: ModelShape, tokens: int, element_bytes: int, method: str, down_reads: bool) -> int:
-    """What a layer's backward pass adds at its widest, in the product of silu(gate) and up.
-
-    The gradients of the product and of both factors are there, and that of the layer's output; the product itself, if
-    it was kept, is gone.
-    """
-    gradients = tokens * element_bytes * ((3 - down_reads) * shape.intermediate_size + shape.hidden_size)
-    dequantised = element_bytes * shape.intermediate_size * shape.hidden_size if method == "qlora" else 0
-    return gradients + dequantised
+def _passing(
+    shape: ModelShape, tokens: int, element_bytes: int, method: str, targets: Set[str], use_dora: bool
+) -> int:
+    """What the widest moment of a layer adds to all that it has saved."""
+    wide, width = shape.intermediate_size, shape.hidden_size
+    read = method == "full" or "down_proj" in targets
+    # Backward through silu(gate) * up: gradients of the product and both factors, and of the layer's output; the
+    # product itself, if it was kept, is gone.
+    elements = tokens * ((3 - read) * wide + width)
+    if method != "lora":  # backward through down_proj, which makes its weight's gradient, or its 4-bit weight whole
+        elements = max(elements, tokens * (wide + width) + wide * width)
+    if use_dora:  # forward: A and B applied to an identity matrix, and the norm of W + BA, which copies both
+        copies = 4 if method == "qlora" else 3
+        adapted = [(rows, columns) for name, rows, columns in shape.linear_shapes() if name in targets]
+        elements = max([elements, *(columns * columns + copies * rows * columns for rows, columns in adapted)])
+    return element_bytes * elements
 
 
 def loss_bytes(

@@ -108,6 +108,7 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
         method=layout.method,
         targets=targets,
         lora_rank=layout.lora_rank,
+        use_dora=layout.use_dora,
         checkpointing=layout.activation_checkpointing,
         loss=loss,
     )
@@ -294,16 +295,20 @@ def _gather_buffers(parameters: list[_Parameter], layout: Layout) -> int:
 
 
 def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
-    """fp32 copies of gradients that the update of the weights makes."""
-    workers, whole = layout.num_workers, sum(parameter.numel for group in groups for parameter in group)
+    """Copies of gradients that reducing them and updating the weights make, once the passes are over."""
+    element, workers = layout.element_bytes, layout.num_workers
+    whole = sum(parameter.numel for group in groups for parameter in group)
     if layout.offload != "none":
         return 0
     if layout.zero_stage == 3:
         return FP32_BYTES * min(_SUB_GROUP, sum(_share(p.numel, workers) for group in groups for p in group))
     if layout.precision == "fp32":
-        return FP32_BYTES * sum(_flat_share(group, workers) for group in groups) if layout.zero_stage else 0
-    if layout.zero_stage == 0 or (layout.zero_stage == 1 and workers > 1):
-        return FP32_BYTES * whole
+        bucket = FP32_BYTES * min(whole, _BUCKET)
+        return bucket if layout.zero_stage == 0 else FP32_BYTES * sum(_flat_share(group, workers) for group in groups)
+    if layout.zero_stage == 0:  # in fp32, one by one and joined
+        return 2 * FP32_BYTES * whole
+    if layout.zero_stage == 1:  # in the type they travel in, and joined where one bucket takes them all
+        return whole * (element + (FP32_BYTES if whole <= _BUCKET else 0))
     return 0
 
 

@@ -28,17 +28,18 @@ SIZES = {
 }
 
 
+COMPONENTS = ("weights", "quantisation_statistics", "gradients", "optimizer")
+
+
 def write_sized_base(folder: Path, size: str, tied: bool) -> None:
+    write_llama(folder, vocab_size=773, num_hidden_layers=2, tie_word_embeddings=tied, **SIZES[size])
+
+
+def write_llama(folder: Path, **sizes: Any) -> None:
+    """A Llama with random weights."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=773,
-        num_hidden_layers=2,
-        tie_word_embeddings=tied,
-        max_position_embeddings=128,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **SIZES[size],  # type: ignore[arg-type]
+        max_position_embeddings=2048, pad_token_id=None, bos_token_id=None, eos_token_id=None, **sizes
     )
     LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -48,7 +49,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.seen: dict[int, torch.UntypedStorage] = {}
-        self.sizes = dict.fromkeys(("weights", "quantisation_statistics", "gradients", "optimizer"), 0)
+        self.sizes = dict.fromkeys(COMPONENTS, 0)
 
     def add(self, component: str, tensors: Iterable[Any]) -> None:
         for tensor in tensors:
@@ -89,13 +90,6 @@ def count(parallel: Parallel) -> dict[str, int]:
     for held in [*getattr(zero, "averaged_gradients", {}).values(), *getattr(zero, "all_grad_tensors", {}).values()]:
         ledger.add("gradients", held or [])
         ledger.add("gradients", [getattr(held, "flat_partition", None)])
-    rest = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in ledger.seen:
-                rest[storage.data_ptr()] = (storage.nbytes(), tuple(thing.shape), str(thing.dtype))
-    ledger.sizes["__rest"] = sorted(rest.values())[-12:]
     return ledger.sizes
 
 
@@ -116,6 +110,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, int]:
             if step == 1:
                 most = {name: max(size, most.get(name, size)) for name, size in count(parallel).items()}
             parallel.micro_step(1e-3)
+    most["trainable"] = sum(tensor.numel() for tensor in parallel.gather_trained().values())
     parallel.close()
     return most
 
