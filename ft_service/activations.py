@@ -98,9 +98,7 @@ def _norm(width: int, element_bytes: int, trained: bool, output_read: bool) -> i
     return width * (_FP32 + element_bytes * (trained + output_read)) + _FP32
 
 
-def _passing(
-    shape: ModelShape, tokens: int, element_bytes: int, method: str, targets: Set[str], use_dora: bool
-) -> int:
+def _passing(shape: ModelShape, tokens: int, element_bytes: int, method: str, targets: Set[str], use_dora: bool) -> int:
     """What the widest moment of a layer adds to all that it has saved."""
     wide, width = shape.intermediate_size, shape.hidden_size
     read = method == "full" or "down_proj" in targets

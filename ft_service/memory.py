@@ -286,7 +286,7 @@ def _gather_buffers(parameters: list[_Parameter], layout: Layout) -> int:
     element = layout.element_bytes
     if layout.zero_stage == 0 or (layout.zero_stage == 1 and layout.precision == "bf16" and layout.offload == "none"):
         return 0
-    if layout.zero_stage < 3 or layout.num_workers == 1 and layout.offload == "none":
+    if layout.zero_stage < 3 or (layout.num_workers == 1 and layout.offload == "none"):
         return _BUCKET * element
     sizes = [parameter.stored(element) for parameter in parameters]
     gathered = [size for size in sizes if size > _PERSISTENCE_THRESHOLD]

@@ -38,9 +38,7 @@ def write_sized_base(folder: Path, size: str, tied: bool) -> None:
 def write_llama(folder: Path, **sizes: Any) -> None:
     """A Llama with random weights."""
     torch.manual_seed(1)
-    config = LlamaConfig(
-        max_position_embeddings=2048, pad_token_id=None, bos_token_id=None, eos_token_id=None, **sizes
-    )
+    config = LlamaConfig(max_position_embeddings=2048, pad_token_id=None, bos_token_id=None, eos_token_id=None, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 

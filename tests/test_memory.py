@@ -1,7 +1,7 @@
 """The memory model against what is really allocated, and against what the field knows to fit."""
 
 import gc
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from training_cases import plan_of, run_cases
 
 from ft_service import catalog
-from ft_service.activations import activation_bytes, loss_bytes
+from ft_service.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_bytes
 from ft_service.catalog import ModelShape, shape_from_config
 from ft_service.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.model.base import read_config
@@ -123,6 +123,15 @@ def one_batch(tokens: int) -> MicroBatch:
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations, more threads only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     """Peak of what a forward and a backward pass allocate, by the allocator's own events; gradients exist before."""
     for parameter in model.parameters():
@@ -140,11 +149,22 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     return peak
 
 
-@pytest.mark.parametrize("body", list(BODIES))
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize(
-    ("method", "precision"),
-    [("full", "bf16"), ("lora", "bf16"), ("qlora", "bf16"), ("full", "fp32"), ("dora", "bf16"), ("two", "fp32")],
+    ("body", "method", "precision"),
+    [
+        ("grouped heads", "full", "bf16"),
+        ("grouped heads", "qlora", "bf16"),
+        ("grouped heads", "q and v only", "fp32"),
+        ("wide MLP", "full", "fp32"),
+        ("wide MLP", "lora", "bf16"),
+        ("vocabulary", "full", "bf16"),
+        ("vocabulary", "lora", "bf16"),
+        ("few tokens", "full", "bf16"),
+        ("few tokens", "qlora", "bf16"),
+        ("few tokens", "dora", "bf16"),
+    ],
 )
 def test_activations_and_loss_are_predicted_within_15_percent(
     tmp_path: Path, body: str, checkpointing: bool, method: str, precision: str
@@ -158,7 +178,7 @@ def test_activations_and_loss_are_predicted_within_15_percent(
         spec = {"type": "full"}
     elif method == "dora":
         spec |= {"type": "lora", "use_dora": True}
-    elif method == "two":
+    elif method == "q and v only":
         spec |= {"type": "lora", "target_modules": ["q_proj", "v_proj"]}
     case = {
         "base": str(folder),
@@ -192,9 +212,7 @@ def test_activations_and_loss_are_predicted_within_15_percent(
 
 
 def test_a_gpu_is_reckoned_with_the_chunks_that_it_gets() -> None:
-    from ft_service.activations import LOSS_CHUNK_BYTES
-
-    assert LOSS_CHUNK_BYTES == _CHUNK_BYTES["cuda"]
+    assert _CHUNK_BYTES["cuda"] == LOSS_CHUNK_BYTES
 
 
 # -- what the field knows --------------------------------------------------------------------------------------------
@@ -242,13 +260,23 @@ def test_405b_trains_on_8_gpus_by_qlora_and_on_16_or_32_by_lora() -> None:
     def sharded(method: str, workers: int) -> float:
         return gib("Llama-3.1-405B", method=method, num_workers=workers, workers_per_node=8, zero_stage=3)
 
-    assert sharded("qlora", 8) < CARD_80 < sharded("lora", 8)
+    assert sharded("qlora", 8) < CARD_80
+    assert sharded("lora", 8) > CARD_80
     assert 0.75 * CARD_80 < sharded("lora", 16) < CARD_80
     assert sharded("lora", 32) < 0.75 * CARD_80
 
 
 def test_the_components_are_always_the_same_in_the_same_order() -> None:
-    names = "weights quantisation_statistics gradients optimizer activations loss gather_buffers reserve".split()
+    names = [
+        "weights",
+        "quantisation_statistics",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss",
+        "gather_buffers",
+        "reserve",
+    ]
     for stage in range(4):
         for offload in ("none", "cpu") if stage else ("none",):
             assert list(estimate("Llama-3.2-1B", method="full", zero_stage=stage, offload=offload).gpu) == names
@@ -269,5 +297,8 @@ def test_offloading_everything_leaves_less_on_the_gpu_than_offloading_the_optimi
 
 def test_hpz_keeps_a_second_copy_of_the_weights_on_every_node() -> None:
     layout = {"method": "lora", "num_workers": 32, "workers_per_node": 8, "zero_stage": 3}
-    more = estimate("Llama-3.1-70B", **layout, hpz=True).gpu["weights"] - estimate("Llama-3.1-70B", **layout).gpu["weights"]
+    more = (
+        estimate("Llama-3.1-70B", **layout, hpz=True).gpu["weights"]
+        - estimate("Llama-3.1-70B", **layout).gpu["weights"]
+    )
     assert more == pytest.approx(2 * 70.76e9 / 8, rel=0.01)  # 70.55 B parameters and the adapters, in bf16

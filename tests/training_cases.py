@@ -112,9 +112,7 @@ def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run_cases(
-    cases: dict[str, Any], world_size: int, folder: Path, script: Path = Path(__file__)
-) -> dict[str, Any]:
+def run_cases(cases: dict[str, Any], world_size: int, folder: Path, script: Path = Path(__file__)) -> dict[str, Any]:
     """Run the cases of `script` under torchrun; `folder` receives their input and output."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [
