@@ -209,7 +209,8 @@ def _weights(parameters: list[_Parameter], groups: list[list[_Parameter]], layou
     if layout.zero_stage == 3:
         held = sum(_share(size, workers) for size in sizes) + _persistent(sizes, workers)
         if layout.hpz:
-            held += sum(_share(size, workers) * workers // layout.workers_per_node for size in sizes)
+            gathered = [size for size in sizes if size > _PERSISTENCE_THRESHOLD]
+            held += sum(_share(size, workers) * workers // layout.workers_per_node for size in gathered)
         return held * element
     padding = 0
     if layout.zero_stage:
