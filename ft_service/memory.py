@@ -209,8 +209,10 @@ def _weights(parameters: list[_Parameter], groups: list[list[_Parameter]], layou
     if layout.zero_stage == 3:
         held = sum(_share(size, workers) for size in sizes) + _persistent(sizes, workers)
         if layout.hpz:
-            gathered = [size for size in sizes if size > _PERSISTENCE_THRESHOLD]
-            held += sum(_share(size, workers) * workers // layout.workers_per_node for size in gathered)
+            # Made when a whole weight is let go, which a small trained one never is after an update.
+            for parameter, size in zip(parameters, sizes, strict=True):
+                if size > _PERSISTENCE_THRESHOLD or not parameter.trained:
+                    held += _share(size, workers) * workers // layout.workers_per_node
         return held * element
     padding = 0
     if layout.zero_stage:
