@@ -13,6 +13,7 @@ from ft_service.errors import ModelError
 
 _HUB_ORGANISATION = "meta-llama/"
 _ANSWERING_FORMATS = {"alpaca", "chat"}
+_ATTENTION_MAPS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,23 @@ class ModelShape:
             ("up_proj", self.intermediate_size, self.hidden_size),
             ("down_proj", self.hidden_size, self.intermediate_size),
         ]
+
+    def parameter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Every parameter by the name transformers gives it, in the order of `named_parameters`, with its shape."""
+        norm = (self.hidden_size,)
+        embedding = (self.vocab_size, self.hidden_size)
+        shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", embedding)]
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}"
+            for name, rows, columns in self.linear_shapes():
+                block = "self_attn" if name in _ATTENTION_MAPS else "mlp"
+                shapes.append((f"{prefix}.{block}.{name}.weight", (rows, columns)))
+            shapes.append((f"{prefix}.input_layernorm.weight", norm))
+            shapes.append((f"{prefix}.post_attention_layernorm.weight", norm))
+        shapes.append(("model.norm.weight", norm))
+        if not self.tied_embeddings:
+            shapes.append(("lm_head.weight", embedding))
+        return shapes
 
     @property
     def layer_parameters(self) -> int:

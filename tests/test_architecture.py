@@ -15,6 +15,7 @@ NEITHER_TORCH_NOR_RAY = (
     "registry",
     "storage",
     "metrics",
+    "activations",
     "memory",
     "plan",
     "throughput",

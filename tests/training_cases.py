@@ -122,12 +122,12 @@ def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run_cases(cases: dict[str, Any], world_size: int, folder: Path, script: str = __file__) -> dict[str, Any]:
+def run_cases(cases: dict[str, Any], world_size: int, folder: Path, script: str | Path = __file__) -> dict[str, Any]:
     """Run the cases of a script such as this one under torchrun; `folder` receives their input and output."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)),
-        *(script, str(folder / "cases.json"), str(folder / "results.json")),
+        *(str(script), str(folder / "cases.json"), str(folder / "results.json")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
