@@ -119,15 +119,13 @@ def loss_bytes(
 ) -> int:
     """Peak of head and loss when every token is trained on.
 
-    While a chunk's softmax is computed, its logits lie there twice in fp32, and those of the chunk before in fp32 and
-    in the training type. The head's gradient is summed in fp32; scaling it makes a copy, and another in the training
-    type.
+    While a chunk's softmax is computed, its logits lie there twice in fp32; of the chunk before, nothing is left. The
+    head's gradient is summed in fp32; scaling it makes a copy, and another in the training type.
     """
     e, head = element_bytes, shape.vocab_size * shape.hidden_size
     hidden = 2 * tokens * e * shape.hidden_size
     rows = max(1, chunk_bytes // (_FP32 * shape.vocab_size))
-    several = tokens > rows
-    logits = min(tokens, rows) * shape.vocab_size * (2 * _FP32 + (several * (_FP32 + (e if e < _FP32 else 0))))
+    logits = min(tokens, rows) * shape.vocab_size * 2 * _FP32
     if not full:
         return hidden + logits
     forward = head * _FP32 + max(logits, head * e)

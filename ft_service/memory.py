@@ -26,8 +26,9 @@ _WEIGHTS_PER_BLOCK, _BLOCKS_PER_SUPERBLOCK = 64, 256
 # Beside them every weight keeps, in fp32, a table for 4 bits (16), one for 8 bits (256), and an offset.
 _QUANTISATION_TABLE_BYTES = FP32_BYTES * (16 + 256 + 1)
 
+MOST_BUCKET_ELEMENTS = 500_000_000
+"""Of the bucket in which gradients are reduced: DeepSpeed's default; fewer where fewer parameters are trained."""
 # DeepSpeed's defaults, in elements.
-_BUCKET = 500_000_000
 _PREFETCH, _MAX_LIVE, _SUB_GROUP = 50_000_000, 1_000_000_000, 1_000_000_000
 _PERSISTENCE_THRESHOLD = 100_000
 _NVME_PARAMETER_BUFFER, _NVME_OPTIMIZER_BUFFERS = 5 * 100_000_000, 4
@@ -289,12 +290,13 @@ def _gather_buffers(parameters: list[_Parameter], layout: Layout) -> int:
     element = layout.element_bytes
     if layout.zero_stage == 0 or (layout.zero_stage == 1 and layout.precision == "bf16" and layout.offload == "none"):
         return 0
+    bucket = min(MOST_BUCKET_ELEMENTS, sum(parameter.numel for parameter in parameters if parameter.trained))
     if layout.zero_stage < 3 or (layout.num_workers == 1 and layout.offload == "none"):
-        return _BUCKET * element
+        return bucket * element
     sizes = [parameter.stored(element) for parameter in parameters]
     gathered = [size for size in sizes if size > _PERSISTENCE_THRESHOLD]
     live = min(sum(gathered), _MAX_LIVE + _PREFETCH + max(gathered, default=0))
-    return (_BUCKET + live) * element
+    return (bucket + live) * element
 
 
 def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
@@ -306,12 +308,12 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.zero_stage == 3:
         return FP32_BYTES * min(_SUB_GROUP, sum(_share(p.numel, workers) for group in groups for p in group))
     if layout.precision == "fp32":
-        bucket = FP32_BYTES * min(whole, _BUCKET)
+        bucket = FP32_BYTES * min(whole, MOST_BUCKET_ELEMENTS)
         return bucket if layout.zero_stage == 0 else FP32_BYTES * sum(_flat_share(group, workers) for group in groups)
     if layout.zero_stage == 0:  # in fp32, one by one and joined
         return 2 * FP32_BYTES * whole
     if layout.zero_stage == 1:  # in the type they travel in, and joined where one bucket takes them all
-        return whole * (element + (FP32_BYTES if whole <= _BUCKET else 0))
+        return whole * (element + (FP32_BYTES if whole <= MOST_BUCKET_ELEMENTS else 0))
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ft_service.catalog import ModelShape
 from ft_service.gpus import Gpu
-from ft_service.memory import NF4_BYTES_PER_WEIGHT, Layout, trainable_parameters
+from ft_service.memory import Layout, trainable_parameters
 
 MFU = 0.40
 """Share of the peak rate that the executed FLOPs, recomputation included, are assumed to reach.
@@ -30,6 +30,8 @@ HOST_BANDWIDTH = 100.0
 """GB/s of one node's main memory that AdamW on the CPU reaches."""
 NVME_BANDWIDTH = 6.0
 """GB/s of one node's local drives."""
+NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""4 bits, an 8-bit constant for 64 weights, and an fp32 one for 256 of those (QLoRA, arXiv:2305.14314)."""
 _GB = 1e9
 
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from training_cases import packed_rows, plan_of
+from training_cases import model_of, packed_rows, plan_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ft_service.model.trainable import TrainableModel
 from ft_service.train.batches import Batches
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
@@ -95,8 +94,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, int]:
     plan = plan_of(case, world_size)
     parallel = Parallel(plan)
     torch.manual_seed(0)
-    with parallel.partitioned_init():
-        model = TrainableModel(plan, Path(case["base"]), parallel.device)
+    model = model_of(plan, parallel)
     parallel.wrap(LossModel(model.module, model.causal_lm))
     batches = Batches(
         packed_rows(), plan.spec.train.seed, plan.global_batch_size, plan.micro_batch_size, parallel.rank, world_size

@@ -17,6 +17,8 @@ from ft_service.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_byte
 from ft_service.catalog import ModelShape, shape_from_config
 from ft_service.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.model.base import read_config
+from ft_service.model.checkpoint import Checkpoint
+from ft_service.model.load import Whole
 from ft_service.model.trainable import TrainableModel
 from ft_service.train.batches import MicroBatch
 from ft_service.train.loss import _CHUNK_BYTES, LossModel
@@ -188,7 +190,7 @@ def test_activations_and_loss_are_predicted_within_15_percent(
         "precision": precision,
         "checkpointing": checkpointing,
     }
-    model = TrainableModel(plan_of(case, 1), folder, torch.device("cpu"))
+    model = TrainableModel(plan_of(case, 1), folder, Checkpoint(folder), Whole())
     measured = peak_bytes(LossModel(model.module, model.causal_lm), one_batch(tokens))
 
     shape, element_bytes = shape_of(folder), 2 if precision == "bf16" else 4

@@ -178,13 +178,19 @@ def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
     return make_plan(spec, facts, shape_from_config(read_config(Path(case["base"]))), Resources())
 
 
+def model_of(plan: RunPlan, parallel: Parallel) -> TrainableModel:
+    """As a worker builds it."""
+    folder = Path(plan.spec.model.base)
+    with parallel.aware_of_partitions():
+        return TrainableModel(plan, folder, Checkpoint(folder), parallel.placement())
+
+
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     plan = plan_of(case, world_size)
     parallel = TrulyPartitioned(plan, case.get("node_size", 1))
     torch.manual_seed(0)
     base_folder = Path(case["base"])
-    with parallel.aware_of_partitions():
-        model = TrainableModel(plan, base_folder, Checkpoint(base_folder), parallel.placement())
+    model = model_of(plan, parallel)
     base = model.causal_lm
     parallel.wrap(LossModel(model.module, base))
 

@@ -33,18 +33,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            log_p = F.log_softmax((hidden[rows] @ weight.T).float(), dim=-1)
-            picked = targets[rows].unsqueeze(1)
-            loss_sum -= log_p.gather(1, picked).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            grad_logits = log_p.exp_()
-            grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
+            grad_rows = None if grad_hidden is None else grad_hidden[rows]
+            loss_sum += _chunk(hidden[rows], weight, targets[rows], grad_rows, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss_sum
@@ -58,6 +48,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
             None,
         )
+
+
+def _chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """Loss sum of a chunk; writes `grad_hidden` and adds to `grad_weight`.
+
+    A function of its own, so that nothing of the vocabulary's width is alive when the next chunk begins.
+    """
+    log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
+    picked = targets.unsqueeze(1)
+    loss_sum = -log_p.gather(1, picked).sum()
+    if grad_hidden is None and grad_weight is None:
+        return loss_sum
+    grad_logits = log_p.exp_()
+    grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
+    grad_logits = grad_logits.to(hidden.dtype)
+    if grad_hidden is not None:
+        torch.mm(grad_logits, weight, out=grad_hidden)
+    if grad_weight is not None:
+        grad_weight += grad_logits.T @ hidden
+    return loss_sum
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ft_service.memory import MOST_BUCKET_ELEMENTS
 from ft_service.model.load import Placement, Whole
 from ft_service.model.shards import Sharing, partition_numel
 from ft_service.plan import RunPlan
@@ -124,7 +125,9 @@ class Parallel:
 
     def _config(self) -> dict[str, Any]:
         plan, parallel = self.plan, self.plan.spec.parallel
-        zero: dict[str, Any] = {"stage": plan.zero_stage}
+        # DeepSpeed allocates the whole bucket at once and for good: a GiB by default, where an adapter needs little.
+        bucket = min(MOST_BUCKET_ELEMENTS, plan.trainable_parameters)
+        zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket}
         if plan.offload != "none":
             place: dict[str, Any] = {"device": plan.offload, "pin_memory": parallel.use_gpu}
             if plan.offload == "nvme":
