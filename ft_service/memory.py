@@ -42,6 +42,9 @@ _FRAGMENTED_SHARE = 0.1
 _PROCESS_BYTES = 2 * GIB
 """A worker's interpreter, libraries, CUDA's host side and batches."""
 
+_STAGING_BYTES = 8 * 16 * 1024 * 1024
+"""Chunks under way in the threads of one worker that read weights (`ft_service.model.load`)."""
+
 Method = Literal["full", "lora", "qlora"]
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -125,7 +128,10 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     host = {"processes": _PROCESS_BYTES * layout.workers_per_node}
     if layout.offload != "none":
         host |= _move_to_host(gpu, parameters, groups, layout)
-    host["loading"] = layout.workers_per_node * max(p.numel for p in parameters) * layout.element_bytes
+    host["loading"] = layout.workers_per_node * _STAGING_BYTES
+    if layout.method == "full":  # the tensor that a worker writes, and the one before it
+        largest = max(parameter.numel for parameter in parameters)
+        host["publishing"] = layout.workers_per_node * 2 * largest * layout.element_bytes
     passing = gpu["activations"] + gpu["loss"] + gpu["gather_buffers"]
     # The update needs copies of its own, at a time when nothing of the passes is left.
     gpu["gather_buffers"] += max(0, _update_copies(groups, layout) - passing)

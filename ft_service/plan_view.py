@@ -15,13 +15,13 @@ from ft_service.plan import RunPlan
 if TYPE_CHECKING:
     from ft_service.model.dry_run import DryRun
 
-_BAR_WIDTH = 48
+_BAR_WIDTH = 34  # with the names beside them, a terminal of 80 columns
 _NAMES = {
     "weights": "weights",
     "quantisation_statistics": "quantisation statistics",
     "gather_buffers": "gather buffers",
     "loss": "logits and loss",
-    "reserve": "reserve (context, fragments)",
+    "reserve": "reserve",
 }
 
 
@@ -68,6 +68,8 @@ def _bars(title: str, gib_by_component: dict[str, float], has_gib: float | None)
     scale = _BAR_WIDTH / max(total, has_gib or 0.0, 1e-9)
     table = Table(title, "GiB", "", box=None, padding=(0, 1))
     table.columns[1].justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
     end = None if has_gib is None else round(has_gib * scale)
     start = 0.0
     for component, gib in gib_by_component.items():
