@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from training_cases import TrulyPartitioned, plan_of, stock_4bit
 
 from ft_service.model.checkpoint import Checkpoint, TensorEntry
@@ -37,13 +38,13 @@ class CountingCheckpoint(Checkpoint):
         super().read_into(entry, start, buffer)
 
 
-def write_base(folder: Path, *, tied: bool, dtype: str, files: int, seed: int = 1) -> None:
+def write_base(folder: Path, *, tied: bool, dtype: str, files: int, width: int = 72) -> None:
     """Two layers of odd sizes (so that partitions are padded and cut 4-bit blocks), in one or several files."""
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=259,
-        hidden_size=72,
-        intermediate_size=104,
+        hidden_size=width,
+        intermediate_size=104 * width // 72,
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
@@ -79,8 +80,7 @@ def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             size = -(-len(flat) // world_size)
             padded = torch.nn.functional.pad(flat, (0, size * world_size - len(flat)))
             share = padded[parallel.rank * size : (parallel.rank + 1) * size]
-            swapped = parameter.ds_tensor.numel() == 0  # in an NVMe swap file
-            if not swapped and not same_bits(parameter.ds_tensor, share):
+            if not is_swapped(parameter) and not same_bits(parameter.ds_tensor, share):
                 unequal.append(f"{name} (share)")
             if case.get("node_size", 1) > 1:
                 size = len(padded) // case["node_size"]
@@ -107,7 +107,7 @@ def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         "names": sorted(found) == sorted(expected),
         "tied": (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings,
         "trainable": sum(p.requires_grad for p in found.values()),
-        "swapped": sum(getattr(p, "ds_tensor", p).numel() == 0 for p in found.values()),
+        "swapped": sum(is_swapped(p) for p in found.values()),
         "bytes_read": [sum(stop - start for _, start, stop in ranges) for ranges, _ in everyones],
         "bytes_held": [held for _, held in everyones],
         "ranges": [ranges for ranges, _ in everyones],
@@ -115,6 +115,11 @@ def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     }
     parallel.barrier()
     return result
+
+
+def is_swapped(parameter: Any) -> bool:
+    """Whether its partition lies in a file on a drive alone."""
+    return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
 
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import loading_cases
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from loading_cases import write_base
 from safetensors.torch import load_file, save_file
 from training_cases import run_cases
@@ -30,6 +31,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bf16-files": {"tied": False, "dtype": "bfloat16", "files": 4},
         "fp32-tied": {"tied": True, "dtype": "float32", "files": 1},
         "fp16-files": {"tied": False, "dtype": "float16", "files": 3},
+        # DeepSpeed swaps out tensors of at least 1 MiB: here a half of the MLP's.
+        "large": {"tied": True, "dtype": "float32", "files": 1, "width": 1152},
     }
     for name, settings in made.items():
         write_base(root / name, **settings)
@@ -53,6 +56,9 @@ def cases_of(bases: dict[str, Path], world_size: int) -> dict[str, Any]:
     if world_size == 4:
         cases["node"] = common | {"base": "bf16-files", "method": LORA, "stage": 3, "node_size": 2}
         cases["node-4-bit"] = common | {"base": "bf16-files", "method": QLORA, "stage": 3, "node_size": 2}
+    if world_size == 2 and AsyncIOBuilder().is_compatible():
+        drive = str(bases["large"].parent / "drive")
+        cases["swapped"] = common | {"base": "large", "method": LORA, "stage": 3, "offload": "nvme", "nvme_path": drive}
     batch = {"train": {"global_batch_size": 12}}  # divisible by every world size
     return {name: case | batch | {"base": str(bases[case["base"]])} for name, case in cases.items()}
 
@@ -71,6 +77,20 @@ def test_every_share_is_bit_for_bit_that_of_transformers(loaded: tuple[int, dict
     for name, result in results.items():
         assert result["unequal"] == [], name
         assert result["names"] and result["tied"], name
+
+
+def test_large_partitions_rest_on_the_drive_that_was_named(
+    loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
+) -> None:
+    world_size, results = loaded
+    if world_size != 2:
+        pytest.skip("two processes alone try it")
+    if "swapped" not in results:
+        pytest.skip("offload: nvme needs libaio (Debian's libaio-dev)")
+    tensors = Checkpoint(bases["large"]).tensors.values()
+    large = [tensor for tensor in tensors if tensor.numel * 2 / world_size >= 2**20]
+    assert results["swapped"]["swapped"] == len(large) > 0
+    assert results["offloaded"]["swapped"] == 0
 
 
 def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
@@ -104,7 +124,7 @@ def test_the_dry_run_foretells_what_each_process_reads(
     world_size, results = loaded
     for name, result in results.items():
         case = cases_of(bases, world_size)[name]
-        if case["stage"] < 3:
+        if case["stage"] < 3 or name == "swapped":
             continue
         checkpoint = Checkpoint(case["base"])
         run = dry_run(
