@@ -258,7 +258,8 @@ def short_name(base: str) -> str:
     """How a base, hub id or folder, is named in adapter ids and over HTTP: lower case, no ``/``."""
     if facts := find(base):
         return facts.short_name
-    return re.sub(r"[^a-z0-9.-]", "-", base.rstrip("/").rpartition("/")[2].lower())
+    place = base.partition("?")[0] if "://" in base else base  # a URI may end in settings of its store
+    return re.sub(r"[^a-z0-9.-]", "-", place.rstrip("/").rpartition("/")[2].lower())
 
 
 def remarks(facts: ModelFacts, formats: Set[str]) -> list[str]:

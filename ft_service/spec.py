@@ -17,6 +17,7 @@ from ft_service.errors import Problem, SpecError
 
 RUN_NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
 
+_CREDENTIALS = re.compile(r"^(\w+://)[^/@]+@")
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
@@ -28,7 +29,8 @@ class ModelSpec(_Section):
     """The base model that is fine-tuned."""
 
     base: str = Field(
-        min_length=1, description="Hub id, or a folder with a Llama-architecture checkpoint (safetensors)."
+        min_length=1,
+        description="Hub id, or a Llama-architecture checkpoint (safetensors): a folder, or an s3:// or gs:// URI.",
     )
     revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); none for a folder.")
 
@@ -299,6 +301,13 @@ class RunSpec(_Section):
                 "is set while data.validation is not",
                 "Add data.validation, e.g. {fraction: 0.05}.",
             )
+        for setting, place in (("model.base", self.model.base), ("storage", self.storage)):
+            if _CREDENTIALS.match(place):
+                hidden = _CREDENTIALS.sub(r"\1***@", place)
+                cure = "Give them by the environment (AWS_ACCESS_KEY_ID, ...) or the machine's role."
+                refuse(setting, hidden, "holds credentials, which would stand in records and logs", cure)
+        if self.model.revision and "://" in self.model.base:
+            refuse("model.revision", self.model.revision, "means nothing on object storage", "Remove it.")
         if self.model.revision and Path(self.model.base).expanduser().is_dir():
             refuse("model.revision", self.model.revision, "means nothing for a folder", "Remove it.")
         return problems

@@ -216,3 +216,7 @@ def test_an_unusual_start_is_remarked(base: str, formats: set[str], said: str) -
 def test_a_usual_start_is_not_remarked(base: str, formats: set[str]) -> None:
     facts = catalog.find(base)
     assert facts and catalog.remarks(facts, formats) == []
+
+
+def test_a_base_on_object_storage_is_named_by_its_folder_alone() -> None:
+    assert catalog.short_name("s3://bucket/models/My_Llama/?endpoint_override=host:9000&scheme=http") == "my-llama"

@@ -110,6 +110,12 @@ def test_overrides_reach_sections_lists_and_numbers_as_people_write_them() -> No
         assert override.partition("=")[0] in refused(override)
 
 
+def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+    for setting in ("model.base", "storage"):
+        message = refused(f"{setting}=s3://AKIA:secret@bucket/llama")
+        assert setting in message and "secret" not in message and "s3://***@bucket" in message
+
+
 def test_a_dumped_spec_is_read_back_the_same() -> None:
     spec = parse_run_spec(SPEC, ["train.learning_rate=2e-4", "data.validation={fraction: 0.1}", "method.lora_rank=3"])
     assert parse_run_spec(dump_run_spec(spec)) == spec
