@@ -15,7 +15,7 @@ from training_cases import run_cases
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.errors import ModelError
-from ft_service.model.base import open_checkpoint
+from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.dry_run import dry_run
 from ft_service.model.load import load_causal_lm
@@ -260,6 +260,26 @@ def test_a_base_on_object_storage_is_read_by_ranges(bases: dict[str, Path], buck
     assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
     assert checkpoint.fingerprint() == Checkpoint(bases["bf16-files"]).fingerprint()
     assert "nowhere" in refusal_of_uri(uri.format("nowhere"))
+
+
+def test_a_base_on_object_storage_is_fetched_for_whoever_needs_files(
+    bases: dict[str, Path], bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    client, uri = bucket
+    for file in bases["bf16-files"].iterdir():
+        client.upload_file(str(file), "models", f"llama/{file.name}")
+    settings_alone = resolve_base(uri.format("llama"), weights=False)
+    assert (settings_alone / "config.json").is_file() and not list(settings_alone.glob("*.safetensors"))
+    whole = resolve_base(uri.format("llama"))
+    assert Checkpoint(whole).fingerprint() == Checkpoint(bases["bf16-files"]).fingerprint()
+    # What is there in full length is not fetched again; what was mended at the source is.
+    fetched = {file.name: file.stat().st_mtime_ns for file in whole.glob("*.safetensors")}
+    config = json.loads((bases["bf16-files"] / "config.json").read_text()) | {"mended": True}
+    client.put_object(Bucket="models", Key="llama/config.json", Body=json.dumps(config).encode())
+    again = resolve_base(uri.format("llama"))
+    assert {file.name: file.stat().st_mtime_ns for file in again.glob("*.safetensors")} == fetched
+    assert json.loads((again / "config.json").read_text())["mended"]
 
 
 def refusal_of_uri(uri: str) -> str:
