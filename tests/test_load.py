@@ -9,16 +9,16 @@ import loading_cases
 import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from loading_cases import write_base
+from loading_cases import same_bits, write_base
 from safetensors.torch import load_file, save_file
-from training_cases import run_cases
+from training_cases import run_cases, stock_4bit
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.errors import ModelError
 from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.dry_run import dry_run
-from ft_service.model.load import load_causal_lm
+from ft_service.model.load import Whole, load_causal_lm
 
 LORA: dict[str, Any] = {"type": "lora", "lora_rank": 4}
 QLORA: dict[str, Any] = {"type": "qlora", "lora_rank": 4}
@@ -137,6 +137,24 @@ def test_the_dry_run_foretells_what_each_process_reads(
         )
         assert [rank.read for rank in run.ranks] == result["bytes_read"], name
         assert [rank.held for rank in run.ranks] == result["bytes_held"], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_on_a_gpu_too_it_is_bit_for_bit_what_transformers_loads(bases: dict[str, Path], four_bit: bool) -> None:
+    device = torch.device("cuda", 0)
+    checkpoint = Checkpoint(bases["bf16-files"])
+    ours = load_causal_lm(checkpoint, dtype=torch.bfloat16, four_bit=four_bit, placement=Whole(device))
+    stock = (
+        stock_4bit(bases["bf16-files"], torch.bfloat16, device)
+        if four_bit
+        else LlamaForCausalLM.from_pretrained(bases["bf16-files"], dtype=torch.bfloat16, device_map={"": device})
+    )
+    for (name, mine), (_, theirs) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
+        assert mine.device == device, name
+        assert same_bits(mine, theirs), name
+        if four_bit and hasattr(theirs, "quant_state"):
+            assert torch.equal(mine.quant_state.absmax, theirs.quant_state.absmax), name
 
 
 # -- what is wrong is said before a weight is read -------------------------------------------------------------------

@@ -222,7 +222,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     return result
 
 
-def stock_4bit(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+def stock_4bit(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> LlamaForCausalLM:
     """The whole model, loaded and quantised by transformers and bitsandbytes."""
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -231,7 +231,8 @@ def stock_4bit(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
-    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=nf4)
+    placed = None if device is None else {"": device}
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=nf4, device_map=placed)
 
 
 def frozen_facts(base: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
