@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -112,8 +113,10 @@ def merges(skeleton: LlamaForCausalLM, folder: Path) -> dict[str, Merge]:
     in] and gives another one; its arithmetic is peft's own `merge(safe_merge=True)`. Raises `ModelError` when the
     adapter is not one for this base.
     """
+    config = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # peft warns of a base that lies elsewhere now
     try:
-        adapted = get_peft_model(skeleton, LoraConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ModelError(f"{folder}: does not fit the base ({error}).") from None
     layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
@@ -121,7 +124,7 @@ def merges(skeleton: LlamaForCausalLM, folder: Path) -> dict[str, Merge]:
         for attribute in layer.adapter_layer_names:
             # The adapter's own weights are small and become real, in the type that peft gives them for inference.
             getattr(layer, attribute).to_empty(device="cpu")
-    loaded = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
+    loaded: Any = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
     missing = [name for name in loaded.missing_keys if f".{ADAPTER_NAME}." in name]
     if missing or loaded.unexpected_keys:
         wrong = ", ".join([*missing, *loaded.unexpected_keys][:3])
@@ -131,15 +134,18 @@ def merges(skeleton: LlamaForCausalLM, folder: Path) -> dict[str, Merge]:
 
 
 def _merge_of(layer: LoraLayer, folder: Path) -> Merge:
+    @torch.no_grad()
     def merge(weight: torch.Tensor) -> torch.Tensor:
         linear = layer.get_base_layer()
+        empty = linear.weight
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise ModelError(f"{folder}: cannot be merged ({error}).") from None
-        merged = linear.weight.data
-        linear.weight = nn.Parameter(merged.to("meta"), requires_grad=False)
+        merged: torch.Tensor = linear.weight.data
+        linear.weight = empty
+        layer._caches.clear()  # DoRA keeps norms there, to undo the merge
         return merged
 
     return merge

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: W + (alpha / rank) B A, in bf16, as a model folder of its own, one weight at a time."""
+"""Fold an adapter into its base, W + (alpha / rank) B A in bf16, as a model folder of its own; weight by weight."""
 
 import shutil
 from pathlib import Path
@@ -65,7 +65,7 @@ def write_merged(
     merge = merges(skeleton(checkpoint, DTYPE, four_bit=False, attention="sdpa"), adapter_folder)
     shared = {"lm_head.weight", "model.embed_tokens.weight"} & set(merge)
     if shared and base.config.tie_word_embeddings:
-        raise ModelError(f"{adapter_folder}: adapts {shared.pop()}, which embedding and head share: it cannot be merged.")
+        raise ModelError(f"{adapter_folder}: adapts {shared.pop()}, which head and embedding share: not to be merged.")
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     # In the order in which they are read; a tied head has no weight of its own.
     formats = {name: TensorFormat(DTYPE_NAMES[DTYPE], shapes[name]) for name in checkpoint.tensors if name in shapes}
