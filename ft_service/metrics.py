@@ -201,9 +201,20 @@ def _lines(storage: Storage, path: str) -> Iterator[tuple[int, bytes]]:
 
 
 class LoadingLine:
-    """How far this worker has come in reading its share of the weights: a line now and then, and one at the end."""
+    """How far this worker has come in reading its share of the weights: a line now and then, and one at the end.
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    `doing` and `what` say it of other work on weights.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        doing: str = "Loading",
+        what: str = "weights by this worker",
+    ) -> None:
+        self._doing, self._what = doing, what
         self._stream = stream or sys.stdout
         self._clock = clock
         self._began = self._shown_at = clock()
@@ -215,7 +226,7 @@ class LoadingLine:
         self._shown_at = now
         rate = bytes_read / max(now - self._began, 1e-3)
         print(
-            f"Loading: {bytes_read / 2**30:.2f} of {bytes_in_all / 2**30:.2f} GiB of weights by this worker, "
+            f"{self._doing}: {bytes_read / 2**30:.2f} of {bytes_in_all / 2**30:.2f} GiB of {self._what}, "
             f"{rate / 2**30:.2f} GiB/s",
             file=self._stream,
             flush=True,

@@ -44,10 +44,13 @@ def publish(run: RunFolder) -> AdapterRecord:
         "packages": _packages(),
     }
     card = model_card(draft, catalog.find(spec.model.base))
+    registry, weights = Registry(run.storage), f"{run.path}/{outcome.weights}"
+    if spec.method.type == "full":
+        return registry.publish_stored(weights, draft, plan.base_short_name, card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "content")
-        shutil.copytree(run.storage.local_folder(f"{run.path}/{outcome.weights}"), folder)
-        return Registry(run.storage).publish(folder, draft, plan.base_short_name, card)
+        shutil.copytree(run.storage.local_folder(weights), folder)
+        return registry.publish(folder, draft, plan.base_short_name, card)
 
 
 def _chat_facts(base: str, revision: str | None) -> tuple[str, list[int]]:

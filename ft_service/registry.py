@@ -20,6 +20,7 @@ from ft_service.storage import Storage
 
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
+DIGESTS_FILE = "digests.json"
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
 
 Kind = Literal["adapter", "model"]
@@ -86,25 +87,23 @@ class Registry:
         digests = {
             file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _BESIDE_THE_CONTENT
         }
-        digest = content_digest(digests)
-        adapter_id = f"{base_short_name}-{draft['run_name']}-{digest[:8]}".lower()
-        place = _place(draft["kind"], adapter_id)
-        if self.storage.exists(f"{place}/{RECORD_FILE}"):
-            return self._read(place)
-        card_file = folder / CARD_FILE
-        card_file.write_text(card.replace("{id}", adapter_id).replace("{digest}", digest), encoding="utf-8")
-        record = AdapterRecord.model_validate(
-            {
-                **draft,
-                "id": adapter_id,
-                "digest": digest,
-                "created": datetime.now(UTC),
-                "files": {**digests, CARD_FILE: sha256_of(card_file)},
-            }
-        )
-        (folder / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        record, added = _compose(digests, draft, base_short_name, card)
+        place = _place(record.kind, record.id)
+        for name, content in added.items():
+            (folder / name).write_bytes(content)
         self.storage.put_folder(folder, place, marker=RECORD_FILE)
-        return record
+        return self._read(place)
+
+    def publish_stored(self, path: str, draft: dict[str, object], base_short_name: str, card: str) -> AdapterRecord:
+        """Like `publish`, of weights that lie in the folder `path` of this storage, and without reading them.
+
+        Whoever wrote the folder has taken the digests of its files, and left them there in `DIGESTS_FILE`.
+        """
+        digests = self.storage.read_json(f"{path}/{DIGESTS_FILE}")
+        record, added = _compose(digests, draft, base_short_name, card)
+        place = _place(record.kind, record.id)
+        self.storage.publish_within(path, digests, place, added, marker=RECORD_FILE)
+        return self._read(place)
 
     def records(self, kind: Kind = "adapter") -> list[AdapterRecord]:
         """Everything published of one kind, oldest first; half-written folders are not there."""
@@ -148,6 +147,25 @@ class Registry:
 
 
 _BESIDE_THE_CONTENT = {RECORD_FILE, CARD_FILE}
+
+
+def _compose(
+    digests: dict[str, str], draft: dict[str, object], base_short_name: str, card: str
+) -> tuple[AdapterRecord, dict[str, bytes]]:
+    """The record of content with these digests, and the files that stand beside the content: card and record."""
+    digest = content_digest(digests)
+    adapter_id = f"{base_short_name}-{draft['run_name']}-{digest[:8]}".lower()
+    card_bytes = card.replace("{id}", adapter_id).replace("{digest}", digest).encode()
+    record = AdapterRecord.model_validate(
+        {
+            **draft,
+            "id": adapter_id,
+            "digest": digest,
+            "created": datetime.now(UTC),
+            "files": {**digests, CARD_FILE: hashlib.sha256(card_bytes).hexdigest()},
+        }
+    )
+    return record, {CARD_FILE: card_bytes, RECORD_FILE: (record.model_dump_json(indent=2) + "\n").encode()}
 
 
 def _place(kind: object, adapter_id: str) -> str:

@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 from pyarrow import fs
@@ -112,27 +113,44 @@ class Storage:
 
     def write_bytes(self, path: str, content: bytes) -> None:
         """Write a file whole; a reader sees the old content or the new one."""
+        if self.is_local:
+            with self.writing(path) as stream:
+                stream.write(content)
+            return
         full = self._full(path)
         try:
             self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
-            if not self.is_local:
-                with self._fs.open_output_stream(full) as stream:
-                    stream.write(content)
-                return
-            partial = Path(f"{full}.{uuid.uuid4().hex}.partial")
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, full)
-            finally:
-                partial.unlink(missing_ok=True)
+            with self._fs.open_output_stream(full) as stream:
+                stream.write(content)
         except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(
-                f"storage = {self.root!r}: cannot write {path} ({error}). "
-                "Check that it exists, is writable and not full."
-            ) from None
+            raise self._not_written(path, error) from None
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[BinaryIO]:
+        """A stream into a new file, which is there, and whole, once the block has ended; not if the block fails."""
+        full = self._full(path)
+        try:
+            self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
+            if self.is_local:
+                partial = Path(f"{full}.{uuid.uuid4().hex}.partial")
+                try:
+                    with partial.open("wb") as file:
+                        yield file
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(partial, full)
+                finally:
+                    partial.unlink(missing_ok=True)
+                return
+            try:
+                with self._fs.open_output_stream(full) as stream:
+                    yield cast(BinaryIO, stream)
+            except BaseException:
+                # Closing has made an object of what was written so far; pyarrow has no way to abort.
+                self.delete(path)
+                raise
+        except (OSError, pyarrow.ArrowException) as error:
+            raise self._not_written(path, error) from None
 
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -149,7 +167,7 @@ class Storage:
             with full.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise StorageError(f"storage = {self.root!r}: cannot write {path} ({error}).") from None
+            raise self._not_written(path, error) from None
 
     def put_folder(self, source: Path, path: str, marker: str) -> None:
         """Publish the folder `source` as `path`, at once. A folder that is already there stays as it is.
@@ -176,7 +194,37 @@ class Storage:
             self._upload(source, source / marker, full)
         except (OSError, pyarrow.ArrowException) as error:
             if not self.exists(f"{path}/{marker}"):  # otherwise another writer of the same content was first
-                raise StorageError(f"storage = {self.root!r}: cannot write {path} ({error}).") from None
+                raise self._not_written(path, error) from None
+
+    def publish_within(
+        self, source: str, names: Iterable[str], path: str, added: Mapping[str, bytes], marker: str
+    ) -> None:
+        """Publish the files `names` of the folder `source` as the folder `path`, at once, with the files of `added`.
+
+        The bytes stay where they are: a file system links them to their second name, an object store copies them by
+        itself. `marker`, one of `added`, says that the folder is whole; a folder that has it stays as it is.
+        """
+        if self.exists(f"{path}/{marker}"):
+            return
+        if self.is_local:
+            target = PurePosixPath(path)
+            place = str(target.parent / f".{target.name}-{uuid.uuid4().hex}")
+        else:
+            place = path
+        try:
+            self._fs.create_dir(self._full(place), recursive=True)
+            for name in names:
+                self._duplicate(self._full(f"{source}/{name}"), self._full(f"{place}/{name}"))
+            for name in sorted(added, key=lambda name: name == marker):
+                self.write_bytes(f"{place}/{name}", added[name])
+            if self.is_local:
+                Path(self._full(place)).rename(self._full(path))
+        except (OSError, pyarrow.ArrowException) as error:
+            if not self.exists(f"{path}/{marker}"):  # otherwise another writer of the same content was first
+                raise self._not_written(path, error) from None
+        finally:
+            if self.is_local:
+                shutil.rmtree(self._full(place), ignore_errors=True)
 
     def delete(self, path: str) -> None:
         """Remove a file or a folder; nothing happens if it is not there."""
@@ -198,6 +246,28 @@ class Storage:
             return self._fs.get_file_info(self._full(path))
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(f"storage = {self.root!r}: does not answer ({error}).") from None
+
+    def _not_written(self, path: str, error: Exception) -> StorageError:
+        return StorageError(
+            f"storage = {self.root!r}: cannot write {path} ({error}). Check that it exists, is writable and not full."
+        )
+
+    def _duplicate(self, source: str, target: str) -> None:
+        """The same bytes under a second name, both of them full paths."""
+        try:
+            if self.is_local:
+                os.link(source, target)
+            else:
+                self._fs.copy_file(source, target)
+        except (OSError, pyarrow.ArrowException):
+            # Some file systems have no links, and S3 copies nothing above 5 GiB by itself.
+            fs.copy_files(
+                source,
+                target,
+                source_filesystem=self._fs,
+                destination_filesystem=self._fs,
+                chunk_size=_COPY_CHUNK_BYTES,
+            )
 
     def _upload(self, source: Path, file: Path, full: str) -> None:
         target = f"{full}/{file.relative_to(source).as_posix()}"

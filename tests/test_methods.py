@@ -13,14 +13,19 @@ import pytest
 import torch
 from peft import PeftModel
 from training_cases import documents, run_cases, write_base
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ft_service.catalog import shape_from_config
 from ft_service.data.prepare import prepare_dataset
+from ft_service.evaluate.verify import verify_adapter
 from ft_service.metrics import read_metrics
 from ft_service.model.base import fingerprint, load_tokenizer, read_config
+from ft_service.model.checkpoint import Checkpoint
+from ft_service.model.merge import write_merged
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.plan import Resources, make_plan
+from ft_service.publish import publish
+from ft_service.registry import Registry
 from ft_service.runs import RunFolder
 from ft_service.spec import parse_run_spec
 from ft_service.storage import Storage
@@ -106,6 +111,21 @@ def test_a_variant_trains_alike_with_its_base_whole_and_partitioned(results: dic
     whole, partitioned = results[f"{variant}-zero2"], results[f"{variant}-zero3"]
     assert partitioned["losses"] == pytest.approx(whole["losses"], abs=TOLERANCE)
     assert partitioned["validation_losses"] == pytest.approx(whole["validation_losses"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merging_weight_by_weight_is_what_peft_makes_of_the_whole_model(
+    base: Path, exports: Path, results: dict[str, Any], variant: str, tmp_path: Path
+) -> None:
+    adapter = exports / f"{variant}-zero3"
+    write_merged(Checkpoint(base), adapter, base, tmp_path / "merged")
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    expected = dict(PeftModel.from_pretrained(stock, adapter).merge_and_unload(safe_merge=True).named_parameters())
+    before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).named_parameters())
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert sum(not torch.equal(found[name], before[name]) for name in found) == (4 if variant == "subset" else 14)
 
 
 def test_only_the_modules_named_are_adapted(results: dict[str, Any]) -> None:
@@ -278,6 +298,28 @@ def test_torchrun_and_one_process_train_a_prepared_run_without_ray(
         assert [folder.name for folder in weights.parent.iterdir()] == [weights.name]  # only the best is kept
         curves.append([m.loss for m in metrics])
     assert curves[0] == pytest.approx(curves[1], abs=TOLERANCE)
+
+
+def test_a_full_run_is_published_without_a_second_copy_and_only_once(world: Path) -> None:
+    run = prepared_run(world, "full", 2, **{"method": "{type: full}", "parallel.zero_stage": "3"})
+    work(run, *TWO_WORKERS)
+    record = publish(run)
+    assert publish(run) == record
+    weights, published = world / "storage" / run.path / run.outcome().weights, Registry(run.storage).folder(record)
+    assert record.kind == "model" and published.parent.name == "models"
+    names = {file.name for file in published.glob("*.safetensors")}
+    assert len(names) == 2  # one of each worker
+    assert all((weights / name).samefile(published / name) for name in names)
+    assert {file.name for file in published.iterdir()} == {*record.files, "record.json"}
+    assert all(finding.passed for finding in verify_adapter(Registry(run.storage), record))
+    trained = dict(stock_base(published).named_parameters())
+    assert not torch.equal(trained["model.norm.weight"], stock_base(world / "base").model.norm.weight)
+    load_tokenizer(published)
+
+    first = published / sorted(names)[0]
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [finding.passed for finding in verify_adapter(Registry(run.storage), record)] == [False]
 
 
 def test_tensorboard_shows_the_metrics_of_the_run(world: Path, by_torchrun: RunFolder) -> None:

@@ -1,10 +1,12 @@
 """Storage and registry: complete or not at all, content-addressed, and every damage noticed."""
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from ft_service.errors import (
     ClusterError,
@@ -19,7 +21,7 @@ from ft_service.errors import (
     TrainingError,
     UsageError,
 )
-from ft_service.registry import AdapterRecord, Registry
+from ft_service.registry import DIGESTS_FILE, AdapterRecord, Registry
 from ft_service.runs import RunFolder, find_run
 from ft_service.storage import Storage
 
@@ -105,6 +107,89 @@ def test_a_damaged_record_is_told_with_its_place(storage: Storage, tmp_path: Pat
             Registry(storage).resolve(record.id)
 
 
+# -- weights that lie on the storage already ------------------------------------------------------------------------
+
+
+class ObjectStore(Storage):
+    """Object storage as the code sees it: no local paths, no renames."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._fs = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
+
+
+@pytest.fixture(params=[Storage, ObjectStore])
+def any_storage(tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
+    storage: Storage = request.param(str(tmp_path / "storage"))
+    return storage
+
+
+def written_model(storage: Storage) -> str:
+    """A folder as the workers of a `full` run leave it."""
+    files = {"model-00001-of-00001.safetensors": b"weights", "config.json": b"{}"}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    storage.write_json(f"run/weights/{DIGESTS_FILE}", digests)
+    for name, content in files.items():
+        storage.write_bytes(f"run/weights/{name}", content)
+    return "run/weights"
+
+
+MODEL = DRAFT | {"kind": "model"}
+
+
+def test_written_weights_get_the_record_they_would_get_from_a_folder(any_storage: Storage, tmp_path: Path) -> None:
+    record = Registry(any_storage).publish_stored(written_model(any_storage), MODEL, "llama", "card {id}")
+    folder = tmp_path / "same"
+    folder.mkdir()
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_bytes(b"{}")
+    other = Registry(Storage(str(tmp_path / "other"))).publish(folder, MODEL, "llama", "card {id}")
+    assert record.model_copy(update={"created": other.created}) == other
+    assert Registry(any_storage).records("model") == [record]
+    place = f"models/{record.id}"
+    for name, digest in record.files.items():
+        assert hashlib.sha256(any_storage.read_bytes(f"{place}/{name}")).hexdigest() == digest
+    assert not any_storage.exists(f"{place}/{DIGESTS_FILE}")
+
+
+def test_written_weights_are_published_once_and_outlive_their_run(any_storage: Storage) -> None:
+    registry = Registry(any_storage)
+    first = registry.publish_stored(written_model(any_storage), MODEL, "llama", "card")
+    assert registry.publish_stored("run/weights", MODEL, "llama", "another card") == first
+    any_storage.delete("run")
+    assert any_storage.read_bytes(f"models/{first.id}/model-00001-of-00001.safetensors") == b"weights"
+
+
+def test_written_weights_are_linked_where_there_are_links_and_copied_where_there_are_none(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for links in (True, False):
+        with monkeypatch.context() as world:
+            if not links:
+                world.setattr(os, "link", refuse)
+            draft = MODEL | {"run_name": f"links-{links}"}
+            record = Registry(storage).publish_stored(written_model(storage), draft, "llama", "card")
+        folder = Registry(storage).folder(record)
+        file = folder / "model-00001-of-00001.safetensors"
+        assert file.read_bytes() == b"weights"
+        assert file.samefile(storage.local_folder("run/weights") / file.name) == links
+
+
+def refuse(*_: object) -> None:
+    raise OSError(1, "Operation not permitted")
+
+
+def test_weights_that_are_not_whole_are_not_published(any_storage: Storage) -> None:
+    registry = Registry(any_storage)
+    any_storage.delete(f"{written_model(any_storage)}/config.json")
+    with pytest.raises(StorageError, match=r"config\.json"):
+        registry.publish_stored("run/weights", MODEL, "llama", "card")
+    assert registry.records("model") == []
+    any_storage.delete(f"run/weights/{DIGESTS_FILE}")
+    with pytest.raises(StorageError, match=r"digests\.json"):
+        registry.publish_stored("run/weights", MODEL, "llama", "card")
+
+
 # -- storage ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +226,20 @@ def test_a_folder_is_put_whole_and_only_once(storage: Storage, tmp_path: Path, m
     (source / "deep" / "file").write_text("second")
     storage.put_folder(source, "things/one", marker="mark")
     assert storage.read_bytes("things/one/deep/file") == b"first"
+
+
+def test_a_file_that_is_being_written_is_not_there_and_never_will_be_if_writing_fails(any_storage: Storage) -> None:
+    with any_storage.writing("folder/file") as stream:
+        stream.write(b"begun, ")
+        assert not (any_storage.is_local and any_storage.exists("folder/file"))
+        stream.write(b"ended")
+    assert any_storage.read_bytes("folder/file") == b"begun, ended"
+    with pytest.raises(RuntimeError), any_storage.writing("folder/other") as stream:
+        stream.write(b"begun")
+        raise RuntimeError
+    with pytest.raises(StorageError, match="No space left"), any_storage.writing("folder/other") as stream:
+        raise OSError(28, "No space left on device")
+    assert [file.name for file in Path(any_storage.root, "folder").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/passwd"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from ft_service.runs import RunFolder
 from ft_service.storage import Storage
 from ft_service.train.loop import TrainingState
-from ft_service.train.worker import WeightsOnStorage
+from ft_service.train.weights import WeightsOnStorage
 
 
 class Alone:
@@ -18,10 +18,12 @@ class Alone:
 class Writes:
     """Stands for a model whose weights are a text."""
 
+    is_adapter = True
+
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def export(self, weights: dict[str, object], folder: Path) -> None:
+    def export_adapter(self, weights: dict[str, object], folder: Path) -> None:
         folder.mkdir()
         (folder / "adapter_config.json").write_text(self.text)
 

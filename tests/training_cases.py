@@ -25,10 +25,12 @@ from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import RunSpec
+from ft_service.storage import Storage
 from ft_service.train.batches import Batches
 from ft_service.train.loop import Hooks, TrainingState, mean_loss, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.weights import write_adapter, write_model
 
 VOCABULARY = 256
 NUM_ROWS = 24
@@ -103,7 +105,7 @@ def fixed_rows() -> list[Row]:
     return [Row(row.input_ids, row.loss_mask, np.array([len(row.input_ids)])) for row in packed_rows()[:4]]
 
 
-def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75) -> None:
+def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75, tied: bool = True) -> None:
     """A Llama of two layers with random weights; the odd sizes force ZeRO-3 to pad its partitions."""
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -113,7 +115,7 @@ def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75)
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         max_position_embeddings=128,
         pad_token_id=None,
         bos_token_id=None,
@@ -205,8 +207,9 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     nothing = Hooks(on_step=metrics.append, on_best=lambda state: None, on_checkpoint=lambda state: None)
     train(plan, parallel, batches(), batches(), nothing, TrainingState())
     trained = parallel.gather_trained()
-    if "export" in case and parallel.is_first:
-        model.export(trained, Path(case["export"]))
+    if "export" in case:
+        write = write_adapter if model.is_adapter else write_model
+        write(model, parallel, Storage(str(Path(case["export"]).parent)), Path(case["export"]).name)
     result = {
         "losses": [m.loss for m in metrics],
         "validation_losses": [m.validation_loss for m in metrics if m.validation_loss is not None],

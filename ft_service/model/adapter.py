@@ -1,11 +1,14 @@
 """Adapters: attach trainable LoRA layers to a frozen base, and export what was trained as stock PEFT folders."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from ft_service.errors import ModelError, TrainingError
@@ -98,3 +101,51 @@ def _relative_to_base(name: str, after: torch.Tensor, before: torch.Tensor) -> t
 def load_adapter(base: LlamaForCausalLM, folder: Path) -> PeftModel:
     """`base` with the adapter of a published folder on it, for inference. Changes `base` itself."""
     return PeftModel.from_pretrained(base, folder).eval()
+
+
+Merge = Callable[[torch.Tensor], torch.Tensor]
+
+
+def merges(skeleton: LlamaForCausalLM, folder: Path) -> dict[str, Merge]:
+    """How the adapter of a published folder changes each weight of its base, by name of the weight in the base.
+
+    `skeleton` is the base on the meta device, in the type of the weights; it is changed. A merge takes a weight [out,
+    in] and gives another one; its arithmetic is peft's own `merge(safe_merge=True)`. Raises `ModelError` when the
+    adapter is not one for this base.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # peft warns of a base that lies elsewhere now
+    try:
+        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ModelError(f"{folder}: does not fit the base ({error}).") from None
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        for attribute in layer.adapter_layer_names:
+            # The adapter's own weights are small and become real, in the type that peft gives them for inference.
+            getattr(layer, attribute).to_empty(device="cpu")
+    loaded: Any = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
+    missing = [name for name in loaded.missing_keys if f".{ADAPTER_NAME}." in name]
+    if missing or loaded.unexpected_keys:
+        wrong = ", ".join([*missing, *loaded.unexpected_keys][:3])
+        raise ModelError(f"{folder}: its weights are not those that its {CONFIG_FILE} describes ({wrong}).")
+    prefix = "base_model.model."
+    return {f"{name.removeprefix(prefix)}.weight": _merge_of(layer, folder) for name, layer in layers.items()}
+
+
+def _merge_of(layer: LoraLayer, folder: Path) -> Merge:
+    @torch.no_grad()
+    def merge(weight: torch.Tensor) -> torch.Tensor:
+        linear = layer.get_base_layer()
+        empty = linear.weight
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"{folder}: cannot be merged ({error}).") from None
+        merged: torch.Tensor = linear.weight.data
+        linear.weight = empty
+        layer._caches.clear()  # DoRA keeps norms there, to undo the merge
+        return merged
+
+    return merge

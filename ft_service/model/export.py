@@ -1,26 +1,20 @@
-"""A `full` run's weights as a model folder that stock transformers loads and the next run can take as its base."""
+"""What a model folder has beside its weights, so that stock transformers loads it and the next run can build on it."""
 
-import shutil
-from collections.abc import Mapping
+import tempfile
 from pathlib import Path
 
-import torch
-from huggingface_hub import save_torch_state_dict
-from transformers import LlamaForCausalLM
+from transformers import PretrainedConfig
+
+from ft_service.model.checkpoint import CONFIG_FILE
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
 
 
-def export_model(
-    model: LlamaForCausalLM, trained: Mapping[str, torch.Tensor], base_folder: Path, folder: Path, chat_template: str
-) -> None:
-    """Write config, weights (safetensors, 5 GB a file), tokenizer and chat template; `trained` holds whole tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    save_torch_state_dict(
-        {name: tensor.contiguous() for name, tensor in trained.items()}, folder, safe_serialization=True
-    )
+def files_beside_weights(config: PretrainedConfig, base_folder: Path, chat_template: str) -> dict[str, bytes]:
+    """Config, tokenizer and chat template, by file name; `base_folder` is where the tokenizer is taken from."""
+    with tempfile.TemporaryDirectory() as temporary:
+        config.save_pretrained(temporary)
+        files = {CONFIG_FILE: Path(temporary, CONFIG_FILE).read_bytes()}
     for pattern in _TOKENIZER_FILES:
-        for file in base_folder.glob(pattern):
-            shutil.copy2(file, folder / file.name)
-    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        files |= {file.name: file.read_bytes() for file in sorted(base_folder.glob(pattern))}
+    return files | {"chat_template.jinja": chat_template.encode()}

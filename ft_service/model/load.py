@@ -114,6 +114,22 @@ def load_causal_lm(
     return model.eval()
 
 
+def stream_weights(checkpoint: Checkpoint, model: LlamaForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of each weight of `model`, a skeleton, in its type, on the CPU: one after the other, none kept.
+
+    Raises like `load_causal_lm`.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    fills = plan_fills(model, checkpoint.tensors, Sharing())
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as threads:
+        for fill in fills:
+            weight = torch.empty(fill.entry.shape, dtype=dtypes[fill.name])
+            _fill(checkpoint, fill, [weight.view(-1)], threads)
+            yield fill.name, weight
+            del weight  # before the next one takes its place
+    checkpoint.close()
+
+
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, four_bit: bool, attention: str) -> LlamaForCausalLM:
     """The model of a checkpoint on the meta device."""
     config = LlamaConfig.from_dict(copy.deepcopy(checkpoint.config), attn_implementation=attention)

@@ -12,7 +12,7 @@ from ft_service.errors import ModelError
 from ft_service.model.adapter import attach_adapter, export_adapter
 from ft_service.model.base import load_tokenizer
 from ft_service.model.checkpoint import Checkpoint
-from ft_service.model.export import export_model
+from ft_service.model.export import files_beside_weights
 from ft_service.model.load import Placement, Progress, load_causal_lm
 from ft_service.plan import RunPlan
 
@@ -44,21 +44,23 @@ class TrainableModel:
             placement=placement,
             progress=progress,
         )
+        self.is_adapter = method.type != "full"
         self.module: LlamaForCausalLM | PeftModel = self.causal_lm
-        if method.type != "full":
+        if self.is_adapter:
             self.module = attach_adapter(self.causal_lm, method, spec.model.base, spec.model.revision)
         self._initial = _trained_parameters(self.module) if method.changes_base else None
         if plan.activation_checkpointing:
             self.causal_lm.gradient_checkpointing_enable()
         self.module.train()
 
-    def export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write `weights` (parameter name in `module` -> whole tensor) as an adapter folder or a model folder."""
-        template = _chat_template(self._base_folder)
-        if isinstance(self.module, PeftModel):
-            export_adapter(self.module, weights, self._initial, folder, template)
-        else:
-            export_model(self.module, weights, self._base_folder, folder, template)
+    def export_adapter(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write `weights` (parameter name in `module` -> whole tensor) as an adapter folder."""
+        assert isinstance(self.module, PeftModel)
+        export_adapter(self.module, weights, self._initial, folder, _chat_template(self._base_folder))
+
+    def files_beside_weights(self) -> dict[str, bytes]:
+        """What the folder of a `full` run's model has beside the weights, by file name."""
+        return files_beside_weights(self.causal_lm.config, self._base_folder, _chat_template(self._base_folder))
 
 
 def _trained_parameters(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import math
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from ft_service.memory import MOST_BUCKET_ELEMENTS
 from ft_service.model.load import Placement, Whole
 from ft_service.model.shards import Sharing, partition_numel
+from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 
@@ -212,6 +213,60 @@ class Parallel:
                 if self.is_first:
                     whole[name] = parameter.detach().cpu().clone()
         return whole
+
+    def trained_formats(self) -> dict[str, TensorFormat]:
+        """Type and whole shape of each trained parameter, by name in the wrapped model, in its order."""
+        return {
+            name: TensorFormat(DTYPE_NAMES[parameter.dtype], tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self._trained()
+        }
+
+    def whole_on_owners(self, owners: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trained parameters, each whole on its owner and on no other worker.
+
+        `owners` maps every name to a rank. Yields, in the model's order, what this worker owns. Every worker must
+        exhaust it.
+        """
+        for name, parameter in self._trained():
+            owner = owners[name]
+            if self.plan.zero_stage == 3:
+                whole = self._bring_together(parameter, owner)
+            else:
+                whole = parameter if owner == self.rank else None
+            if whole is not None:
+                yield name, whole.detach().cpu()
+
+    def _bring_together(self, parameter: Any, owner: int) -> torch.Tensor | None:
+        """A partitioned parameter, from the partitions of all workers, on its owner."""
+        with self._partition_at_hand(parameter) as partition:
+            mine = partition.to(self.device)
+            if owner != self.rank:
+                dist.gather(mine, dst=owner)
+                return None
+            padded = mine.new_empty(self.world_size * len(mine))
+            dist.gather(mine, list(padded.chunk(self.world_size)), dst=owner)
+        return padded[: parameter.ds_numel].view(parameter.ds_shape)
+
+    @contextmanager
+    def _partition_at_hand(self, parameter: Any) -> Iterator[torch.Tensor]:
+        """This worker's partition; read for the time of the block if it rests on NVMe."""
+        partition: Any = parameter.ds_tensor
+        is_away = partition.status == PartitionedParamStatus.NOT_AVAILABLE
+        if is_away:
+            parameter.nvme_swapper.swap_in([parameter], async_op=False)
+        elif partition.status == PartitionedParamStatus.INFLIGHT:
+            parameter.nvme_swapper.synchronize_reads()
+        try:
+            yield partition
+        finally:
+            if is_away:
+                parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+
+    def union(self, part: dict[str, str]) -> dict[str, str]:
+        """All workers' entries together, on every worker; every worker must call it."""
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, part)
+        return {name: value for part in parts for name, value in part.items()}
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():

@@ -5,8 +5,6 @@
 
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
@@ -22,6 +20,7 @@ from ft_service.train.batches import Batches
 from ft_service.train.loop import Hooks, TrainingState, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.weights import WeightsOnStorage
 
 
 def run_worker(storage_root: str, run_id: str) -> None:
@@ -78,32 +77,6 @@ def run_worker(storage_root: str, run_id: str) -> None:
             sink.close()
     parallel.barrier()
     parallel.close()
-
-
-class WeightsOnStorage:
-    """Keeps one set of weights of the run on storage: the last one given."""
-
-    def __init__(self, run: RunFolder, model: TrainableModel, parallel: Parallel) -> None:
-        self._run, self._model, self._parallel = run, model, parallel
-        self.place = ""
-        if parallel.is_first:
-            # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
-            run.storage.delete(f"{run.path}/weights")
-
-    def keep(self, state: TrainingState) -> None:
-        gathered = self._parallel.gather_trained()
-        if self._parallel.is_first:
-            before, self.place = self.place, f"weights/step-{state.step}"
-            with tempfile.TemporaryDirectory() as temporary:
-                folder = Path(temporary, "weights")
-                self._model.export(gathered, folder)
-                self._run.storage.put_folder(folder, f"{self._run.path}/{self.place}", marker=_marker(folder))
-            if before:
-                self._run.storage.delete(f"{self._run.path}/{before}")
-
-
-def _marker(folder: Path) -> str:
-    return next(name for name in ("adapter_config.json", "config.json") if (folder / name).is_file())
 
 
 def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
