@@ -139,6 +139,13 @@ def test_the_dry_run_foretells_what_each_process_reads(
         assert [rank.held for rank in run.ranks] == result["bytes_held"], name
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_model_loaded_amid_inference_can_still_be_trained(bases: dict[str, Path], four_bit: bool) -> None:
+    with torch.inference_mode():
+        model = load_causal_lm(Checkpoint(bases["fp32-tied"]), dtype=torch.bfloat16, four_bit=four_bit)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_on_a_gpu_too_it_is_bit_for_bit_what_transformers_loads(bases: dict[str, Path], four_bit: bool) -> None:

@@ -74,6 +74,7 @@ class Whole:
         return tensor.unsqueeze(0)
 
 
+@torch.inference_mode(False)  # reading threads are outside it, and may not write to tensors made inside
 def load_causal_lm(
     checkpoint: Checkpoint,
     *,
