@@ -6,6 +6,7 @@ quantised on the way. Under ZeRO-3 no weight is ever whole on any process, and o
 between them; the rest is what the disk, or the object store, can deliver to all processes at once.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -129,7 +130,7 @@ def stream_weights(checkpoint: Checkpoint, model: LlamaForCausalLM) -> Iterator[
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, four_bit: bool, attention: str) -> LlamaForCausalLM:
     """The model on the meta device."""
-    config = LlamaConfig.from_dict(checkpoint.config, attn_implementation=attention)
+    config = LlamaConfig.from_dict(copy.deepcopy(checkpoint.config), attn_implementation=attention)
     config._name_or_path = checkpoint.location
     config.dtype = dtype
     # The constructor itself, since transformers' own ways partition (and allocate) under ZeRO-3.
