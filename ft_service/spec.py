@@ -164,7 +164,7 @@ class ParallelSpec(_Section):
 class CheckpointSpec(_Section):
     """Saving what a run needs to resume."""
 
-    every_steps: PositiveInt | None = Field(default=None, description="Steps between checkpoints; none saves none.")
+    every_steps: PositiveInt | None = Field(default=50, description="Steps between checkpoints; null saves none.")
     keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
 
 
