@@ -175,6 +175,19 @@ def test_written_weights_are_linked_where_there_are_links_and_copied_where_there
         assert file.samefile(storage.local_folder("run/weights") / file.name) == links
 
 
+def test_the_marker_of_a_published_folder_is_written_last(any_storage: Storage) -> None:
+    source = written_model(any_storage)
+    written: list[str] = []
+
+    class Watched(type(any_storage)):  # type: ignore[misc]
+        def write_bytes(self, path: str, content: bytes) -> None:
+            written.append(Path(path).name)
+            super().write_bytes(path, content)
+
+    Watched(any_storage.root).publish_within(source, [], "to", {"mark": b"", "other": b""}, marker="mark")
+    assert written == ["other", "mark"]
+
+
 def refuse(*_: object) -> None:
     raise OSError(1, "Operation not permitted")
 

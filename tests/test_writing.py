@@ -235,6 +235,16 @@ def test_the_digests_are_those_of_the_files(written: Any, case: Any) -> None:
 
 @slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_each_worker_writes_its_weights_and_what_says_that_all_is_there_comes_last(written: Any, case: Any) -> None:
+    _, (first, *others) = written[case]
+    names = [f"model-{rank + 1:05}-of-{case[0]:05}.safetensors" for rank in range(case[0])]
+    assert [worker["written"] for worker in others] == [[name] for name in names[1:]]
+    assert first["written"][0] == names[0] and first["written"][-1] == CONFIG_FILE
+    assert {INDEX_FILE, DIGESTS_FILE} < set(first["written"])
+
+
+@slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_no_worker_makes_room_for_a_tensor_that_it_does_not_own(written: Any, case: Any) -> None:
     _, workers = written[case]
     for worker in workers:

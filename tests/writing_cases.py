@@ -46,12 +46,13 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-class Full(Storage):
-    """A storage that is full once one worker begins its file."""
+class Watched(Storage):
+    """A storage that notes what is written, and may be full once this worker begins its file of weights."""
 
     def __init__(self, root: str, is_full: bool) -> None:
         super().__init__(root)
         self._is_full = is_full
+        self.written: list[str] = []
 
     @contextmanager
     def writing(self, path: str) -> Any:
@@ -60,6 +61,7 @@ class Full(Storage):
                 stream.write(b"begun")
                 raise OSError(28, "No space left on device")
             yield stream
+        self.written.append(Path(path).name)
 
 
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -84,13 +86,15 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     formats = parallel.trained_formats()
     files = lay_out(formats, world_size)
     owned = [tensor.nbytes for file in files if file.owner == parallel.rank for tensor in file.tensors.values()]
+    storage = Watched(str(out.parent), case.get("full_on") == parallel.rank)
     with Allocations() as allocations:
-        write_model(model, parallel, Full(str(out.parent), case.get("full_on") == parallel.rank), out.name)
+        write_model(model, parallel, storage, out.name)
     result = {
         "largest_allocation": max(allocations.nbytes),
         "largest_owned": max(owned, default=0),
         "largest": max(tensor.nbytes for tensor in formats.values()),
         "owned": sum(owned),
+        "written": storage.written,
     }
     parallel.close()
     results: list[Any] = [None] * world_size
