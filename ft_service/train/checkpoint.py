@@ -231,7 +231,7 @@ class Checkpointer:
     ) -> None:
         storage, path = self._checkpoints.storage, f"{self._checkpoints.path}/{folder}"
         everything = tensors | random
-        formats = {name: TensorFormat(_NAMES[t.dtype], tuple(t.shape)) for name, t in everything.items()}
+        formats = {name: TensorFormat(DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in everything.items()}
         stem = f"part-{self._parallel.rank:05}-of-{self._parallel.world_size:05}"
         file = WeightFile(f"{stem}.safetensors", self._parallel.rank, formats)
         with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
@@ -261,9 +261,6 @@ class Checkpointer:
                     raise TrainingError(f"worker {rank} wrote no part of checkpoint {folder}.")
                 time.sleep(_POLL_SECONDS)
             yield Part.model_validate(storage.read_json(path))
-
-
-_NAMES = DTYPE_NAMES | {torch.uint8: "U8"}
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------
