@@ -159,6 +159,9 @@ class ParallelSpec(_Section):
     )
     nvme_path: str | None = Field(default=None, description="Folder on a local NVMe drive; needed for offload: nvme.")
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU to ask for, such as H100.")
+    max_failures: int = Field(
+        default=3, ge=0, description="Times the workers may die and be started again from the newest checkpoint."
+    )
 
 
 class CheckpointSpec(_Section):

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,7 +32,9 @@ from ft_service.runs import RunFolder
 from ft_service.storage import Storage
 from ft_service.train.loop import TrainingState
 from ft_service.train.optimizer_state import KINDS
-from ft_service.train.parallel import Parallel
+
+if TYPE_CHECKING:  # the driver looks checkpoints up too, and has no use for deepspeed
+    from ft_service.train.parallel import Parallel
 
 COMMIT_TIMEOUT_SECONDS = 1800.0
 """How long the first worker waits for the parts of the others."""
@@ -157,7 +159,7 @@ class Checkpoints:
 class Checkpointer:
     """Saves beside training: a copy at once, and a thread that writes it. Every worker calls each method of its own."""
 
-    def __init__(self, run: RunFolder, parallel: Parallel, course: str, keep: int, events: EventLog) -> None:
+    def __init__(self, run: RunFolder, parallel: "Parallel", course: str, keep: int, events: EventLog) -> None:
         self._checkpoints = Checkpoints(run)
         self._parallel, self._course, self._keep, self._events = parallel, course, keep, events
         self._thread: threading.Thread | None = None
@@ -266,7 +268,7 @@ class Checkpointer:
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-def resume(run: RunFolder, parallel: Parallel, course: str, events: EventLog) -> Manifest | None:
+def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) -> Manifest | None:
     """Restore the newest sound checkpoint, or none if there is none. Every worker calls it, once the model is wrapped.
 
     A damaged one is told as an event, and the one before is taken. Raises `TrainingError` when checkpoints are there
@@ -302,7 +304,7 @@ def resume(run: RunFolder, parallel: Parallel, course: str, events: EventLog) ->
     return None
 
 
-def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel: Parallel) -> None:
+def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel: "Parallel") -> None:
     storage = checkpoints.storage
     where: dict[str, list[tuple[str, StoredShard]]] = {}
     for part in manifest.parts:

@@ -4,6 +4,7 @@
 """
 
 import os
+import socket
 import sys
 
 import torch
@@ -51,8 +52,9 @@ def run_worker(storage_root: str, run_id: str) -> None:
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
     checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
     sinks = _sinks(run, plan, start.step) if parallel.is_first else []
+    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid()})
     if parallel.is_first:
-        events.emit("training", f"Training from step {start.step}.", step=start.step, workers=parallel.world_size)
+        events.emit("training", f"Training from step {start.step}.", step=start.step, workers=places)
 
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
