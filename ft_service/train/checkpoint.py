@@ -284,7 +284,7 @@ def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) 
             problem = "".join(checkpoints.damaged(entry.folder, part) for part in mine)
         except (FtError, ValueError) as error:
             problem = str(error)
-        problems = [found for found in parallel.from_all(problem) if found]
+        problems = list(dict.fromkeys(found for found in parallel.from_all(problem) if found))
         if problems or manifest is None:
             if parallel.is_first:
                 told = f"Checkpoint {entry.folder} is damaged, and skipped: {' '.join(problems)}"
