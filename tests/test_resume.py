@@ -13,7 +13,7 @@ from ft_service.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 120
 LAUNCHERS: dict[int, tuple[str, ...]] = {
     1: (),
     2: TWO_WORKERS,
@@ -22,7 +22,7 @@ LAUNCHERS: dict[int, tuple[str, ...]] = {
 SETTINGS = {
     "train.max_steps": STEPS,
     "train.global_batch_size": 6,
-    "train.validate_every_steps": 8,
+    "train.validate_every_steps": 24,
     "train.learning_rate": 3e-3,
     "checkpoint.every_steps": 5,
     "train.precision": "bf16",
@@ -146,7 +146,7 @@ def test_when_no_checkpoint_is_sound_nothing_is_trained_over_it(world: Path) -> 
         manifest.write_text("{}")
     process = start(run, *LAUNCHERS[2])
     printed, _ = process.communicate(timeout=240)
-    assert process.returncode != 0 and "none of its checkpoints is sound" in printed
+    assert process.returncode != 0 and "checkpoints is sound" in printed
 
 
 def test_checkpoints_of_another_course_are_refused(world: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_checkpoint_holds_what_is_trained_and_old_ones_go(
 ) -> None:
     run = undisturbed("lora", 2, 2)
     checkpoints = Checkpoints(run)
-    assert [entry.step for entry in checkpoints.entries()] == [35, 40]  # keep: 2
+    assert [entry.step for entry in checkpoints.entries()] == [STEPS - 5, STEPS]  # keep: 2
     root = Path(run.storage.root, checkpoints.path)
     assert {folder.name for folder in root.iterdir() if folder.is_dir()} == {e.folder for e in checkpoints.entries()}
     trained = run.plan().trainable_parameters

@@ -69,6 +69,9 @@ class Part(_File):
 class Manifest(_File):
     """A whole checkpoint (manifest.json)."""
 
+    # Before the first validation the best loss is infinite, which would come back as null.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
     step: int
     adam_step: int
     state: dict[str, Any] = Field(description="The loop's TrainingState.")
