@@ -4,6 +4,7 @@ Every derived number and every check across settings and facts lives here; train
 """
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
@@ -124,6 +125,19 @@ class RunPlan(BaseModel):
     advice: list[str] = Field(default_factory=list, description="What would fit, where this does not.")
     warnings: list[str]
     remarks: list[str]
+
+    @property
+    def course(self) -> str:
+        """SHA-256 of what decides the course of the training: not where, on how many workers or how cut it runs."""
+        layout = {"micro_batch_size", "activation_checkpointing"}
+        decides = {
+            "model": self.spec.model.model_dump(mode="json"),
+            "method": self.spec.method.model_dump(mode="json"),
+            "train": self.spec.train.model_dump(mode="json", exclude=layout),
+            "dataset": self.dataset.digest,
+            "steps": [self.num_steps, self.warmup_steps, self.learning_rate, self.validate_every_steps],
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     @property
     def digest(self) -> str:
@@ -439,8 +453,6 @@ def _warnings(
             f"{dataset.truncated} of {dataset.conversations} examples are cut at data.max_seq_len = "
             f"{spec.data.max_seq_len}."
         )
-    if spec.checkpoint.every_steps is not None:
-        warnings.append("checkpoint.every_steps: the best weights are kept, but resuming is not there yet.")
     if spec.data.validation is None:
         warnings.append("No data.validation: overfitting will not be seen, and the last weights are published.")
     return warnings

@@ -16,7 +16,7 @@ from ft_service.registry import DatasetRef
 from ft_service.spec import RunSpec, dump_run_spec
 from ft_service.storage import Storage
 
-State = Literal["preparing", "running", "publishing", "succeeded", "failed"]
+State = Literal["preparing", "running", "recovering", "publishing", "succeeded", "failed"]
 
 
 class _File(BaseModel):

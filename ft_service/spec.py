@@ -159,12 +159,15 @@ class ParallelSpec(_Section):
     )
     nvme_path: str | None = Field(default=None, description="Folder on a local NVMe drive; needed for offload: nvme.")
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU to ask for, such as H100.")
+    max_failures: int = Field(
+        default=3, ge=0, description="Times the workers may die and be started again from the newest checkpoint."
+    )
 
 
 class CheckpointSpec(_Section):
     """Saving what a run needs to resume."""
 
-    every_steps: PositiveInt | None = Field(default=None, description="Steps between checkpoints; none saves none.")
+    every_steps: PositiveInt | None = Field(default=50, description="Steps between checkpoints; null saves none.")
     keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
 
 

@@ -70,6 +70,22 @@ class Storage:
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(f"{self.uri(path)}: cannot be read ({error}).") from None
 
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+        info = self._info(path)
+        return info.size if info.type == fs.FileType.File else None
+
+    def read_range(self, path: str, start: int, nbytes: int) -> bytes:
+        """`nbytes` of a file from byte `start` on; raises `StorageError` if it ends before."""
+        try:
+            with self._fs.open_input_file(self._full(path)) as stream:
+                content: bytes = stream.read_at(nbytes, start)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"{self.uri(path)}: cannot be read ({error}).") from None
+        if len(content) != nbytes:
+            raise StorageError(f"{self.uri(path)}: ends too early.")
+        return content
+
     def read_json(self, path: str) -> Any:
         try:
             return json.loads(self.read_bytes(path))

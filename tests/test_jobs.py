@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from examples.quickstart.quickstart import PROJECT, Ray, free_ports, ray_head
 from ft_service.data.prepare import open_dataset
-from ft_service.metrics import read_metrics
+from ft_service.metrics import read_events, read_metrics
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.runs import RunFolder
 from ft_service.storage import Storage
+from ft_service.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +155,36 @@ def test_stock_peft_gives_the_validation_loss_the_run_reported(world: Path, lora
     after = stock_validation_loss(adapted, storage, lora.dataset_digest)
     assert after == pytest.approx(lora.validation_loss, abs=1e-3)
     assert abs(before - after) > 0.01  # the comparison would notice a lost adapter
+
+
+def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(ray: Ray, world: Path) -> None:
+    settings = ("train.max_steps=150", "train.validate_every_steps=50", "checkpoint.every_steps=10")
+    whole = submit(ray, world / "lora.yaml", "--run-id", "whole-1", *settings)
+    assert whole.returncode == 0, output(whole)[-4000:]
+    storage = Storage(str(world / "storage"))
+    run = RunFolder(storage, "killed-1")
+    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
+    command += ["python", "jobs/train.py", str(world / "lora.yaml"), "--run-id", "killed-1", *settings]
+    job = subprocess.Popen(
+        command, cwd=PROJECT, env=ray.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + JOB_SECONDS
+    while len(Checkpoints(run).entries()) < 2:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-4000:]
+        time.sleep(0.05)
+    began = next(event for event in read_events(storage, "killed-1") if event.type == "training")
+    os.kill(began.model_dump()["workers"][1]["pid"], signal.SIGKILL)
+    printed, _ = job.communicate(timeout=JOB_SECONDS)
+    assert job.returncode == 0, printed[-4000:]
+    events = read_events(storage, "killed-1")
+    steps = [event.model_dump()["step"] for event in events if event.type == "training"]
+    assert steps[0] == 0 and len(steps) == 2 and steps[1] >= 20
+    assert [event.type for event in events].count("recovering") == 1
+    metrics = read_metrics(storage, "killed-1")
+    assert [m.step for m in metrics] == list(range(1, 151))
+    assert [m.loss for m in metrics] == [m.loss for m in read_metrics(storage, "whole-1")]
+    assert published(world, "killed-1").digest == published(world, "whole-1").digest
+    assert not storage.exists(f"{run.path}/checkpoints")  # of no use any more
 
 
 def test_verify_passes_and_notices_a_flipped_byte(world: Path, lora: AdapterRecord, tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Every way to train leaves weights in which stock software finds its loss: LoRA variants, offloading, no Ray."""
 
-import json
-import os
-import random
 import shutil
 import subprocess
 import sys
@@ -12,23 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from run_helpers import TWO_WORKERS, prepared_run, work, write_world
 from training_cases import documents, run_cases, write_base
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ft_service.catalog import shape_from_config
-from ft_service.data.prepare import prepare_dataset
 from ft_service.evaluate.verify import verify_adapter
 from ft_service.metrics import read_metrics
-from ft_service.model.base import fingerprint, load_tokenizer, read_config
+from ft_service.model.base import fingerprint, load_tokenizer
 from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.merge import write_merged
-from ft_service.model.scratch import train_tokenizer, write_scratch_model
-from ft_service.plan import Resources, make_plan
 from ft_service.publish import publish
 from ft_service.registry import Registry
 from ft_service.runs import RunFolder
-from ft_service.spec import parse_run_spec
-from ft_service.storage import Storage
 
 pytestmark = pytest.mark.slow
 
@@ -210,58 +202,9 @@ def test_offloading_to_nvme_changes_no_curve(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small Llama and records."""
     folder = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    questions = [" ".join(rng.choices(["red", "green", "blue", "cat", "dog"], k=rng.randint(3, 12))) for _ in range(60)]
-    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    write_scratch_model(
-        folder / "base",
-        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
-        hidden_size=32,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=64,
-        seed=0,
-    )
+    write_world(folder)
     return folder
-
-
-def prepared_run(world: Path, run_id: str, num_workers: int, **settings: object) -> RunFolder:
-    """A run as the launcher leaves it to its workers: dataset and plan lie on storage."""
-    spec = parse_run_spec(
-        f"""
-name: words
-model: {{base: {world}/base}}
-method: {{type: lora, lora_rank: 4}}
-data: {{train: [{{path: {world}/train.jsonl}}], validation: {{fraction: 0.2}}, max_seq_len: 128}}
-train: {{max_steps: 4, global_batch_size: 4, learning_rate: 1e-2, validate_every_steps: 2, precision: fp32}}
-parallel: {{num_workers: {num_workers}, use_gpu: false}}
-storage: {world}/storage
-""",
-        [f"{name}={value}" for name, value in settings.items()],
-    )
-    run = RunFolder(Storage(str(world / "storage")), run_id)
-    dataset = prepare_dataset(spec, load_tokenizer(world / "base"), run.storage)
-    shape = shape_from_config(read_config(world / "base"))
-    run.write_plan(spec, make_plan(spec, dataset.facts, shape, Resources()), dataset.sources)
-    return run
-
-
-def work(run: RunFolder, *launcher: str) -> None:
-    command = [sys.executable, "-m", *launcher, "ft_service.train.worker", run.storage.root, run.run_id]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-TWO_WORKERS = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,9 @@ from ft_service.train.weights import WeightsOnStorage
 class Alone:
     is_first = True
 
+    def barrier(self) -> None:
+        pass
+
     def gather_trained(self) -> dict[str, object]:
         return {}
 
@@ -41,7 +44,19 @@ def test_a_second_attempt_never_publishes_the_weights_of_the_first(tmp_path: Pat
     assert keep(run, "second", 3) == "second"
 
 
-def test_only_the_newest_weights_given_are_kept(tmp_path: Path) -> None:
+def test_weights_stay_while_a_checkpoint_refers_to_them(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "bot-1")
-    keep(run, "text", 3, 6)
-    assert run.storage.folders("runs/bot-1/weights") == ["step-6"]
+    weights = WeightsOnStorage(run, Writes("text"), Alone())  # type: ignore[arg-type]
+    for step in (3, 6, 9):
+        weights.keep(TrainingState(step=step))
+    weights.forget_all_but({"weights/step-6"})
+    assert run.storage.folders("runs/bot-1/weights") == ["step-6", "step-9"]
+    weights.forget_all_but(set())
+    assert run.storage.folders("runs/bot-1/weights") == ["step-9"]
+
+
+def test_a_resumed_run_keeps_the_best_weights_of_before(tmp_path: Path) -> None:
+    run = RunFolder(Storage(str(tmp_path)), "bot-1")
+    keep(run, "first", 3)
+    resumed = WeightsOnStorage(run, Writes("second"), Alone(), place="weights/step-3")  # type: ignore[arg-type]
+    assert run.storage.read_bytes(f"{run.path}/{resumed.place}/adapter_config.json") == b"first"

@@ -22,7 +22,7 @@ from ft_service.model.checkpoint import ITEM_BYTES
 MAX_FILE_BYTES = 5 * 1000**3
 """Of one file, unless a single tensor is larger. S3 copies objects of up to 5 GiB by itself."""
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _CHUNK_BYTES = 16 * 1024 * 1024
 
 Create = Callable[[str], AbstractContextManager[BinaryIO]]

@@ -5,7 +5,9 @@
 Everything that can be refused is refused before a worker is asked for.
 """
 
+import itertools
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ft_service import catalog
 from ft_service.cluster import connect, is_submitted_job
 from ft_service.data.prepare import prepare_dataset
-from ft_service.errors import FtError, Problem, SpecError, TrainingError
+from ft_service.errors import FtError, Problem, SpecError, StorageError, TrainingError
 from ft_service.evaluate.samples import write_samples
 from ft_service.gpus import GPUS
 from ft_service.metrics import EventLog
@@ -30,6 +32,7 @@ from ft_service.report import write_report
 from ft_service.runs import RunFolder, new_run_id
 from ft_service.spec import RunSpec
 from ft_service.storage import Storage
+from ft_service.train.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
 
@@ -63,11 +66,12 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
         plan = prepare(spec, folder, say)
         folder.enter("running")
         events.emit("running", f"{spec.parallel.num_workers} workers, {plan.num_steps} steps.")
-        _train(plan, folder)
+        _train_and_recover(plan, folder, events, say)
         folder.enter("publishing")
         record = publish(folder)
         events.emit("published", f"Published {record.id}.", digest=record.digest)
         _sample(plan, folder, record, events, say)
+        storage.delete(f"{folder.path}/checkpoints")
         folder.enter("succeeded", published=record.id)
         events.emit("succeeded", f"Run {folder.run_id} is complete.")
     except BaseException as error:
@@ -144,6 +148,42 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> RunPlan:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+def _train_and_recover(plan: RunPlan, folder: RunFolder, events: EventLog, say: Say) -> None:
+    """Train; when workers die, start them again from the newest checkpoint, within the spec's budget.
+
+    What would only happen again is not retried: an error of ours (a loss that is not finite, unusable data), or a
+    second death without a new checkpoint in between.
+    """
+    reached = _newest_step(folder)
+    for failures in itertools.count():
+        try:
+            _train(plan, folder)
+            return
+        except TrainingDied as death:
+            before, reached = reached, _newest_step(folder)
+            budget = plan.spec.parallel.max_failures
+            if failures >= budget:
+                cure = f" Its {budget} restarts (parallel.max_failures) are used up." if budget else ""
+                raise TrainingError(f"{death}{cure}") from death
+            if failures and reached == before:
+                cure = "Look at the log of that worker; a smaller train.micro_batch_size if it ran out of memory."
+                raise TrainingError(f"{death} It died twice after step {reached} without getting on. {cure}") from death
+            folder.enter("recovering", message=str(death))
+            message = f"{death} Starting again from step {reached}."
+            events.emit("recovering", message, step=reached, failures=failures + 1)
+            say(message)
+            folder.enter("running")
+
+
+def _newest_step(folder: RunFolder) -> int:
+    entries = Checkpoints(folder).entries()
+    return entries[-1].step if entries else 0
+
+
+class TrainingDied(TrainingError):
+    """Workers ended without an error of ours: killed, out of memory, a lost node, a fault in a library."""
+
+
 def _train(plan: RunPlan, folder: RunFolder) -> None:
     parallel = plan.spec.parallel
     environment = {
@@ -167,7 +207,8 @@ def _train(plan: RunPlan, folder: RunFolder) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
         run_config=RunConfig(
-            name=folder.run_id,
+            # Ray Train would go on from what it remembers of an earlier attempt of the same name.
+            name=f"{folder.run_id}-{secrets.token_hex(4)}",
             storage_path=folder.storage.uri("ray") if folder.storage.is_local else f"{folder.storage.root}/ray",
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -190,14 +231,14 @@ def _cause(error: Exception) -> FtError:
     """The first worker's own error, as one of ours."""
     failures = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
-    ours = [cause for cause in causes if isinstance(cause, FtError)]
+    ours = [cause for cause in causes if isinstance(cause, FtError) and not isinstance(cause, StorageError)]
     if ours:
         return ours[0]
     if not failures:
-        return TrainingError(f"Ray could not run the workers: {error}")
+        return TrainingDied(f"Ray could not run the workers: {error}")
     rank, failure = next(iter(failures.items()))
     print("".join(traceback.format_exception(failure)), file=sys.stderr)
-    return TrainingError(f"worker {rank} failed: {failure}")
+    return TrainingDied(f"worker {rank} failed: {failure}.")
 
 
 # -- after training --------------------------------------------------------------------------------------------------

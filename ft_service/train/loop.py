@@ -74,18 +74,17 @@ def train(
             schedule=plan.spec.train.schedule,
             min_ratio=plan.spec.train.min_learning_rate_ratio,
         )
-        loss_sums = []
-        for micro_batch in step.micro_batches:
+        loss, loss_sums = math.nan, []
+        for number, micro_batch in enumerate(step.micro_batches, start=1):
             loss_sum = parallel.loss(micro_batch)
             parallel.backward(loss_sum * (parallel.world_size / step.global_loss_tokens))
-            parallel.micro_step(rate)
             loss_sums.append(loss_sum.detach())
-        loss = parallel.sum_over_workers(torch.stack(loss_sums).sum()) / step.global_loss_tokens
+            if number == len(step.micro_batches):  # the next call updates the weights
+                loss = parallel.sum_over_workers(torch.stack(loss_sums).sum()) / step.global_loss_tokens
+                _refuse_unless_finite("loss", loss, state.step + 1)
+            parallel.micro_step(rate)
         state.step += 1
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {state.step}: the loss is {loss}. Lower train.learning_rate, or look at the rows of this step."
-            )
+        _refuse_unless_finite("gradient norm", parallel.grad_norm(), state.step)
         seconds = time.perf_counter() - started
 
         validation_loss = None
@@ -115,6 +114,13 @@ def train(
             hooks.on_checkpoint(state)
     steps.close()
     return state
+
+
+def _refuse_unless_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"step {step}: the {what} is {value}. Lower train.learning_rate, or look at the rows of this step."
+        )
 
 
 def mean_loss(parallel: Workers, batches: Batches) -> float:

@@ -18,6 +18,7 @@ from ft_service.model.shards import Sharing, partition_numel
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan import RunPlan
 from ft_service.train.batches import MicroBatch
+from ft_service.train.optimizer_state import OptimizerState
 
 # Otherwise DeepSpeed would guess an accelerator from what is installed.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -264,14 +265,43 @@ class Parallel:
 
     def union(self, part: dict[str, str]) -> dict[str, str]:
         """All workers' entries together, on every worker; every worker must call it."""
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, part)
-        return {name: value for part in parts for name, value in part.items()}
+        return {name: value for part in self.from_all(part) for name, value in part.items()}
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+    # -- resuming --------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self) -> OptimizerState:
+        """Master weights and moments of what is trained, by parameter name."""
+        names = {id(parameter): name for name, parameter in self._trained()}
+        sharing = Sharing(self.rank, self.world_size)
+        return OptimizerState(self._engine, names, self.plan.zero_stage, sharing)
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """The generators that dropout draws from, as bytes."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def restore_random_state(self, states: Mapping[str, torch.Tensor]) -> None:
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    def from_first(self, value: Any) -> Any:
+        """The first worker's value, on every worker; every worker must call it."""
+        return self.from_all(value)[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every worker's value, on every worker; every worker must call it."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def peak_memory_gib(self) -> float:
         """Peak memory of this worker so far: allocated on the GPU, or resident on a CPU."""

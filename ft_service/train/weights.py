@@ -17,21 +17,33 @@ from ft_service.train.parallel import Parallel
 
 
 class WeightsOnStorage:
-    """Keeps one set of weights of the run on storage: the last one given. Every worker calls each method."""
+    """The best weights of the run on storage. Every worker calls `keep`, the first one alone `forget_all_but`.
 
-    def __init__(self, run: RunFolder, model: TrainableModel, parallel: Parallel) -> None:
+    Earlier ones stay as long as a checkpoint refers to them: resumed from it, the run would have them as its best.
+    """
+
+    def __init__(self, run: RunFolder, model: TrainableModel, parallel: Parallel, place: str = "") -> None:
+        """`place` is that of the best weights when the run is resumed."""
         self._run, self._model, self._parallel = run, model, parallel
-        self.place = ""
-        if parallel.is_first:
-            # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
+        self.place = place
+        if parallel.is_first and not place:
             run.storage.delete(f"{run.path}/weights")
 
     def keep(self, state: TrainingState) -> None:
-        before, self.place = self.place, f"weights/step-{state.step}"
+        self.place = f"weights/step-{state.step}"
+        path = f"{self._run.path}/{self.place}"
+        if self._parallel.is_first:
+            # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
+            self._run.storage.delete(path)
+        self._parallel.barrier()
         write = write_adapter if self._model.is_adapter else write_model
-        write(self._model, self._parallel, self._run.storage, f"{self._run.path}/{self.place}")
-        if before and self._parallel.is_first:
-            self._run.storage.delete(f"{self._run.path}/{before}")
+        write(self._model, self._parallel, self._run.storage, path)
+
+    def forget_all_but(self, places: set[str]) -> None:
+        """Delete all weights but those at these places and the best of now."""
+        for folder in self._run.storage.folders(f"{self._run.path}/weights"):
+            if f"weights/{folder}" not in places | {self.place}:
+                self._run.storage.delete(f"{self._run.path}/weights/{folder}")
 
 
 def write_adapter(model: TrainableModel, parallel: Parallel, storage: Storage, path: str) -> None:

@@ -4,19 +4,21 @@
 """
 
 import os
+import socket
 import sys
 
 import torch
 
 from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError
-from ft_service.metrics import JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
+from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
 from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
 from ft_service.storage import Storage
 from ft_service.train.batches import Batches
+from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
 from ft_service.train.loop import Hooks, TrainingState, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
@@ -44,21 +46,32 @@ def run_worker(storage_root: str, run_id: str) -> None:
         model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), said)
     parallel.wrap(LossModel(model.module, model.causal_lm))
     torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
-    weights = WeightsOnStorage(run, model, parallel)
-    sinks = _sinks(run, plan) if parallel.is_first else []
+    events = EventLog(run.storage, run_id)
+    resumed = resume(run, parallel, plan.course, events)
+    start = resumed.training_state() if resumed else TrainingState()
+    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
+    checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
+    sinks = _sinks(run, plan, start.step) if parallel.is_first else []
+    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid()})
+    if parallel.is_first:
+        events.emit("training", f"Training from step {start.step}.", step=start.step, workers=places)
 
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
             sink(metrics)
+
+    def on_checkpoint(state: TrainingState) -> None:
+        checkpointer.save(state, weights.place, weights.forget_all_but)
 
     state = train(
         plan,
         parallel,
         _batches(plan, parallel, dataset.train),
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
-        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=lambda state: None),
-        TrainingState(),
+        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint),
+        start,
     )
+    checkpointer.wait()
     if state.best_step is None:
         weights.keep(state)
     if parallel.is_first:
@@ -73,6 +86,7 @@ def run_worker(storage_root: str, run_id: str) -> None:
                 base_fingerprint=checkpoint.fingerprint(),
             )
         )
+        weights.forget_all_but({entry.weights for entry in Checkpoints(run).entries()})
         for sink in sinks:
             sink.close()
     parallel.barrier()
@@ -90,12 +104,12 @@ def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
     )
 
 
-def _sinks(run: RunFolder, plan: RunPlan) -> list[Sink]:
+def _sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
     log = JsonlSink(run.storage, run.run_id)
-    log.rewind(0)  # an earlier attempt of this run may have left lines
+    log.rewind(step)  # an earlier attempt of this run may have left lines
     sinks: list[Sink] = [log, ProgressLine(plan.num_steps)]
     if plan.spec.report.tensorboard:
-        sinks.append(TensorBoardSink(run.storage.uri(f"{run.path}/tensorboard")))
+        sinks.append(TensorBoardSink(run.storage.uri(f"{run.path}/tensorboard"), step))
     return sinks
 
 

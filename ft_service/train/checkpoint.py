@@ -1,0 +1,339 @@
+"""Checkpoints: everything needed to resume, written beside training, and believed only when it is whole.
+
+    runs/<id>/checkpoints/index.json                                 which ones there are, oldest first
+    runs/<id>/checkpoints/step-000050-1a2b3c4d/part-00000-of-00002.safetensors   what one worker wrote
+                                               part-00000-of-00002.json          its digest, and what lies where
+                                               manifest.json                     written last: all parts, and the state
+
+A part holds, for each shard of a trained parameter that its worker writes, the fp32 weight and Adam's two moments; and
+the worker's random state. Frozen weights are never written. Because shards have names, and places in the parameter of
+that name, any number of workers under any ZeRO stage finds in the parts what it needs, and reads just those bytes.
+
+A checkpoint that is not in the index does not exist; the index names it once its manifest, and so every part, is there.
+"""
+
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ft_service.errors import FtError, StorageError, TrainingError
+from ft_service.metrics import EventLog
+from ft_service.model.shards import Span
+from ft_service.model.writer import DTYPE_NAMES, TensorFormat, WeightFile, WeightWriter
+from ft_service.runs import RunFolder
+from ft_service.storage import Storage
+from ft_service.train.loop import TrainingState
+from ft_service.train.optimizer_state import KINDS
+
+if TYPE_CHECKING:  # the driver looks checkpoints up too, and has no use for deepspeed
+    from ft_service.train.parallel import Parallel
+
+COMMIT_TIMEOUT_SECONDS = 1800.0
+"""How long the first worker waits for the parts of the others."""
+_POLL_SECONDS = 0.2
+_FP32 = 4
+_HASH_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredShard(_File):
+    """Elements [start, stop) of a parameter: its kinds lie one after the other from byte `at` of the part's file."""
+
+    start: int
+    stop: int
+    at: int
+
+
+class Part(_File):
+    """What one worker wrote (part-*.json)."""
+
+    file: str
+    bytes: int
+    sha256: str
+    shards: dict[str, StoredShard]
+    random_at: int = Field(description="Byte where the worker's random state begins.")
+    random_bytes: dict[str, int] = Field(description="Its generators, in order, and their lengths.")
+
+
+class Manifest(_File):
+    """A whole checkpoint (manifest.json)."""
+
+    # Before the first validation the best loss is infinite, which would come back as null.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    step: int
+    adam_step: int
+    state: dict[str, Any] = Field(description="The loop's TrainingState.")
+    weights: str = Field(description="The best weights so far, below the run's folder; '' before there are any.")
+    course: str = Field(description="Digest of what decides the course of the training; see RunPlan.course.")
+    created: datetime
+    parts: list[Part]
+
+    def training_state(self) -> TrainingState:
+        return TrainingState(**self.state)
+
+
+class _Entry(_File):
+    folder: str
+    step: int
+    weights: str
+    sha256: str = Field(description="Of the manifest.")
+
+
+class _Index(_File):
+    checkpoints: list[_Entry] = []
+
+
+class Checkpoints:
+    """A run's checkpoints on storage. Every method is called by the first worker alone unless it says otherwise."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.storage: Storage = run.storage
+        self.path = f"{run.path}/checkpoints"
+
+    def entries(self) -> list[_Entry]:
+        """What the index names, oldest first."""
+        file = f"{self.path}/index.json"
+        if not self.storage.exists(file):
+            return []
+        return _Index.model_validate(self.storage.read_json(file)).checkpoints
+
+    def manifest(self, entry: _Entry) -> Manifest:
+        """Raises `StorageError` if it is gone or not what the index names."""
+        content = self.storage.read_bytes(f"{self.path}/{entry.folder}/manifest.json")
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise StorageError(f"{self.storage.uri(self.path)}/{entry.folder}/manifest.json: damaged.")
+        return Manifest.model_validate_json(content)
+
+    def damaged(self, folder: str, part: Part) -> str:
+        """What is wrong with a part on storage; '' if nothing is. Any worker may ask."""
+        path = f"{self.path}/{folder}/{part.file}"
+        try:
+            digest = hashlib.sha256()
+            for start in range(0, part.bytes, _HASH_CHUNK_BYTES):
+                digest.update(self.storage.read_range(path, start, min(_HASH_CHUNK_BYTES, part.bytes - start)))
+            size = self.storage.size(path)
+        except StorageError as error:
+            return str(error)
+        if size != part.bytes:
+            return f"{self.storage.uri(path)}: {size:,} bytes instead of {part.bytes:,}."
+        return "" if digest.hexdigest() == part.sha256 else f"{self.storage.uri(path)}: its bytes have changed."
+
+    def commit(self, folder: str, manifest: Manifest) -> None:
+        content = manifest.model_dump_json(indent=2).encode()
+        self.storage.write_bytes(f"{self.path}/{folder}/manifest.json", content)
+        entry = _Entry(
+            folder=folder,
+            step=manifest.step,
+            weights=manifest.weights,
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        # Those of a later step are of a course that was given up for an earlier checkpoint.
+        kept = [other for other in self.entries() if other.step < manifest.step]
+        self._write([*kept, entry])
+
+    def forget_all_but(self, keep: int) -> None:
+        """Delete all but the newest, from the index first."""
+        entries = self.entries()
+        self._write(entries[-keep:])
+        known = {entry.folder for entry in entries[-keep:]}
+        for folder in self.storage.folders(self.path):
+            if folder not in known:
+                self.storage.delete(f"{self.path}/{folder}")
+
+    def _write(self, entries: list[_Entry]) -> None:
+        self.storage.write_json(f"{self.path}/index.json", _Index(checkpoints=entries).model_dump(mode="json"))
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves beside training: a copy at once, and a thread that writes it. Every worker calls each method of its own."""
+
+    def __init__(self, run: RunFolder, parallel: "Parallel", course: str, keep: int, events: EventLog) -> None:
+        self._checkpoints = Checkpoints(run)
+        self._parallel, self._course, self._keep, self._events = parallel, course, keep, events
+        self._thread: threading.Thread | None = None
+        self._failure: FtError | None = None
+
+    def save(self, state: TrainingState, weights: str, after: Callable[[set[str]], None]) -> None:
+        """Copy what is to be saved and return; the one before is waited for first.
+
+        `weights` is the place of the best weights. `after`, on the first worker and in its thread, is told which
+        places the checkpoints that are kept refer to. Raises `TrainingError` on all workers if the one before failed.
+        """
+        self.wait()
+        parallel = self._parallel
+        token = parallel.from_first(secrets.token_hex(4))
+        folder = f"step-{state.step:06}-{token}"
+        optimizer = parallel.optimizer_state()
+        tensors: dict[str, torch.Tensor] = {}
+        spans: dict[str, Span] = {}
+        for shard in optimizer.shards():
+            if len(shard.written):
+                spans[shard.name] = shard.written
+                own = slice(shard.written.start - shard.held.start, shard.written.stop - shard.held.start)
+                for kind in KINDS:
+                    tensors[f"{shard.name}/{kind}"] = shard.tensors[kind][own].to("cpu", copy=True)
+        random = {f"random/{name}": generator for name, generator in parallel.random_state().items()}
+        draft = {
+            "step": state.step,
+            "adam_step": optimizer.step,
+            "state": asdict(state),
+            "weights": weights,
+            "course": self._course,
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, tensors, spans, random, draft, after), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the write under way; raises `TrainingError` on all workers if it failed on any."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if self._parallel.sum_over_workers(float(failure is not None)):
+            raise TrainingError(f"a checkpoint could not be written: {failure or 'another worker says why'}")
+
+    def _write(
+        self,
+        folder: str,
+        tensors: dict[str, torch.Tensor],
+        spans: dict[str, Span],
+        random: dict[str, torch.Tensor],
+        draft: dict[str, Any],
+        after: Callable[[set[str]], None],
+    ) -> None:
+        try:
+            self._write_part(folder, tensors, spans, random)
+            if self._parallel.is_first:
+                manifest = Manifest.model_validate(
+                    {**draft, "created": datetime.now(UTC), "parts": list(self._all_parts(folder))}
+                )
+                self._checkpoints.commit(folder, manifest)
+                self._checkpoints.forget_all_but(self._keep)
+                after({entry.weights for entry in self._checkpoints.entries()})
+                self._events.emit("checkpoint", f"Checkpoint at step {manifest.step}.", step=manifest.step)
+        except Exception as error:  # whatever it is, the loop must hear of it
+            self._failure = error if isinstance(error, FtError) else TrainingError(f"{type(error).__name__}: {error}")
+
+    def _write_part(
+        self, folder: str, tensors: dict[str, torch.Tensor], spans: dict[str, Span], random: dict[str, torch.Tensor]
+    ) -> None:
+        storage, path = self._checkpoints.storage, f"{self._checkpoints.path}/{folder}"
+        everything = tensors | random
+        formats = {name: TensorFormat(DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in everything.items()}
+        stem = f"part-{self._parallel.rank:05}-of-{self._parallel.world_size:05}"
+        file = WeightFile(f"{stem}.safetensors", self._parallel.rank, formats)
+        with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
+            for name, tensor in everything.items():
+                writer.write(name, tensor)
+        at, shards = len(file.header), {}
+        for name, span in spans.items():
+            shards[name] = StoredShard(start=span.start, stop=span.stop, at=at)
+            at += len(KINDS) * len(span) * _FP32
+        part = Part(
+            file=file.name,
+            bytes=at + sum(generator.nbytes for generator in random.values()),
+            sha256=writer.digests[file.name],
+            shards=shards,
+            random_at=at,
+            random_bytes={name.removeprefix("random/"): generator.nbytes for name, generator in random.items()},
+        )
+        storage.write_bytes(f"{path}/{stem}.json", part.model_dump_json().encode())
+
+    def _all_parts(self, folder: str) -> Iterator[Part]:
+        storage, world_size = self._checkpoints.storage, self._parallel.world_size
+        deadline = time.monotonic() + COMMIT_TIMEOUT_SECONDS
+        for rank in range(world_size):
+            path = f"{self._checkpoints.path}/{folder}/part-{rank:05}-of-{world_size:05}.json"
+            while not storage.exists(path):
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"worker {rank} wrote no part of checkpoint {folder}.")
+                time.sleep(_POLL_SECONDS)
+            yield Part.model_validate(storage.read_json(path))
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+
+
+def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) -> Manifest | None:
+    """Restore the newest sound checkpoint, or none if there is none. Every worker calls it, once the model is wrapped.
+
+    A damaged one is told as an event, and the one before is taken. Raises `TrainingError` when checkpoints are there
+    and none is sound, or when they are of another course (data, model, method, or schedule).
+    """
+    checkpoints = Checkpoints(run)
+    entries = parallel.from_first(checkpoints.entries() if parallel.is_first else None)
+    for entry in reversed(entries):
+        manifest, problem = None, ""
+        try:
+            manifest = checkpoints.manifest(entry)
+            mine = manifest.parts[parallel.rank :: parallel.world_size]
+            problem = "".join(checkpoints.damaged(entry.folder, part) for part in mine)
+        except (FtError, ValueError) as error:
+            problem = str(error)
+        problems = list(dict.fromkeys(found for found in parallel.from_all(problem) if found))
+        if problems or manifest is None:
+            if parallel.is_first:
+                told = f"Checkpoint {entry.folder} is damaged, and skipped: {' '.join(problems)}"
+                events.emit("checkpoint_damaged", told, step=entry.step)
+            continue
+        if manifest.course != course:
+            raise TrainingError(
+                f"run {run.run_id}: its checkpoints are of another model, method, data or schedule than the spec. "
+                "Give another --run-id, or the spec it began with."
+            )
+        _restore(checkpoints, entry.folder, manifest, parallel)
+        return manifest
+    if entries:
+        raise TrainingError(
+            f"run {run.run_id}: none of its {len(entries)} checkpoints is sound. Give another --run-id."
+        )
+    return None
+
+
+def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel: "Parallel") -> None:
+    storage = checkpoints.storage
+    where: dict[str, list[tuple[str, StoredShard]]] = {}
+    for part in manifest.parts:
+        for name, shard in part.shards.items():
+            where.setdefault(name, []).append((f"{checkpoints.path}/{folder}/{part.file}", shard))
+
+    def read(name: str, kind: str, span: Span, target: torch.Tensor) -> None:
+        filled = 0
+        for path, shard in where.get(name, ()):
+            start, stop = max(span.start, shard.start), min(span.stop, shard.stop)
+            if start >= stop:
+                continue
+            at = shard.at + _FP32 * (KINDS.index(kind) * (shard.stop - shard.start) + start - shard.start)
+            content = storage.read_range(path, at, _FP32 * (stop - start))
+            values = torch.frombuffer(bytearray(content), dtype=torch.float32)
+            target[start - span.start : stop - span.start].copy_(values)
+            filled += stop - start
+        if filled != len(span):
+            raise TrainingError(f"checkpoint {folder}: holds {filled:,} of {len(span):,} elements of {name}.")
+
+    parallel.optimizer_state().restore(read, manifest.adam_step)
+    if len(manifest.parts) == parallel.world_size:  # on another number of workers, dropout is drawn anew
+        part = manifest.parts[parallel.rank]
+        at, state = part.random_at, {}
+        for name, length in part.random_bytes.items():
+            content = storage.read_range(f"{checkpoints.path}/{folder}/{part.file}", at, length)
+            state[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            at += length
+        parallel.restore_random_state(state)
