@@ -104,7 +104,7 @@ def run_side(side: str, model: Path, device: str) -> None:
     from ft_service.model.load import load_causal_lm
     from ft_service.plan import DatasetFacts, Resources, make_plan
     from ft_service.spec import RunSpec
-    from ft_service.train.parallel import Parallel, init_process_group
+    from ft_service.train.parallel import Parallel, end_process, init_process_group
 
     torch.set_num_threads(1)
     init_process_group(device == "cuda")
@@ -152,7 +152,7 @@ def run_side(side: str, model: Path, device: str) -> None:
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps({"seconds": seconds, "ranks": everyone}), flush=True)
-    dist.destroy_process_group()
+    end_process()
 
 
 def load_stock(model: Path, parallel: Any, four_bit: bool) -> Any:

@@ -22,7 +22,7 @@ from training_cases import TrulyPartitioned, plan_of, stock_4bit
 
 from ft_service.model.checkpoint import Checkpoint, TensorEntry
 from ft_service.model.load import load_causal_lm
-from ft_service.train.parallel import init_process_group
+from ft_service.train.parallel import end_process, init_process_group
 
 
 class CountingCheckpoint(Checkpoint):
@@ -141,7 +141,7 @@ def main() -> None:
         results[name] = {**every[0], "unequal": [problem for result in every for problem in result["unequal"]]}
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    end_process()
 
 
 if __name__ == "__main__":

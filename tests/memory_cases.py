@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.train.batches import Batches
 from ft_service.train.loss import LossModel
-from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.parallel import Parallel, end_process, init_process_group
 
 SIZES = {
     # The embedding and the MLP lie above DeepSpeed's persistence threshold of 100,000 elements, the rest below; few
@@ -123,7 +123,7 @@ def main() -> None:
         gc.collect()
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    end_process()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ft_service.storage import Storage
 from ft_service.train.batches import Batches
 from ft_service.train.loop import Hooks, TrainingState, train
 from ft_service.train.loss import LossModel
-from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.parallel import Parallel, end_process, init_process_group
 from ft_service.train.weights import write_model
 
 
@@ -110,7 +110,7 @@ def main() -> None:
         results[name] = run_case(case, torch.distributed.get_world_size())
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    end_process()
 
 
 if __name__ == "__main__":
