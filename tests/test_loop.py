@@ -17,7 +17,7 @@ from ft_service.metrics import StepMetrics
 from ft_service.plan import DatasetFacts, Resources, RunPlan, make_plan
 from ft_service.spec import RunSpec
 from ft_service.train.batches import Batches, MicroBatch, prefetched
-from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loop import Hooks, TrainingState, is_complete, train
 
 LENGTHS = [3, 4, 5, 6, 7, 8, 9, 10]
 
@@ -67,13 +67,13 @@ class PlayedWorkers:
         self.validating = False
         self.finished += 1
 
-    def sum_over_workers(self, value: torch.Tensor | float) -> float:
+    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]:
         if self.finished:  # the sum of a validation
             self.finished = 0
             self.validation_losses.pop(0)
         elif self.training_losses:
             self.training_losses.pop(0)
-        return float(value) * self.world_size  # all workers alike
+        return [float(value) * self.world_size for value in values]  # all workers alike
 
     def peak_memory_gib(self) -> float:
         return 1.5
@@ -124,7 +124,13 @@ class Watched:
     order: list[str]
 
 
-def run(plan: RunPlan, workers: PlayedWorkers, validation: bool = True, state: TrainingState | None = None) -> Watched:
+def run(
+    plan: RunPlan,
+    workers: PlayedWorkers,
+    validation: bool = True,
+    state: TrainingState | None = None,
+    leave_after: int | None = None,
+) -> Watched:
     seen = Watched(state or TrainingState(), [], [], [])
 
     def on_step(metrics: StepMetrics) -> None:
@@ -139,7 +145,11 @@ def run(plan: RunPlan, workers: PlayedWorkers, validation: bool = True, state: T
         seen.order.append(f"checkpoint {state.step}")
 
     batches = Batches(ROWS, 0, plan.global_batch_size, plan.micro_batch_size, 0, 1)
-    hooks = Hooks(on_step=on_step, on_best=on_best, on_checkpoint=on_checkpoint)
+
+    def is_leaving() -> bool:
+        return leave_after is not None and len(seen.metrics) >= leave_after
+
+    hooks = Hooks(on_step=on_step, on_best=on_best, on_checkpoint=on_checkpoint, is_leaving=is_leaving)
     seen.state = train(plan, workers, batches, batches if validation else None, hooks, seen.state)
     return seen
 
@@ -216,6 +226,21 @@ def test_hooks_are_called_in_order_best_then_step_then_checkpoint() -> None:
     plan = a_plan(max_steps=4, validate_every=2, checkpoint_every=2)
     seen = run(plan, PlayedWorkers([2.0, 3.0]))
     assert seen.order == ["step 1", "best 2", "step 2", "checkpoint 2", "step 3", "step 4", "checkpoint 4"]
+
+
+@pytest.mark.parametrize("checkpoint_every", [2, 5])
+def test_told_to_leave_it_finishes_the_step_checkpoints_and_returns(checkpoint_every: int) -> None:
+    plan = a_plan(checkpoint_every=checkpoint_every)
+    seen = run(plan, PlayedWorkers([3.0] * 6), validation=False, leave_after=3)
+    regular = ["checkpoint 2"] if checkpoint_every == 2 else []
+    assert seen.order == ["step 1", "step 2", *regular, "step 3", "step 4", "checkpoint 4"]
+    assert not is_complete(seen.state, plan)
+
+
+def test_told_to_leave_at_the_last_step_it_is_complete() -> None:
+    plan = a_plan(max_steps=3)
+    seen = run(plan, PlayedWorkers([3.0] * 6), leave_after=2)
+    assert seen.state.step == 3 and is_complete(seen.state, plan)
 
 
 def test_every_micro_batch_is_scaled_by_workers_over_global_loss_tokens_and_stepped() -> None:

@@ -206,7 +206,7 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
-        if self._parallel.sum_over_workers(float(failure is not None)):
+        if any(self._parallel.sums_over_workers(float(failure is not None))):
             raise TrainingError(f"a checkpoint could not be written: {failure or 'another worker says why'}")
 
     def _write(

@@ -27,7 +27,7 @@ class Workers(Protocol):
     def micro_step(self, learning_rate: float) -> None: ...
     def grad_norm(self) -> float: ...
     def evaluating(self) -> AbstractContextManager[None]: ...
-    def sum_over_workers(self, value: torch.Tensor | float) -> float: ...
+    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]: ...
     def peak_memory_gib(self) -> float: ...
 
 
@@ -53,12 +53,16 @@ class Hooks:
     on_best: Callable[[TrainingState], None]
     """The validation loss is the lowest so far: keep these weights."""
     on_checkpoint: Callable[[TrainingState], None]
+    is_leaving: Callable[[], bool] = lambda: False
+    """Whether this worker was told to leave; once one was, all checkpoint after the step under way, and return."""
 
 
 def train(
     plan: RunPlan, parallel: Workers, batches: Batches, validation: Batches | None, hooks: Hooks, state: TrainingState
 ) -> TrainingState:
     """Train from `state` to the plan's last step, or until validation loss stalls; returns the state reached.
+
+    Also returns, after a checkpoint, when a worker is told to leave: the state is then not complete.
 
     The loss of a step is the sum over its loss tokens divided by their global number. ZeRO and DDP *average* gradients
     over workers, hence the factor `world_size`; then neither the number of workers nor of micro-batches changes it.
@@ -74,13 +78,15 @@ def train(
             schedule=plan.spec.train.schedule,
             min_ratio=plan.spec.train.min_learning_rate_ratio,
         )
-        loss, loss_sums = math.nan, []
+        loss, leaving, loss_sums = math.nan, 0.0, []
         for number, micro_batch in enumerate(step.micro_batches, start=1):
             loss_sum = parallel.loss(micro_batch)
             parallel.backward(loss_sum * (parallel.world_size / step.global_loss_tokens))
             loss_sums.append(loss_sum.detach())
             if number == len(step.micro_batches):  # the next call updates the weights
-                loss = parallel.sum_over_workers(torch.stack(loss_sums).sum()) / step.global_loss_tokens
+                # That a worker leaves travels with the loss: all must learn of it at the same step.
+                total, leaving = parallel.sums_over_workers(torch.stack(loss_sums).sum(), float(hooks.is_leaving()))
+                loss = total / step.global_loss_tokens
                 _refuse_unless_finite("loss", loss, state.step + 1)
             parallel.micro_step(rate)
         state.step += 1
@@ -110,10 +116,17 @@ def train(
         )
         if state.stopped_early:
             break
-        if _is_due(state.step, plan.spec.checkpoint.every_steps, None):
+        if leaving or _is_due(state.step, plan.spec.checkpoint.every_steps, None):
             hooks.on_checkpoint(state)
+        if leaving:
+            break
     steps.close()
     return state
+
+
+def is_complete(state: TrainingState, plan: RunPlan) -> bool:
+    """Whether there is nothing left to train."""
+    return state.stopped_early or state.step >= plan.num_steps
 
 
 def _refuse_unless_finite(what: str, value: float, step: int) -> None:
@@ -130,7 +143,7 @@ def mean_loss(parallel: Workers, batches: Batches) -> float:
         for step in batches.in_order():
             total += float(sum(parallel.loss(micro_batch) for micro_batch in step.micro_batches))
             tokens += step.global_loss_tokens
-    return parallel.sum_over_workers(total) / tokens
+    return parallel.sums_over_workers(total)[0] / tokens
 
 
 def _is_due(step: int, every: int | None, last: int | None) -> bool:

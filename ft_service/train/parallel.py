@@ -205,13 +205,14 @@ class Parallel:
 
     # -- between workers -------------------------------------------------------------------------------------------
 
-    def sum_over_workers(self, value: torch.Tensor | float) -> float:
-        """The sum of one number over all workers; every worker must call it."""
-        total = torch.as_tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        total = total.detach().clone().to(self.device)
+    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]:
+        """For each number its sum over all workers; every worker must call it."""
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        totals = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
         if self.world_size > 1:
-            dist.all_reduce(total)
-        return float(total)
+            dist.all_reduce(totals)
+        sums: list[float] = totals.tolist()
+        return sums
 
     def barrier(self) -> None:
         if self.world_size > 1:
