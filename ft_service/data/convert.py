@@ -9,10 +9,18 @@ from ft_service.spec import DataSource
 Conversation = tuple[Message, ...]
 
 _REQUIRED = {"alpaca": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+_EMPTY = ("form.empty-input", "form.empty-output")
 
 
 class BadRecord(ValueError):
-    """Why one record cannot be used; the caller knows its place."""
+    """Why one record cannot be used, and the data gate's code for it; the caller knows its place."""
+
+    def __init__(self, reason: str, code: str = "form.wrong-type") -> None:
+        super().__init__(reason, code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str:
@@ -25,17 +33,18 @@ def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str
         if column[name] not in record:
             there = ", ".join(map(str, record)) or "none"
             raise BadRecord(
-                f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source"
+                f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source",
+                "form.missing-column",
             )
     if source.format == "text":
-        return _string(record, column["text"])
+        return _string(record, column["text"], True)
     if source.format == "chat":
         return _chat(record[column["messages"]])
     return _alpaca(record, column)
 
 
 def _alpaca(record: Mapping[str, Any], column: Mapping[str, str]) -> Conversation:
-    instruction, output = _string(record, column["instruction"]), _string(record, column["output"])
+    instruction, output = _string(record, column["instruction"]), _string(record, column["output"], True)
     extra = _optional_string(record, column["input"])
     system = _optional_string(record, column["system"])
     question = f"{instruction}\n\n{extra}" if extra else instruction
@@ -48,7 +57,7 @@ def _chat(messages: object) -> Conversation:
         raise BadRecord("its messages are not a list with at least one message")
     turns = tuple(_message(number, message) for number, message in enumerate(messages, 1))
     if not any(turn.is_trained for turn in turns):
-        raise BadRecord("has no assistant message to train on (or all have weight 0)")
+        raise BadRecord("has no assistant message to train on (or all have weight 0)", "form.no-answer")
     return turns
 
 
@@ -57,21 +66,23 @@ def _message(number: int, message: object) -> Message:
         raise BadRecord(f"message {number} is not {{role, content}}")
     role, content, weight = message["role"], message["content"], message.get("weight")
     if role not in ROLES:
-        raise BadRecord(f"message {number} has role {role!r}; known are {', '.join(ROLES)}")
-    if not isinstance(content, str) or not content.strip():
+        raise BadRecord(f"message {number} has role {role!r}; known are {', '.join(ROLES)}", "form.unknown-role")
+    if not isinstance(content, str):
         raise BadRecord(f"message {number} has no text as content")
+    if not content.strip():
+        raise BadRecord(f"message {number} has no text as content", _EMPTY[role == "assistant"])
     _check_unicode(content, f"the content of message {number}")
     if weight not in (None, 0, 1):
         raise BadRecord(f"message {number} has weight {weight!r}; 0 and 1 are known")
     return Message(cast(Role, role), content, weight)
 
 
-def _string(record: Mapping[str, Any], column: str) -> str:
+def _string(record: Mapping[str, Any], column: str, is_output: bool = False) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise BadRecord(f"{column} is {type(value).__name__}, not text")
     if not value.strip():
-        raise BadRecord(f"{column} is empty")
+        raise BadRecord(f"{column} is empty", _EMPTY[is_output])
     _check_unicode(value, column)
     return value
 
@@ -91,4 +102,6 @@ def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{name} holds half a character, {text[error.start]!r}, at {error.start}") from None
+        raise BadRecord(
+            f"{name} holds half a character, {text[error.start]!r}, at {error.start}", "form.encoding"
+        ) from None

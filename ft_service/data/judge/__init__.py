@@ -1,0 +1,30 @@
+"""The data gate's judgement: records in, findings out. See `judge.Judge`."""
+
+from ft_service.data.judge.codes import CODES, LEFT_OUT, Code
+from ft_service.data.judge.duplicates import Looks
+from ft_service.data.judge.findings import Finding, Judgement, Place
+from ft_service.data.judge.form import Hit
+from ft_service.data.judge.judge import Judge
+from ft_service.data.judge.leakage import EvaluationSet
+from ft_service.data.judge.records import Fault, Record, Source, Tokens, count, read_file, read_source, with_tokens
+
+__all__ = [
+    "CODES",
+    "LEFT_OUT",
+    "Code",
+    "EvaluationSet",
+    "Fault",
+    "Finding",
+    "Hit",
+    "Judge",
+    "Judgement",
+    "Looks",
+    "Place",
+    "Record",
+    "Source",
+    "Tokens",
+    "count",
+    "read_file",
+    "read_source",
+    "with_tokens",
+]

@@ -1,0 +1,276 @@
+"""Exact duplicates, near-duplicates and contradictions, over the facts of all records.
+
+MinHash only proposes pairs (`suspects`). Whether two records are near-same is decided on the records themselves, which
+are read a second time for it (`Looks`): by the Jaccard similarity of their shingles, and by their numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ft_service.data.judge.facts import BAND_ROWS, BANDS, SIGNATURE, Facts
+from ft_service.data.judge.form import Hit
+from ft_service.data.judge.private import excerpt
+from ft_service.data.judge.records import Record
+from ft_service.data.judge.text import fold, shingles
+
+NEAR_SAME = 0.8
+"""Jaccard similarity of shingles from which texts are near-duplicates (Lee et al. 2022, arXiv:2107.06499)."""
+NEAR_SAME_PROMPT = 0.85
+"""Stricter for contradictions: one changed word may change what is asked."""
+SUSPECT = 0.65
+"""Estimated similarity from which a pair is looked at: three standard errors of 60 permutations below `NEAR_SAME`."""
+OPEN_ENDED_FROM = 10
+"""A question that is given so many different answers asks for ideas (a joke, a name), not for the truth."""
+MOST_LOOKS = 100_000
+"""Records read again at most, 4 KiB each; pairs beyond that are decided by the estimate."""
+_SKETCH = 512
+_PAIR_BLOCK = 100_000
+
+
+class Looks:
+    """What a second reading of some records tells: sketches of prompt and answer, and excerpts. Shards join."""
+
+    def __init__(self, wanted: np.ndarray) -> None:
+        self._wanted = frozenset(wanted.tolist())
+        self._sketches: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.questions: dict[int, str] = {}
+        self.answers: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._sketches)
+
+    def wants(self, key: int) -> bool:
+        """Whether this record is worth reading again; skip the others without converting them."""
+        return key in self._wanted
+
+    def see(self, record: Record) -> None:
+        """Look at a record; one that is not wanted makes no difference."""
+        if record.key in self._wanted and record.fault is None:
+            self._sketches[record.key] = _sketch(record.prompt), _sketch(record.output)
+            self.questions[record.key] = excerpt(record.question)
+            self.answers[record.key] = excerpt(record.output)
+
+    def merge(self, other: "Looks") -> None:
+        """Take over what another shard saw."""
+        self._sketches |= other._sketches
+        self.questions |= other.questions
+        self.answers |= other.answers
+
+    def excerpt(self, key: int) -> str:
+        """Question and answer of a record, in short; "" if it was not seen."""
+        return " → ".join(text for text in (self.questions.get(key), self.answers.get(key)) if text)
+
+    def prompts(self, first: int, second: int) -> float | None:
+        """Similarity of two records' prompts; None unless both were seen."""
+        return self._similarity(0, first, second)
+
+    def outputs(self, first: int, second: int) -> float | None:
+        """Similarity of two records' answers; None unless both were seen."""
+        return self._similarity(1, first, second)
+
+    def _similarity(self, part: int, first: int, second: int) -> float | None:
+        if first not in self._sketches or second not in self._sketches:
+            return None
+        return jaccard(self._sketches[first][part], self._sketches[second][part])
+
+
+def _sketch(text: str) -> np.ndarray:
+    return shingles(fold(text))[:_SKETCH]
+
+
+def jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """Similarity of two sets by the least `_SKETCH` of their sorted hashes: exact for texts of up to 512 shingles.
+
+    Bottom-k sketches (Broder 1997): the least k of the union are a fair sample of it.
+    """
+    if len(first) == 0 and len(second) == 0:
+        return 1.0
+    union = np.union1d(first, second)
+    if len(first) == _SKETCH or len(second) == _SKETCH:
+        union = union[:_SKETCH]
+    common = np.intersect1d(first, second, assume_unique=True)
+    return float(np.isin(common, union, assume_unique=True).sum() / len(union))
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What repeats, as row numbers of `Facts`: `first[i]` is the row that row i repeats, or i itself."""
+
+    exact: np.ndarray
+    whole_pairs: np.ndarray
+    """Pairs [P, 2] whose texts may be near-same, earlier row first."""
+    prompt_pairs: np.ndarray
+    """Pairs whose prompts are the same or may be near-same."""
+
+
+def find_repeats(facts: Facts) -> Repeats:
+    """Exact duplicates, and the pairs that MinHash proposes among the rest."""
+    exact = _first_of_each(facts["exact"])
+    alive = np.flatnonzero(exact == np.arange(len(facts)))
+    prompts = facts["prompt"][alive]
+    same_prompt = alive[_first_of_each(prompts)]
+    repeated = (same_prompt != alive) & (prompts != 0)
+    pairs = (
+        np.stack([same_prompt[repeated], alive[repeated]], axis=1) if len(alive) else np.empty((0, 2), dtype=np.int64)
+    )
+    return Repeats(
+        exact,
+        _proposed(facts, "whole_signature", alive),
+        np.unique(np.concatenate([pairs, _proposed(facts, "prompt_signature", alive[prompts != 0])]), axis=0),
+    )
+
+
+def suspects(facts: Facts, repeats: Repeats) -> np.ndarray:
+    """Keys of the records to look at again, at most `MOST_LOOKS`."""
+    rows = np.unique(np.concatenate([repeats.whole_pairs.ravel(), repeats.prompt_pairs.ravel()]).astype(np.int64))
+    return facts["key"][rows[:MOST_LOOKS]] if len(rows) else np.empty(0, dtype=np.uint64)
+
+
+def _first_of_each(values: np.ndarray) -> np.ndarray:
+    """For each row the first row of the same value."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _proposed(facts: Facts, column: str, rows: np.ndarray) -> np.ndarray:
+    """Pairs of rows that share a band, each bucket as a chain and a star, if their signatures are alike enough."""
+    packed = np.empty(0, dtype=np.uint64)  # one number a pair sorts ten times faster than two
+    for band in range(BANDS if len(rows) > 1 else 0):
+        values = np.ascontiguousarray(facts.band(column, band)[rows]).view(f"V{4 * BAND_ROWS}").ravel()
+        _, bucket = np.unique(values, return_inverse=True)
+        order = np.argsort(bucket, kind="stable")
+        sorted_bucket, sorted_rows = bucket[order], rows[order].astype(np.uint64)
+        follows = np.flatnonzero(sorted_bucket[1:] == sorted_bucket[:-1]) + 1
+        heads = np.searchsorted(sorted_bucket, sorted_bucket[follows])
+        chain, star = (sorted_rows[earlier] << np.uint64(32) | sorted_rows[follows] for earlier in (follows - 1, heads))
+        packed = np.unique(np.concatenate([packed, chain, star]))
+    pairs = np.stack([packed >> np.uint64(32), packed & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+    return pairs[_estimate(facts, column, pairs) >= SUSPECT]
+
+
+def _estimate(facts: Facts, column: str, pairs: np.ndarray) -> np.ndarray:
+    """Jaccard similarity of each pair, estimated from the signatures."""
+    estimates = np.zeros(len(pairs))
+    for start in range(0, len(pairs), _PAIR_BLOCK):
+        first, second = pairs[start : start + _PAIR_BLOCK].T
+        equal = facts.signatures(column, first) == facts.signatures(column, second)
+        estimates[start : start + _PAIR_BLOCK] = equal.sum(axis=1) / SIGNATURE
+    return estimates
+
+
+# -- what comes of it ----------------------------------------------------------------------------------------------------
+
+
+def judge_repeats(
+    facts: Facts, repeats: Repeats, looks: Looks | None, say_place: Callable[[int], str]
+) -> Iterator[Hit]:
+    """Exact duplicates, near-duplicates, contradictions, and training records that validation repeats."""
+    keys, validation = facts["key"].tolist(), facts["validation"]
+
+    def hit(code: str, row: int, detail: str) -> Hit:
+        return Hit(code, keys[row], detail)
+
+    leaked = set()
+    copies = np.flatnonzero(repeats.exact != np.arange(len(facts)))
+    for row, first in zip(copies.tolist(), repeats.exact[copies].tolist(), strict=True):
+        if validation[row] == validation[first]:
+            yield hit("quality.exact-duplicate", row, f"same as {say_place(keys[first])}")
+        else:
+            leaked.add((row, first))
+    near, disagreeing = _decide(facts, repeats, looks)
+    groups = _Groups()
+    for first, second in near:
+        if validation[first] != validation[second]:
+            leaked.add((first, second))
+        else:
+            groups.join(first, second)
+    for row in sorted(groups.members()):
+        if (first := groups.first(row)) != row:
+            yield hit("quality.near-duplicate", row, f"nearly the same as {say_place(keys[first])}")
+    told = set()
+    for row, other in sorted({(max(pair), min(pair)) for pair in leaked}):
+        train = other if validation[row] else row
+        if train not in told:
+            told.add(train)
+            yield hit("leak.validation", train, f"also in validation, {say_place(keys[row + other - train])}")
+    told.clear()
+    for first, second in sorted(disagreeing):
+        for row, other in ((first, second), (second, first)):
+            if row not in told:
+                told.add(row)
+                yield hit("quality.contradiction", row, f"answered otherwise at {say_place(keys[other])}")
+
+
+def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """Pairs that are near-same as a whole, and pairs with (near-)same prompts whose answers differ."""
+    key, prompt, output = facts["key"], facts["prompt"], facts["output"]
+    numbers = facts["prompt_numbers"].astype(np.uint64) << np.uint64(32) | facts["output_numbers"]
+    prompt_numbers = facts["prompt_numbers"]
+
+    def alike(part: Callable[[int, int], float | None] | None, same: bool, a: int, b: int, least: float) -> bool | None:
+        """Whether prompts or answers are near-same; None where nobody looked."""
+        if same:
+            return True
+        similarity = part(int(key[a]), int(key[b])) if part else None
+        return None if similarity is None else similarity >= least
+
+    prompts, outputs = (looks.prompts, looks.outputs) if looks else (None, None)
+    whole = repeats.whole_pairs
+    near = set()
+    estimates = _estimate(facts, "whole_signature", whole)
+    for (a, b), estimate in zip(whole.tolist(), estimates.tolist(), strict=True):
+        if numbers[a] != numbers[b]:
+            continue
+        same = (
+            alike(prompts, prompt[a] == prompt[b], a, b, NEAR_SAME),
+            alike(outputs, output[a] == output[b], a, b, NEAR_SAME),
+        )
+        if all(same) or (None in same and False not in same and estimate >= NEAR_SAME):
+            near.add((a, b))
+    open_ended = _open_ended(prompt, output)
+    disagreeing = set()
+    estimates = _estimate(facts, "prompt_signature", repeats.prompt_pairs)
+    for (a, b), estimate in zip(repeats.prompt_pairs.tolist(), estimates.tolist(), strict=True):
+        if output[a] == output[b] or (a, b) in near or prompt[a] in open_ended or prompt[b] in open_ended:
+            continue
+        if prompt_numbers[a] != prompt_numbers[b]:
+            continue
+        same_prompt = alike(prompts, prompt[a] == prompt[b], a, b, NEAR_SAME_PROMPT)
+        if same_prompt is None:
+            same_prompt = estimate >= NEAR_SAME_PROMPT
+        same_output = alike(outputs, False, a, b, NEAR_SAME) and numbers[a] == numbers[b]
+        if same_prompt and not same_output:
+            disagreeing.add((a, b))
+        elif same_prompt:
+            near.add((a, b))
+    return near, disagreeing
+
+
+def _open_ended(prompt: np.ndarray, output: np.ndarray) -> set[int]:
+    """Prompts with many different answers."""
+    pairs = np.unique(np.stack([prompt, output], axis=1), axis=0)
+    prompts, answers = np.unique(pairs[:, 0], return_counts=True)
+    return set(prompts[answers >= OPEN_ENDED_FROM].tolist())
+
+
+class _Groups:
+    """Rows joined by pairs, each group told by its first row."""
+
+    def __init__(self) -> None:
+        self._up: dict[int, int] = {}
+
+    def first(self, row: int) -> int:
+        while (up := self._up.get(row, row)) != row:
+            self._up[row] = self._up.get(up, up)
+            row = up
+        return row
+
+    def join(self, first: int, second: int) -> None:
+        first, second = sorted((self.first(first), self.first(second)))
+        self._up[second] = first
+        self._up.setdefault(first, first)
+
+    def members(self) -> list[int]:
+        return list(self._up)

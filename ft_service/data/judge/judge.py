@@ -1,0 +1,299 @@
+"""The judge: sees records one by one, joins with the judges of other shards, and comes to a judgement.
+
+    judge = Judge(sources, base=..., max_seq_len=..., evaluation=[...])
+    for record in records:
+        hits = judge.see(record)            # at once: what is wrong with it; is it left out?
+    judge.merge(judge_of_another_shard)
+    looks = judge.second_look()             # which records to read again: few
+    for record in records:
+        if looks.wants(record.key): looks.see(record)
+    judgement = judge.close(looks, note)    # late hits go to `note`
+
+Memory: half a KiB a record (`facts`), and nothing of its text.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heappush, heapreplace
+
+import numpy as np
+
+from ft_service.chat import ChatFormat
+from ft_service.data.judge.balance import judge_balance
+from ft_service.data.judge.codes import CODES, LEFT_OUT
+from ft_service.data.judge.duplicates import Looks, Repeats, find_repeats, judge_repeats, suspects
+from ft_service.data.judge.facts import Facts, FactTable
+from ft_service.data.judge.findings import (
+    Finding,
+    Histogram,
+    Judgement,
+    Place,
+    Signal,
+    SourceCount,
+    by_gravity,
+    verdict_of,
+)
+from ft_service.data.judge.form import Hit, check_record
+from ft_service.data.judge.leakage import EvaluationSet
+from ft_service.data.judge.records import Record, Source, place_of
+from ft_service.data.judge.rights import judge_rights
+from ft_service.data.judge.signal import FEW_LOSS_TOKENS, check_rendering, check_signal, is_rendered
+from ft_service.data.judge.size import NARROW, TOO_FEW, advise
+from ft_service.data.judge.style import judge_style
+
+FIRST_PLACES = 20
+"""Places that a finding carries; all of them go to `note`."""
+_EDGES = [0, *(round(16 * 2 ** (step / 2)) for step in range(31))]
+
+
+class Tally:
+    """Hits by code: how many, of which source, and the first of them. Two tallies of two shards add up."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.by_source: Counter[tuple[int, str]] = Counter()
+        self._first: dict[str, list[tuple[int, Hit]]] = {}
+
+    def add(self, hit: Hit) -> None:
+        self.counts[hit.code] += 1
+        self.by_source[place_of(hit.key)[0], hit.code] += 1
+        self._keep(hit)
+
+    def merge(self, other: "Tally") -> None:
+        self.counts += other.counts
+        self.by_source += other.by_source
+        for code in other.counts:
+            for hit in other.first(code):
+                self._keep(hit)
+
+    def first(self, code: str) -> list[Hit]:
+        """The first places of a code, in order of the data."""
+        return [hit for _, hit in sorted(self._first.get(code, []), key=lambda item: -item[0])]
+
+    def _keep(self, hit: Hit) -> None:
+        kept = self._first.setdefault(hit.code, [])  # a heap with the last place on top
+        if len(kept) < FIRST_PLACES:
+            heappush(kept, (-hit.key, hit))
+        elif -hit.key > kept[0][0]:
+            heapreplace(kept, (-hit.key, hit))
+
+
+class Judge:
+    """See the module. `keep` names codes of records that are not left out although they could be."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        base: str | None = None,
+        max_seq_len: int | None = None,
+        global_batch_size: int | None = None,
+        evaluation: Sequence[EvaluationSet] = (),
+        chat: ChatFormat | None = None,
+        keep: Iterable[str] = (),
+    ) -> None:
+        self.sources = tuple(sources)
+        self._base, self._max_seq_len, self._global_batch_size = base, max_seq_len, global_batch_size
+        self._evaluation, self._chat = tuple(evaluation), chat
+        self._leaves_out = LEFT_OUT - frozenset(keep)
+        self._tally = Tally()
+        self._read: Counter[int] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._left_out_of: Counter[int] = Counter()
+        self._rendered = 0
+        self._table = FactTable()
+        self._frozen: tuple[Facts, Repeats] | None = None
+
+    # -- seeing --------------------------------------------------------------------------------------------------------
+
+    def see(self, record: Record) -> list[Hit]:
+        """What is wrong with a record. If `is_left_out` of any of it, the record is not to be used."""
+        self._frozen = None
+        self._read[record.source] += 1
+        hits = [*check_record(record), *check_signal(record)]
+        for held_out in self._evaluation:
+            hits += held_out.check(record)
+        if self._chat is not None and is_rendered(record):
+            self._rendered += 1
+            hits += check_rendering(record, self._chat)
+        for hit in hits:
+            self._tally.add(hit)
+        if (reason := self.is_left_out(hits)) is not None:
+            self._left_out[reason.code] += 1
+            self._left_out_of[record.source] += 1
+        elif record.fault is None:
+            self._table.add(record)
+        return hits
+
+    def is_left_out(self, hits: Iterable[Hit]) -> Hit | None:
+        """The first of these hits for which the record is left out, or None if it is used."""
+        return next((hit for hit in hits if hit.code in self._leaves_out), None)
+
+    def merge(self, other: "Judge") -> None:
+        """Take over what the judge of another shard of the same sources saw; that one is not to be used again."""
+        self._frozen = None
+        self._tally.merge(other._tally)
+        self._read += other._read
+        self._left_out += other._left_out
+        self._left_out_of += other._left_out_of
+        self._rendered += other._rendered
+        self._table.merge(other._table)
+
+    # -- judging -------------------------------------------------------------------------------------------------------
+
+    def second_look(self) -> Looks:
+        """What to read again: the records that may repeat each other, and the first of those that stand out."""
+        facts, repeats = self._freeze()
+        tally = Tally()
+        for hit in [*judge_style(facts), *judge_balance(facts)[1]]:
+            tally.add(hit)
+        shown = [hit.key for code in tally.counts for hit in tally.first(code)]
+        for column in ("output", "output_opening", "prompt_opening"):
+            shown += _first_of_the_largest(facts, column)
+        return Looks(np.concatenate([suspects(facts, repeats), np.array(shown, dtype=np.uint64)]))
+
+    def close(self, looks: Looks | None = None, note: Callable[[Hit], None] = lambda hit: None) -> Judgement:
+        """The judgement. Every hit that only the whole shows goes to `note`; the others came from `see`."""
+        facts, repeats = self._freeze()
+        tally = Tally()
+        tally.merge(self._tally)
+        left_out, left_out_of = Counter(self._left_out), Counter(self._left_out_of)
+        answers = looks.answers if looks else {}
+        entropy, hits = judge_balance(facts, lambda key: answers.get(key, ""))
+        indexed = any(held_out.code == "leak.validation" for held_out in self._evaluation)
+        repeated = judge_repeats(facts, repeats, looks, self.say_place)
+        for hit in (*hits, *judge_style(facts), *repeated):
+            if hit.code == "leak.validation" and indexed:
+                continue  # told already, when it was seen
+            if looks and not hit.excerpt:
+                hit = Hit(hit.code, hit.key, hit.detail, looks.excerpt(hit.key))
+            tally.add(hit)
+            if hit.code in self._leaves_out:
+                left_out[hit.code] += 1
+                left_out_of[place_of(hit.key)[0]] += 1
+            note(hit)
+        read = sum(self._read.values())
+        usable = read - sum(left_out.values())
+        train = self._used(facts, repeats) & ~facts["validation"]
+        signal = _signal(facts, train)
+        size = advise(int(train.sum()), signal.tokens, self._max_seq_len, self._global_batch_size)
+        findings = [self._finding(code, tally, read) for code in tally.counts]
+        findings += judge_rights(self.sources, self._base)
+        if signal.records and signal.loss_share < FEW_LOSS_TOKENS:
+            findings.append(
+                _remark("signal.few-loss-tokens", signal.records, f"{signal.loss_share:.1%} are loss tokens.")
+            )
+        if size.usable < NARROW:
+            findings.append(_remark("size.too-few" if size.usable < TOO_FEW else "size.small", size.usable, size.text))
+        findings = by_gravity(findings)
+        return Judgement(
+            verdict=verdict_of(findings),
+            findings=findings,
+            read=read,
+            usable=usable,
+            left_out=dict(sorted(left_out.items())),
+            sources=[
+                self._source(number, facts, train, tally, left_out_of[number]) for number in range(len(self.sources))
+            ],
+            lengths=_lengths(facts, train),
+            signal=signal,
+            entropy=entropy,
+            size=size,
+            looked_again=looks is not None,
+        )
+
+    def say_place(self, key: int) -> str:
+        """A place as people write it: file:line."""
+        return str(self.place(Hit("", key)))
+
+    def place(self, hit: Hit) -> Place:
+        """A hit's place, for people and files."""
+        source, file, line = place_of(hit.key)
+        return Place(file=self.sources[source].files[file], line=line, detail=hit.detail, excerpt=hit.excerpt)
+
+    def _freeze(self) -> tuple[Facts, Repeats]:
+        if self._frozen is None:
+            facts = self._table.freeze()
+            self._frozen = facts, find_repeats(facts)
+        return self._frozen
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_frozen": None}
+
+    def _used(self, facts: Facts, repeats: Repeats) -> np.ndarray:
+        if "quality.exact-duplicate" not in self._leaves_out:
+            return np.ones(len(facts), dtype=bool)
+        validation = facts["validation"]
+        is_first = repeats.exact == np.arange(len(facts))
+        return is_first | (validation != validation[repeats.exact])
+
+    def _finding(self, code: str, tally: Tally, read: int) -> Finding:
+        known, count = CODES[code], tally.counts[code]
+        of = self._rendered if code == "signal.round-trip" else read
+        return Finding(
+            code=code,
+            severity=known.severity(count / of),
+            count=count,
+            share=count / of,
+            places=[self.place(hit) for hit in tally.first(code)],
+            why=known.why,
+            cure=known.cure,
+            message=f"Of {of} records that were tried." if code == "signal.round-trip" else "",
+        )
+
+    def _source(self, number: int, facts: Facts, train: np.ndarray, tally: Tally, left_out: int) -> SourceCount:
+        rows = train & (facts["source"] == number)
+        return SourceCount(
+            path=self.sources[number].path,
+            license=self.sources[number].license,
+            read=self._read[number],
+            usable=self._read[number] - left_out,
+            tokens=int(facts["kept"][rows].sum()),
+            loss_tokens=int(facts["kept_loss"][rows].sum()),
+            findings={code: count for (source, code), count in sorted(tally.by_source.items()) if source == number},
+        )
+
+
+def _remark(code: str, count: int, message: str) -> Finding:
+    """A finding on the whole, which has no places."""
+    known = CODES[code]
+    return Finding(
+        code=code,
+        severity=known.severity(1.0),
+        count=count,
+        share=1.0,
+        places=[],
+        why=known.why,
+        cure=known.cure,
+        message=message,
+    )
+
+
+def _signal(facts: Facts, train: np.ndarray) -> Signal:
+    total, kept, loss, kept_loss = (
+        int(facts[name][train].sum(dtype=np.int64)) for name in ("tokens", "kept", "loss", "kept_loss")
+    )
+    return Signal(
+        records=int((facts["tokens"][train] > 0).sum()),
+        tokens=kept,
+        loss_tokens=kept_loss,
+        lost_tokens=total - kept,
+        lost_loss_tokens=loss - kept_loss,
+    )
+
+
+def _lengths(facts: Facts, train: np.ndarray) -> Histogram:
+    """Of whole records in tokens; of answers in characters where tokens were not counted."""
+    tokens = facts["tokens"][train]
+    unit, values = ("tokens", tokens) if tokens.any() else ("characters", facts["output_length"][train])
+    counts, _ = np.histogram(values, bins=_EDGES)
+    last = int(np.flatnonzero(counts).max()) + 1 if counts.any() else 1
+    return Histogram(unit=unit, edges=_EDGES[: last + 1], counts=counts[:last].tolist())
+
+
+def _first_of_the_largest(facts: Facts, column: str) -> list[int]:
+    """The key of the first record of the most frequent value."""
+    if not len(facts):
+        return []
+    values, first, counts = np.unique(facts[column], return_index=True, return_counts=True)
+    return [int(facts["key"][first[counts.argmax()]])]

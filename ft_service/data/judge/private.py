@@ -1,0 +1,116 @@
+"""Private data in text: found, counted, and masked wherever the gate shows a piece of a record."""
+
+import re
+from collections.abc import Iterator
+
+_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9_%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w-])")
+_FOR_DOCUMENTATION = re.compile(r"@(?:[\w-]+\.)*(?:example\.(?:com|net|org|jp)|example|test|invalid|localhost)$", re.I)
+"""RFC 2606 and RFC 6761: nobody's addresses."""
+_PHONE = re.compile(
+    r"(?<![\w.,/#=$¥-])(?:"
+    r"\+\d{1,3}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,3}"  # international
+    r"|\(\d{3}\)[ .-]?\d{3}[ .-]\d{4}|(?:1[ .-])?[2-9]\d{2}[.-][2-9]\d{2}[.-]\d{4}"  # North America
+    r"|0\d{1,4}-\d{1,4}-\d{3,4}|\(0\d{1,4}\) ?\d{1,4}-\d{4}|0[5789]0[ -]?\d{4}[ -]?\d{4}"  # Japan
+    r"|0(?:20|1\d{2,3}|7\d{3}) \d{3,4} ?\d{3,4}"  # United Kingdom
+    r")(?![\w-]|\.\d)"
+)
+_FICTIONAL_PHONE = re.compile(r"555\D?01\d{2}$")
+"""North America keeps 555-0100 to 555-0199 for fiction."""
+_CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)")
+_CARD_START = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|35|6(?:011|4|5|2)")
+"""First digits of Visa, Mastercard, American Express, Diners, JCB, Discover and UnionPay (ISO/IEC 7812)."""
+_CARD_LENGTHS = (13, 14, 15, 16, 19)
+_KEYS = re.compile(
+    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s\S]{0,8000}?-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
+    r"|(?<![A-Za-z0-9_])(?:"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
+    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}"  # GitHub
+    r"|glpat-[\w-]{20,64}"  # GitLab
+    r"|sk-(?:proj-|svcacct-|admin-|ant-[a-z0-9]+-)?[A-Za-z0-9_-]{32,200}"  # OpenAI, Anthropic
+    r"|[sr]k_live_[A-Za-z0-9]{20,120}"  # Stripe
+    r"|AIza[\w-]{35}"  # Google
+    r"|xox[abeprs]-[A-Za-z0-9-]{20,250}"  # Slack
+    r"|hf_[A-Za-z0-9]{30,60}"  # Hugging Face
+    r"|npm_[A-Za-z0-9]{36}|pypi-AgEIcHlwaS5vcmc[\w-]{50,}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web token
+    r")(?![A-Za-z0-9])"
+)
+_HINT = re.compile(r"@|\d|-----BEGIN|[A-Za-z0-9_-]{20}")
+"""Text without any of these holds nothing private, and most text does not get to the longer patterns."""
+_FULL_WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B), 0xFF20, 0xFF0E)}
+_FULL_WIDTH |= {0xFF0D: "-", 0x2212: "-", 0x2010: "-", 0x2011: "-", 0x30FC: "ー", 0xFF08: "(", 0xFF09: ")", 0xFF0B: "+"}
+
+MASKS = {
+    "private.key": "[key]",
+    "private.card": "[card number]",
+    "private.email": "[e-mail]",
+    "private.phone": "[phone]",
+}
+
+
+def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int, int]]:
+    """Code, start and end of what is private in a text. `everything`: also what belongs to nobody (for masking)."""
+    if not _HINT.search(text):
+        return
+    text = text.translate(_FULL_WIDTH)  # one character for one, so that places stay
+    taken: list[tuple[int, int]] = []
+
+    def free(match: re.Match[str]) -> bool:
+        start, end = match.span()
+        if any(start < other_end and other_start < end for other_start, other_end in taken):
+            return False
+        taken.append((start, end))
+        return True
+
+    for match in _KEYS.finditer(text):
+        if free(match):
+            yield "private.key", *match.span()
+    for match in _EMAIL.finditer(text) if "@" in text else ():
+        if free(match) and (everything or not _FOR_DOCUMENTATION.search(match[0])):
+            yield "private.email", *match.span()
+    for match in _CARD.finditer(text):
+        if is_card_number(match[0]) and free(match):
+            yield "private.card", *match.span()
+    for match in _PHONE.finditer(text):
+        if 9 <= sum(map(str.isdigit, match[0])) <= 15 and free(match):
+            if everything or not _FICTIONAL_PHONE.search(match[0]):
+                yield "private.phone", *match.span()
+
+
+def is_card_number(text: str) -> bool:
+    """Whether the digits have a card's first digits, length and check digit (Luhn, ISO/IEC 7812-1)."""
+    digits = [int(character) for character in text if character.isdigit()]
+    if len(digits) not in _CARD_LENGTHS or not _CARD_START.match("".join(map(str, digits))) or len(set(digits)) < 3:
+        return False
+    doubled = [sum(divmod(2 * digit, 10)) if at % 2 else digit for at, digit in enumerate(reversed(digits))]
+    return sum(doubled) % 10 == 0
+
+
+def mask(text: str) -> str:
+    """The text with everything private replaced by what it is."""
+    return _masked(text, 0)
+
+
+EXCERPT_CHARACTERS = 80
+_WINDOW = 8200
+"""Characters masked around an excerpt: what is private may begin well before it, a key's block at most this long."""
+
+
+def excerpt(text: str, at: int = 0) -> str:
+    """A short piece of the text around `at`, on one line, masked."""
+    first = max(0, at - _WINDOW)
+    start = max(0, at - EXCERPT_CHARACTERS // 4)
+    shown = " ".join(_masked(text[first : at + _WINDOW], start - first)[: 2 * EXCERPT_CHARACTERS].split())
+    return ("…" if start else "") + (
+        shown if len(shown) <= EXCERPT_CHARACTERS else shown[: EXCERPT_CHARACTERS - 1] + "…"
+    )
+
+
+def _masked(text: str, start: int) -> str:
+    """From `start` on; what is private and begins before it is told by its mask."""
+    pieces = []
+    for code, first, last in sorted(find_private(text, everything=True), key=lambda found: found[1]):
+        if last > start:
+            pieces += [text[start:first], MASKS[code]]
+            start = last
+    return "".join([*pieces, text[start:]])

@@ -1,0 +1,222 @@
+"""The records that the gate sees: one type for all of them, also for those that could not be read or converted."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ft_service.chat import ChatFormat, Example, encode_texts
+from ft_service.data.convert import BadRecord, Conversation, convert
+from ft_service.data.read import Faults, files_of, read_records
+from ft_service.errors import DataError
+from ft_service.spec import DataSource
+
+Split = Literal["train", "validation"]
+
+_SOURCE_BITS, _FILE_BITS, _LINE_BITS = 10, 20, 34
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as the gate knows it: its settings, and its files in the order in which records number them."""
+
+    path: str
+    files: tuple[str, ...]
+    format: Literal["alpaca", "chat", "text"] = "alpaca"
+    source: str | None = None
+    license: str | None = None
+
+    @classmethod
+    def of(cls, source: DataSource) -> "Source":
+        """The gate's view of a spec's source. Raises `DataError` where there are no files."""
+        files = tuple(map(str, files_of(source))) or (source.path,)
+        return cls(source.path, files, source.format, source.source, source.license)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Lengths of a record in tokens, before and after max_seq_len cuts it."""
+
+    total: int
+    loss: int
+    kept: int
+    kept_loss: int
+    ends: bool
+    """Whether the end of the last turn (or of the text) is kept and trained."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a record cannot be used."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: where it stands, and either what it says or why it cannot be used."""
+
+    source: int
+    """Number of its source among the judge's."""
+    file: int
+    """Number of its file among the source's."""
+    line: int
+    """Line, row or record number from 1; 0 where a whole file is meant."""
+    item: Conversation | str | None = None
+    fault: Fault | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    split: Split = "train"
+    tokens: Tokens | None = None
+
+    @property
+    def key(self) -> int:
+        """Its place in one number: records in order of their keys are in order of the data."""
+        return place_key(self.source, self.file, self.line)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """The texts that are trained on."""
+        if isinstance(self.item, str):
+            return (self.item,)
+        return tuple(message.content for message in self.item or () if message.is_trained)
+
+    @property
+    def output(self) -> str:
+        """The last of the texts that are trained on."""
+        return self.outputs[-1] if self.outputs else ""
+
+    @cached_property
+    def prompt(self) -> str:
+        """All that stands before the last answer; a text has none."""
+        if self.item is None or isinstance(self.item, str):
+            return ""
+        last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
+        return "\n".join(message.content for message in self.item[:last])
+
+    @cached_property
+    def question(self) -> str:
+        """The last user turn before the last answer."""
+        if self.item is None or isinstance(self.item, str):
+            return ""
+        last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
+        return next((message.content for message in reversed(self.item[:last]) if message.role == "user"), "")
+
+    @cached_property
+    def text(self) -> str:
+        """All of it."""
+        if isinstance(self.item, str):
+            return self.item
+        return "\n".join(message.content for message in self.item or ())
+
+
+def place_key(source: int, file: int, line: int) -> int:
+    """Source, file and line in one number of 64 bits, in this order."""
+    if source >> _SOURCE_BITS or file >> _FILE_BITS or line >> _LINE_BITS:
+        raise DataError(
+            f"source {source}, file {file}, line {line}: more than the gate can number "
+            f"({2**_SOURCE_BITS} sources of {2**_FILE_BITS} files). Join small files."
+        )
+    return (source << _FILE_BITS | file) << _LINE_BITS | line
+
+
+def place_of(key: int) -> tuple[int, int, int]:
+    """Source, file and line of a key."""
+    line, rest = key & (1 << _LINE_BITS) - 1, key >> _LINE_BITS
+    return rest >> _FILE_BITS, rest & (1 << _FILE_BITS) - 1, line
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Noted(Faults):
+    """Faults of reading as records."""
+
+    def __init__(self, source: int, file: int, split: Split) -> None:
+        super().__init__()
+        self._where = source, file, split
+        self.records: list[Record] = []
+
+    def add(self, place: str, message: str) -> None:
+        source, file, split = self._where
+        code = "form.encoding" if "UTF-8" in message else "form.unreadable"
+        self.records.append(Record(source, file, _line(place), fault=Fault(code, message), split=split))
+
+    def drain(self) -> Iterator[Record]:
+        yield from self.records
+        self.records.clear()
+
+
+def read_source(number: int, source: DataSource, split: Split = "train") -> Iterator[Record]:
+    """Every record of a source, in order, also those that cannot be used; files are numbered as in `Source.of`."""
+    for file, path in enumerate(Source.of(source).files):
+        yield from read_file(number, source, file, path, split)
+
+
+def read_file(number: int, source: DataSource, file: int, path: str, split: Split = "train") -> Iterator[Record]:
+    """Like `read_source`, of one of its files."""
+    faults = _Noted(number, file, split)
+    saved = Path(source.path).expanduser().is_dir() and Path(path).suffix not in (".jsonl", ".json", ".csv", ".parquet")
+    one = source if saved else source.model_copy(update={"path": path})
+    try:
+        for raw, place in read_records(one, faults):
+            yield from faults.drain()
+            yield to_record(number, file, _line(place), raw, source, split)
+        yield from faults.drain()
+    except DataError as error:  # a file that cannot be read on is one finding, not the end of the judging
+        yield from faults.drain()
+        yield Record(number, file, 0, fault=Fault("form.unreadable", str(error)), split=split)
+
+
+def to_record(
+    number: int, file: int, line: int, raw: Mapping[str, Any], source: DataSource, split: Split = "train"
+) -> Record:
+    """A raw record converted, or with the reason why it cannot be."""
+    try:
+        return Record(number, file, line, convert(raw, source), raw=raw, split=split)
+    except BadRecord as error:
+        return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)
+
+
+_LAST_NUMBER = re.compile(r"(\d+)$")
+
+
+def _line(place: str) -> int:
+    found = _LAST_NUMBER.search(place)
+    return int(found[1]) if found else 0
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def with_tokens(records: Sequence[Record], chat: ChatFormat, max_seq_len: int) -> list[Record]:
+    """The records with their lengths in tokens; many at a time use all cores. Whoever encodes anyway uses `count`."""
+    conversations = [record.item for record in records if isinstance(record.item, tuple)]
+    texts = [record.item for record in records if isinstance(record.item, str)]
+    encoded = iter(chat.encode_batch(conversations))
+    pieces = iter(encode_texts(chat.tokenizer, texts, max_seq_len) if texts else [])
+    counted = []
+    for record in records:
+        if isinstance(record.item, tuple):
+            record = replace(record, tokens=count(next(encoded), max_seq_len, chat.end_of_turn_ids))
+        elif isinstance(record.item, str):
+            examples = next(pieces)
+            total = sum(len(example.input_ids) for example in examples)
+            loss = sum(example.num_loss_tokens for example in examples)
+            record = replace(record, tokens=Tokens(total, loss, total, loss, ends=True))
+        counted.append(record)
+    return counted
+
+
+def count(example: Example, max_seq_len: int, end_of_turn_ids: Sequence[int]) -> Tokens:
+    """Lengths of a conversation that was encoded whole (without a limit)."""
+    kept = example.input_ids[:max_seq_len]
+    return Tokens(
+        total=len(example.input_ids),
+        loss=example.num_loss_tokens,
+        kept=len(kept),
+        kept_loss=sum(example.loss_mask[1:max_seq_len]),
+        ends=example.loss_mask[len(kept) - 1] and kept[-1] in end_of_turn_ids and len(kept) == len(example.input_ids),
+    )
