@@ -1,9 +1,10 @@
 """One-sidedness: whether few openings, templates or labels make up most of the data, with entropies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
+from ft_service.data.judge.duplicates import Looks
 from ft_service.data.judge.facts import Facts
 from ft_service.data.judge.findings import Entropy
 from ft_service.data.judge.form import Hit
@@ -18,8 +19,8 @@ MOST_LABELS, LABEL_REPEATS = 100, 10
 """Answers are labels where there are at most 100 kinds, each given ten times on average."""
 
 
-def judge_balance(facts: Facts, say: Callable[[int], str] = lambda key: "") -> tuple[dict[str, Entropy], list[Hit]]:
-    """Entropy figures, and hits on the records of a kind that dominates. `say` gives the excerpt of a record seen."""
+def judge_balance(facts: Facts, looks: Looks | None = None) -> tuple[dict[str, Entropy], list[Hit]]:
+    """Entropy figures, and hits on the records of a kind that dominates. `looks` lends examples."""
     keys, train = facts["key"], ~facts["validation"]
     entropies: dict[str, Entropy] = {}
     hits: list[Hit] = []
@@ -32,7 +33,8 @@ def judge_balance(facts: Facts, say: Callable[[int], str] = lambda key: "") -> t
         largest = kinds[counts.argmax()]
         rows = np.flatnonzero(train)[values == largest]
         entropy = entropy_of(counts)
-        entropies[name] = entropy.model_copy(update={"largest": say(int(keys[rows[0]]))})
+        seen = (looks.questions if column == "prompt_opening" else looks.answers) if looks else {}
+        entropies[name] = entropy.model_copy(update={"largest": seen.get(int(keys[rows[0]]), "")})
         return rows, entropies[name]
 
     def told(code: str, rows: np.ndarray, entropy: Entropy, what: str) -> Iterator[Hit]:

@@ -17,10 +17,12 @@ from ft_service.data.judge.text import fold, shingles
 
 NEAR_SAME = 0.8
 """Jaccard similarity of shingles from which texts are near-duplicates (Lee et al. 2022, arXiv:2107.06499)."""
-NEAR_SAME_PROMPT = 0.85
-"""Stricter for contradictions: one changed word may change what is asked."""
-SUSPECT = 0.65
-"""Estimated similarity from which a pair is looked at: three standard errors of 60 permutations below `NEAR_SAME`."""
+NEAR_SAME_SHORT, SHORT_FROM, SHORT_TO = 0.65, 12, 40
+"""In a text of 12 to 40 shingles one or two edits cost more: 3 of 25 Japanese shingles changed leave 0.72. Below that a
+different character is a different answer."""
+SUSPECT = 0.6
+"""Estimated similarity from which a pair is looked at: three standard errors (of 60 permutations) below `NEAR_SAME`,
+and somewhat below `NEAR_SAME_SHORT`."""
 OPEN_ENDED_FROM = 10
 """A question that is given so many different answers asks for ideas (a joke, a name), not for the truth."""
 MOST_LOOKS = 100_000
@@ -62,18 +64,18 @@ class Looks:
         """Question and answer of a record, in short; "" if it was not seen."""
         return " → ".join(text for text in (self.questions.get(key), self.answers.get(key)) if text)
 
-    def prompts(self, first: int, second: int) -> float | None:
-        """Similarity of two records' prompts; None unless both were seen."""
-        return self._similarity(0, first, second)
+    def same_prompt(self, first: int, second: int) -> bool | None:
+        """Whether two records' prompts are near-same; None unless both were seen."""
+        return self._near_same(0, first, second)
 
-    def outputs(self, first: int, second: int) -> float | None:
-        """Similarity of two records' answers; None unless both were seen."""
-        return self._similarity(1, first, second)
+    def same_output(self, first: int, second: int) -> bool | None:
+        """Whether two records' answers are near-same; None unless both were seen."""
+        return self._near_same(1, first, second)
 
-    def _similarity(self, part: int, first: int, second: int) -> float | None:
+    def _near_same(self, part: int, first: int, second: int) -> bool | None:
         if first not in self._sketches or second not in self._sketches:
             return None
-        return jaccard(self._sketches[first][part], self._sketches[second][part])
+        return near_same(self._sketches[first][part], self._sketches[second][part])
 
 
 def _sketch(text: str) -> np.ndarray:
@@ -92,6 +94,12 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
         union = union[:_SKETCH]
     common = np.intersect1d(first, second, assume_unique=True)
     return float(np.isin(common, union, assume_unique=True).sum() / len(union))
+
+
+def near_same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two texts are near-duplicates, by their sketches."""
+    is_short = SHORT_FROM <= max(len(first), len(second)) < SHORT_TO
+    return jaccard(first, second) >= (NEAR_SAME_SHORT if is_short else NEAR_SAME)
 
 
 @dataclass(frozen=True)
@@ -209,42 +217,32 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
     numbers = facts["prompt_numbers"].astype(np.uint64) << np.uint64(32) | facts["output_numbers"]
     prompt_numbers = facts["prompt_numbers"]
 
-    def alike(part: Callable[[int, int], float | None] | None, same: bool, a: int, b: int, least: float) -> bool | None:
-        """Whether prompts or answers are near-same; None where nobody looked."""
-        if same:
-            return True
-        similarity = part(int(key[a]), int(key[b])) if part else None
-        return None if similarity is None else similarity >= least
+    Same = Callable[[int, int], bool | None]
 
-    prompts, outputs = (looks.prompts, looks.outputs) if looks else (None, None)
-    whole = repeats.whole_pairs
+    def same(equal: np.ndarray, look: Same | None, a: int, b: int) -> bool | None:
+        """Whether prompts or answers are (near-)same; None where nobody looked."""
+        return True if equal[a] == equal[b] else look(int(key[a]), int(key[b])) if look else None
+
+    prompts, outputs = (looks.same_prompt, looks.same_output) if looks else (None, None)
     near = set()
-    estimates = _estimate(facts, "whole_signature", whole)
-    for (a, b), estimate in zip(whole.tolist(), estimates.tolist(), strict=True):
-        if numbers[a] != numbers[b]:
-            continue
-        same = (
-            alike(prompts, prompt[a] == prompt[b], a, b, NEAR_SAME),
-            alike(outputs, output[a] == output[b], a, b, NEAR_SAME),
-        )
-        if all(same) or (None in same and False not in same and estimate >= NEAR_SAME):
-            near.add((a, b))
+    estimates = _estimate(facts, "whole_signature", repeats.whole_pairs)
+    for (a, b), estimate in zip(repeats.whole_pairs.tolist(), estimates.tolist(), strict=True):
+        if numbers[a] == numbers[b]:
+            both = same(prompt, prompts, a, b), same(output, outputs, a, b)
+            if all(both) or (False not in both and estimate >= NEAR_SAME):
+                near.add((a, b))
     open_ended = _open_ended(prompt, output)
     disagreeing = set()
     estimates = _estimate(facts, "prompt_signature", repeats.prompt_pairs)
     for (a, b), estimate in zip(repeats.prompt_pairs.tolist(), estimates.tolist(), strict=True):
-        if output[a] == output[b] or (a, b) in near or prompt[a] in open_ended or prompt[b] in open_ended:
+        if prompt_numbers[a] != prompt_numbers[b] or prompt[a] in open_ended or prompt[b] in open_ended:
             continue
-        if prompt_numbers[a] != prompt_numbers[b]:
-            continue
-        same_prompt = alike(prompts, prompt[a] == prompt[b], a, b, NEAR_SAME_PROMPT)
-        if same_prompt is None:
-            same_prompt = estimate >= NEAR_SAME_PROMPT
-        same_output = alike(outputs, False, a, b, NEAR_SAME) and numbers[a] == numbers[b]
-        if same_prompt and not same_output:
-            disagreeing.add((a, b))
-        elif same_prompt:
-            near.add((a, b))
+        same_prompt = same(prompt, prompts, a, b)
+        if same_prompt or (same_prompt is None and estimate >= NEAR_SAME):
+            if numbers[a] == numbers[b] and same(output, outputs, a, b):
+                near.add((a, b))
+            elif (a, b) not in near:
+                disagreeing.add((a, b))
     return near, disagreeing
 
 

@@ -41,7 +41,7 @@ FACTS = np.dtype(
         ("output_numbers", "u4"),
         ("prompt_opening", "u4"),
         ("output_opening", "u4"),
-        ("output_length", "u4"),  # characters, folded
+        ("output_length", "u4"),  # characters
         ("tokens", "u4"),
         ("kept", "u4"),
         ("loss", "u4"),
@@ -86,7 +86,7 @@ class FactTable:
                 hash32(numbers(record.output)),
                 hash32(opening(record.question)),
                 hash32(opening(record.output)),
-                len(output),
+                len(record.output.strip()),
                 *((tokens.total, tokens.kept, tokens.loss, tokens.kept_loss) if tokens else (0, 0, 0, 0)),
                 record.source,
                 ENDINGS.index(ending(record.output)),
@@ -184,17 +184,19 @@ def _read_by_the_model(record: Record) -> str:
 
 # -- traits of an answer -----------------------------------------------------------------------------------------------
 
-ENDINGS = ("short", "sentence", "other", "letter", "open")
+ENDINGS = ("short", "sentence", "figure", "letter", "digit", "other", "open")
 WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
 """Characters: shorter answers are names and labels, which end in no full stop."""
+_FIGURE = 16
+"""Characters: a last line as short as this is a result by itself ("#### 18", "答え：12")."""
 _SENTENCE_END = re.compile(
     r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
 )
-_OPEN_END = re.compile(r"[,、，;；:：(（\[「『【＜<{\-–—=+&/]$")
+_OPEN_END = re.compile(r"[,、，;；:：(（\[「『【＜<{\-–—=+&/$×÷@\\^]$")
 
 
 def ending(output: str) -> str:
-    """How an answer ends: in a sentence's end, a letter, something that wants more ("open"), or otherwise."""
+    """How an answer ends: like a sentence, in a short last line, in a letter or digit, or wanting more ("open")."""
     text = output.strip()
     if len(text) < (WHOLE_FROM_CJK if is_cjk(text) else WHOLE_FROM_LATIN):
         return "short"
@@ -205,7 +207,10 @@ def ending(output: str) -> str:
         return "sentence"
     if _OPEN_END.search(last_line):
         return "open"
-    return "letter" if last_line[-1].isalpha() else "other"
+    if len(last_line) <= _FIGURE:
+        return "figure"
+    last = last_line[-1]
+    return "letter" if last.isalpha() else "digit" if last.isdigit() else "other"
 
 
 REGISTERS = ("none", "polite", "plain", "casual", "neutral")
@@ -217,8 +222,8 @@ _PLAIN = re.compile(
     r"(?:だ|である|だった|であった|だろう|であろう|ない|なかった|[うくすつぬむるぐぶ]|った|いた|した|えた|きた|れた|のだ|んだ)(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
 )
 _CASUAL = re.compile(
-    r"\b(?:gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|ur|haha+|"
-    r"yeah|yep|nope|dude|cuz|ya)\b|[!?]{2,}|(?<!\w)(?:u|r)(?!\w)(?= )|[:;]-?[)D(P](?!\w)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
+    r"\b(?:r u|u r|(?:do|can|are|if|see|for|to|with|did|will|love|thank) u|gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|ur|haha+|"
+    r"yeah|yep|nope|dude|cuz|ya)\b|[!?]{2,}|[:;]-?[)D(P](?!\w)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
     re.IGNORECASE,
 )
 
@@ -236,7 +241,7 @@ def register(output: str) -> str:
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")
-_LIST_LINE = re.compile(r"^\s*(?:[-*•・‣]\s|\d{1,3}[.)．]\s|[①-⑳])", re.MULTILINE)
+_LIST_LINE = re.compile(r"^\s*(?:[-*•‣]\s|・|\d{1,3}[.)．]\s|[①-⑳])", re.MULTILINE)
 _TABLE_LINE = re.compile(r"^\s*\|.*\|\s*$", re.MULTILINE)
 _HEADING = re.compile(r"^#{1,6} \S", re.MULTILINE)
 _LIST_FROM = 2
@@ -257,6 +262,6 @@ def shape(output: str) -> str:
         return "code"
     if len(_TABLE_LINE.findall(text)) >= _LIST_FROM:
         return "table"
-    if _HEADING.search(text):
-        return "markdown"
-    return "list" if len(_LIST_LINE.findall(text)) >= _LIST_FROM else "prose"
+    if len(_LIST_LINE.findall(text)) >= _LIST_FROM:
+        return "list"
+    return "markdown" if _HEADING.search(text) else "prose"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import ftfy.badness
 
@@ -51,7 +52,7 @@ def role_order(record: Record) -> Iterator[Hit]:
         (
             turns[0] == "user"
             and turns[-1] == "assistant"
-            and all(later in allowed[earlier] for earlier, later in zip(turns, turns[1:], strict=False))
+            and all(later in allowed[earlier] for earlier, later in pairwise(turns))
         )
         if turns
         else False
@@ -63,7 +64,7 @@ def role_order(record: Record) -> Iterator[Hit]:
 # -- characters ------------------------------------------------------------------------------------------------------
 
 _LOST = "\ufffd"
-_UTF8_AS_SHIFT_JIS = re.compile("[縺繧繝][\uff61-\uff9f\u3400-\u9fff・ァ-ヶ]|窶[\uff61-\uff9f\u3400-\u9fff]")
+_UTF8_AS_SHIFT_JIS = re.compile("[縺繧繝][\u3041-\u30fe\u3400-\u9fff\uff61-\uff9f]|窶[\u3400-\u9fff\uff61-\uff9f]")
 """UTF-8 hiragana and katakana begin with E3 81, E3 82 or E3 83, which Shift-JIS reads as these rare characters (E2 80,
 of typographic quotes, as the last). ftfy does not look for this mistake."""
 _SHIFT_JIS_SIGNS_FROM = 2
@@ -78,9 +79,7 @@ def broken_text(record: Record) -> Iterator[Hit]:
     if text.isascii():
         mojibake = None
     elif (at := text.find(_LOST)) >= 0:
-        yield Hit(
-            "form.encoding", record.key, "holds U+FFFD, which stands for a character that was lost", excerpt(text, at)
-        )
+        yield Hit("form.encoding", record.key, "holds U+FFFD, a character that was lost", excerpt(text, at))
         return
     else:
         mojibake = ftfy.badness.BADNESS_RE.search(text)
@@ -156,7 +155,7 @@ _REFUSAL = re.compile(
     r"|(?:^|[.!] )i (?:can(?:no|')t|am unable to|'m unable to|am not able to|'m not able to|won't|will not) "
     r"(?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
     r"|(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として|であり|なので|ですので|のため)"
-    r"|申し訳(?:ありません|ございません|ない).{0,60}(?:できません|できかねます|いたしかねます|お答えでき|お手伝いでき|お応えでき|わかりません|わかりかねます)"
+    r"|申し訳(?:ありません|ございません|ない).{0,60}(?:できません|できかねます|いたしかねます|わかり(?:ません|かねます))"
     r"|(?:お答え|回答|お手伝い|対応|お応え|提供)(?:する)?(?:ことは|は)?(?:できません|できかねます|いたしかねます|致しかねます)",
     re.IGNORECASE | re.DOTALL,
 )

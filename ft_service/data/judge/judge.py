@@ -15,6 +15,7 @@ Memory: half a KiB a record (`facts`), and nothing of its text.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappush, heapreplace
+from typing import Literal
 
 import numpy as np
 
@@ -158,8 +159,7 @@ class Judge:
         tally = Tally()
         tally.merge(self._tally)
         left_out, left_out_of = Counter(self._left_out), Counter(self._left_out_of)
-        answers = looks.answers if looks else {}
-        entropy, hits = judge_balance(facts, lambda key: answers.get(key, ""))
+        entropy, hits = judge_balance(facts, looks)
         indexed = any(held_out.code == "leak.validation" for held_out in self._evaluation)
         repeated = judge_repeats(facts, repeats, looks, self.say_place)
         for hit in (*hits, *judge_style(facts), *repeated):
@@ -285,8 +285,9 @@ def _signal(facts: Facts, train: np.ndarray) -> Signal:
 def _lengths(facts: Facts, train: np.ndarray) -> Histogram:
     """Of whole records in tokens; of answers in characters where tokens were not counted."""
     tokens = facts["tokens"][train]
-    unit, values = ("tokens", tokens) if tokens.any() else ("characters", facts["output_length"][train])
-    counts, _ = np.histogram(values, bins=_EDGES)
+    unit: Literal["tokens", "characters"] = "tokens" if tokens.any() else "characters"
+    values = tokens if unit == "tokens" else facts["output_length"][train]
+    counts = np.histogram(values, bins=_EDGES)[0]
     last = int(np.flatnonzero(counts).max()) + 1 if counts.any() else 1
     return Histogram(unit=unit, edges=_EDGES[: last + 1], counts=counts[:last].tolist())
 

@@ -8,12 +8,13 @@ import numpy as np
 from ft_service.data.judge.form import Hit
 from ft_service.data.judge.private import excerpt
 from ft_service.data.judge.records import Record
-from ft_service.data.judge.text import grams
+from ft_service.data.judge.text import grams, has_cjk, is_cjk
 
-GRAM = 8
-"""Words, or characters where there are no spaces (PaLM, arXiv:2204.02311, section 8)."""
-OVERLAP = 0.7
-"""Share of an item's n-grams found in one training record from which it counts as seen (PaLM, the same)."""
+GRAM_WORDS, GRAM_CJK = 5, 8
+"""Words, and characters where there are no spaces. PaLM takes 8 words (arXiv:2204.02311, section 8), GPT-3 13; five
+still find a question of 25 words in which two were changed. Eight characters are about four words."""
+OVERLAP = 0.6
+"""Share of an item's n-grams found in one training record from which it counts as seen (PaLM: 0.7, of longer ones)."""
 TEMPLATE_SHARE, TEMPLATE_FROM = 0.01, 10
 """An n-gram in more than this share of the items, and in so many, belongs to their template and tells nothing."""
 Code = Literal["leak.validation", "leak.evaluation"]
@@ -28,7 +29,7 @@ class EvaluationSet:
         self.size = 0
         for record in records:
             if record.fault is None:
-                found = grams(record.question or record.output, GRAM)
+                found = _grams_of_item(record.question or record.output)
                 hashes.append(found)
                 items.append(np.full(len(found), self.size, dtype=np.uint32))
                 self.size += 1
@@ -44,9 +45,7 @@ class EvaluationSet:
         """A hit if an item of the set stands in a training record."""
         if not len(self._hashes) or record.fault is not None or record.split != "train":
             return
-        found = grams(record.text, GRAM)
-        if record.question:  # a short question is one n-gram, which the answer must not swallow
-            found = np.union1d(found, grams(record.question, GRAM))
+        found = self._grams_of_record(record)
         start = np.searchsorted(self._hashes, found, side="left")
         end = np.searchsorted(self._hashes, found, side="right")
         if not (end > start).any():
@@ -57,3 +56,16 @@ class EvaluationSet:
         if (best := float(overlap.max())) >= OVERLAP:
             item = int(overlap.argmax()) + 1
             yield Hit(self.code, record.key, f"{best:.0%} of item {item} of {self.name}", excerpt(record.text))
+
+    @staticmethod
+    def _grams_of_record(record: Record) -> np.ndarray:
+        found = [grams(record.text, GRAM_WORDS)]
+        if has_cjk(record.text):
+            found.append(grams(record.text, GRAM_CJK))
+        if record.question:  # a short question is one n-gram, which the answer must not swallow
+            found.append(_grams_of_item(record.question))
+        return np.unique(np.concatenate(found))
+
+
+def _grams_of_item(text: str) -> np.ndarray:
+    return grams(text, GRAM_CJK if is_cjk(text) else GRAM_WORDS)

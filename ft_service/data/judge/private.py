@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterator
 
-_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9_%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w-])")
+# ASCII throughout: in Unicode the は of "連絡先は090-1234-5678" is a word character, so no number would begin after it.
+_EMAIL = re.compile(
+    r"(?<![\w.+-])[A-Za-z0-9_%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w-])", re.ASCII
+)
 _FOR_DOCUMENTATION = re.compile(r"@(?:[\w-]+\.)*(?:example\.(?:com|net|org|jp)|example|test|invalid|localhost)$", re.I)
 """RFC 2606 and RFC 6761: nobody's addresses."""
 _PHONE = re.compile(
@@ -12,16 +15,18 @@ _PHONE = re.compile(
     r"|\(\d{3}\)[ .-]?\d{3}[ .-]\d{4}|(?:1[ .-])?[2-9]\d{2}[.-][2-9]\d{2}[.-]\d{4}"  # North America
     r"|0\d{1,4}-\d{1,4}-\d{3,4}|\(0\d{1,4}\) ?\d{1,4}-\d{4}|0[5789]0[ -]?\d{4}[ -]?\d{4}"  # Japan
     r"|0(?:20|1\d{2,3}|7\d{3}) \d{3,4} ?\d{3,4}"  # United Kingdom
-    r")(?![\w-]|\.\d)"
+    r")(?![\w-]|\.\d)",
+    re.ASCII,
 )
 _FICTIONAL_PHONE = re.compile(r"555\D?01\d{2}$")
 """North America keeps 555-0100 to 555-0199 for fiction."""
-_CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)")
+_CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", re.ASCII)
 _CARD_START = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|35|6(?:011|4|5|2)")
 """First digits of Visa, Mastercard, American Express, Diners, JCB, Discover and UnionPay (ISO/IEC 7812)."""
 _CARD_LENGTHS = (13, 14, 15, 16, 19)
 _KEYS = re.compile(
-    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s\S]{0,8000}?-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
+    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:[\s\S]{0,8000}?-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
     r"|(?<![A-Za-z0-9_])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}"  # GitHub
@@ -33,7 +38,8 @@ _KEYS = re.compile(
     r"|hf_[A-Za-z0-9]{30,60}"  # Hugging Face
     r"|npm_[A-Za-z0-9]{36}|pypi-AgEIcHlwaS5vcmc[\w-]{50,}"
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web token
-    r")(?![A-Za-z0-9])"
+    r")(?![A-Za-z0-9])",
+    re.ASCII,
 )
 _HINT = re.compile(r"@|\d|-----BEGIN|[A-Za-z0-9_-]{20}")
 """Text without any of these holds nothing private, and most text does not get to the longer patterns."""
@@ -72,9 +78,9 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
         if is_card_number(match[0]) and free(match):
             yield "private.card", *match.span()
     for match in _PHONE.finditer(text):
-        if 9 <= sum(map(str.isdigit, match[0])) <= 15 and free(match):
-            if everything or not _FICTIONAL_PHONE.search(match[0]):
-                yield "private.phone", *match.span()
+        shown = everything or not _FICTIONAL_PHONE.search(match[0])
+        if 9 <= sum(map(str.isdigit, match[0])) <= 15 and free(match) and shown:
+            yield "private.phone", *match.span()
 
 
 def is_card_number(text: str) -> bool:

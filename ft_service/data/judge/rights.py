@@ -17,8 +17,8 @@ _STRICTEST: tuple[Kind, ...] = ("free", "attribution", "share-alike", "non-comme
 
 _FREE = "CC0-1.0 PDDL-1.0 Unlicense 0BSD WTFPL MIT-0 CC-PDDC LicenseRef-OWN LicenseRef-public-domain"
 _ATTRIBUTION = (
-    "MIT Apache-2.0 BSD-2-Clause BSD-3-Clause ISC PSF-2.0 Python-2.0 ODC-By-1.0 CDLA-Permissive-1.0 CDLA-Permissive-2.0 "
-    "OGL-UK-3.0 etalab-2.0 Zlib BSL-1.0 Artistic-2.0 AFL-3.0 ECL-2.0 NCSA PostgreSQL MS-PL DL-DE-BY-2.0 NLOD-2.0 "
+    "MIT Apache-2.0 BSD-2-Clause BSD-3-Clause ISC PSF-2.0 Python-2.0 ODC-By-1.0 CDLA-Permissive-1.0 "
+    "CDLA-Permissive-2.0 OGL-UK-3.0 etalab-2.0 Zlib BSL-1.0 Artistic-2.0 AFL-3.0 ECL-2.0 NCSA PostgreSQL MS-PL DL-DE-BY-2.0 NLOD-2.0 "
     "C-UDA-1.0 llama3 llama3.1 llama3.2 llama3.3 gemma"
 )
 _SHARE_ALIKE = (

@@ -1,6 +1,7 @@
 """Training signal: what of a record is trained on, in tokens, and whether the tokenizer keeps its text."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from ft_service.chat import ChatFormat, plain_ids
 from ft_service.data.judge.form import Hit
@@ -48,6 +49,6 @@ def check_rendering(record: Record, chat: ChatFormat) -> Iterator[Hit]:
             return
     if isinstance(record.item, tuple) and "<|" not in record.text:
         messages = [{"role": message.role, "content": message.content} for message in record.item]
-        stock = chat.tokenizer.apply_chat_template(messages, chat_template=chat.template, return_dict=True)
+        stock: Any = chat.tokenizer.apply_chat_template(messages, chat_template=chat.template, return_dict=True)
         if list(stock["input_ids"]) != chat.encode(record.item).input_ids:
             yield Hit("signal.round-trip", record.key, "the template renders it otherwise", excerpt(record.text))

@@ -20,22 +20,19 @@ _STEPS: Sequence[tuple[int, _Level, float, str]] = (
     (STABLE_END, "stable skill", 3.0, "enough for a stable skill."),
     (EXPERT, "broad skill", 2.0, f"more than a stable skill needs; from {EXPERT:,} on a model becomes an expert."),
 )
+_EXPERT: tuple[_Level, float, str] = ("expert", 1.0, "enough for an expert in its field.")
 """Fewer than, level, epochs. Few records bear more passes (LIMA, arXiv:2305.11206, takes 15 over 1,000; Alpaca 3 over
 52,000), many need one or two; five is where LoRA on some hundred records begins to recite."""
 
 
 def advise(usable: int, kept_tokens: int, max_seq_len: int | None, global_batch_size: int | None) -> SizeAdvice:
     """The advice for so many usable records, which come to so many tokens when packed."""
-    for fewer_than, level, epochs, text in _STEPS:
-        if usable < fewer_than:
-            break
-    else:
-        level, epochs, text = "expert", 1.0, "enough for an expert in its field."
+    level, epochs, meaning = next((step[1:] for step in _STEPS if usable < step[0]), _EXPERT)
     steps = None
     if kept_tokens and max_seq_len and global_batch_size and epochs:
         rows = -(-kept_tokens // max_seq_len)
         steps = max(1, round(epochs * rows / global_batch_size))
-    text = f"{usable:,} usable records: {text}"
+    text = f"{usable:,} usable records: {meaning}"
     if epochs:
         text += f" Begin with {epochs:g} epoch{'s' if epochs != 1 else ''}"
         text += f", {steps:,} steps of {global_batch_size} rows." if steps else "."

@@ -1,4 +1,5 @@
-"""Answers that do not go with the others of their source: cut off, too short, of another length, tone, format, language.
+"""Answers that do not go with the others of their source: cut off, too short, of another length, tone, format or
+language than usual.
 
 What is usual is taken from the data. Each source is judged by itself: two sources may differ on purpose.
 """
@@ -14,19 +15,22 @@ from ft_service.data.judge.text import LANGUAGES
 FEWEST = 20
 """Answers from which on one can speak of what is usual."""
 RARE_ENDING = 0.1
-"""Where nine answers in ten end like sentences, one that ends in a letter was cut."""
+"""Where nine answers in ten end otherwise, one that ends in a letter (digit, sign) in mid-line was cut."""
 SPIKE_FROM, SPIKE_TIMES = 5, 6
 """A length at which so many answers end without a sentence's end, and so many times its neighbours' median: a limit."""
 _SPIKE_NEIGHBOURS = 10
 TOO_SHORT_LATIN, TOO_SHORT_CJK = 10, 4
-"""Folded characters: about two words."""
+"""Characters: about two words."""
 SHORT_AGAINST_MEDIAN = 0.1
-FAR_OUT = 3.0
-"""Interquartile ranges beyond the quartiles, of the logarithm of lengths: Tukey's "far out" (1977)."""
+FAR_OUT = 2.0
+"""Interquartile ranges beyond the quartiles, of the logarithm of lengths: 1 in 1,300 of a normal distribution, between
+Tukey's outliers (1.5 ranges) and his "far out" (3)."""
 FAR_OUT_AT_LEAST = 4.0
-"""Times longer or shorter than the quartile: where all answers are of nearly one length the range alone is too strict."""
+"""Times longer or shorter than the quartile: the range alone is too strict where all are of nearly one length."""
 DOMINANT = 0.8
-"""Share from which one tone, format or language is the usual one, and the others are exceptions to it."""
+"""Share from which one format or language is the usual one, and the others are exceptions to it."""
+DOMINANT_TONE = 0.5
+"""Of tones there are two, and no reason to mix them: the rarer one is always told."""
 
 
 def judge_style(facts: Facts) -> Iterator[Hit]:
@@ -61,7 +65,7 @@ def _findings(part: dict[str, np.ndarray]) -> _Found:
     short = _too_short(part)
     yield "quality.too-short", np.flatnonzero(short), "far shorter than the others"
     yield from _lengths(part["output_length"], short)
-    yield from _exceptions("style.register", part["register"], REGISTERS, unknown=("none",))
+    yield from _exceptions("style.register", part["register"], REGISTERS, unknown=("none",), dominant=DOMINANT_TONE)
     yield from _exceptions("style.format", part["shape"], SHAPES, unknown=("short",))
     yield from _languages(part)
 
@@ -69,13 +73,14 @@ def _findings(part: dict[str, np.ndarray]) -> _Found:
 def _cut_off(part: dict[str, np.ndarray]) -> _Found:
     ending = part["ending"]
     whole = ending != ENDINGS.index("short")
-    is_open, is_letter = ending == ENDINGS.index("open"), ending == ENDINGS.index("letter")
-    yield "form.cut-off", np.flatnonzero(is_open), "ends where more must follow"
-    told = is_open.copy()
-    if whole.sum() >= FEWEST and is_letter.sum() < RARE_ENDING * whole.sum():
-        yield "form.cut-off", np.flatnonzero(is_letter), "ends in the middle of a sentence"
-        told |= is_letter
-    unfinished = whole & (ending != ENDINGS.index("sentence"))
+    told = ending == ENDINGS.index("open")
+    yield "form.cut-off", np.flatnonzero(told), "ends where more must follow"
+    for name in ("letter", "digit", "other"):
+        unusual = ending == ENDINGS.index(name)
+        if whole.sum() >= FEWEST and unusual.sum() < RARE_ENDING * whole.sum():
+            yield "form.cut-off", np.flatnonzero(unusual), "ends in the middle of a sentence"
+            told |= unusual
+    unfinished = whole & ~np.isin(ending, [ENDINGS.index("sentence"), ENDINGS.index("figure")])
     for unit, lengths in (("characters", part["output_length"]), ("tokens", part["kept_loss"])):
         spikes = _spikes(lengths[unfinished])
         for spike in spikes:
@@ -116,14 +121,16 @@ def _lengths(lengths: np.ndarray, told: np.ndarray) -> _Found:
     yield "style.length", np.flatnonzero((logs < low - reach) & ~told), f"far shorter than the others {usual}"
 
 
-def _exceptions(code: str, values: np.ndarray, names: tuple[str, ...], unknown: tuple[str, ...]) -> _Found:
+def _exceptions(
+    code: str, values: np.ndarray, names: tuple[str, ...], unknown: tuple[str, ...], dominant: float = DOMINANT
+) -> _Found:
     """Values other than the dominant one, among those that are known."""
     known = ~np.isin(values, [names.index(name) for name in unknown])
     if known.sum() < FEWEST:
         return
     counts = np.bincount(values[known], minlength=len(names))
     usual = int(counts.argmax())
-    if counts[usual] < DOMINANT * known.sum():
+    if counts[usual] < dominant * known.sum():
         return
     for value in np.flatnonzero(counts):
         if value != usual:

@@ -50,8 +50,15 @@ def numbers(text: str) -> str:
     return " ".join(_NUMBER.findall(unicodedata.normalize("NFKC", text)))
 
 
+def has_cjk(text: str) -> bool:
+    """Whether there is Han or kana in it."""
+    return not text.isascii() and _CJK_CHARACTER.search(text) is not None
+
+
 def is_cjk(text: str) -> bool:
     """Whether Han and kana are the larger part."""
+    if text.isascii():
+        return False
     cjk = len(_CJK_CHARACTER.findall(text))
     return cjk > 0 and cjk * LATIN_LETTERS_PER_CJK_CHARACTER >= len(_LATIN_LETTER.findall(text))
 
