@@ -274,8 +274,8 @@ CUT = {"en": 150, "ja": 17}
 
 def planters(language: str, usual: float) -> dict[str, tuple[Planter, tuple[str, ...]]]:
     """Code -> what plants it, and the codes it may bring about. `usual` is the median length of an answer."""
-    shape = ("style.length", "form.cut-off", "style.format", "style.register", "style.language", "quality.too-short")
-    shape += ("signal.truncated", "signal.end-not-trained")
+    shape: tuple[str, ...] = ("style.length", "form.cut-off", "style.format", "style.register", "style.language")
+    shape = (*shape, "quality.too-short", "signal.truncated", "signal.end-not-trained")
 
     def cut(text: str, dice: random.Random) -> str | None:
         length = CUT[language]
@@ -516,9 +516,8 @@ def _explain(code: str, cases: list[Case], wrong: list[int], missed: list[int]) 
     if EXPLAIN:
         for name, numbers in (("wrong", wrong), ("missed", missed)):
             for number in numbers:
-                print(
-                    f"    {code} {name}: {cases[number - 1].planted} {cases[number - 1].line.decode(errors='replace')[-330:]}"
-                )
+                case = cases[number - 1]
+                print(f"    {code} {name}: {case.planted} {case.line.decode(errors='replace')[-330:]}")
 
 
 def whole_set_defects(pairs: list[Pair], chat: ChatFormat, folder: Path, language: str) -> dict[str, bool]:
@@ -582,10 +581,11 @@ def main() -> int:
             kept = min(values["precision"], values["recall"]) >= goal
             holds &= kept
             print(
-                f"{code:30} {values['planted']:7.0f} {values['precision']:9.3f} {values['recall']:7.3f} {len(clean.hits.get(code, ())):6}"
+                f"{code:30} {values['planted']:7.0f} {values['precision']:9.3f} {values['recall']:7.3f} "
+                f"{len(clean.hits.get(code, ())):6}"
                 f"{'' if kept else f'   below {goal}'}"
             )
-        alarms = {code: len(found) / len(train) for code, found in clean.hits.items()}
+        alarms: dict[str, float] = {code: len(found) / len(train) for code, found in clean.hits.items()}
         too_many = [code for code, share in alarms.items() if share > GOAL_ALARMS and code not in TRUE_OF_CLEAN]
         print(
             "on the clean original:",

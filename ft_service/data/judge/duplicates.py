@@ -120,9 +120,7 @@ def find_repeats(facts: Facts) -> Repeats:
     prompts = facts["prompt"][alive]
     same_prompt = alive[_first_of_each(prompts)]
     repeated = (same_prompt != alive) & (prompts != 0)
-    pairs = (
-        np.stack([same_prompt[repeated], alive[repeated]], axis=1) if len(alive) else np.empty((0, 2), dtype=np.int64)
-    )
+    pairs = np.stack([same_prompt[repeated], alive[repeated]], axis=1)
     return Repeats(
         exact,
         _proposed(facts, "whole_signature", alive),
@@ -168,7 +166,7 @@ def _estimate(facts: Facts, column: str, pairs: np.ndarray) -> np.ndarray:
     return estimates
 
 
-# -- what comes of it ----------------------------------------------------------------------------------------------------
+# -- what comes of it ------------------------------------------------------------------------------------------------
 
 
 def judge_repeats(

@@ -188,7 +188,8 @@ ENDINGS = ("short", "sentence", "figure", "letter", "digit", "other", "open")
 WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
 """Characters: shorter answers are names and labels, which end in no full stop."""
 _FIGURE = 16
-"""Characters: a last line as short as this is a result by itself ("#### 18", "答え：12")."""
+"""Characters: a last line as short as this is a result by itself ("#### 18", "答え：はい")."""
+_RESULT = re.compile(r"[\d:：]")
 _SENTENCE_END = re.compile(
     r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
 )
@@ -207,7 +208,7 @@ def ending(output: str) -> str:
         return "sentence"
     if _OPEN_END.search(last_line):
         return "open"
-    if len(last_line) <= _FIGURE:
+    if len(last_line) <= _FIGURE and _RESULT.search(last_line):
         return "figure"
     last = last_line[-1]
     return "letter" if last.isalpha() else "digit" if last.isdigit() else "other"
@@ -219,17 +220,19 @@ _POLITE = re.compile(
     r"(?:です|ます|でした|ました|ません|ませんでした|でしょう|ましょう|ください|下さい|ございます)(?:か|ね|よ|よね|が|けど|し|から)?$"
 )
 _PLAIN = re.compile(
-    r"(?:だ|である|だった|であった|だろう|であろう|ない|なかった|[うくすつぬむるぐぶ]|った|いた|した|えた|きた|れた|のだ|んだ)(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
+    r"(?:だ|である|だった|であった|だろう|であろう|ない|なかった|[うくすつぬむるぐぶ]|った|いた|した|えた|きた|れた|のだ|んだ)"
+    r"(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
 )
 _CASUAL = re.compile(
-    r"\b(?:r u|u r|(?:do|can|are|if|see|for|to|with|did|will|love|thank) u|gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|ur|haha+|"
+    r"\b(?:r u|u r|(?:do|can|are|if|see|for|to|with|did|will|love|thank) u|"
+    r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|ur|haha+|"
     r"yeah|yep|nope|dude|cuz|ya)\b|[!?]{2,}|[:;]-?[)D(P](?!\w)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
     re.IGNORECASE,
 )
 
 
 def register(output: str) -> str:
-    """The tone: of Japanese polite or plain, by the ends of its sentences; of English neutral or casual, by its words."""
+    """The tone: of Japanese polite or plain, by the ends of sentences; of English neutral or casual, by its words."""
     if is_cjk(output):
         sentences = [s.rstrip("」』）) \u3000") for s in _SENTENCES.split(output[:4000])]
         polite = sum(bool(_POLITE.search(sentence)) for sentence in sentences)

@@ -109,7 +109,8 @@ _HTML = re.compile(
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 _ABOUT_MARKUP = re.compile(
-    r"html|xml|css|svg|markup|web ?page|website|\btags?\b|javascript|react|jsx|php|タグ|ウェブ|マークアップ|ホームページ",
+    r"html|xml|css|svg|markup|web ?page|website|\btags?\b|javascript|react|jsx|php|"
+    r"タグ|ウェブ|マークアップ|ホームページ",
     re.IGNORECASE,
 )
 """A question about markup has markup in its answer."""
@@ -129,7 +130,7 @@ def leftovers(record: Record) -> Iterator[Hit]:
             yield Hit("form.html", record.key, f"holds {found[0][:40]!r}", excerpt(text, found.start()))
 
 
-# -- what answers say ----------------------------------------------------------------------------------------------------
+# -- what answers say ------------------------------------------------------------------------------------------------
 
 COPIED_FROM_LATIN, COPIED_FROM_CJK = 30, 12
 """Characters of a folded question: shorter ones occur in answers by chance ("What is the sun?")."""
@@ -151,7 +152,8 @@ _REFUSAL = re.compile(
     r"as an? (?:ai|artificial intelligence|large language|language)[ -](?:language )?(?:model|assistant)"
     r"|as an ai\b"
     r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model)"
-    r"|i(?:'m| am) (?:really |very |so )?sorry,? (?:but )?(?:i|as an)\b.{0,20}(?:can(?:no|')t|unable|not able|won't|will not)"
+    r"|i(?:'m| am) (?:really |very |so )?sorry,? (?:but )?(?:i|as an)\b.{0,20}"
+    r"(?:can(?:no|')t|unable|not able|won't|will not)"
     r"|(?:^|[.!] )i (?:can(?:no|')t|am unable to|'m unable to|am not able to|'m not able to|won't|will not) "
     r"(?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
     r"|(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として|であり|なので|ですので|のため)"

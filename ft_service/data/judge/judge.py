@@ -296,5 +296,5 @@ def _first_of_the_largest(facts: Facts, column: str) -> list[int]:
     """The key of the first record of the most frequent value."""
     if not len(facts):
         return []
-    values, first, counts = np.unique(facts[column], return_index=True, return_counts=True)
+    _, first, counts = np.unique(facts[column], return_index=True, return_counts=True)
     return [int(facts["key"][first[counts.argmax()]])]

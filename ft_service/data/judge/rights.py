@@ -18,8 +18,8 @@ _STRICTEST: tuple[Kind, ...] = ("free", "attribution", "share-alike", "non-comme
 _FREE = "CC0-1.0 PDDL-1.0 Unlicense 0BSD WTFPL MIT-0 CC-PDDC LicenseRef-OWN LicenseRef-public-domain"
 _ATTRIBUTION = (
     "MIT Apache-2.0 BSD-2-Clause BSD-3-Clause ISC PSF-2.0 Python-2.0 ODC-By-1.0 CDLA-Permissive-1.0 "
-    "CDLA-Permissive-2.0 OGL-UK-3.0 etalab-2.0 Zlib BSL-1.0 Artistic-2.0 AFL-3.0 ECL-2.0 NCSA PostgreSQL MS-PL DL-DE-BY-2.0 NLOD-2.0 "
-    "C-UDA-1.0 llama3 llama3.1 llama3.2 llama3.3 gemma"
+    "CDLA-Permissive-2.0 OGL-UK-3.0 etalab-2.0 Zlib BSL-1.0 Artistic-2.0 AFL-3.0 ECL-2.0 NCSA PostgreSQL MS-PL "
+    "DL-DE-BY-2.0 NLOD-2.0 C-UDA-1.0 llama3 llama3.1 llama3.2 llama3.3 gemma"
 )
 _SHARE_ALIKE = (
     "ODbL-1.0 GFDL-1.1 GFDL-1.2 GFDL-1.3 GPL-2.0 GPL-3.0 AGPL-3.0 LGPL-2.1 LGPL-3.0 MPL-2.0 EPL-2.0 EUPL-1.2 OSL-3.0 "
