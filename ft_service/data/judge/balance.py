@@ -33,7 +33,7 @@ def judge_balance(facts: Facts, looks: Looks | None = None) -> tuple[dict[str, E
         largest = kinds[counts.argmax()]
         rows = np.flatnonzero(train)[values == largest]
         entropy = entropy_of(counts)
-        seen = (looks.questions if column == "prompt_opening" else looks.answers) if looks else {}
+        seen = (looks.questions if column == "prompt_opening" else looks.answers) if looks is not None else {}
         entropies[name] = entropy.model_copy(update={"largest": seen.get(int(keys[rows[0]]), "")})
         return rows, entropies[name]
 

@@ -40,9 +40,6 @@ class Looks:
         self.questions: dict[int, str] = {}
         self.answers: dict[int, str] = {}
 
-    def __len__(self) -> int:
-        return len(self._sketches)
-
     def wants(self, key: int) -> bool:
         """Whether this record is worth reading again; skip the others without converting them."""
         return key in self._wanted
@@ -213,13 +210,17 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
     """Pairs that are near-same as a whole, and pairs with (near-)same prompts whose answers differ."""
     key, prompt, output = facts["key"], facts["prompt"], facts["output"]
     numbers = facts["prompt_numbers"].astype(np.uint64) << np.uint64(32) | facts["output_numbers"]
-    prompt_numbers = facts["prompt_numbers"]
+    prompt_numbers, length = facts["prompt_numbers"], facts["output_length"]
 
     Same = Callable[[int, int], bool | None]
 
     def same(equal: np.ndarray, look: Same | None, a: int, b: int) -> bool | None:
-        """Whether prompts or answers are (near-)same; None where nobody looked."""
-        return True if equal[a] == equal[b] else look(int(key[a]), int(key[b])) if look else None
+        """Whether prompts or answers are (near-)same; None where nobody looked and it cannot be told otherwise."""
+        if equal[a] == equal[b]:
+            return True
+        if equal is output and max(length[a], length[b]) < SHORT_FROM:
+            return False
+        return look(int(key[a]), int(key[b])) if look else None
 
     prompts, outputs = (looks.same_prompt, looks.same_output) if looks else (None, None)
     near = set()

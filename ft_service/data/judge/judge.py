@@ -165,7 +165,7 @@ class Judge:
         for hit in (*hits, *judge_style(facts), *repeated):
             if hit.code == "leak.validation" and indexed:
                 continue  # told already, when it was seen
-            if looks and not hit.excerpt:
+            if looks is not None and not hit.excerpt:
                 hit = Hit(hit.code, hit.key, hit.detail, looks.excerpt(hit.key))
             tally.add(hit)
             if hit.code in self._leaves_out:

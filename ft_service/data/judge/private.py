@@ -41,7 +41,7 @@ _KEYS = re.compile(
     r")(?![A-Za-z0-9])",
     re.ASCII,
 )
-_HINT = re.compile(r"@|\d|-----BEGIN|[A-Za-z0-9_-]{20}")
+_HINT = re.compile(r"[@＠]|\d|-----BEGIN|[A-Za-z0-9_-]{20}")
 """Text without any of these holds nothing private, and most text does not get to the longer patterns."""
 _FULL_WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B), 0xFF20, 0xFF0E)}
 _FULL_WIDTH |= {0xFF0D: "-", 0x2212: "-", 0x2010: "-", 0x2011: "-", 0x30FC: "ー", 0xFF08: "(", 0xFF09: ")", 0xFF0B: "+"}
@@ -86,7 +86,7 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
 def is_card_number(text: str) -> bool:
     """Whether the digits have a card's first digits, length and check digit (Luhn, ISO/IEC 7812-1)."""
     digits = [int(character) for character in text if character.isdigit()]
-    if len(digits) not in _CARD_LENGTHS or not _CARD_START.match("".join(map(str, digits))) or len(set(digits)) < 3:
+    if len(digits) not in _CARD_LENGTHS or not _CARD_START.match("".join(map(str, digits))) or len(set(digits)) < 2:
         return False
     doubled = [sum(divmod(2 * digit, 10)) if at % 2 else digit for at, digit in enumerate(reversed(digits))]
     return sum(doubled) % 10 == 0
