@@ -65,7 +65,7 @@ class Pair:
     answer: str
 
 
-# -- clean records -----------------------------------------------------------------------------------------------------
+# -- clean records ---------------------------------------------------------------------------------------------------
 
 
 def read_pairs(file: Path, columns: dict[str, str], limit: int) -> list[Pair]:
@@ -97,7 +97,7 @@ def chat_line(pair: Pair) -> bytes:
     return line({"messages": messages(pair)})
 
 
-# -- defects -----------------------------------------------------------------------------------------------------------
+# -- defects ---------------------------------------------------------------------------------------------------------
 
 Planter = Callable[[Pair, random.Random], bytes | None]
 """A clean pair with one defect; None where it cannot have it (too short to be cut)."""
@@ -440,7 +440,7 @@ def plant(pairs: list[Pair], held_out: list[Pair], language: str, dice: random.R
     return cases
 
 
-# -- judging -----------------------------------------------------------------------------------------------------------
+# -- judging ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass

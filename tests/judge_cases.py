@@ -23,7 +23,7 @@ def text(content: str, line: int = 1) -> Record:
 
 
 def judge(**settings: object) -> Judge:
-    source = Source("data.jsonl", ("data.jsonl",), source="made up", license="MIT")
+    source = Source("data.jsonl", ("data.jsonl",), source="made up", license="CC0-1.0")
     return Judge([source], **settings)  # type: ignore[arg-type]
 
 
@@ -43,12 +43,44 @@ def lines(hits: Sequence[Hit], code: str) -> list[int]:
     return sorted(hit.key for hit in hits if hit.code == code)
 
 
-_NOUNS = "river bridge candle garden window teacher market planet engine ladder basket violin harbor pepper castle".split()
-_VERBS = "carries builds watches repairs paints follows measures lifts covers crosses".split()
-_PLACES = "Oslo Lima Cairo Quito Dakar Hanoi Perth Turin Basel Kyoto".split()
-_JA_NOUNS = "川 橋 ろうそく 庭 窓 先生 市場 惑星 機関車 はしご かご バイオリン 港 胡椒 城".split()
-_JA_VERBS = "運んだ 建てた 眺めた 直した 塗った 追いかけた 測った 持ち上げた 覆った 渡った".split()
-_JA_PLACES = "札幌 仙台 新潟 長野 金沢 奈良 松山 高知 長崎 那覇".split()
+_NOUNS = [
+    "river",
+    "bridge",
+    "candle",
+    "garden",
+    "window",
+    "teacher",
+    "market",
+    "planet",
+    "engine",
+    "ladder",
+    "basket",
+    "violin",
+    "harbor",
+    "pepper",
+    "castle",
+]
+_VERBS = ["carries", "builds", "watches", "repairs", "paints", "follows", "measures", "lifts", "covers", "crosses"]
+_PLACES = ["Oslo", "Lima", "Cairo", "Quito", "Dakar", "Hanoi", "Perth", "Turin", "Basel", "Kyoto"]
+_JA_NOUNS = [
+    "川",
+    "橋",
+    "ろうそく",
+    "庭",
+    "窓",
+    "先生",
+    "市場",
+    "惑星",
+    "機関車",
+    "はしご",
+    "かご",
+    "バイオリン",
+    "港",
+    "胡椒",
+    "城",
+]
+_JA_VERBS = ["運んだ", "建てた", "眺めた", "直した", "塗った", "追いかけた", "測った", "持ち上げた", "覆った", "渡った"]
+_JA_PLACES = ["札幌", "仙台", "新潟", "長野", "金沢", "奈良", "松山", "高知", "長崎", "那覇"]
 
 
 def clean_pairs(count: int, language: str = "en", seed: int = 0) -> list[Pair]:
@@ -57,14 +89,22 @@ def clean_pairs(count: int, language: str = "en", seed: int = 0) -> list[Pair]:
     pairs = []
     for _ in range(count):
         if language == "en":
-            pick = [dice.choice(_NOUNS) for _ in range(6)], [dice.choice(_VERBS) for _ in range(3)], dice.sample(_PLACES, 3)
+            pick = (
+                [dice.choice(_NOUNS) for _ in range(6)],
+                [dice.choice(_VERBS) for _ in range(3)],
+                dice.sample(_PLACES, 3),
+            )
             (a, b, c, d, e, f), (v, w, x), (p, q, r) = pick
             opening = dice.choice(["Why do people say", "Explain how", "Tell me whether", "Describe when", "Who says"])
             question = f"{opening} the {a} of {p} {v} a {b} and the {c} near {q} {w} {dice.randrange(999)} items?"
             answer = f"{dice.choice(['Near', 'In', 'Far from'])} {r} the {d} {x} a {e} that the {f} of {q} {v}, "
             answer += f"because {dice.randrange(999)} people of {p} once said that the {a} {w} every {c}."
         else:
-            pick = [dice.choice(_JA_NOUNS) for _ in range(6)], [dice.choice(_JA_VERBS) for _ in range(3)], dice.sample(_JA_PLACES, 3)
+            pick = (
+                [dice.choice(_JA_NOUNS) for _ in range(6)],
+                [dice.choice(_JA_VERBS) for _ in range(3)],
+                dice.sample(_JA_PLACES, 3),
+            )
             (a, b, c, d, e, f), (v, w, x), (p, q, r) = pick
             opening = dice.choice(["なぜ", "どのように", "いつ", "どうして", "だれのために"])
             question = f"{opening}{p}の{a}は{b}を{v}のか。また{q}の{c}が{dice.randrange(999)}個の{f}を{w}理由を教えて。"

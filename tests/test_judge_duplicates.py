@@ -1,4 +1,4 @@
-"""Duplicates, near-duplicates and contradictions: told apart, in English and Japanese, whatever the order and the shards."""
+"""Duplicates, near-duplicates and contradictions: told apart in English and Japanese, whatever the order of shards."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,20 @@ from ft_service.data.judge.duplicates import jaccard
 from ft_service.data.judge.text import fold, shingles
 from tests.judge_cases import clean_pairs, clean_records, judged, lines, record, text
 
-EN = ("How many boats cross the river of Oslo in spring when the snow melts?", "About 40 boats cross it, because the snow melts.")
+EN = (
+    "How many boats cross the river of Oslo in spring when the snow melts?",
+    "About 40 boats cross it, because the snow melts.",
+)
 JA = ("春に雪がとけるとき、オスロの川をわたる船は何隻ありますか。", "雪がとけるので、およそ40隻の船が川をわたります。")
 NEAR = {
-    EN: ("How many boats cross the river in Oslo in spring, when the snow melts?", "About 40 boats cross it because the snow melts!"),
-    JA: ("春に雪がとける時、オスロの川をわたる船は何隻ありますか？", "雪がとけるので、およそ40隻の船が川をわたりますよ。"),
+    EN: (
+        "How many boats cross the river in Oslo in spring, when the snow melts?",
+        "About 40 boats cross it because the snow melts!",
+    ),
+    JA: (
+        "春に雪がとける時、オスロの川をわたる船は何隻ありますか？",
+        "雪がとけるので、およそ40隻の船が川をわたりますよ。",
+    ),
 }
 OTHER = {EN: "Nobody has ever counted them, and nobody will.", JA: "だれも数えたことがないので、わかりません。"}
 
@@ -70,8 +79,13 @@ def test_a_chain_of_near_duplicates_is_one_group() -> None:
 def test_the_same_question_with_another_answer_is_a_contradiction_of_both(pair: tuple[str, str]) -> None:
     question, _ = pair
     assert repeated(with_others(pair, (question, OTHER[pair]))) == {"contradiction": [1, 2]}
-    nearly = NEAR[pair][0]
-    assert repeated(with_others(pair, (nearly, OTHER[pair]))) == {"contradiction": [1, 2]}
+    assert repeated(with_others(pair, (f"『{question.upper()}』 ", OTHER[pair]))) == {"contradiction": [1, 2]}
+    context = {
+        EN: "In the north of Europe winters are long. People wait for the sun. ",
+        JA: "北欧の冬は長く、人々は太陽を待ちます。川は氷でおおわれ、船は港にとどまります。",
+    }
+    pairs = [(context[pair] + question, pair[1]), (context[pair] + NEAR[pair][0], OTHER[pair])]
+    assert repeated(with_others(*pairs)) == {"contradiction": [1, 2]}
 
 
 def test_short_answers_contradict_by_one_character() -> None:
@@ -98,7 +112,10 @@ def test_word_problems_that_differ_in_their_numbers_are_different_problems() -> 
 def test_another_last_question_is_another_question() -> None:
     chats = [EN, (EN[0], "About 40 boats cross it because the snow melts.")]
     story = "A baker and a smith of Turin share a cart. "
-    pairs = [(story + "What does the baker carry?", "Bread."), (story + "Where did the smith learn his trade?", "In Basel.")]
+    pairs = [
+        (story + "What does the baker carry?", "Bread."),
+        (story + "Where did the smith learn his trade?", "In Basel."),
+    ]
     assert repeated(with_others(*chats, *pairs)) == {"near-duplicate": [2]}
 
 
@@ -123,7 +140,7 @@ def test_validation_that_training_repeats_is_a_leak_and_no_duplicate() -> None:
     assert judgement.left_out == {} and judgement.size.usable == 63
 
 
-# -- how ---------------------------------------------------------------------------------------------------------------------
+# -- how -------------------------------------------------------------------------------------------------------------
 
 
 def true_jaccard(a: str, b: str) -> float:
@@ -157,7 +174,10 @@ def test_few_records_are_read_again() -> None:
 def test_what_is_found_depends_neither_on_shards_nor_on_their_order() -> None:
     from tests.judge_cases import judge
 
-    records = [*with_others(EN, EN, NEAR[EN], (EN[0], OTHER[EN]), language="ja"), *(record(*JA, line=90 + n) for n in range(2))]
+    records = [
+        *with_others(EN, EN, NEAR[EN], (EN[0], OTHER[EN]), language="ja"),
+        *(record(*JA, line=90 + n) for n in range(2)),
+    ]
 
     def through(shards: list[list[Record]]) -> tuple[Judgement, list[Hit]]:
         gates = [judge() for _ in shards]

@@ -1,4 +1,4 @@
-"""What can be told of one record: form, leftovers, stock phrases. Each kind is found, and its innocent likeness is not."""
+"""What can be told of one record: form, leftovers, stock phrases. Each kind is found, its innocent likeness is not."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_clean_records_have_nothing(language: str) -> None:
     assert [code for one in clean_records(100, language) for code in codes(one)] == []
 
 
-# -- what cannot be used -----------------------------------------------------------------------------------------------
+# -- what cannot be used ---------------------------------------------------------------------------------------------
 
 
 def read(tmp_path: Path, content: bytes, **source: Any) -> list[Record]:
@@ -50,9 +50,7 @@ def read(tmp_path: Path, content: bytes, **source: Any) -> list[Record]:
         (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "form.encoding"),
     ],
 )
-def test_a_record_that_cannot_be_used_has_a_code_a_reason_and_its_place(
-    tmp_path: Path, line: bytes, code: str
-) -> None:
+def test_a_record_that_cannot_be_used_has_a_code_a_reason_and_its_place(tmp_path: Path, line: bytes, code: str) -> None:
     good = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}).encode()
     records = read(tmp_path, b"\n".join([good, line, good]), format="chat")
     assert [(one.line, one.fault and one.fault.code) for one in records] == [(1, None), (2, code), (3, None)]
@@ -83,7 +81,7 @@ def test_a_file_that_breaks_off_is_a_finding_and_the_next_file_is_still_read(tmp
     assert (whole.item, whole.file, whole.line) == ("whole", 1, 1)
 
 
-# -- order of turns ------------------------------------------------------------------------------------------------------
+# -- order of turns --------------------------------------------------------------------------------------------------
 
 U, A, S, T = ("user", "q"), ("assistant", "a"), ("system", "s"), ("tool", "t")
 
@@ -98,7 +96,7 @@ def test_other_orders_do_not(turns: tuple[tuple[str, str], ...]) -> None:
     assert codes(chat(*turns)) == {"form.role-order"}
 
 
-# -- characters and leftovers ----------------------------------------------------------------------------------------------
+# -- characters and leftovers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_leftovers_are_found(content: str, code: str) -> None:
         "if a < b and c > d then a <= d",
         "x <- c(1, 2); y |> print()",
         "Ratio 3:4. Note: see Human rights.",
-        "Write ```\n<p>code</p>\n``` and `<br>` in HTML." ,
+        "Write ```\n<p>code</p>\n``` and `<br>` in HTML.",
         "tab\tand\r\nline ends",
         "AT&T and R&D",
     ],
@@ -152,7 +150,7 @@ def test_an_answer_about_markup_may_hold_it() -> None:
     assert codes(record("Write a heading.", "<h1>Title</h1>")) == {"form.html"}
 
 
-# -- what answers say --------------------------------------------------------------------------------------------------------
+# -- what answers say ------------------------------------------------------------------------------------------------
 
 
 def test_a_question_repeated_in_its_answer_is_found() -> None:

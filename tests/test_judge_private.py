@@ -82,7 +82,9 @@ def test_a_finding_never_shows_what_it_found() -> None:
         filler = "words " * dice.randrange(30)
         hits = list(check_record(record("q?", f"{filler}{secret} {filler}")))
         assert [hit.code for hit in hits] == [code]
-        assert secret not in hits[0].excerpt and secret[:12] not in hits[0].excerpt and secret[-8:] not in hits[0].excerpt
+        assert (
+            secret not in hits[0].excerpt and secret[:12] not in hits[0].excerpt and secret[-8:] not in hits[0].excerpt
+        )
 
 
 @pytest.mark.parametrize("at", range(0, 70, 7))

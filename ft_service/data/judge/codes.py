@@ -110,6 +110,7 @@ _TABLE = (
         "signal.few-loss-tokens",
         "Most of the computation reads questions and little of it teaches answers.",
         "Shorten prompts that repeat themselves, or write fuller answers.",
+        warns_from=None,
     ),
     Code(
         "signal.end-not-trained",

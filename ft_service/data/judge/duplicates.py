@@ -17,9 +17,9 @@ from ft_service.data.judge.text import fold, shingles
 
 NEAR_SAME = 0.8
 """Jaccard similarity of shingles from which texts are near-duplicates (Lee et al. 2022, arXiv:2107.06499)."""
-NEAR_SAME_SHORT, SHORT_FROM, SHORT_TO = 0.65, 12, 40
-"""In a text of 12 to 40 shingles one or two edits cost more: 3 of 25 Japanese shingles changed leave 0.72. Below that a
-different character is a different answer."""
+NEAR_SAME_SHORT, SHORT_FROM, SHORT_TO = 0.65, 12, 100
+"""In a short text one edit costs more: 3 of 25 Japanese shingles changed leave 0.72, one word of 12 in English 0.76. So
+the threshold rises from 0.65 at 12 shingles to `NEAR_SAME` at 100. Below 12 another character makes another answer."""
 SUSPECT = 0.6
 """Estimated similarity from which a pair is looked at: three standard errors (of 60 permutations) below `NEAR_SAME`,
 and somewhat below `NEAR_SAME_SHORT`."""
@@ -65,6 +65,12 @@ class Looks:
         """Whether two records' prompts are near-same; None unless both were seen."""
         return self._near_same(0, first, second)
 
+    def same_question(self, first: int, second: int) -> bool | None:
+        """Whether two prompts ask the same. Stricter: beside another answer, one other word may be what is asked."""
+        if first not in self._sketches or second not in self._sketches:
+            return None
+        return jaccard(self._sketches[first][0], self._sketches[second][0]) >= NEAR_SAME
+
     def same_output(self, first: int, second: int) -> bool | None:
         """Whether two records' answers are near-same; None unless both were seen."""
         return self._near_same(1, first, second)
@@ -95,8 +101,11 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 def near_same(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two texts are near-duplicates, by their sketches."""
-    is_short = SHORT_FROM <= max(len(first), len(second)) < SHORT_TO
-    return jaccard(first, second) >= (NEAR_SAME_SHORT if is_short else NEAR_SAME)
+    size = max(len(first), len(second))
+    least = NEAR_SAME
+    if SHORT_FROM <= size < SHORT_TO:
+        least -= (NEAR_SAME - NEAR_SAME_SHORT) * (SHORT_TO - size) / (SHORT_TO - SHORT_FROM)
+    return jaccard(first, second) >= least
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,7 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
             return False
         return look(int(key[a]), int(key[b])) if look else None
 
-    prompts, outputs = (looks.same_prompt, looks.same_output) if looks else (None, None)
+    prompts, outputs = (looks.same_prompt, looks.same_output) if looks is not None else (None, None)
     near = set()
     estimates = _estimate(facts, "whole_signature", repeats.whole_pairs)
     for (a, b), estimate in zip(repeats.whole_pairs.tolist(), estimates.tolist(), strict=True):
@@ -236,7 +245,7 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
     for (a, b), estimate in zip(repeats.prompt_pairs.tolist(), estimates.tolist(), strict=True):
         if prompt_numbers[a] != prompt_numbers[b] or prompt[a] in open_ended or prompt[b] in open_ended:
             continue
-        same_prompt = same(prompt, prompts, a, b)
+        same_prompt = same(prompt, looks.same_question if looks is not None else None, a, b)
         if same_prompt or (same_prompt is None and estimate >= NEAR_SAME):
             if numbers[a] == numbers[b] and same(output, outputs, a, b):
                 near.add((a, b))

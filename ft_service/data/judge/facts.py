@@ -29,7 +29,12 @@ BANDS, BAND_ROWS = 12, 5
 0.5 (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Chance meetings are sorted out afterwards."""
 SIGNATURE = BANDS * BAND_ROWS
 _SEED = 1
-_BUFFER = 2048
+_BUFFER, _BUFFER_HASHES = 2048, 2**18
+"""Records and hashes that wait for their signatures at most: many at a time are faster, and 2 MiB are enough."""
+_COMPARED = 200_000
+"""Characters of a prompt and of an answer that are compared with others'."""
+_LOOKED_AT = 20_000
+"""Characters in which the format of an answer shows."""
 
 FACTS = np.dtype(
     [
@@ -68,6 +73,7 @@ class FactTable:
         self._chunks: list[np.ndarray] = []
         self._rows: list[tuple[object, ...]] = []
         self._shingles: list[np.ndarray] = []
+        self._waiting = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._chunks)) + len(self._rows)
@@ -99,8 +105,10 @@ class FactTable:
                 is_cjk(record.output),
             )
         )
+        prompt, output = prompt[:_COMPARED], output[:_COMPARED]
         self._shingles += [shingles(prompt), shingles(prompt + output)]
-        if len(self._rows) >= _BUFFER:
+        self._waiting += len(self._shingles[-2]) + len(self._shingles[-1])
+        if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
             self._flush()
 
     def merge(self, other: "FactTable") -> None:
@@ -127,7 +135,7 @@ class FactTable:
         signatures = _signatures(self._shingles)
         chunk["prompt_signature"], chunk["whole_signature"] = signatures[0::2], signatures[1::2]
         self._chunks.append(chunk)
-        self._rows, self._shingles = [], []
+        self._rows, self._shingles, self._waiting = [], [], 0
 
 
 class Facts:
@@ -182,7 +190,7 @@ def _read_by_the_model(record: Record) -> str:
     return json.dumps([[message.role, message.content.strip(), message.is_trained] for message in record.item or ()])
 
 
-# -- traits of an answer -----------------------------------------------------------------------------------------------
+# -- traits of an answer ---------------------------------------------------------------------------------------------
 
 ENDINGS = ("short", "sentence", "figure", "letter", "digit", "other", "open")
 WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
@@ -190,6 +198,7 @@ WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
 _FIGURE = 16
 """Characters: a last line as short as this is a result by itself ("#### 18", "答え：はい")."""
 _RESULT = re.compile(r"[\d:：]")
+_TAIL = 100
 _SENTENCE_END = re.compile(
     r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
 )
@@ -204,7 +213,7 @@ def ending(output: str) -> str:
     if text.count("```") % 2:
         return "open"
     last_line = text[text.rfind("\n") + 1 :]
-    if _SENTENCE_END.search(text):
+    if _SENTENCE_END.search(text[-_TAIL:]):
         return "sentence"
     if _OPEN_END.search(last_line):
         return "open"
@@ -244,8 +253,8 @@ def register(output: str) -> str:
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")
-_LIST_LINE = re.compile(r"^\s*(?:[-*•‣]\s|・|\d{1,3}[.)．]\s|[①-⑳])", re.MULTILINE)
-_TABLE_LINE = re.compile(r"^\s*\|.*\|\s*$", re.MULTILINE)
+_LIST_LINE = re.compile(r"^[ \t\u3000]*(?:[-*•‣]\s|・|\d{1,3}[.)．]\s|[①-⑳])", re.MULTILINE)
+_TABLE_LINE = re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.MULTILINE)
 _HEADING = re.compile(r"^#{1,6} \S", re.MULTILINE)
 _LIST_FROM = 2
 
@@ -261,6 +270,7 @@ def shape(output: str) -> str:
             pass
     if len(text) < (WHOLE_FROM_CJK if is_cjk(text) else WHOLE_FROM_LATIN):
         return "short"
+    text = text[:_LOOKED_AT]
     if "```" in text:
         return "code"
     if len(_TABLE_LINE.findall(text)) >= _LIST_FROM:

@@ -91,7 +91,7 @@ def broken_text(record: Record) -> Iterator[Hit]:
         yield Hit("form.control-characters", record.key, f"holds U+{ord(found[0]):04X}", excerpt(text, found.start()))
 
 
-# -- template and markup -----------------------------------------------------------------------------------------------
+# -- template and markup ---------------------------------------------------------------------------------------------
 
 _SPECIAL = re.compile(
     r"<\|[A-Za-z_]\w{1,40}\|>"  # Llama 3, ChatML, GPT

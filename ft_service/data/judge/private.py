@@ -1,7 +1,7 @@
 """Private data in text: found, counted, and masked wherever the gate shows a piece of a record."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # ASCII throughout: in Unicode the は of "連絡先は090-1234-5678" is a word character, so no number would begin after it.
 _EMAIL = re.compile(
@@ -26,7 +26,7 @@ _CARD_START = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|35|6(?:011|4|5|2)")
 _CARD_LENGTHS = (13, 14, 15, 16, 19)
 _KEYS = re.compile(
     r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
-    r"(?:[\s\S]{0,8000}?-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
+    r"(?:(?:(?!-----)[\s\S]){0,8000}-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
     r"|(?<![A-Za-z0-9_])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}"  # GitHub
@@ -59,28 +59,20 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
     if not _HINT.search(text):
         return
     text = text.translate(_FULL_WIDTH)  # one character for one, so that places stay
-    taken: list[tuple[int, int]] = []
+    for code, pattern, accepts in _KINDS:
+        found = [match.span() for match in pattern.finditer(text) if accepts(match[0], everything)]
+        for start, end in found:
+            yield code, start, end
+        text = _hidden(text, found)
 
-    def free(match: re.Match[str]) -> bool:
-        start, end = match.span()
-        if any(start < other_end and other_start < end for other_start, other_end in taken):
-            return False
-        taken.append((start, end))
-        return True
 
-    for match in _KEYS.finditer(text):
-        if free(match):
-            yield "private.key", *match.span()
-    for match in _EMAIL.finditer(text) if "@" in text else ():
-        if free(match) and (everything or not _FOR_DOCUMENTATION.search(match[0])):
-            yield "private.email", *match.span()
-    for match in _CARD.finditer(text):
-        if is_card_number(match[0]) and free(match):
-            yield "private.card", *match.span()
-    for match in _PHONE.finditer(text):
-        shown = everything or not _FICTIONAL_PHONE.search(match[0])
-        if 9 <= sum(map(str.isdigit, match[0])) <= 15 and free(match) and shown:
-            yield "private.phone", *match.span()
+def _hidden(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text with these spans blotted out, so that nothing in it is found twice."""
+    pieces, at = [], 0
+    for start, end in spans:
+        pieces += [text[at:start], "\0" * (end - start)]
+        at = end
+    return "".join([*pieces, text[at:]]) if spans else text
 
 
 def is_card_number(text: str) -> bool:
@@ -90,6 +82,18 @@ def is_card_number(text: str) -> bool:
         return False
     doubled = [sum(divmod(2 * digit, 10)) if at % 2 else digit for at, digit in enumerate(reversed(digits))]
     return sum(doubled) % 10 == 0
+
+
+_KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str, bool], bool]], ...] = (
+    ("private.key", _KEYS, lambda found, everything: True),
+    ("private.email", _EMAIL, lambda found, everything: everything or not _FOR_DOCUMENTATION.search(found)),
+    ("private.card", _CARD, lambda found, everything: is_card_number(found)),
+    ("private.phone", _PHONE, lambda found, everything: _is_phone_number(found, everything)),
+)
+
+
+def _is_phone_number(text: str, everything: bool) -> bool:
+    return 9 <= sum(map(str.isdigit, text)) <= 15 and (everything or not _FICTIONAL_PHONE.search(text))
 
 
 def mask(text: str) -> str:
