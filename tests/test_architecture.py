@@ -79,6 +79,11 @@ def test_model_and_data_know_nothing_of_training() -> None:
     assert not any(file.startswith(below) for file in importers("ft_service.train"))
 
 
+def test_judging_data_needs_neither_torch_nor_ray() -> None:
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "ft_service/data/judge").glob("*.py")}
+    assert files and not files & (importers("torch") | importers("ray"))
+
+
 def test_nothing_unpickles_or_trusts_remote_code() -> None:
     assert importers("pickle") | importers("cloudpickle") == set()
     for file in PRODUCT:
