@@ -6,11 +6,12 @@
 import os
 import socket
 import sys
+import threading
 
 import torch
 
 from ft_service.data.prepare import open_dataset
-from ft_service.errors import FtError
+from ft_service.errors import FtError, StorageError
 from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
 from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.trainable import TrainableModel
@@ -19,16 +20,21 @@ from ft_service.runs import Outcome, RunFolder
 from ft_service.storage import Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
-from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loop import Hooks, TrainingState, is_complete, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
 from ft_service.train.weights import WeightsOnStorage
 
+_LOOK_SECONDS = 0.5
+_LOOK_REMOTE_SECONDS = 3.0
 
-def run_worker(storage_root: str, run_id: str) -> None:
+
+def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "") -> None:
     """Train the run whose plan and dataset lie on storage, and write its outcome there.
 
-    Every worker of the process group calls this.
+    Every worker of the process group calls this. Told to leave (`RunFolder.ask`), they save a checkpoint and return;
+    then there is no outcome. `driver` is the token of the driver's lease, where there is one: the first worker then
+    says too where the run stands. `node` is the cluster's name of this worker's machine.
     """
     run = RunFolder(Storage(storage_root), run_id)
     plan = run.plan()
@@ -51,16 +57,27 @@ def run_worker(storage_root: str, run_id: str) -> None:
     start = resumed.training_state() if resumed else TrainingState()
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
     checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
-    sinks = _sinks(run, plan, start.step) if parallel.is_first else []
-    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid()})
+    sinks: list[Sink] = []
+    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
+    if parallel.is_first and not driver:
+        run.forget_request()  # of an earlier attempt; a driver has done so
     if parallel.is_first:
-        events.emit("training", f"Training from step {start.step}.", step=start.step, workers=places)
+        log = JsonlSink(run.storage, run.run_id)
+        repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
+        sinks = [log, *_other_sinks(run, plan, start.step)]
+        message = f"Training from step {start.step} on {len(places)} workers."
+        events.emit("training", message, step=start.step, repeated=repeated, workers=places)
+        if driver:
+            run.enter("running")
+    leaving = _watch_for_requests(run) if parallel.is_first else threading.Event()
 
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
             sink(metrics)
 
     def on_checkpoint(state: TrainingState) -> None:
+        for sink in sinks:
+            sink.flush()  # the steps that a resumed run builds on
         checkpointer.save(state, weights.place, weights.forget_all_but)
 
     state = train(
@@ -68,13 +85,16 @@ def run_worker(storage_root: str, run_id: str) -> None:
         parallel,
         _batches(plan, parallel, dataset.train),
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
-        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint),
+        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint, is_leaving=leaving.is_set),
         start,
     )
+    is_done = is_complete(state, plan)
+    if parallel.is_first and driver and not is_done:
+        run.enter("checkpointing", message=f"Saves step {state.step}, and leaves.")
     checkpointer.wait()
-    if state.best_step is None:
+    if is_done and state.best_step is None:
         weights.keep(state)
-    if parallel.is_first:
+    if parallel.is_first and is_done:
         run.write_outcome(
             Outcome(
                 weights=weights.place,
@@ -84,11 +104,12 @@ def run_worker(storage_root: str, run_id: str) -> None:
                 validation_loss=state.best_validation_loss if state.best_step else None,
                 stopped_early=state.stopped_early,
                 base_fingerprint=checkpoint.fingerprint(),
+                course=plan.course,
             )
         )
         weights.forget_all_but({entry.weights for entry in Checkpoints(run).entries()})
-        for sink in sinks:
-            sink.close()
+    for sink in sinks:
+        sink.close()
     parallel.barrier()
     parallel.close()
 
@@ -104,10 +125,24 @@ def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
     )
 
 
-def _sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
-    log = JsonlSink(run.storage, run.run_id)
-    log.rewind(step)  # an earlier attempt of this run may have left lines
-    sinks: list[Sink] = [log, ProgressLine(plan.num_steps)]
+def _watch_for_requests(run: RunFolder) -> threading.Event:
+    """Set once the workers are asked to leave."""
+    asked = threading.Event()
+
+    def look() -> None:
+        while not asked.wait(_LOOK_SECONDS if run.storage.is_local else _LOOK_REMOTE_SECONDS):
+            try:
+                if run.request() is not None:
+                    asked.set()
+            except StorageError:
+                continue
+
+    threading.Thread(target=look, name="requests", daemon=True).start()
+    return asked
+
+
+def _other_sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
+    sinks: list[Sink] = [ProgressLine(plan.num_steps)]
     if plan.spec.report.tensorboard:
         sinks.append(TensorBoardSink(run.storage.uri(f"{run.path}/tensorboard"), step))
     return sinks
