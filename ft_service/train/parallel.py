@@ -5,7 +5,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -74,6 +74,8 @@ class Parallel:
         self.plan = plan
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.on_progress: Callable[[], None] = lambda: None
+        """Told of each parameter that a walk over the trained ones has come to."""
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if plan.spec.parallel.use_gpu else torch.device("cpu")
         )
@@ -179,18 +181,23 @@ class Parallel:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def micro_step(self, learning_rate: float) -> None:
-        """End a micro-step; the last one of a step updates the weights at `learning_rate`."""
+        """End a micro-step; the last one of a step updates the weights at `learning_rate`.
+
+        A gradient that is not finite never reaches the weights nor the optimizer: there is no update then.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.plan.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             # Without ZeRO the engine forgets the norm, and every worker holds the whole, reduced gradient.
             self._grad_norm = nn.utils.get_total_norm(p.grad for _, p in self._trained() if p.grad is not None)
+            if not math.isfinite(self._grad_norm):
+                return  # as ZeRO does by itself
         self._engine.step()
         if self.plan.zero_stage > 0:
             self._grad_norm = self._engine.get_global_grad_norm()
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last update, before clipping."""
+        """Global gradient norm of the last update, before clipping; infinite or NaN if there was none for it."""
         return float(self._grad_norm)
 
     @contextmanager
@@ -285,6 +292,7 @@ class Parallel:
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():
             if parameter.requires_grad:
+                self.on_progress()
                 yield name, parameter
 
     # -- resuming --------------------------------------------------------------------------------------------------

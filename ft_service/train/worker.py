@@ -8,11 +8,12 @@ import socket
 import sys
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError
 from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
-from ft_service.model.base import open_checkpoint, resolve_base
+from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
@@ -22,13 +23,17 @@ from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
 from ft_service.train.loop import Hooks, TrainingState, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.watchdog import Watchdog, new_attempt
 from ft_service.train.weights import WeightsOnStorage
 
+TOKENS_SHOWN = 40
+"""Of a row that a message names."""
 
-def run_worker(storage_root: str, run_id: str) -> None:
+
+def run_worker(storage_root: str, run_id: str, attempt: str = "") -> None:
     """Train the run whose plan and dataset lie on storage, and write its outcome there.
 
-    Every worker of the process group calls this.
+    Every worker of the process group calls this. `attempt` names the folder for stacks, should the workers hang.
     """
     run = RunFolder(Storage(storage_root), run_id)
     plan = run.plan()
@@ -39,14 +44,31 @@ def run_worker(storage_root: str, run_id: str) -> None:
     base, revision = plan.spec.model.base, plan.spec.model.revision
     base_folder = resolve_base(base, revision, weights=False)
     checkpoint = open_checkpoint(base, revision)
+    # What is fetched until here takes as long as it takes, on each node: watched is what workers do together.
+    attempt = parallel.from_first(attempt or new_attempt())
+    timeout = plan.spec.parallel.hang_timeout_seconds
+    watchdog = Watchdog(run, attempt, parallel.rank, parallel.world_size, timeout)
+    watchdog.start()
+    parallel.on_progress = watchdog.beat
 
     torch.manual_seed(plan.spec.train.seed)
+    said = LoadingLine() if parallel.is_first else None
+
+    def on_load(bytes_read: int, bytes_in_all: int) -> None:
+        watchdog.beat("loading the base")
+        if said is not None:
+            said(bytes_read, bytes_in_all)
+
+    # An adapter that decomposes the base takes long to make: each of its layers counts.
+    on_layer = register_module_module_registration_hook(lambda *_: watchdog.beat())
     with parallel.aware_of_partitions():
-        said = LoadingLine() if parallel.is_first else None
-        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), said)
+        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), on_load)
+    on_layer.remove()
+    watchdog.beat("setting up DeepSpeed")
     parallel.wrap(LossModel(model.module, model.causal_lm))
     torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
     events = EventLog(run.storage, run_id)
+    watchdog.beat("looking for a checkpoint to resume from")
     resumed = resume(run, parallel, plan.course, events)
     start = resumed.training_state() if resumed else TrainingState()
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
@@ -63,14 +85,27 @@ def run_worker(storage_root: str, run_id: str) -> None:
     def on_checkpoint(state: TrainingState) -> None:
         checkpointer.save(state, weights.place, weights.forget_all_but)
 
+    def text_of_row(row: int) -> str:
+        try:
+            return str(load_tokenizer(base_folder).decode(dataset.train[row].input_ids[:TOKENS_SHOWN]))
+        except FtError:
+            return ""
+
     state = train(
         plan,
         parallel,
         _batches(plan, parallel, dataset.train),
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
-        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint),
+        Hooks(
+            on_step=on_step,
+            on_best=weights.keep,
+            on_checkpoint=on_checkpoint,
+            on_progress=watchdog.beat,
+            text_of_row=text_of_row,
+        ),
         start,
     )
+    watchdog.beat("writing the last weights and the outcome")
     checkpointer.wait()
     if state.best_step is None:
         weights.keep(state)
@@ -90,6 +125,7 @@ def run_worker(storage_root: str, run_id: str) -> None:
         for sink in sinks:
             sink.close()
     parallel.barrier()
+    watchdog.stop()
     parallel.close()
 
 
