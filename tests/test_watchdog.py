@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import TWO_WORKERS, prepared_run, start, write_world
+from run_helpers import TWO_WORKERS, kill, prepared_run, start, write_world
 
 from ft_service.metrics import read_events, read_metrics
 from ft_service.runs import RunFolder
@@ -100,6 +100,15 @@ def test_code_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path: Path) -
     assert "in keeps_the_interpreter" in done.stderr
 
 
+@slow
+def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
+    done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
+    assert done.returncode == 0, done.stderr
+    timeouts = next(line for line in done.stdout.splitlines() if line.startswith("timeouts")).split()[1:]
+    assert len(timeouts) > 1  # DeepSpeed's own, too
+    assert all(float(seconds) > 100_000 + LAST_WORDS_SECONDS for seconds in timeouts)
+
+
 # -- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,8 +177,7 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
         # Its last beat was before the stop; then it waited, and for a time for the file of the other.
         assert timeout - 2 < time.monotonic() - began < 3 * timeout
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
     (event,) = events_of(run, "hang")
     assert event["rank"] == alive and f"Worker {alive} of 2" in event["message"]
     assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 1

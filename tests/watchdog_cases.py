@@ -7,12 +7,16 @@ import ctypes
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from training_cases import model_of, plan_of, write_base
 
 from ft_service.runs import RunFolder
 from ft_service.storage import Storage
+from ft_service.train.loss import LossModel
+from ft_service.train.parallel import Parallel, init_process_group
 from ft_service.train.watchdog import Watchdog
 
 NEVER = threading.Event()
@@ -48,6 +52,21 @@ def skips_a_collective(watchdog: Watchdog, timeout: float) -> None:
             watchdog.beat("validating", step)
             store.wait(["never"])
         dist.all_reduce(torch.ones(1))
+
+
+def prints_group_timeouts(watchdog: Watchdog, timeout: float) -> None:
+    """Of all process groups that there are once an engine is made, in seconds."""
+    write_base(Path(sys.argv[2], "base"))
+    case = {"base": str(Path(sys.argv[2], "base")), "method": {"type": "full"}, "stage": 2, "micro": 1}
+    init_process_group(use_gpu=False)
+    spec = plan_of(case, 1).spec
+    parallel_spec = spec.parallel.model_copy(update={"hang_timeout_seconds": int(timeout)})
+    plan = plan_of(case, 1).model_copy(update={"spec": spec.model_copy(update={"parallel": parallel_spec})})
+    parallel = Parallel(plan)
+    model = model_of(plan, parallel)
+    parallel.wrap(LossModel(model.module, model.causal_lm))
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    print("timeouts", *(backend.options._timeout.total_seconds() for backend in backends))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +31,8 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, 
 from deepspeed.utils import groups
 
 _GIB = 2**30
+_BEYOND_HANG_SECONDS = 3600
+"""Collectives wait so much longer than the watchdog, which says more about a hang, and for nodes that fetch slowly."""
 
 
 def init_process_group(use_gpu: bool) -> None:
@@ -82,6 +85,7 @@ class Parallel:
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
         self._grad_norm: torch.Tensor | float = math.nan
+        self._leave_hangs_to_watchdog()
 
     @property
     def hpz_partition_size(self) -> int:
@@ -91,6 +95,12 @@ class Parallel:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def _leave_hangs_to_watchdog(self) -> None:
+        """No process group that there is now ends a collective before the watchdog has ended the process."""
+        timeout = timedelta(seconds=self.plan.spec.parallel.hang_timeout_seconds + _BEYOND_HANG_SECONDS)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     # -- building --------------------------------------------------------------------------------------------------
 
@@ -118,6 +128,7 @@ class Parallel:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
         )
+        self._leave_hangs_to_watchdog()  # DeepSpeed has made groups of its own, which NCCL would end after ten minutes
 
     def _optimizer(self, model: nn.Module, for_cpu: bool) -> torch.optim.Optimizer:
         train = self.plan.spec.train
