@@ -181,6 +181,11 @@ class ParallelSpec(_Section):
     max_failures: int = Field(
         default=3, ge=0, description="Times the workers may die and be started again from the newest checkpoint."
     )
+    hang_timeout_seconds: PositiveInt = Field(
+        default=600,
+        description="Seconds after which a worker that does not get on saves its Python stacks and dies. More than the "
+        "slowest micro-step, validation batch, checkpoint, or load of a weight, the wait for slower workers included.",
+    )
 
     @property
     def most_workers(self) -> int:

@@ -20,6 +20,7 @@ from ft_service.signals import StopSignals
 from ft_service.spec import RunSpec
 from ft_service.train.checkpoint import Checkpoints
 from ft_service.train.group import TrainingDied, WorkerGroup, resources_per_worker
+from ft_service.train.watchdog import suspects
 
 Say = Callable[[str], None]
 
@@ -128,7 +129,7 @@ class Attempts:
             cure = "Look at the log of that worker; a smaller train.micro_batch_size if it ran out of memory."
             raise TrainingError(f"{death} It died twice {where} in the same way. {cure}") from death
         self._run.enter("recovering", message=str(death))
-        message = f"{death} Starting again from step {reached}."
+        message = f"{death}{self._hang()} Starting again from step {reached}."
         self._tell("recovering", message, step=reached, failures=len(deaths))
 
     # -- while they train ------------------------------------------------------------------------------------------
@@ -200,6 +201,17 @@ class Attempts:
             return  # room is there: they are loading
         if status is not None and status.state == "queued":
             self._say(f"Waiting for room for {count} workers ({_readable(self._needs)} each).")
+
+    def _hang(self) -> str:
+        """What is known of the workers that stood still, if that was how the newest attempt ended."""
+        events = read_events(self._run.storage, self._run.run_id)
+        newest = next((event for event in reversed(events) if event.type in ("training", "hang")), None)
+        if newest is None or newest.type != "hang":
+            return ""
+        attempt = newest.model_dump()["stacks"].rpartition("/")[2]
+        silent = suspects(self._run, attempt, self._run.plan().spec.parallel.most_workers)
+        stuck = f" No stacks came from {', '.join(map(str, silent))}: look there first." if silent else ""
+        return f" {newest.message}{stuck}"
 
     # -- facts -----------------------------------------------------------------------------------------------------
 

@@ -7,13 +7,16 @@ import os
 import socket
 import sys
 import threading
+from pathlib import Path
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError, StorageError
 from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
-from ft_service.model.base import open_checkpoint, resolve_base
+from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
+from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
@@ -23,10 +26,13 @@ from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
 from ft_service.train.loop import Hooks, TrainingState, is_complete, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.watchdog import Watchdog, new_attempt
 from ft_service.train.weights import WeightsOnStorage
 
 _LOOK_SECONDS = 0.5
 _LOOK_REMOTE_SECONDS = 3.0
+TOKENS_SHOWN = 40
+"""Of a row that a message names."""
 
 
 def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "") -> None:
@@ -45,22 +51,22 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     base, revision = plan.spec.model.base, plan.spec.model.revision
     base_folder = resolve_base(base, revision, weights=False)
     checkpoint = open_checkpoint(base, revision)
+    # What is fetched until here takes as long as it takes, on each node: watched is what workers do together.
+    timeout = plan.spec.parallel.hang_timeout_seconds
+    watchdog = Watchdog(run, parallel.from_first(new_attempt()), parallel.rank, parallel.world_size, timeout)
+    watchdog.start()
+    parallel.on_progress = watchdog.beat
 
-    torch.manual_seed(plan.spec.train.seed)
-    with parallel.aware_of_partitions():
-        said = LoadingLine() if parallel.is_first else None
-        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), said)
-    parallel.wrap(LossModel(model.module, model.causal_lm))
-    torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
+    model = _build(plan, base_folder, checkpoint, parallel, watchdog)
     events = EventLog(run.storage, run_id)
+    watchdog.beat("looking for a checkpoint to resume from")
     resumed = resume(run, parallel, plan.course, events)
     start = resumed.training_state() if resumed else TrainingState()
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
     checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
-    sinks: list[Sink] = []
     places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
-    if parallel.is_first and not driver:
-        run.forget_request()  # of an earlier attempt; a driver has done so
+    sinks: list[Sink] = []
+    leaving = threading.Event()
     if parallel.is_first:
         log = JsonlSink(run.storage, run.run_id)
         repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
@@ -69,7 +75,9 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
         events.emit("training", message, step=start.step, repeated=repeated, workers=places)
         if driver:
             run.enter("running")
-    leaving = _watch_for_requests(run) if parallel.is_first else threading.Event()
+        else:
+            run.forget_request()  # of an earlier attempt; a driver has done so
+        leaving = _watch_for_requests(run)
 
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
@@ -80,19 +88,34 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
             sink.flush()  # the steps that a resumed run builds on
         checkpointer.save(state, weights.place, weights.forget_all_but)
 
+    def text_of_row(row: int) -> str:
+        try:
+            return str(load_tokenizer(base_folder).decode(dataset.train[row].input_ids[:TOKENS_SHOWN]))
+        except FtError:
+            return ""
+
     state = train(
         plan,
         parallel,
         _batches(plan, parallel, dataset.train),
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
-        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint, is_leaving=leaving.is_set),
+        Hooks(
+            on_step=on_step,
+            on_best=weights.keep,
+            on_checkpoint=on_checkpoint,
+            is_leaving=leaving.is_set,
+            on_progress=watchdog.beat,
+            text_of_row=text_of_row,
+        ),
         start,
     )
     is_done = is_complete(state, plan)
     if parallel.is_first and driver and not is_done:
         run.enter("checkpointing", message=f"Saves step {state.step}, and leaves.")
+    watchdog.beat("writing the last checkpoint")
     checkpointer.wait()
     if is_done and state.best_step is None:
+        watchdog.beat("writing the weights")
         weights.keep(state)
     if parallel.is_first and is_done:
         run.write_outcome(
@@ -111,7 +134,31 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     for sink in sinks:
         sink.close()
     parallel.barrier()
+    watchdog.stop()
     parallel.close()
+
+
+def _build(
+    plan: RunPlan, base_folder: Path, checkpoint: Checkpoint, parallel: Parallel, watchdog: Watchdog
+) -> TrainableModel:
+    """The model, loaded and in DeepSpeed's hands."""
+    torch.manual_seed(plan.spec.train.seed)
+    said = LoadingLine() if parallel.is_first else None
+
+    def on_load(bytes_read: int, bytes_in_all: int) -> None:
+        watchdog.beat("loading the base")
+        if said is not None:
+            said(bytes_read, bytes_in_all)
+
+    # An adapter that decomposes the base takes long to make: each of its layers counts.
+    on_layer = register_module_module_registration_hook(lambda *_: watchdog.beat())
+    with parallel.aware_of_partitions():
+        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), on_load)
+    on_layer.remove()
+    watchdog.beat("setting up DeepSpeed")
+    parallel.wrap(LossModel(model.module, model.causal_lm))
+    torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
+    return model
 
 
 def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
