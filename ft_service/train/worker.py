@@ -10,13 +10,13 @@ import sys
 import torch
 
 from ft_service.data.prepare import open_dataset
-from ft_service.errors import FtError
+from ft_service.errors import FtError, TrainingError
 from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
 from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
-from ft_service.storage import Storage
+from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
 from ft_service.train.loop import Hooks, TrainingState, train
@@ -30,7 +30,7 @@ def run_worker(storage_root: str, run_id: str) -> None:
 
     Every worker of the process group calls this.
     """
-    run = RunFolder(Storage(storage_root), run_id)
+    run = RunFolder(Storage(storage_root, patience=RUN_PATIENCE_SECONDS), run_id)
     plan = run.plan()
     init_process_group(plan.spec.parallel.use_gpu)
     torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
@@ -49,9 +49,10 @@ def run_worker(storage_root: str, run_id: str) -> None:
     events = EventLog(run.storage, run_id)
     resumed = resume(run, parallel, plan.course, events)
     start = resumed.training_state() if resumed else TrainingState()
-    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
-    checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
+    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", start)
     sinks = _sinks(run, plan, start.step) if parallel.is_first else []
+    flush = sinks[0].flush if sinks else lambda: None
+    checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint, flush)
     places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid()})
     if parallel.is_first:
         events.emit("training", f"Training from step {start.step}.", step=start.step, workers=places)
@@ -59,6 +60,17 @@ def run_worker(storage_root: str, run_id: str) -> None:
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
             sink(metrics)
+
+    def on_best(state: TrainingState) -> None:
+        if not (failure := weights.keep_if_possible(state)):
+            return
+        told = f"The best weights so far, of step {state.step}, could not be written: {failure}"
+        if plan.spec.checkpoint.on_failure == "stop":
+            raise TrainingError(f"{told} The run ends here, since checkpoint.on_failure = 'stop'.")
+        if parallel.is_first:
+            best = f"the best is again that of step {state.best_step}" if state.best_step else "there are none yet"
+            print(told := f"{told} Training goes on; {best}.", file=sys.stderr, flush=True)
+            events.emit("weights_failed", told, step=state.step)
 
     def on_checkpoint(state: TrainingState) -> None:
         checkpointer.save(state, weights.place, weights.forget_all_but)
@@ -68,7 +80,7 @@ def run_worker(storage_root: str, run_id: str) -> None:
         parallel,
         _batches(plan, parallel, dataset.train),
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
-        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint),
+        Hooks(on_step=on_step, on_best=on_best, on_checkpoint=on_checkpoint),
         start,
     )
     checkpointer.wait()
