@@ -6,7 +6,8 @@
     ├── DataError                a file or record of the user's data
     ├── ModelError               a base model that is absent, incomplete or of another architecture
     ├── StorageError             the storage root or something on it
-    │   └── NotPublishedError    no run or adapter of that id
+    │   ├── NotPublishedError    no run or adapter of that id
+    │   └── UnreachableError     the storage does not answer now, and may later
     ├── ClusterError             Ray does not answer, refuses the token, or lacks what was asked for
     ├── TrainingError            training cannot go on (a non-finite loss, ...)
     ├── RunStopped               exit code 3   a run ended on purpose, and can be resumed
@@ -80,6 +81,10 @@ class StorageError(FtError):
 
 class NotPublishedError(StorageError):
     """No run, adapter or dataset of that id lies on the storage."""
+
+
+class UnreachableError(StorageError):
+    """The storage does not answer now, and may later: a network, a server or a mount that is away."""
 
 
 class ClusterError(FtError):

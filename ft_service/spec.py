@@ -201,6 +201,9 @@ class CheckpointSpec(_Section):
 
     every_steps: PositiveInt | None = Field(default=50, description="Steps between checkpoints; null saves none.")
     keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
+    on_failure: Literal["continue", "stop"] = Field(
+        default="continue", description="Whether a run whose checkpoint, or best weights, cannot be written trains on."
+    )
 
 
 class ReportSpec(_Section):

@@ -54,7 +54,7 @@ storage: {world}/storage
 """,
         [f"{name}={value}" for name, value in settings.items()],
     )
-    run = RunFolder(Storage(str(world / "storage")), run_id)
+    run = RunFolder(Storage(spec.storage), run_id)
     dataset = prepare_dataset(spec, load_tokenizer(world / "base"), run.storage)
     shape = shape_from_config(read_config(world / "base"))
     run.write_plan(spec, make_plan(spec, dataset.facts, shape, Resources()), dataset.sources)

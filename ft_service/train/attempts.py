@@ -55,6 +55,7 @@ class Attempts:
         say: Say,
     ) -> None:
         self._spec, self._run, self._plan_for = spec, run, plan_for
+        self._seen = RunFolder(run.storage.without_patience(), run.run_id)  # to look at while there is more to look at
         self._lease, self._signals, self._say = lease, signals, say
         self._events = EventLog(run.storage, run.run_id)
         self._needs = resources_per_worker(spec.parallel)
@@ -62,7 +63,7 @@ class Attempts:
             self._needs[f"accelerator_type:{spec.parallel.accelerator_type}"] = 0.001  # as Ray Train asks for it
         self._counts = spec.worker_counts()
         self._asked: Request | None = None
-        self._room_seen = 0
+        self._room_seen, self._is_away = 0, False
         self._looked: dict[str, float] = {}
 
     def train(self) -> RunPlan:
@@ -147,13 +148,16 @@ class Attempts:
                 self._look_for_room(count)
             if self._is_due("waiting", _TELL_WAITING_SECONDS):
                 self._tell_waiting(count)
+            self._is_away = False
         except StorageError as error:
-            self._say(f"Storage does not answer: {error}")
+            if not self._is_away:
+                self._say(f"Looking after the run: {error}")
+            self._is_away = True
 
     def _look_for_requests(self) -> None:
-        if not holds(self._run, self._lease.token):
+        if not holds(self._seen, self._lease.token):
             raise RunStopped(f"Another driver has taken over run {self._run.run_id}; this one leaves it alone.")
-        request = self._run.request()
+        request = self._seen.request()
         if request is not None and request.now:
             raise RunStopped(f"{request.reason}. {self._how_to_go_on()}")
         if request is not None and self._asked is None:

@@ -30,7 +30,7 @@ from ft_service.report import write_report
 from ft_service.runs import RunFolder, State, new_run_id
 from ft_service.signals import StopSignals
 from ft_service.spec import RunSpec
-from ft_service.storage import Storage
+from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.attempts import Attempts
 
 Say = Callable[[str], None]
@@ -49,7 +49,8 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
     if is_submitted_job() and storage.is_local and not Path(spec.storage).expanduser().is_absolute():
         problem = "is relative, and a submitted job runs in a copy of the working directory that Ray deletes"
         raise SpecError([Problem("storage", spec.storage, problem, "Use an absolute folder that all machines see.")])
-    storage.check_writable()
+    storage.check_writable()  # a root that was mistyped is told at once; later on, one that is away is waited for
+    storage = Storage(spec.storage, patience=RUN_PATIENCE_SECONDS)
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
     events = EventLog(storage, folder.run_id)
     say(f"Run {folder.run_id}: {storage.uri(folder.path)}")

@@ -13,14 +13,15 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ft_service.data.prepare import open_dataset
-from ft_service.errors import FtError, StorageError
+from ft_service.errors import FtError, StorageError, TrainingError
+from ft_service.lease import holds
 from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
 from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
 from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
-from ft_service.storage import Storage
+from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
 from ft_service.train.loop import Hooks, TrainingState, is_complete, train
@@ -42,7 +43,7 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     then there is no outcome. `driver` is the token of the driver's lease, where there is one: the first worker then
     says too where the run stands. `node` is the cluster's name of this worker's machine.
     """
-    run = RunFolder(Storage(storage_root), run_id)
+    run = RunFolder(Storage(storage_root, patience=RUN_PATIENCE_SECONDS), run_id)
     plan = run.plan()
     init_process_group(plan.spec.parallel.use_gpu)
     torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
@@ -62,15 +63,15 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     watchdog.beat("looking for a checkpoint to resume from")
     resumed = resume(run, parallel, plan.course, events)
     start = resumed.training_state() if resumed else TrainingState()
-    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
-    checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
+    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", start)
     places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
-    sinks: list[Sink] = []
-    leaving = threading.Event()
+    log, sinks, leaving = JsonlSink(run.storage, run_id), list[Sink](), threading.Event()
+    checkpointer = Checkpointer(
+        run, parallel, plan.course, plan.spec.checkpoint, log.flush, lambda: not driver or holds(run, driver)
+    )
     if parallel.is_first:
-        log = JsonlSink(run.storage, run.run_id)
         repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
-        sinks = [log, *_other_sinks(run, plan, start.step)]
+        sinks += [log, *_other_sinks(run, plan, start.step)]
         message = f"Training from step {start.step} on {len(places)} workers."
         events.emit("training", message, step=start.step, repeated=repeated, workers=places)
         if driver:
@@ -83,9 +84,11 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
         for sink in sinks:
             sink(metrics)
 
+    def on_best(state: TrainingState) -> None:
+        if failure := weights.keep_if_possible(state):
+            _tell_of_lost_weights(plan, state, failure, events if parallel.is_first else None)
+
     def on_checkpoint(state: TrainingState) -> None:
-        for sink in sinks:
-            sink.flush()  # the steps that a resumed run builds on
         checkpointer.save(state, weights.place, weights.forget_all_but)
 
     def text_of_row(row: int) -> str:
@@ -101,7 +104,7 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
         Hooks(
             on_step=on_step,
-            on_best=weights.keep,
+            on_best=on_best,
             on_checkpoint=on_checkpoint,
             is_leaving=leaving.is_set,
             on_progress=watchdog.beat,
@@ -172,9 +175,22 @@ def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
     )
 
 
+def _tell_of_lost_weights(plan: RunPlan, state: TrainingState, failure: str, events: EventLog | None) -> None:
+    """Raises `TrainingError` on all workers where the spec wants that."""
+    told = f"The best weights so far, of step {state.step}, could not be written: {failure}"
+    if plan.spec.checkpoint.on_failure == "stop":
+        raise TrainingError(f"{told} The run ends here, since checkpoint.on_failure = 'stop'.")
+    if events is not None:
+        best = f"the best is again that of step {state.best_step}" if state.best_step else "there are none yet"
+        told = f"{told} Training goes on; {best}."
+        print(told, file=sys.stderr, flush=True)
+        events.emit("weights_failed", told, step=state.step)
+
+
 def _watch_for_requests(run: RunFolder) -> threading.Event:
     """Set once the workers are asked to leave."""
     asked = threading.Event()
+    run = RunFolder(run.storage.without_patience(), run.run_id)
 
     def look() -> None:
         while not asked.wait(_LOOK_SECONDS if run.storage.is_local else _LOOK_REMOTE_SECONDS):
