@@ -295,6 +295,7 @@ class Checkpointer:
         running, failed = 1.0, 0.0
         while running:
             self._thread.join(_POLL_SECONDS)
+            self._parallel.on_progress()  # a storage that is slow is no hang
             alive = float(self._thread.is_alive())
             running, failed = self._parallel.sums_over_workers(alive, float(self._failure is not None))
             if failed:  # the part of that worker will not come
