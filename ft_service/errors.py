@@ -9,6 +9,7 @@
     │   └── NotPublishedError    no run or adapter of that id
     ├── ClusterError             Ray does not answer, refuses the token, or lacks what was asked for
     ├── TrainingError            training cannot go on (a non-finite loss, ...)
+    ├── RunStopped               exit code 3   a run ended on purpose, and can be resumed
     └── ServingError             the server cannot start or answer
 
 A message names the setting or file, its value, and the cure. Instances cross process borders inside Ray, so all of them
@@ -23,6 +24,7 @@ class FtError(Exception):
     """Base of all errors of this project; a command prints its text, no traceback, and exits with `exit_code`."""
 
     exit_code = 1
+    label = "error"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ class ClusterError(FtError):
 
 class TrainingError(FtError):
     """Training cannot go on."""
+
+
+class RunStopped(FtError):
+    """A run was stopped on purpose: no mistake, and nothing is lost that a checkpoint holds."""
+
+    exit_code = 3
+    label = "stopped"
 
 
 class ServingError(FtError):

@@ -95,11 +95,13 @@ class JsonlSink:
         self._flushed_at = clock()
         self._pending: list[str] = []
 
-    def rewind(self, step: int) -> None:
-        """Cut the lines after `step` (and a torn last line), because the run goes on from there."""
+    def rewind(self, step: int) -> int:
+        """Cut the lines after `step` (and a torn last line), because the run goes on from there; returns how many."""
         self.flush()
-        kept = [metrics for metrics in read_metrics(self._storage, self._run_id) if metrics.step <= step]
+        found = read_metrics(self._storage, self._run_id)
+        kept = [metrics for metrics in found if metrics.step <= step]
         self._storage.write_bytes(self._path, "".join(_line(metrics) + "\n" for metrics in kept).encode())
+        return len(found) - len(kept)
 
     def __call__(self, metrics: StepMetrics) -> None:
         self._pending.append(_line(metrics))

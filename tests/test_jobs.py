@@ -283,7 +283,7 @@ def test_a_complete_run_is_not_run_again_and_says_so(ray: Ray, world: Path, lora
     status = (world / "storage/runs/lora-1/status.json").read_bytes()
     done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
     assert done.returncode == 0, output(done)
-    assert "lora-1 is complete" in done.stdout
+    assert "It is complete" in done.stdout
     assert lora.id in done.stdout
     assert (world / "storage/runs/lora-1/status.json").read_bytes() == status
 
