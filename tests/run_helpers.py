@@ -101,6 +101,7 @@ def kill_when(run: RunFolder, is_time: Callable[[], bool], *launcher: str) -> No
         time.sleep(0.01)
     printed = kill(process)
     assert is_time(), printed[-6000:]
+    assert not run.storage.exists(f"{run.path}/outcome.json"), "it was through before it was killed"
 
 
 def kill(process: "subprocess.Popen[str]") -> str:

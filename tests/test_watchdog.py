@@ -53,12 +53,21 @@ def test_suspects_are_the_ones_without_stacks_when_others_have_some(tmp_path: Pa
 
 def hang(case: str, storage: Path, timeout: float, *launcher: str) -> "tuple[subprocess.CompletedProcess[str], float]":
     """Run a case to its end; also returns the seconds that took."""
+    began = time.monotonic()
+    process = start_case(case, storage, timeout, *launcher)
+    try:
+        printed, errors = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors), time.monotonic() - began
+
+
+def start_case(case: str, storage: Path, timeout: float, *launcher: str) -> "subprocess.Popen[str]":
     script = Path(__file__).with_name("watchdog_cases.py")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(script), case, str(storage), str(timeout)]
-    began = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    return done, time.monotonic() - began
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 START_SECONDS = 60.0
@@ -84,6 +93,18 @@ def test_a_process_that_is_slow_but_gets_on_is_left_alone(tmp_path: Path) -> Non
     done, seconds = hang("is_slow", tmp_path, 2)
     assert done.returncode == 0, done.stderr
     assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
+
+
+@slow
+def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path: Path) -> None:
+    timeout = 3
+    process = start_case("is_suspended", tmp_path, timeout)
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2 * timeout)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 0, errors
 
 
 @slow

@@ -28,6 +28,16 @@ def is_slow(watchdog: Watchdog, timeout: float) -> None:
         time.sleep(0.5 * timeout)
 
 
+def is_suspended(watchdog: Watchdog, timeout: float) -> None:
+    """Says when it may be stopped: the watchdog has seen its last beat by then. What follows takes time of its own."""
+    watchdog.beat("micro-batch 1", 1)
+    time.sleep(0.3 * timeout)
+    print("now", flush=True)
+    until = time.process_time() + 0.3 * timeout
+    while time.process_time() < until:
+        pass
+
+
 def waits_for_ever(watchdog: Watchdog, timeout: float) -> None:
     watchdog.beat("micro-batch 3 of 4", 12)
     NEVER.wait()
