@@ -460,8 +460,9 @@ class _Waiting:
 
 
 def _failure(what: str, error: Exception, cure: str = "") -> StorageError:
-    kind = UnreachableError if is_transient(error) else StorageError
-    return kind(f"{what} ({error}).{cure}")
+    if is_transient(error):
+        return UnreachableError(f"{what} ({error}). Check that it is up and can be reached from here.")
+    return StorageError(f"{what} ({error}).{cure}")
 
 
 def _append(file: Path, line: bytes) -> None:
