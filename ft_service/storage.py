@@ -102,15 +102,7 @@ class Storage:
         self.root = root
         self.patience = patience
         self._waiting = _Waiting()
-        try:
-            if "://" in root:
-                self._fs, self._base = fs.FileSystem.from_uri(root)
-            else:
-                self._fs, self._base = fs.LocalFileSystem(), str(Path(root).expanduser().absolute())
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(
-                f"storage = {root!r}: not a usable root ({error}). Use a folder, s3:// or gs://."
-            ) from None
+        self._fs, self._base = self.patiently(self._open)  # without a region in its URI, a bucket is asked for it
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str, float]]:
         return Storage, (self.root, self.patience)
@@ -377,6 +369,16 @@ class Storage:
 
     # -- internals -------------------------------------------------------------------------------------------------
 
+    def _open(self) -> tuple[fs.FileSystem, str]:
+        try:
+            if "://" in self.root:
+                filesystem, base = fs.FileSystem.from_uri(self.root)
+                return filesystem, base
+            return fs.LocalFileSystem(), str(Path(self.root).expanduser().absolute())
+        except (OSError, pyarrow.ArrowException) as error:
+            what = f"storage = {self.root!r}: not a usable root"
+            raise _failure(what, error, " Use a folder, s3:// or gs://.") from None
+
     def _full(self, path: str) -> str:
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
             raise StorageError(f"{path!r}: leaves the storage root. Use a path below {self.root!r}.")
@@ -458,8 +460,9 @@ class _Waiting:
 
 
 def _failure(what: str, error: Exception, cure: str = "") -> StorageError:
-    kind = UnreachableError if is_transient(error) else StorageError
-    return kind(f"{what} ({error}).{cure}")
+    if is_transient(error):
+        return UnreachableError(f"{what} ({error}). Check that it is up and can be reached from here.")
+    return StorageError(f"{what} ({error}).{cure}")
 
 
 def _append(file: Path, line: bytes) -> None:

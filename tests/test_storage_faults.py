@@ -4,19 +4,28 @@ import errno
 import hashlib
 import http.server
 import itertools
+import os
 import pickle
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import boto3
+import psutil
 import pytest
 import torch
+from run_helpers import TWO_WORKERS, prepared_run, start, work, write_world
 
 import ft_service.storage
 import ft_service.train.checkpoint
@@ -27,6 +36,7 @@ from ft_service.spec import CheckpointSpec
 from ft_service.storage import Storage, is_transient
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, Manifest, Part, resume
 from ft_service.train.loop import TrainingState
+from ft_service.train.weights import WeightsOnStorage
 
 RUN = "bot-1"
 
@@ -121,8 +131,8 @@ def test_a_line_that_a_process_left_torn_does_not_spoil_the_next(tmp_path: Path)
 @pytest.mark.parametrize(
     ("status", "code", "passes"),
     [
-        (503, "SlowDown", True),
-        (500, "InternalError", True),
+        pytest.param(503, "SlowDown", True, marks=pytest.mark.slow),  # pyarrow itself asks again and again
+        pytest.param(500, "InternalError", True, marks=pytest.mark.slow),
         (403, "AccessDenied", False),
         (403, "InvalidAccessKeyId", False),
         (403, "SignatureDoesNotMatch", False),
@@ -154,15 +164,17 @@ def test_metrics_that_cannot_be_written_are_kept_and_training_does_not_wait(
     sink = JsonlSink(storage, RUN, clock)
     sink.rewind(0)
     sink(metrics_of(1))
-    with full_disk(monkeypatch):
-        for step in (2, 3):
-            sink(metrics_of(step))
-        with pytest.raises(StorageError, match="No space"):
+    with full_disk(monkeypatch, number=errno.ESTALE):
+        sink(metrics_of(2))
+        assert clock.now == 0
+        with pytest.raises(UnreachableError):
             sink.flush()
-    assert clock.now == 0
+        assert clock.now == pytest.approx(300)
+        clock.now = 400
+        sink(metrics_of(3))
     sink(metrics_of(4))
     assert [m.step for m in read_metrics(storage, RUN)] == [1]  # it is not asked again at every step
-    clock.now = 30
+    clock.now = 430
     sink(metrics_of(5))
     assert [m.step for m in read_metrics(storage, RUN)] == [1, 2, 3, 4, 5]
 
@@ -402,7 +414,7 @@ def folders(run: RunFolder) -> list[str]:
 
 
 def events_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
-    return [event.model_dump() for event in read_events(run.storage, RUN) if event.type == kind]
+    return [event.model_dump() for event in read_events(run.storage, run.run_id) if event.type == kind]
 
 
 def test_a_save_that_fails_is_told_and_the_next_one_works(
@@ -436,6 +448,23 @@ def test_a_disk_so_full_that_not_even_the_event_fits_is_told_on_stderr_and_later
     assert capsys.readouterr().err.count("The checkpoint of step 10") == 1
     save(saver, 15)
     assert [told["step"] for told in events_of(run, "checkpoint_failed")] == [10]
+
+
+def test_a_storage_that_is_away_for_longer_than_anybody_waits_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(Storage(str(tmp_path), patience=300), RUN)
+    saver = checkpointer(run)
+    save(saver, 5)
+    with monkeypatch.context() as world:
+        clock = Clock(world)
+        with full_disk(world, number=errno.ESTALE):
+            save(saver, 10)
+        assert clock.now == pytest.approx(300)  # and not as long again for the event
+    save(saver, 15)
+    assert "It was waited for 300 s" in events_of(run, "checkpoint_failed")[0]["message"]
+    assert [entry.step for entry in Checkpoints(run).entries()] == [5, 15]
+    assert folders(run) == ["step-000005", "step-000015"]
 
 
 def test_where_it_shall_stop_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,6 +587,265 @@ def test_a_run_that_another_driver_has_taken_over_commits_nothing(tmp_path: Path
     assert events_of(run, "checkpoint_failed") == []  # the other driver's log now
 
 
+def test_best_weights_that_cannot_be_written_leave_the_best_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        is_adapter = True
+
+        def export_adapter(self, weights: dict[str, object], folder: Path) -> None:
+            folder.mkdir()
+            (folder / "adapter_config.json").write_text("{}")
+
+    parallel = Alone()
+    parallel.gather_trained = dict  # type: ignore[attr-defined]
+    run = RunFolder(Storage(str(tmp_path)), RUN)
+    weights = WeightsOnStorage(run, Model(), parallel)  # type: ignore[arg-type]
+    state = TrainingState(step=3, best_step=3, best_validation_loss=2.0)
+    assert weights.keep_if_possible(state) == ""
+    state.step, state.best_step, state.best_validation_loss = 6, 6, 1.0
+    with monkeypatch.context() as world:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        world.setattr(shutil, "copytree", refuse)
+        assert "No space left" in weights.keep_if_possible(state)
+    assert (state.best_step, state.best_validation_loss, weights.place) == (3, 2.0, "weights/step-3")
+    weights.forget_all_but(set())
+    assert run.storage.folders(f"{run.path}/weights") == ["step-3"]
+    state.step, state.best_step, state.best_validation_loss = 9, 9, 1.5  # not as good as the lost one, but better
+    assert weights.keep_if_possible(state) == "" and weights.place == "weights/step-9"
+
+
+# -- real runs -------------------------------------------------------------------------------------------------------
+
+REAL = {
+    "train.max_steps": 600,
+    "train.global_batch_size": 4,
+    "train.validate_every_steps": 600,
+    "train.learning_rate": 1e-3,
+    "checkpoint.every_steps": 10,
+    "method": "{type: full}",
+    "parallel.zero_stage": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path) -> RunFolder:
+    run = prepared_run(world, "undisturbed", 2, **REAL)
+    work(run, *TWO_WORKERS)
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write until nothing fits any more; deleting the file makes room again."""
+    file = disk / "filler"
+    with file.open("ab", buffering=0) as stream, suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    return file
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_full_disk(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
+    run = prepared_run(world, "full", 2, **REAL, storage=small_disk / "storage")
+    with Running(run) as running:
+        running.until(lambda: len(Checkpoints(run).entries()) >= 2)
+        filler = fill(small_disk)
+        running.until(lambda: running.said("No space left") and running.said("WITHOUT A CHECKPOINT"))
+        kept = sound_steps(run)
+        assert len(kept) >= 2  # and an index that names them, on a disk that is full
+        filler.unlink()
+        running.until(lambda: sound_steps(run)[-1] > kept[-1])
+        printed = running.end()
+    ended_as_if_nothing_had_happened(run, undisturbed)
+    failed = [told["step"] for told in events_of(run, "checkpoint_failed")]
+    assert len(failed) >= 3
+    assert all(printed.count(f"The checkpoint of step {step} ") == 1 for step in failed)
+    assert {folder[:11] for folder in folders(run)} == {f"step-{step:06}" for step in (590, 600)}
+
+
+@pytest.mark.slow
+def test_a_run_that_shall_stop_at_a_full_disk_says_so_and_can_go_on(
+    world: Path, undisturbed: RunFolder, small_disk: Path
+) -> None:
+    stop = {"checkpoint.on_failure": "stop"}
+    run = prepared_run(world, "stopped", 2, **REAL, **stop, storage=small_disk / "storage")
+    with Running(run) as running:
+        running.until(lambda: len(Checkpoints(run).entries()) >= 2)
+        filler = fill(small_disk)
+        printed = running.end(succeeds=False)
+    assert "on_failure = 'stop'" in printed and "No space left" in printed
+    assert len(sound_steps(run)) >= 2
+    filler.unlink()
+    work(run, *TWO_WORKERS)
+    ended_as_if_nothing_had_happened(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_an_object_store_that_is_away(
+    world: Path, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with object_store(monkeypatch) as (server, gate, uri):
+        run = prepared_run(world, "away", 2, **REAL, storage=uri)
+        with Running(run) as running:
+            running.until(lambda: len(Checkpoints(run).entries()) >= 1)
+            gate.close()  # nobody answers: connections are refused, those under way break
+            running.until(lambda: running.said("Waiting up to 300 s"))
+            gate.open()
+            running.until(lambda: running.said("answers again"))
+            newest = Checkpoints(run).newest_step()
+            running.until(lambda: Checkpoints(run).newest_step() > newest)
+            server.send_signal(signal.SIGSTOP)  # connections are accepted, and nothing comes
+            asked = gate.connections
+            running.until(lambda: gate.connections >= asked + 3)
+            server.send_signal(signal.SIGCONT)
+            printed = running.end()
+        assert events_of(run, "checkpoint_failed") == [], printed[-4000:]
+        ended_as_if_nothing_had_happened(run, undisturbed)
+
+
+def ended_as_if_nothing_had_happened(run: RunFolder, undisturbed: RunFolder) -> None:
+    ours, theirs = read_metrics(run.storage, run.run_id), read_metrics(undisturbed.storage, undisturbed.run_id)
+    assert [m.step for m in ours] == list(range(1, 601))
+    assert [(m.loss, m.validation_loss) for m in ours] == [(m.loss, m.validation_loss) for m in theirs]
+    assert run.outcome() == undisturbed.outcome()
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        place = f"{undisturbed.outcome().weights}/{name}"
+        mine, other = (r.storage.read_bytes(f"{r.path}/{place}") for r in (run, undisturbed))
+        assert mine == other
+
+
+class Running:
+    """The workers of a run, and what they have said so far."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._lines = run, [""]
+
+    def __enter__(self) -> "Running":
+        self.process = start(self._run, *TWO_WORKERS)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+    def said(self, text: str) -> bool:
+        return text in "".join(self._lines)
+
+    def until(self, is_time: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 200
+        while not is_time():
+            assert self.process.poll() is None and time.monotonic() < deadline, "".join(self._lines)[-6000:]
+            time.sleep(0.02)
+
+    def end(self, succeeds: bool = True) -> str:
+        self.process.wait(timeout=300)
+        self._reader.join(60)
+        printed = "".join(self._lines)
+        assert (self.process.returncode == 0) == succeeds, printed[-6000:]
+        return printed
+
+
+class Gate:
+    """The way to a server: while it is closed nobody answers, and whatever was under way has ended."""
+
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
+        self.port = 0
+        self.connections = 0
+        self.open()
+
+    def open(self) -> None:
+        self._sockets: list[socket.socket] = []
+        self._door = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._door.getsockname()[1]
+        threading.Thread(target=self._let_in, args=(self._door,), daemon=True).start()
+
+    def close(self) -> None:
+        for each in (self._door, *self._sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _let_in(self, door: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = door.accept()
+                self.connections += 1
+                there = socket.create_connection(("127.0.0.1", self._server_port))
+                self._sockets += [here, there]
+                for source, target in ((here, there), (there, here)):
+                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(65536):
+                target.sendall(content)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple["subprocess.Popen[bytes]", Gate, str]]:
+    """An S3 server in a process of its own, the gate to it, and a storage root behind the gate."""
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket=bucket)
+        gate = Gate(port)
+        yield server, gate, f"s3://{bucket}/root?endpoint_override=127.0.0.1:{gate.port}&scheme=http&region=us-east-1"
+        gate.close()
+    finally:
+        server.kill()
+        server.wait()
+        # Workers fetch the dataset to where all runs of this machine have theirs.
+        shutil.rmtree(Path("~/.cache/ft_service").expanduser() / bucket, ignore_errors=True)
+
+
 # -- faults on purpose -----------------------------------------------------------------------------------------------
 
 
@@ -602,13 +890,15 @@ def away_for(calls: int, error: OSError, storage: Storage, monkeypatch: pytest.M
 
 
 @contextmanager
-def full_disk(monkeypatch: pytest.MonkeyPatch, but: str = "\0", only: str = "", part: str = "") -> Iterator[None]:
+def full_disk(
+    monkeypatch: pytest.MonkeyPatch, but: str = "\0", only: str = "", part: str = "", number: int = errno.ENOSPC
+) -> Iterator[None]:
     """Within, no file whose path contains `only` and `part` can be written, except those that contain `but`."""
     real = Path.open
 
     def refuse(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if set(mode) & set("wa") and but not in str(self) and only in str(self) and part in str(self):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         return real(self, mode, *args, **kwargs)
 
     with monkeypatch.context() as world:
