@@ -481,6 +481,7 @@ def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel
             where.setdefault(name, []).append((f"{checkpoints.path}/{folder}/{part.file}", shard))
 
     def read(name: str, kind: str, span: Span, target: torch.Tensor) -> None:
+        parallel.on_progress()
         filled = 0
         for path, shard in where.get(name, ()):
             start, stop = max(span.start, shard.start), min(span.stop, shard.stop)

@@ -15,6 +15,7 @@ from ft_service.plan import RunPlan
 from ft_service.runs import RunFolder
 from ft_service.spec import ParallelSpec
 
+_BEYOND_HANG_SECONDS = 120
 _CONFIG = dict[str, str]
 
 
@@ -78,7 +79,10 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
         "PYTHONWARNINGS": "ignore::FutureWarning",
         # Ray Train would change into its own folder, where the spec's relative paths mean nothing.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # Each of these would end a worker that hangs before its watchdog has said where.
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(parallel.hang_timeout_seconds + _BEYOND_HANG_SECONDS),
     }
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(parallel.hang_timeout_seconds + _BEYOND_HANG_SECONDS)
     # The driver looks for them itself, and this one logs an error of its own at every start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return TorchTrainer(

@@ -22,7 +22,7 @@ from ft_service.runs import RunFolder
 
 HANG_EXIT_CODE = 75
 """Of a worker that ended itself (EX_TEMPFAIL: try again)."""
-LAST_WORDS_SECONDS = 10.0
+LAST_WORDS_SECONDS = 30.0
 """Most that a worker takes to save its stacks and to see those of the others saved, before it ends."""
 _TICK_SECONDS = 1.0
 _BACKSTOP = 3
