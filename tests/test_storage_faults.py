@@ -749,10 +749,12 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process.kill()
-        self.process.wait()
+        if self.process.poll() is None:
+            # torchrun starts each worker in a session of its own: its process group would not do.
+            for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
