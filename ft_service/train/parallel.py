@@ -20,6 +20,7 @@ from ft_service.model.shards import Sharing, partition_numel
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan import RunPlan
 from ft_service.train.batches import MicroBatch
+from ft_service.train.compiling import lock_builds_by_kernel
 from ft_service.train.optimizer_state import OptimizerState
 
 # Otherwise DeepSpeed would guess an accelerator from what is installed.
@@ -29,6 +30,8 @@ import deepspeed
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.utils import groups
+
+lock_builds_by_kernel()
 
 _GIB = 2**30
 _BEYOND_HANG_SECONDS = 3600
