@@ -30,7 +30,7 @@ from run_helpers import TWO_WORKERS, prepared_run, start, work, write_world
 import ft_service.storage
 import ft_service.train.checkpoint
 from ft_service.errors import StorageError, TrainingError, UnreachableError
-from ft_service.metrics import EventLog, JsonlSink, StepMetrics, read_events, read_metrics
+from ft_service.metrics import EventLog, JsonlSink, StepMetrics, TensorBoardSink, read_events, read_metrics
 from ft_service.model.writer import TensorFormat
 from ft_service.runs import RunFolder
 from ft_service.spec import CheckpointSpec
@@ -191,6 +191,31 @@ def test_an_event_that_cannot_be_written_is_said_and_comes_with_the_next(
     assert "it is getting late" in capsys.readouterr().err
     assert log.emit("succeeded", "done")
     assert [event.type for event in read_events(storage, RUN)] == ["running", "warning", "succeeded"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_files_that_cannot_be_written_hold_up_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sink = TensorBoardSink(tmp_path)
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", refuse)
+    sink(metrics_of(1))
+    sink._writer.file_writer.event_writer._worker.join(60)
+    done = threading.Event()
+
+    def train() -> None:
+        for step in range(2, 300):
+            sink(metrics_of(step))
+        sink.flush()
+        sink.close()
+        done.set()
+
+    threading.Thread(target=train, daemon=True).start()
+    assert done.wait(60)
+    assert capsys.readouterr().err.count("TensorBoard's files cannot be written") == 1
 
 
 # -- what a crash leaves ---------------------------------------------------------------------------------------------
