@@ -28,6 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 REMOTE_FLUSH_SECONDS = 30.0
 LOG_LINE_SECONDS = 5.0
+_TB_QUEUE = 1000
 
 # Overfitting: validation loss must have risen by all of the first three, and training loss fallen by the last.
 MIN_RISE_NATS = 0.01
@@ -148,17 +149,34 @@ class TensorBoardSink:
             cure = "Run pip install tensorboardX, or set report.tensorboard: false."
             raise SpecError([Problem("report.tensorboard", True, "needs the package tensorboardX", cure)]) from None
         # File names hold whole seconds; without the suffix a quick resume would overwrite the file before it.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".from-step-{step}")
+        suffix = f".from-step-{step}"
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=suffix, max_queue=_TB_QUEUE)
+        self._is_told = False
 
     def __call__(self, metrics: StepMetrics) -> None:
         for name, value in metrics.model_dump(exclude={"step", "time"}, exclude_none=True).items():
-            self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
+            if self._is_alive():
+                self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._is_alive():
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._is_alive():
+            self._writer.close()
+
+    def _is_alive(self) -> bool:
+        # Its thread dies of the first write that fails; the queue to it then fills, and training would wait for ever.
+        is_alive: bool = self._writer.file_writer.event_writer._worker.is_alive()
+        if not is_alive and not self._is_told:
+            self._is_told = True
+            print(
+                "TensorBoard's files cannot be written: no more of them until the run is started again.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return is_alive
 
 
 class EventLog:

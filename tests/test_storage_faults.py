@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import boto3
 import psutil
@@ -30,13 +30,14 @@ from run_helpers import TWO_WORKERS, prepared_run, start, work, write_world
 import ft_service.storage
 import ft_service.train.checkpoint
 from ft_service.errors import StorageError, TrainingError, UnreachableError
-from ft_service.metrics import EventLog, JsonlSink, StepMetrics, read_events, read_metrics
+from ft_service.metrics import EventLog, JsonlSink, StepMetrics, TensorBoardSink, read_events, read_metrics
+from ft_service.model.writer import TensorFormat
 from ft_service.runs import RunFolder
 from ft_service.spec import CheckpointSpec
 from ft_service.storage import Storage, is_transient
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, Manifest, Part, resume
 from ft_service.train.loop import TrainingState
-from ft_service.train.weights import WeightsOnStorage
+from ft_service.train.weights import WeightsOnStorage, write_model
 
 RUN = "bot-1"
 
@@ -190,6 +191,31 @@ def test_an_event_that_cannot_be_written_is_said_and_comes_with_the_next(
     assert "it is getting late" in capsys.readouterr().err
     assert log.emit("succeeded", "done")
     assert [event.type for event in read_events(storage, RUN)] == ["running", "warning", "succeeded"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_files_that_cannot_be_written_hold_up_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sink = TensorBoardSink(tmp_path)
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", refuse)
+    sink(metrics_of(1))
+    sink._writer.file_writer.event_writer._worker.join(60)
+    done = threading.Event()
+
+    def train() -> None:
+        for step in range(2, 300):
+            sink(metrics_of(step))
+        sink.flush()
+        sink.close()
+        done.set()
+
+    threading.Thread(target=train, daemon=True).start()
+    assert done.wait(60)
+    assert capsys.readouterr().err.count("TensorBoard's files cannot be written") == 1
 
 
 # -- what a crash leaves ---------------------------------------------------------------------------------------------
@@ -616,6 +642,78 @@ def test_best_weights_that_cannot_be_written_leave_the_best_before(
     assert run.storage.folders(f"{run.path}/weights") == ["step-3"]
     state.step, state.best_step, state.best_validation_loss = 9, 9, 1.5  # not as good as the lost one, but better
     assert weights.keep_if_possible(state) == "" and weights.place == "weights/step-9"
+
+
+class WithWeights(Alone):
+    """Brings each weight together as `Parallel` does: with the help of all workers."""
+
+    weights: ClassVar = {f"w{number}": torch.full((4, 4), float(number)) for number in range(6)}
+
+    def trained_formats(self) -> dict[str, TensorFormat]:
+        return {name: TensorFormat("F32", tuple(tensor.shape)) for name, tensor in self.weights.items()}
+
+    def whole_on_owners(self, owners: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.weights.items():
+            self.from_all(name)
+            if owners[name] == self.rank:
+                yield name, tensor
+
+    def union(self, part: dict[str, str]) -> dict[str, str]:
+        return {name: value for found in self.from_all(part) for name, value in found.items()}
+
+
+def write_by_two(storage: Storage) -> dict[int, Exception]:
+    """Two workers write a model; returns what they raised."""
+
+    class Model:
+        def files_beside_weights(self) -> dict[str, bytes]:
+            return {"config.json": b"{}"}
+
+    meeting, raised = Meeting(2), {}
+
+    def work(rank: int) -> None:
+        try:
+            write_model(Model(), WithWeights(rank, meeting), storage, "model", max_file_bytes=128)  # type: ignore[arg-type]
+        except Exception as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    return raised
+
+
+def test_a_model_of_which_one_file_breaks_is_written_anew_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"), patience=60)
+    assert write_by_two(whole) == {}
+    real, breaks = Storage.writing, itertools.count()
+
+    @contextmanager
+    def break_once(self: Storage, path: str) -> Iterator[Any]:
+        with real(self, path) as stream:
+            yield stream
+            if path.endswith("00004.safetensors") and self is broken and next(breaks) == 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Storage, "writing", break_once)
+    assert write_by_two(broken) == {}
+    assert next(breaks) >= 2
+    written = {file.name: file.read_bytes() for file in (tmp_path / "broken/model").iterdir()}
+    assert written == {file.name: file.read_bytes() for file in (tmp_path / "whole/model").iterdir()}
+    assert len(written) == 7  # four of weights, two to a file; index, digests, config
+
+
+def test_when_one_worker_cannot_write_a_model_all_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_disk(monkeypatch, only="00004-of"):
+        raised = write_by_two(Storage(str(tmp_path), patience=60))
+    assert str(raised[0]) == str(raised[1])
+    assert "worker 1: " in str(raised[0]) and "No space left" in str(raised[0])
+    assert not (tmp_path / "model/config.json").exists()
 
 
 # -- real runs -------------------------------------------------------------------------------------------------------
