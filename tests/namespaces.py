@@ -16,7 +16,8 @@ from benchmarks.raylets import Host, kill_all
 NETWORK = "10.77.0"
 SHARED_MEMORY = "512m"
 _INSIDE = """
-hostname "$0" && mount --bind "$1" /etc/hosts && mount -t tmpfs -o "size=$2" tmpfs /dev/shm && shift 2 && exec "$@"
+hostname "$0" && mount --bind "$1/hosts" /etc/hosts && mount --bind "$1/resolv.conf" /etc/resolv.conf &&
+mount -t tmpfs -o "size=$2" tmpfs /dev/shm && shift 2 && exec "$@"
 """
 
 
@@ -67,16 +68,16 @@ class Network:
         """`num_cpus` are those that each host offers, by its name."""
         self._names = {name: f"ft-{os.getpid()}-{name}" for name in num_cpus}
         addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(num_cpus, start=1)}
-        hosts_file = folder / "hosts"
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
-        hosts_file.write_text("\n".join(lines) + "\n")
+        (folder / "hosts").write_text("\n".join(lines) + "\n")
+        (folder / "resolv.conf").touch()  # a name server that does not answer would be waited for at each connection
         shell = ("unshare", "--uts", "--ipc", "sh", "-c", _INSIDE)
         self.hosts = [
             Host(
                 name,
                 address,
                 num_cpus[name],
-                ("ip", "netns", "exec", self._names[name], *shell, name, str(hosts_file), SHARED_MEMORY),
+                ("ip", "netns", "exec", self._names[name], *shell, name, str(folder), SHARED_MEMORY),
             )
             for name, address in addresses.items()
         ]
