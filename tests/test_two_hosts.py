@@ -5,6 +5,7 @@ worker has node rank 0 and its own local rank, and a rendezvous on the loopback 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from run_helpers import TWO_WORKERS, prepared_run, work, write_world
 from benchmarks.outside import Attempt, Driver, attempts, last_step, steps
 from benchmarks.raylets import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
 from ft_service.runs import RunFolder
-from ft_service.spec import dump_run_spec
 from ft_service.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,14 @@ METHODS: dict[str, dict[str, object]] = {
     "lora": {"method": "{type: lora, lora_rank: 4}", "parallel.zero_stage": 2},
     "full": {"method": "{type: full}", "parallel.zero_stage": 3},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_same_ninja() -> Iterator[None]:
+    """With and without Ray: two versions of it in turn would build DeepSpeed's operators anew at each start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begun(world: Path, cluster: Cluster, method: str) -> tuple[RunFolder, Driver]:
     """A run on the cluster, once its second checkpoint is there."""
     run = prepared_run(world, f"across-{method}", 2, **SETTINGS, **METHODS[method])
-    spec = world / f"{method}.yaml"
-    spec.write_text(dump_run_spec(run.plan().spec))
+    spec = Path(run.storage.uri(f"{run.path}/spec.yaml"))
     driver = Driver(cluster, spec, run, [], world / f"{method}.log")
     wait_for(lambda: driver.has_ended() or len(Checkpoints(run).entries()) >= 2, RUN_SECONDS, log=driver.log)
     assert not driver.has_ended(), driver.said()
