@@ -43,6 +43,7 @@ GOAL_PERCENT = 5.0
 VOCAB_SIZE = 4096
 ROW_TOKENS = 512
 NUM_WORKERS = 2
+TABLE_WIDTH = 150
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ SUBJECTS = {
     ),
 }
 
-console = Console(highlight=False, stderr=True)
+console = Console(highlight=False, stderr=True, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def main() -> int:
             f"{found.saving_step_seconds * 1000:.0f} ms",
             f"{found.slow_down_percent:+.1f} % ({rounds})",
         )
-    console.print(table)
+    Console(highlight=False, stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH).print(table)
     goal = {"lora": GOAL_PERCENT}
     print(
         json.dumps(

@@ -62,7 +62,7 @@ METHODS = {
 }
 SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 704}
 VOCAB_SIZE = 1024
-VALIDATION_RECORDS = 3000
+VALIDATION_RECORDS = 1000
 STEPS = 60
 SAVE_EVERY = 10
 VALIDATE_EVERY = 35
@@ -74,6 +74,8 @@ MOST_LOSS_DIFFERENCE = 1e-3
 
 MOMENT_SECONDS = 120
 RUN_SECONDS = 240
+TABLE_WIDTH = 150
+"""Where nobody looks on: rich would take 80."""
 CLEAN_SECONDS = 20
 _POLL_SECONDS = 0.002
 """A step takes some tens of milliseconds, a save as many."""
@@ -83,7 +85,7 @@ _START_SECONDS = 1.0
 
 HOSTS = [Host("head", "127.77.0.1", 0), *(Host(name, f"127.77.0.{n}", 1) for n, name in enumerate("abc", start=2))]
 
-console = Console(highlight=False, stderr=True)
+console = Console(highlight=False, stderr=True, soft_wrap=True)
 
 
 # -- a run, and what can be done to it -------------------------------------------------------------------------------
@@ -433,7 +435,7 @@ def matrix(arguments: argparse.Namespace) -> dict[str, Any]:
                         try_cell(cell, cluster, world, world / f"{method}.yaml", wholes[method], storage)
                     console.print(f"{len(cells):3} {told(cell)}")
     tried = [cell for cell in cells if not cell.skipped]
-    console.print(table_of(cells))
+    print_table(table_of(cells))
     recoveries = [cell.recovery_seconds for cell in tried if cell.recovery_seconds is not None]
     return {
         "benchmark": "faults",
@@ -489,6 +491,11 @@ def table_of(cells: list[Cell]) -> Table:
             cell.remark[:60],
         )
     return table
+
+
+def print_table(table: Table) -> None:
+    width = None if sys.stderr.isatty() else TABLE_WIDTH
+    Console(highlight=False, stderr=True, width=width).print(table)
 
 
 def _or_blank(value: float | None, form: str) -> str:
@@ -570,7 +577,7 @@ def random_kills(arguments: argparse.Namespace) -> dict[str, Any]:
     table = Table("what", "found", title=f"{method}, a kill about every minute")
     for name, value in figures.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+    print_table(table)
     holds = kills > 0 and difference is not None and difference <= MOST_LOSS_DIFFERENCE and not left
     return {
         "benchmark": "random_kills",
