@@ -136,7 +136,7 @@ def kill_driver(stage: Stage) -> None:
 
 def restart_head(stage: Stage) -> None:
     stage.cluster.kill()
-    stage.driver.end()  # it runs on the head
+    stage.driver.kill()  # it runs on the head
     stage.cluster.start(*HOSTS)
     stage.submit()
 
@@ -351,7 +351,7 @@ def _is_litter(path: Path) -> bool:
 def left_processes(cluster: Cluster, driver: Driver) -> list[str]:
     """What still works for the run after it ended, and does not go away; it is killed then."""
     deadline = time.monotonic() + CLEAN_SECONDS
-    while (left := [*run_processes(cluster), *driver.descendants()]) and time.monotonic() < deadline:
+    while (left := [*run_processes(cluster), *driver.processes()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     told = []
     for process in left:

@@ -1,5 +1,6 @@
 """A run seen from outside: its driver as a process of its own, and what its files on local storage tell."""
 
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from ft_service.metrics import StepMetrics, read_events, read_metrics
 from ft_service.runs import RunFolder
 from ft_service.train.checkpoint import Checkpoints
 
+_END_SECONDS = 30
+
 
 class Driver:
     """jobs/train.py on the head's host, working on a run."""
@@ -43,11 +46,9 @@ class Driver:
         return self._process.poll() is not None
 
     def kill(self) -> None:
-        """SIGKILL the process that does the work; another that only waits for it may end by itself."""
-        lease = Path(self._run.storage.uri(f"{self._run.path}/lease.json"))
-        working = json.loads(lease.read_bytes())["pid"] if lease.exists() else self._process.pid
-        kill_all([psutil.Process(working)])
-        self._process.wait(30)
+        """SIGKILL the process that does the work; another that only waits for it ends by itself."""
+        kill_all([self._worker() or psutil.Process(self._process.pid)])
+        self._process.wait(_END_SECONDS)
 
     def wait(self, seconds: float) -> None:
         """Until it has ended well. Raises `TrainingError` with the end of its log, also after so many seconds."""
@@ -61,17 +62,36 @@ class Driver:
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
-    def descendants(self) -> list[psutil.Process]:
-        """It, while it lives, and what it started."""
-        if self.has_ended():
-            return []
-        root = psutil.Process(self._process.pid)
-        return [root, *root.children(recursive=True)]
+    def processes(self) -> list[psutil.Process]:
+        """All of it that has not ended."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._process.pid)
+            found = {process.pid: process for process in (root, *root.children(recursive=True))}
+        if (worker := self._worker()) is not None:
+            found[worker.pid] = worker
+        return [process for process in found.values() if _is_alive(process)]
 
     def end(self) -> None:
-        """Kill it and its descendants, if it is still there."""
-        kill_all(self.descendants())
-        self._process.wait(30)
+        """Kill what is left of it."""
+        kill_all(self.processes())
+        self._process.wait(_END_SECONDS)
+
+    def _worker(self) -> psutil.Process | None:
+        """The process that says on storage that it drives the run; it need not be the one that was started."""
+        try:
+            lease = Path(self._run.storage.uri(f"{self._run.path}/lease.json"))
+            found = psutil.Process(json.loads(lease.read_bytes())["pid"])
+            return found if self._run.run_id in found.cmdline() else None
+        except (FileNotFoundError, psutil.NoSuchProcess):
+            return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass(frozen=True)
