@@ -13,7 +13,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except FtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.label}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
