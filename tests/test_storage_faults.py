@@ -387,6 +387,9 @@ class Alone:
         self.world_size = meeting.size if meeting else 1
         self.is_first = rank == 0
 
+    def on_progress(self) -> None:
+        """Nobody watches."""
+
     def from_all(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, value) if self.meeting else [value]
 
