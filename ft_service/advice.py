@@ -99,7 +99,7 @@ def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine
                     break
 
     def on_hardware() -> Iterator[str]:
-        workers = spec.parallel.num_workers
+        workers = spec.parallel.most_workers
         more = 2 ** workers.bit_length()
         while more <= _MOST_WORKERS:
             batch = spec.train.global_batch_size

@@ -86,8 +86,8 @@ def ask(spec: RunSpec, workers_per_node: int) -> Question:
     targets = spec.method.target_modules
     layout = Layout(
         method=spec.method.type,
-        num_workers=spec.parallel.num_workers,
-        workers_per_node=min(workers_per_node, spec.parallel.num_workers),
+        num_workers=spec.parallel.most_workers,
+        workers_per_node=min(workers_per_node, spec.parallel.most_workers),
         max_seq_len=spec.data.max_seq_len,
         precision=spec.train.precision,
         lora_rank=spec.method.lora_rank,
@@ -96,7 +96,7 @@ def ask(spec: RunSpec, workers_per_node: int) -> Question:
     )
     return Question(
         layout,
-        rows_per_worker=spec.train.global_batch_size // spec.parallel.num_workers,
+        rows_per_worker=spec.train.global_batch_size // spec.parallel.most_workers,
         zero_stage=spec.parallel.zero_stage,
         micro_batch_size=spec.train.micro_batch_size,
         activation_checkpointing=spec.train.activation_checkpointing,

@@ -168,35 +168,57 @@ def submit(
 @app.command()
 def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List the runs on a storage root."""
+    from ft_service.history import attempts, wasted_steps
+    from ft_service.metrics import read_events
     from ft_service.runs import RunFolder
 
     root = Storage(storage)
     found = [RunFolder(root, run_id).status() for run_id in root.folders("runs")]
+    lived = {status.run_id: attempts(read_events(root, status.run_id)) for status in found if status is not None}
     statuses = [status for status in found if status is not None]
     if as_json:
-        _print_json([status.model_dump(mode="json") for status in statuses])
+        _print_json(
+            [
+                {
+                    **status.model_dump(mode="json"),
+                    "attempts": len(lived[status.run_id]),
+                    "wasted_steps": wasted_steps(lived[status.run_id]),
+                }
+                for status in statuses
+            ]
+        )
         return
-    table = _table("run", "state", "since", "published", "message")
+    table = _table("run", "state", "since", "attempts", "wasted steps", "published", "message")
     for status in statuses:
         table.add_row(
-            status.run_id, status.state, f"{status.time:%Y-%m-%d %H:%M}", status.published or "", status.message[:80]
+            status.run_id,
+            status.state,
+            f"{status.time:%Y-%m-%d %H:%M}",
+            str(len(lived[status.run_id])),
+            str(wasted_steps(lived[status.run_id])),
+            status.published or "",
+            status.message[:80],
         )
     console.print(table)
 
 
 @app.command()
 def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
-    """Show one run: state, plan, and its last measurements."""
-    from ft_service.metrics import read_metrics
+    """Show one run: state, plan, attempts, and its last measurements."""
+    from ft_service.history import attempts, wasted_steps
+    from ft_service.metrics import read_events, read_metrics
     from ft_service.runs import find_run
 
     run = find_run(Storage(storage), run_id)
     status, metrics = run.status(), read_metrics(run.storage, run_id)
+    lived = attempts(read_events(run.storage, run_id))
     last = metrics[-1] if metrics else None
     if as_json:
         _print_json(
             {
                 "status": status.model_dump(mode="json") if status else None,
+                "attempts": [attempt.model_dump(mode="json") for attempt in lived],
+                "wasted_steps": wasted_steps(lived),
                 "last_step": last.model_dump(mode="json") if last else None,
                 "folder": run.storage.uri(run.path),
             }
@@ -209,7 +231,50 @@ def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = 
             console.print(f"  {sentence}", highlight=False)
     if last:
         console.print(f"  At step {last.step}: loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s")
+    if lived:
+        table = _table("attempt", "began", "from step", "workers", "on", "steps repeated", "ended")
+        for number, attempt in enumerate(lived, start=1):
+            began = "" if attempt.time is None else f"{attempt.time:%Y-%m-%d %H:%M:%S}"
+            counts = (str(attempt.step), str(attempt.workers), ", ".join(attempt.hosts), str(attempt.repeated))
+            table.add_row(str(number), began, *counts, attempt.ended)
+        console.print(table)
     console.print(f"  {run.storage.uri(run.path)}", soft_wrap=True)
+
+
+@app.command()
+def stop(
+    run_id: str,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for the step and a checkpoint.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
+) -> None:
+    """Stop a run: the step is finished, a checkpoint saved, nothing published. `ft resume` goes on."""
+    from ft_service.runs import stop_run
+
+    stop_run(Storage(storage), run_id, now, wait, say=lambda text: console.print(text, highlight=False))
+
+
+@app.command()
+def resume(
+    run_id: str,
+    overrides: Overrides = None,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    address: Annotated[
+        str | None, typer.Option(help="Dashboard of a cluster's head: go on there, as `ft submit` would.")
+    ] = None,
+    detach: Annotated[bool, typer.Option(help="With --address: print the submission id and return.")] = False,
+) -> None:
+    """Go on with a run that was stopped or failed, by the spec that it began with: here, or on a cluster."""
+    from ft_service.runs import resumed_spec
+
+    spec = resumed_spec(run_id, storage, overrides or [])
+    if address is not None:
+        from ft_service.submit import submit_resume
+
+        raise SystemExit(submit_resume(run_id, storage, overrides or [], address, detach))
+    from ft_service.train.launch import run
+
+    run(spec, run_id)
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Joining a Ray cluster, or starting one here, with one clear error when that fails."""
+"""The Ray cluster: joining one, or starting one here; what of it is free, and what is about to go."""
 
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,40 @@ def connect(address: str | None = None) -> None:
 def is_submitted_job() -> bool:
     """Whether this process is the driver of a job submitted to a cluster; Ray tells it by this variable."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to be taken away (`ray drain-node`, or a cloud's preemption notice)."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def disconnect() -> None:
+    """Leave the cluster; actors and tasks of this process end with that."""
+    ray.shutdown()
+
+
+def this_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def free_slots(resources: Mapping[str, float]) -> int:
+    """How many workers that need `resources` each find room now, on nodes that stay."""
+    going = draining_nodes()
+    free = ray._private.state.available_resources_per_node()
+    return sum(
+        min(int(node.get(name, 0) / amount) for name, amount in resources.items() if amount)
+        for node_id, node in free.items()
+        if node_id not in going
+    )
+
+
+def ask_for_room(resources: Mapping[str, float], count: int) -> None:
+    """Tell the autoscaler, if there is one, that room for `count` workers is wanted, busy or not; 0 takes it back."""
+    if not ray.is_initialized():
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(resources)] * count)
 
 
 def _runtime_env(address: str | None) -> dict[str, Any] | None:

@@ -6,9 +6,11 @@
     ├── DataError                a file or record of the user's data
     ├── ModelError               a base model that is absent, incomplete or of another architecture
     ├── StorageError             the storage root or something on it
-    │   └── NotPublishedError    no run or adapter of that id
+    │   ├── NotPublishedError    no run or adapter of that id
+    │   └── UnreachableError     the storage does not answer now, and may later
     ├── ClusterError             Ray does not answer, refuses the token, or lacks what was asked for
     ├── TrainingError            training cannot go on (a non-finite loss, ...)
+    ├── RunStopped               exit code 3   a run ended on purpose, and can be resumed
     └── ServingError             the server cannot start or answer
 
 A message names the setting or file, its value, and the cure. Instances cross process borders inside Ray, so all of them
@@ -23,6 +25,7 @@ class FtError(Exception):
     """Base of all errors of this project; a command prints its text, no traceback, and exits with `exit_code`."""
 
     exit_code = 1
+    label = "error"
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,23 @@ class NotPublishedError(StorageError):
     """No run, adapter or dataset of that id lies on the storage."""
 
 
+class UnreachableError(StorageError):
+    """The storage does not answer now, and may later: a network, a server or a mount that is away."""
+
+
 class ClusterError(FtError):
     """Ray does not answer, refuses the token, or lacks the resources asked for."""
 
 
 class TrainingError(FtError):
     """Training cannot go on."""
+
+
+class RunStopped(FtError):
+    """A run was stopped on purpose: no mistake, and nothing is lost that a checkpoint holds."""
+
+    exit_code = 3
+    label = "stopped"
 
 
 class ServingError(FtError):

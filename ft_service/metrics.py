@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 REMOTE_FLUSH_SECONDS = 30.0
 LOG_LINE_SECONDS = 5.0
+_TB_QUEUE = 1000
 
 # Overfitting: validation loss must have risen by all of the first three, and training loss fallen by the last.
 MIN_RISE_NATS = 0.01
@@ -84,7 +86,8 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends to a run's metrics.jsonl: each step at once in a folder, at most every 30 s on an object store.
 
-    Call `rewind` before the first step, with 0 for a new run.
+    Call `rewind` before the first step, with 0 for a new run. A step that cannot be written is kept for later: training
+    does not wait for it. `flush` does, may come from another thread, and raises `StorageError` if nothing helps.
     """
 
     def __init__(self, storage: Storage, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -93,24 +96,41 @@ class JsonlSink:
         self._path = _run_file(run_id, METRICS_FILE)
         self._clock = clock
         self._flushed_at = clock()
+        self._failed = False
         self._pending: list[str] = []
+        self._writing = threading.Lock()
 
-    def rewind(self, step: int) -> None:
-        """Cut the lines after `step` (and a torn last line), because the run goes on from there."""
+    def rewind(self, step: int) -> int:
+        """Cut the lines after `step` (and a torn last line), because the run goes on from there; returns how many."""
         self.flush()
-        kept = [metrics for metrics in read_metrics(self._storage, self._run_id) if metrics.step <= step]
+        found = read_metrics(self._storage, self._run_id)
+        kept = [metrics for metrics in found if metrics.step <= step]
         self._storage.write_bytes(self._path, "".join(_line(metrics) + "\n" for metrics in kept).encode())
+        return len(found) - len(kept)
 
     def __call__(self, metrics: StepMetrics) -> None:
         self._pending.append(_line(metrics))
-        if self._storage.is_local or self._clock() - self._flushed_at >= REMOTE_FLUSH_SECONDS:
-            self.flush()
+        is_quick = self._storage.is_local and not self._failed
+        is_due = is_quick or self._clock() - self._flushed_at >= REMOTE_FLUSH_SECONDS
+        if is_due and self._writing.acquire(blocking=False):  # otherwise a flush is under way
+            try:
+                self._write(self._storage.without_patience())
+            except StorageError as error:
+                if not self._failed:
+                    print(f"Metrics are kept for later: {error}", file=sys.stderr, flush=True)
+                self._failed, self._flushed_at = True, self._clock()
+            finally:
+                self._writing.release()
 
     def flush(self) -> None:
-        if self._pending:
-            self._storage.append_line(self._path, "\n".join(self._pending))
-            self._pending.clear()
-        self._flushed_at = self._clock()
+        with self._writing:
+            self._write(self._storage)
+
+    def _write(self, storage: Storage) -> None:
+        if lines := list(self._pending):
+            storage.append_line(self._path, "\n".join(lines))
+            del self._pending[: len(lines)]
+        self._failed, self._flushed_at = False, self._clock()
 
     def close(self) -> None:
         self.flush()
@@ -129,30 +149,57 @@ class TensorBoardSink:
             cure = "Run pip install tensorboardX, or set report.tensorboard: false."
             raise SpecError([Problem("report.tensorboard", True, "needs the package tensorboardX", cure)]) from None
         # File names hold whole seconds; without the suffix a quick resume would overwrite the file before it.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".from-step-{step}")
+        suffix = f".from-step-{step}"
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=suffix, max_queue=_TB_QUEUE)
+        self._is_told = False
 
     def __call__(self, metrics: StepMetrics) -> None:
         for name, value in metrics.model_dump(exclude={"step", "time"}, exclude_none=True).items():
-            self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
+            if self._is_alive():
+                self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._is_alive():
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._is_alive():
+            self._writer.close()
+
+    def _is_alive(self) -> bool:
+        # Its thread dies of the first write that fails; the queue to it then fills, and training would wait for ever.
+        is_alive: bool = self._writer.file_writer.event_writer._worker.is_alive()
+        if not is_alive and not self._is_told:
+            self._is_told = True
+            print(
+                "TensorBoard's files cannot be written: no more of them until the run is started again.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return is_alive
 
 
 class EventLog:
-    """A run's events.jsonl."""
+    """A run's events.jsonl. An event that cannot be written goes to stderr, and is written with the next one."""
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         self._storage = storage
         self._path = _run_file(run_id, EVENTS_FILE)
+        self._pending: list[str] = []
+        self._writing = threading.Lock()
 
-    def emit(self, type: str, message: str, **data: object) -> None:
-        """Add one event, now; `data` are further JSON values, such as ``step=40``."""
+    def emit(self, type: str, message: str, **data: object) -> bool:
+        """Add one event, now; `data` are further JSON values, such as ``step=40``. Returns whether it is written."""
         event = Event.model_validate({**data, "time": _now(), "type": type, "message": message})
-        self._storage.append_line(self._path, _line(event))
+        with self._writing:
+            self._pending.append(_line(event))
+            try:
+                self._storage.append_line(self._path, "\n".join(self._pending))
+                self._pending.clear()
+                return True
+            except StorageError as error:
+                print(f"Event {type!r} is not written yet ({error}) {message}", file=sys.stderr, flush=True)
+                return False
 
 
 def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:

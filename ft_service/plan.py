@@ -146,10 +146,11 @@ class RunPlan(BaseModel):
 
 
 def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources: Resources) -> RunPlan:
-    """Decide everything the spec leaves open.
+    """Decide everything the spec leaves open; of a range of workers, the most that the resources allow.
 
     Raises `SpecError` with every contradiction between spec, data, base and resources, together.
     """
+    asked, spec = spec, _with_workers_there_are(spec, resources)
     problems = [
         *spec.contradictions(),
         *_unmet_resources(spec, resources),
@@ -216,7 +217,10 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         "advice": [] if decision.fits is not False else suggestions(shape, spec, workers_per_node, machine),
         "fits": decision.fits,
         "remarks": catalog.remarks(facts, {source.format for source in spec.data.train}) if facts else [],
-        "warnings": _warnings(spec, dataset, decision, machine, num_steps, steps_per_epoch),
+        "warnings": [
+            *_warnings(spec, dataset, decision, machine, num_steps, steps_per_epoch),
+            *_warnings_of_fewer(asked, spec, shape, machine, resources),
+        ],
         "said": [],
     }
     return RunPlan.model_validate({**draft, "said": _sentences(RunPlan.model_validate(draft))})
@@ -233,7 +237,7 @@ class _Decision:
 
 
 def _workers_per_node(spec: RunSpec, resources: Resources) -> int:
-    workers = spec.parallel.num_workers
+    workers = spec.parallel.most_workers
     if not spec.parallel.use_gpu:
         return workers
     if resources.gpus_per_node is not None:
@@ -295,7 +299,7 @@ def _safest(question: Question) -> Question:
 def _judge_on_cpu(spec: RunSpec, shape: ModelShape, question: Question, machine: Machine) -> Choice:
     """On a CPU memory is not modelled: the lowest stage, and as many rows a pass as fill its matrix units."""
     offload = "none" if question.offload == "auto" else question.offload
-    lowest = 3 if offload == "nvme" else 2 if spec.parallel.num_workers > 1 or offload == "cpu" else 1
+    lowest = 3 if offload == "nvme" else 2 if spec.parallel.most_workers > 1 or offload == "cpu" else 1
     rows = question.rows_per_worker
     divisors = [size for size in range(1, rows + 1) if rows % size == 0]
     filling = max((size for size in divisors if size * spec.data.max_seq_len <= CPU_MICRO_BATCH_TOKENS), default=1)
@@ -347,7 +351,7 @@ def _estimate(
     row_tokens = max(1, min(spec.data.max_seq_len, round(dataset.tokens / dataset.rows)))
     layout = with_changes(choice.layout, max_seq_len=row_tokens)
     time = throughput.step_time(shape, layout, choice.accumulation, gpu)
-    workers = spec.parallel.num_workers
+    workers = spec.parallel.most_workers
     rate = spec.train.global_batch_size * row_tokens / time.seconds
     seconds = num_steps * time.seconds
     if validate_every:
@@ -376,7 +380,7 @@ def _estimate(
 
 
 def _unmet_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
-    workers, gpus, cpus = spec.parallel.num_workers, resources.num_gpus, resources.num_cpus
+    workers, gpus, cpus = spec.parallel.most_workers, resources.num_gpus, resources.num_cpus
     if spec.parallel.use_gpu and gpus == 0:
         return [
             Problem(
@@ -403,7 +407,7 @@ def _unmet_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
 
 
 def _unmet_hpz(spec: RunSpec, resources: Resources) -> list[Problem]:
-    workers, per_node = spec.parallel.num_workers, _workers_per_node(spec, resources)
+    workers, per_node = spec.parallel.most_workers, _workers_per_node(spec, resources)
     if spec.parallel.hpz is not True or (workers > per_node > 1 and workers % per_node == 0):
         return []
     problem = f"needs several nodes with equally many workers, and {workers} workers run {per_node} a node"
@@ -446,6 +450,8 @@ def _warnings(
             f"The {dataset.rows} packed rows fill less than one batch of {spec.train.global_batch_size}: a step sees "
             "rows more than once. Lower train.global_batch_size."
         )
+    if spec.checkpoint.every_steps is None:
+        warnings.append("checkpoint.every_steps is null: if workers die, all steps are repeated.")
     if num_steps < 20:
         warnings.append(f"{num_steps} steps are few to learn from. Lower train.global_batch_size or add epochs.")
     if dataset.truncated:
@@ -456,6 +462,32 @@ def _warnings(
     if spec.data.validation is None:
         warnings.append("No data.validation: overfitting will not be seen, and the last weights are published.")
     return warnings
+
+
+def _with_workers_there_are(spec: RunSpec, resources: Resources) -> RunSpec:
+    parallel, counts = spec.parallel, spec.worker_counts()
+    there_are = resources.num_gpus if parallel.use_gpu else resources.num_cpus
+    if parallel.fewest_workers == parallel.most_workers or not counts:
+        return spec
+    room = counts[0] if there_are is None else there_are // (1 if parallel.use_gpu else parallel.cpus_per_worker)
+    return spec.with_workers(next((count for count in counts if count <= room), counts[-1]))
+
+
+def _warnings_of_fewer(
+    asked: RunSpec, spec: RunSpec, shape: ModelShape, machine: Machine, resources: Resources
+) -> list[str]:
+    """What would go wrong only once nodes are lost."""
+    counts = asked.worker_counts()
+    fewest = asked.with_workers(counts[-1])
+    if counts[-1] >= spec.parallel.most_workers:
+        return []
+    decision = _decide(fewest, shape, machine, _workers_per_node(fewest, resources))
+    if decision.fits is not False:
+        return []
+    return [
+        f"With parallel.num_workers.min = {counts[-1]} it would not fit. {shortage(decision.choice, machine)} "
+        "Raise min, or set offload: auto."
+    ]
 
 
 # -- said aloud ------------------------------------------------------------------------------------------------------
@@ -474,7 +506,7 @@ def _sentences(plan: RunPlan) -> list[str]:
         f"Data: {about}{data.conversations:,} examples in {about}{data.rows:,} rows of at most "
         f"{spec.data.max_seq_len:,} tokens; {data.loss_tokens / max(1, data.tokens):.0%} of {data.tokens:,} tokens are "
         "trained on.",
-        f"Batch: {plan.micro_batch_size} rows x {spec.parallel.num_workers} workers x "
+        f"Batch: {plan.micro_batch_size} rows x {spec.parallel.most_workers} workers x "
         f"{plan.gradient_accumulation_steps} accumulation = {plan.global_batch_size} rows a step.",
         f"Length: {plan.num_steps:,} steps, {plan.epochs:.2f} epochs, {plan.tokens:,} tokens "
         f"({plan.loss_tokens:,} loss tokens).",
@@ -501,7 +533,7 @@ def _sentences(plan: RunPlan) -> list[str]:
 
 
 def _workers_said(plan: RunPlan) -> str:
-    workers, per_node = plan.spec.parallel.num_workers, plan.workers_per_node
+    workers, per_node = plan.spec.parallel.most_workers, plan.workers_per_node
     if not plan.spec.parallel.use_gpu:
         return f"{workers} on CPU"
     kind = plan.estimate.gpu_type if plan.estimate else plan.spec.parallel.accelerator_type or "GPU"

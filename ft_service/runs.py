@@ -1,22 +1,48 @@
 """A run's folder on storage: what is written there, and when a run counts as complete.
 
 <storage>/runs/<run id>/   spec.yaml  plan.json  dataset.json  status.json  events.jsonl  metrics.jsonl
-                           weights/  checkpoints/  outcome.json  samples.json  report.html
+                           lease.json  request.json
+                           weights/  checkpoints/  stacks/  outcome.json  samples.json  report.html
+
+The driver and, while it trains, the first worker say where the run stands. The driver holds a lease meanwhile
+(`ft_service.lease`): a run whose driver is gone is told as failed, whatever it said last.
 """
 
 import secrets
-from datetime import UTC, datetime
-from typing import Literal
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service.errors import NotPublishedError
+from ft_service.errors import NotPublishedError, StorageError, UsageError
 from ft_service.plan import RunPlan
 from ft_service.registry import DatasetRef
-from ft_service.spec import RunSpec, dump_run_spec
+from ft_service.spec import RunSpec, dump_run_spec, parse_run_spec
 from ft_service.storage import Storage
 
-State = Literal["preparing", "running", "recovering", "publishing", "succeeded", "failed"]
+State = Literal[
+    "preparing",
+    "queued",
+    "running",
+    "checkpointing",
+    "recovering",
+    "stopping",
+    "publishing",
+    "stopped",
+    "succeeded",
+    "failed",
+]
+"""queued: waits for its workers and their base model; checkpointing: waits for the checkpoint that it leaves with
+(other checkpoints are written beside training); recovering: workers died, others are about to go on."""
+
+ENDED: frozenset[State] = frozenset({"stopped", "succeeded", "failed"})
+
+LEASE_SECONDS = 45.0
+"""A driver that was not heard of for so long is gone."""
+
+_WAIT_SECONDS = 1.0
 
 
 class _File(BaseModel):
@@ -33,6 +59,26 @@ class RunStatus(_File):
     published: str | None = Field(default=None, description="Id of the adapter or model it published.")
 
 
+class Holder(_File):
+    """The driver that works on a run (lease.json), and when it was last heard of."""
+
+    token: str
+    host: str
+    pid: int
+    time: datetime
+
+    def is_silent(self) -> bool:
+        return datetime.now(UTC) - self.time > timedelta(seconds=LEASE_SECONDS)
+
+
+class Request(_File):
+    """What the workers of a run are asked to do (request.json): finish the step, save a checkpoint, and leave."""
+
+    kind: Literal["stop", "move"] = Field(description="End the run for now, or go on at once on other workers.")
+    reason: str
+    now: bool = Field(default=False, description="Do not wait for the step or the checkpoint.")
+
+
 class Outcome(_File):
     """What training ended with (outcome.json); the weights it names are what gets published."""
 
@@ -43,6 +89,7 @@ class Outcome(_File):
     validation_loss: float | None = Field(description="Validation loss of exactly these weights.")
     stopped_early: bool
     base_fingerprint: str
+    course: str = Field(description="RunPlan.course of the training that ended so.")
 
 
 class RunFolder:
@@ -54,9 +101,37 @@ class RunFolder:
         self.path = f"runs/{run_id}"
 
     def status(self) -> RunStatus | None:
-        """Where the run stands; None before it began."""
-        file = f"{self.path}/status.json"
-        return RunStatus.model_validate(self.storage.read_json(file)) if self.storage.exists(file) else None
+        """Where the run stands; None before it began. One whose driver is gone is failed."""
+        found = self._read("status.json")
+        if found is None:
+            return None
+        status = RunStatus.model_validate(found)
+        if status.state in ENDED:
+            return status
+        holder = self.holder()
+        if holder is not None and not holder.is_silent():
+            return status
+        driver = "its driver is gone"
+        if holder is not None:
+            last = f"{holder.time:%Y-%m-%d %H:%M:%S} UTC"
+            driver = f"its driver, process {holder.pid} on {holder.host}, was last heard of at {last}"
+        message = f"Ended while {status.state}: {driver}. `ft resume {self.run_id}` goes on."
+        return status.model_copy(update={"state": "failed", "message": message})
+
+    def holder(self) -> Holder | None:
+        found = self._read("lease.json")
+        return None if found is None else Holder.model_validate(found)
+
+    def ask(self, request: Request) -> None:
+        """Ask the run's workers to leave."""
+        self.storage.write_json(f"{self.path}/request.json", request.model_dump(mode="json"))
+
+    def request(self) -> Request | None:
+        found = self._read("request.json")
+        return None if found is None else Request.model_validate(found)
+
+    def forget_request(self) -> None:
+        self.storage.delete(f"{self.path}/request.json")
 
     def enter(self, state: State, message: str = "", published: str | None = None) -> None:
         status = RunStatus(
@@ -85,6 +160,25 @@ class RunFolder:
     def outcome(self) -> Outcome:
         return Outcome.model_validate(self.storage.read_json(f"{self.path}/outcome.json"))
 
+    def is_trained(self, course: str) -> bool:
+        """Whether training of this course has ended, and its weights can be published."""
+        found = self._read("outcome.json")
+        return found is not None and found.get("course") == course
+
+    def spec(self, overrides: Sequence[str] = ()) -> RunSpec:
+        """What was asked for. Raises `StorageError` if the run ended before that was written down."""
+        file = f"{self.path}/spec.yaml"
+        return parse_run_spec(self.storage.read_bytes(file).decode(), overrides, where=self.storage.uri(file))
+
+    def _read(self, name: str) -> Any:
+        """A JSON file of the run; None if it is not there, or no longer."""
+        try:
+            return self.storage.read_json(f"{self.path}/{name}")
+        except StorageError:
+            if self.storage.exists(f"{self.path}/{name}"):
+                raise
+            return None
+
 
 def new_run_id(name: str) -> str:
     """``<name>-<8 hex>``"""
@@ -99,3 +193,27 @@ def find_run(storage: Storage, run_id: str) -> RunFolder:
             f"run = {run_id!r}: not on {storage.root}. Runs there: {', '.join(known) or 'none yet'}."
         )
     return RunFolder(storage, run_id)
+
+
+def resumed_spec(run_id: str, storage_root: str, overrides: Sequence[str] = ()) -> RunSpec:
+    """The spec of the run of that id, on the storage where it lies. Raises `NotPublishedError`, `SpecError`."""
+    spec = find_run(Storage(storage_root), run_id).spec(overrides)
+    return spec.model_copy(update={"storage": storage_root})
+
+
+def stop_run(storage: Storage, run_id: str, now: bool, wait: bool, say: Callable[[str], None]) -> None:
+    """Ask a run to stop, and wait until it has, if `wait`.
+
+    Raises `NotPublishedError` for an unknown run, and `UsageError` for one that is not at work.
+    """
+    run = find_run(storage, run_id)
+    status = run.status()
+    if status is None or status.state in ENDED:
+        raise UsageError(f"RUN = {run_id!r}: is not at work ({status.state if status else 'not begun'}).")
+    run.ask(Request(kind="stop", reason="ft stop", now=now))
+    say(f"Asked {run_id} to stop{' at once' if now else ' after the step under way, with a checkpoint'}.")
+    while wait and status is not None and status.state not in ENDED:
+        time.sleep(_WAIT_SECONDS)
+        status = run.status()
+    if wait and status is not None:
+        say(f"{status.state}: {status.message}")

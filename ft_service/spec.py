@@ -144,10 +144,29 @@ class TrainSpec(_Section):
     early_stopping: EarlyStoppingSpec | None = Field(default=None, description="Stop when validation loss stalls.")
 
 
+class WorkerRange(_Section):
+    """As many workers as the cluster has to give, between two bounds."""
+
+    min: PositiveInt = Field(description="Fewest workers that the run goes on with.")
+    max: PositiveInt = Field(description="Most workers it uses.")
+
+
+def _workers_kind(value: object) -> str:
+    return "range" if isinstance(value, dict | WorkerRange) else "count"
+
+
+Workers = Annotated[
+    Annotated[WorkerRange, Tag("range")] | Annotated[PositiveInt, Tag("count")], Discriminator(_workers_kind)
+]
+
+
 class ParallelSpec(_Section):
     """How the run is spread over the cluster."""
 
-    num_workers: PositiveInt = Field(default=1, description="Training processes, one GPU each.")
+    num_workers: Workers = Field(
+        default=1,
+        description="Training processes, one GPU each; {min: 4, max: 8} goes on with fewer when a node is lost.",
+    )
     use_gpu: bool = Field(default=True, description="False trains on CPU (small models, tests).")
     cpus_per_worker: PositiveInt = Field(default=1, description="CPUs reserved, and threads used, per worker.")
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(default="auto", description="What DeepSpeed ZeRO shards.")
@@ -162,6 +181,19 @@ class ParallelSpec(_Section):
     max_failures: int = Field(
         default=3, ge=0, description="Times the workers may die and be started again from the newest checkpoint."
     )
+    hang_timeout_seconds: PositiveInt = Field(
+        default=600,
+        description="Seconds after which a worker that does not get on saves its Python stacks and dies. More than the "
+        "slowest micro-step, validation batch, checkpoint, or load of a weight, the wait for slower workers included.",
+    )
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
 
 class CheckpointSpec(_Section):
@@ -169,6 +201,9 @@ class CheckpointSpec(_Section):
 
     every_steps: PositiveInt | None = Field(default=50, description="Steps between checkpoints; null saves none.")
     keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
+    on_failure: Literal["continue", "stop"] = Field(
+        default="continue", description="Whether a run whose checkpoint, or best weights, cannot be written trains on."
+    )
 
 
 class ReportSpec(_Section):
@@ -198,6 +233,16 @@ class RunSpec(_Section):
     @classmethod
     def _a_name_is_text(cls, name: object) -> object:
         return str(name) if isinstance(name, int) else name
+
+    def worker_counts(self) -> list[int]:
+        """The numbers of workers that may train this run, most first: all that divide the global batch evenly."""
+        rows = self.train.micro_batch_size if isinstance(self.train.micro_batch_size, int) else 1
+        counts = range(self.parallel.most_workers, self.parallel.fewest_workers - 1, -1)
+        return [count for count in counts if self.train.global_batch_size % (rows * count) == 0]
+
+    def with_workers(self, count: int) -> "RunSpec":
+        """The same run on exactly so many workers."""
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update={"num_workers": count})})
 
     def contradictions(self) -> list[Problem]:
         """Settings that are each valid and together make no sense; empty when there are none."""
@@ -231,21 +276,17 @@ class RunSpec(_Section):
             )
         if train.epochs is not None and train.max_steps is not None:
             refuse("train.max_steps", train.max_steps, "stands beside train.epochs", "Keep one of the two.")
-        if isinstance(train.micro_batch_size, int):
-            rows_per_micro_step = train.micro_batch_size * parallel.num_workers
-            if train.global_batch_size % rows_per_micro_step:
-                refuse(
-                    "train.global_batch_size",
-                    train.global_batch_size,
-                    f"is not a multiple of {train.micro_batch_size} rows x {parallel.num_workers} workers",
-                    f"Use a multiple of {rows_per_micro_step}.",
-                )
-        elif train.global_batch_size % parallel.num_workers:
+        if parallel.fewest_workers > parallel.most_workers:
+            refuse("parallel.num_workers.min", parallel.fewest_workers, "is above max", "Write the smaller one as min.")
+        elif parallel.most_workers not in self.worker_counts():
+            # With a range, the most must divide too: else capacity would be asked for that is never used.
+            rows = train.micro_batch_size if isinstance(train.micro_batch_size, int) else 1
+            of = f"{rows} rows x {parallel.most_workers} workers" if rows > 1 else f"{parallel.most_workers} workers"
             refuse(
                 "train.global_batch_size",
                 train.global_batch_size,
-                f"is not a multiple of parallel.num_workers = {parallel.num_workers}",
-                f"Use a multiple of {parallel.num_workers}.",
+                f"is not a multiple of {of} (parallel.num_workers)",
+                f"Use a multiple of {rows * parallel.most_workers}.",
             )
         if parallel.offload in ("cpu", "nvme") and parallel.zero_stage == 0:
             refuse(

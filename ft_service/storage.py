@@ -2,46 +2,153 @@
 
 Writes are atomic: a file or a folder exists completely or not at all. On a file system that is a rename; an object
 store shows an object only once it is whole, so there a folder's *marker* file, named by the caller, is written last.
+
+A storage that does not answer is asked again for as long as the one who opened it has patience. What waiting cannot
+mend (no such folder or bucket, no right, no space) is told at once.
 """
 
+import errno
+import functools
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
+import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 
 import pyarrow
 from pyarrow import fs
 
-from ft_service.errors import StorageError
+from ft_service.errors import StorageError, UnreachableError
 
+RUN_PATIENCE_SECONDS = 300.0
+"""Of a run's driver and workers: what is away for a few minutes ends no run."""
+
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 15.0
 _COPY_CHUNK_BYTES = 16 * 1024 * 1024
+
+# No such thing, no right, no space, or no such operation.
+_PERMANENT = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EXDEV,
+    errno.EMLINK,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+}
+# What pyarrow says of an object store has no error number. Of the 4xx, 408 and 429 ask to come again.
+_PERMANENT_TEXT = re.compile(
+    r"AWS Error (NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|ACCESS_DENIED|INVALID_\w+|INCOMPLETE_SIGNATURE|"
+    r"SIGNATURE_DOES_NOT_MATCH|MISSING_\w+|UNRECOGNIZED_CLIENT|OPT_IN_REQUIRED|VALIDATION)"
+    r"|HTTP status (?!408|429)[34]\d\d|Bucket '[^']*' not found|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND"
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later. What is not plainly permanent may."""
+    if not isinstance(error, OSError):
+        return False
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
+        return False
+    # Errors of a whole folder (shutil.Error) have the numbers of its files in their text alone.
+    numbers = [error.errno] if error.errno else [int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))]
+    if numbers:
+        return not _PERMANENT.intersection(numbers)
+    return _PERMANENT_TEXT.search(str(error)) is None
+
+
+def _patient(method: Callable[Concatenate["Storage", P], T]) -> Callable[Concatenate["Storage", P], T]:
+    """Make a method wait for a storage that does not answer. It must bear being called again."""
+
+    @functools.wraps(method)
+    def patiently(self: "Storage", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.patiently(lambda: method(self, *args, **kwargs))
+
+    return patiently
 
 
 class Storage:
-    """Files under one root, by relative POSIX path (``runs/r1/plan.json``). Picklable: only the root travels.
+    """Files under one root, by relative POSIX path (``runs/r1/plan.json``). Picklable: root and patience travel.
 
-    Every method raises `StorageError` when the root cannot be reached or written.
+    Every method raises `StorageError` when the root cannot be read or written; it is an `UnreachableError` if that may
+    pass. Then the storage is asked again for `patience` seconds first, which is told once on stderr. Only a stream
+    (`writing`) is given up at once, since its bytes are gone: see `patiently`.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, patience: float = 0.0) -> None:
         self.root = root
-        try:
-            if "://" in root:
-                self._fs, self._base = fs.FileSystem.from_uri(root)
-            else:
-                self._fs, self._base = fs.LocalFileSystem(), str(Path(root).expanduser().absolute())
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(
-                f"storage = {root!r}: not a usable root ({error}). Use a folder, s3:// or gs://."
-            ) from None
+        self.patience = patience
+        self._waiting = _Waiting()
+        self._fs, self._base = self.patiently(self._open)  # without a region in its URI, a bucket is asked for it
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
-        return Storage, (self.root,)
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, float]]:
+        return Storage, (self.root, self.patience)
+
+    def without_patience(self) -> "Storage":
+        """The same storage for those who have something better to do than to wait for it."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, patience=0.0)
+        return other
+
+    def patiently(self, do: Callable[[], T], clock: Callable[[], float] | None = None) -> T:
+        """Call `do`, and again while it raises `UnreachableError`, until `patience` seconds after its first failure.
+
+        Processes that must give up together pass a `clock` that shows all of them the same. Within another such call
+        of the same thread nothing waits: the outer one does. Object stores are asked several times by pyarrow itself,
+        which takes up to two minutes for a server that accepts connections and says nothing.
+        """
+        if self.patience <= 0 or self._waiting.is_nested():
+            return do()
+        clock = clock or time.monotonic
+        failed_at: float | None = None
+        pause = _FIRST_PAUSE_SECONDS
+        with self._waiting.nesting():
+            while True:
+                try:
+                    result = do()
+                except UnreachableError as error:
+                    now = clock()
+                    if failed_at is None:
+                        failed_at = now
+                        self._waiting.begin(f"{error} Waiting up to {self.patience:.0f} s for it.")
+                    left = failed_at + self.patience - now
+                    if left <= 0:
+                        self._waiting.end("")
+                        raise UnreachableError(f"{error} It was waited for {now - failed_at:.0f} s.") from None
+                    time.sleep(min(pause, left))
+                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                except BaseException:
+                    if failed_at is not None:
+                        self._waiting.end("")
+                    raise
+                else:
+                    if failed_at is not None:
+                        seconds = clock() - failed_at
+                        self._waiting.end(f"storage = {self.root!r}: answers again after {seconds:.0f} s.")
+                    return result
 
     @property
     def is_local(self) -> bool:
@@ -60,28 +167,27 @@ class Storage:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
+    @_patient
     def exists(self, path: str) -> bool:
         return self._info(path).type != fs.FileType.NotFound
 
+    @_patient
     def read_bytes(self, path: str) -> bytes:
-        try:
-            with self._fs.open_input_file(self._full(path)) as stream:
-                return stream.read()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"{self.uri(path)}: cannot be read ({error}).") from None
+        with self._telling(f"{self.uri(path)}: cannot be read"), self._fs.open_input_file(self._full(path)) as stream:
+            content: bytes = stream.read()
+        return content
 
+    @_patient
     def size(self, path: str) -> int | None:
         """Bytes of a file; None if there is none."""
         info = self._info(path)
         return info.size if info.type == fs.FileType.File else None
 
+    @_patient
     def read_range(self, path: str, start: int, nbytes: int) -> bytes:
         """`nbytes` of a file from byte `start` on; raises `StorageError` if it ends before."""
-        try:
-            with self._fs.open_input_file(self._full(path)) as stream:
-                content: bytes = stream.read_at(nbytes, start)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"{self.uri(path)}: cannot be read ({error}).") from None
+        with self._telling(f"{self.uri(path)}: cannot be read"), self._fs.open_input_file(self._full(path)) as stream:
+            content: bytes = stream.read_at(nbytes, start)
         if len(content) != nbytes:
             raise StorageError(f"{self.uri(path)}: ends too early.")
         return content
@@ -92,16 +198,16 @@ class Storage:
         except ValueError as error:
             raise StorageError(f"{self.uri(path)}: damaged, not JSON ({error}).") from None
 
+    @_patient
     def folders(self, path: str) -> list[str]:
         """Names of the folders directly in `path`, sorted; those that start with a dot are unfinished and left out."""
         selector = fs.FileSelector(self._full(path), allow_not_found=True)
-        try:
+        with self._telling(f"{self.uri(path)}: cannot be listed"):
             infos = self._fs.get_file_info(selector)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"{self.uri(path)}: cannot be listed ({error}).") from None
         names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
         return sorted(name for name in names if not name.startswith("."))
 
+    @_patient
     def local_folder(self, path: str, cache: Path | None = None) -> Path:
         """A folder of this machine that holds `path`: the folder itself, or a download of it.
 
@@ -122,11 +228,12 @@ class Storage:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             if not target.exists():  # otherwise another process of this machine was first
-                raise StorageError(f"{self.uri(path)}: cannot be fetched ({error}).") from None
+                raise _failure(f"{self.uri(path)}: cannot be fetched", error) from None
         return target
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
+    @_patient
     def write_bytes(self, path: str, content: bytes) -> None:
         """Write a file whole; a reader sees the old content or the new one."""
         if self.is_local:
@@ -143,7 +250,11 @@ class Storage:
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:
-        """A stream into a new file, which is there, and whole, once the block has ended; not if the block fails."""
+        """A stream into a new file, which is there, and whole, once the block has ended; not if the block fails.
+
+        What was written is gone when it fails, so it does not wait by itself: whoever can begin anew does
+        (`patiently`).
+        """
         full = self._full(path)
         try:
             self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
@@ -156,14 +267,16 @@ class Storage:
                         os.fsync(file.fileno())
                     os.replace(partial, full)
                 finally:
-                    partial.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        partial.unlink(missing_ok=True)
                 return
             try:
                 with self._fs.open_output_stream(full) as stream:
                     yield cast(BinaryIO, stream)
             except BaseException:
                 # Closing has made an object of what was written so far; pyarrow has no way to abort.
-                self.delete(path)
+                with suppress(StorageError):
+                    self.without_patience().delete(path)
                 raise
         except (OSError, pyarrow.ArrowException) as error:
             raise self._not_written(path, error) from None
@@ -171,6 +284,7 @@ class Storage:
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
+    @_patient
     def append_line(self, path: str, line: str) -> None:
         """Add a line to a log. On an object store the log is rewritten, so keep such logs small or buffered."""
         if not self.is_local:
@@ -180,11 +294,11 @@ class Storage:
         full = Path(self._full(path))
         try:
             full.parent.mkdir(parents=True, exist_ok=True)
-            with full.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            _append(full, line.encode() + b"\n")
         except OSError as error:
             raise self._not_written(path, error) from None
 
+    @_patient
     def put_folder(self, source: Path, path: str, marker: str) -> None:
         """Publish the folder `source` as `path`, at once. A folder that is already there stays as it is.
 
@@ -212,6 +326,7 @@ class Storage:
             if not self.exists(f"{path}/{marker}"):  # otherwise another writer of the same content was first
                 raise self._not_written(path, error) from None
 
+    @_patient
     def publish_within(
         self, source: str, names: Iterable[str], path: str, added: Mapping[str, bytes], marker: str
     ) -> None:
@@ -242,15 +357,27 @@ class Storage:
             if self.is_local:
                 shutil.rmtree(self._full(place), ignore_errors=True)
 
+    @_patient
     def delete(self, path: str) -> None:
         """Remove a file or a folder; nothing happens if it is not there."""
         info = self._info(path)
-        if info.type == fs.FileType.Directory:
-            self._fs.delete_dir(info.path)
-        elif info.type == fs.FileType.File:
-            self._fs.delete_file(info.path)
+        with self._telling(f"{self.uri(path)}: cannot be deleted"):
+            if info.type == fs.FileType.Directory:
+                self._fs.delete_dir(info.path)
+            elif info.type == fs.FileType.File:
+                self._fs.delete_file(info.path)
 
     # -- internals -------------------------------------------------------------------------------------------------
+
+    def _open(self) -> tuple[fs.FileSystem, str]:
+        try:
+            if "://" in self.root:
+                filesystem, base = fs.FileSystem.from_uri(self.root)
+                return filesystem, base
+            return fs.LocalFileSystem(), str(Path(self.root).expanduser().absolute())
+        except (OSError, pyarrow.ArrowException) as error:
+            what = f"storage = {self.root!r}: not a usable root"
+            raise _failure(what, error, " Use a folder, s3:// or gs://.") from None
 
     def _full(self, path: str) -> str:
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
@@ -258,15 +385,19 @@ class Storage:
         return f"{self._base}/{path}" if path else self._base
 
     def _info(self, path: str) -> fs.FileInfo:
-        try:
+        with self._telling(f"storage = {self.root!r}: does not answer"):
             return self._fs.get_file_info(self._full(path))
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"storage = {self.root!r}: does not answer ({error}).") from None
+            raise _failure(what, error) from None
 
     def _not_written(self, path: str, error: Exception) -> StorageError:
-        return StorageError(
-            f"storage = {self.root!r}: cannot write {path} ({error}). Check that it exists, is writable and not full."
-        )
+        what = f"storage = {self.root!r}: cannot write {path}"
+        return _failure(what, error, " Check that it exists, is writable and not full.")
 
     def _duplicate(self, source: str, target: str) -> None:
         """The same bytes under a second name, both of them full paths."""
@@ -294,6 +425,62 @@ class Storage:
             destination_filesystem=self._fs,
             chunk_size=_COPY_CHUNK_BYTES,
         )
+
+
+class _Waiting:
+    """Who waits for a storage: told when the first thread of the process begins, and when the last one is through."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._local = threading.local()
+
+    def is_nested(self) -> bool:
+        return getattr(self._local, "nested", False)
+
+    @contextmanager
+    def nesting(self) -> Iterator[None]:
+        self._local.nested = True
+        try:
+            yield
+        finally:
+            self._local.nested = False
+
+    def begin(self, message: str) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                print(message, file=sys.stderr, flush=True)
+
+    def end(self, message: str) -> None:
+        with self._lock:
+            self._threads -= 1
+            if message and self._threads == 0:
+                print(message, file=sys.stderr, flush=True)
+
+
+def _failure(what: str, error: Exception, cure: str = "") -> StorageError:
+    if is_transient(error):
+        return UnreachableError(f"{what} ({error}). Check that it is up and can be reached from here.")
+    return StorageError(f"{what} ({error}).{cure}")
+
+
+def _append(file: Path, line: bytes) -> None:
+    """Add a whole line, or nothing. What a process that died left of one is ended first."""
+    with file.open("ab+", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        if before:
+            stream.seek(before - 1)
+            line = line if stream.read(1) == b"\n" else b"\n" + line
+        written = 0
+        try:
+            while written < len(line):
+                written += stream.write(line[written:]) or 0
+        except OSError:
+            with suppress(OSError):
+                if os.fstat(stream.fileno()).st_size == before + written:  # otherwise another writer came after
+                    stream.truncate(before)
+            raise
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """`ft submit`: a thin wrapper over the Ray Jobs API, which `ray job submit` speaks too."""
 
+import secrets
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,22 +17,37 @@ def submit_run(
 ) -> int:
     """Submit jobs/train.py with the project as working directory; returns the exit code of the job, 0 when detached.
 
-    The submission id is the run id, so Ray refuses the same run twice while its records last. Raises `ClusterError`.
+    Raises `ClusterError`.
+    """
+    spec_path = spec_path.resolve()
+    if not spec_path.is_relative_to(_PROJECT_ROOT):
+        raise UsageError(
+            f"SPEC = {spec_path}: lies outside {_PROJECT_ROOT}, which is what travels. Move it below, e.g. to "
+            "jobs/specs."
+        )
+    run_id = run_id or new_run_id(spec.name)
+    return _submit([str(spec_path.relative_to(_PROJECT_ROOT)), "--run-id", run_id, *overrides], run_id, address, detach)
+
+
+def submit_resume(run_id: str, storage: str, overrides: Sequence[str], address: str, detach: bool) -> int:
+    """Submit jobs/train.py to go on with a run; like `submit_run`."""
+    return _submit(["--resume", run_id, "--storage", storage, *overrides], run_id, address, detach)
+
+
+def _submit(arguments: list[str], run_id: str, address: str, detach: bool) -> int:
+    """The submission id is the run id, with something added from the second job of a run on.
+
+    Two jobs of one run at the same time are told apart by its lease: the later one is refused.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    root = _PROJECT_ROOT
-    spec_path = spec_path.resolve()
-    if not spec_path.is_relative_to(root):
-        raise UsageError(
-            f"SPEC = {spec_path}: lies outside {root}, which is what travels. Move it below, e.g. to jobs/specs."
-        )
-    run_id = run_id or new_run_id(spec.name)
-    command = ["python", "jobs/train.py", str(spec_path.relative_to(root)), "--run-id", run_id, *overrides]
+    command = shlex.join(["python", "jobs/train.py", *arguments])
     try:
         client = JobSubmissionClient(address)
+        is_taken = any(job.submission_id == run_id for job in client.list_jobs())
+        submission_id = f"{run_id}-{secrets.token_hex(3)}" if is_taken else run_id
         job = client.submit_job(
-            entrypoint=shlex.join(command), submission_id=run_id, runtime_env={"working_dir": str(root)}
+            entrypoint=command, submission_id=submission_id, runtime_env={"working_dir": str(_PROJECT_ROOT)}
         )
     except (
         Exception

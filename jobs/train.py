@@ -1,6 +1,9 @@
-"""Train what a run spec asks for, and publish it.
+"""Train what a run spec asks for, and publish it; or go on with a run that was stopped or failed.
 
 ray job submit --working-dir . -- python jobs/train.py SPEC [--run-id ID] [setting=value ...]
+ray job submit --working-dir . -- python jobs/train.py --resume ID --storage ROOT [setting=value ...]
+
+`ray job stop` (SIGTERM) finishes the step, saves a checkpoint, and ends with exit code 3.
 """
 
 import argparse
@@ -10,21 +13,39 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job starts in the checkout, which is not installed
 
 from ft_service.commands import exit_on_error
-from ft_service.spec import load_run_spec
+from ft_service.detach import detach
+from ft_service.errors import UsageError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", help="run spec (YAML)")
+    parser.add_argument("spec", nargs="?", help="run spec (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="such as train.max_steps=10")
-    parser.add_argument("--run-id", help="default: <name>-<8 hex>; a complete run of that id is not run again")
+    parser.add_argument("--run-id", help="default: <name>-<8 hex>; one that is complete is not run again")
+    parser.add_argument("--resume", metavar="ID", help="go on with this run, by the spec that it began with")
+    parser.add_argument("--storage", metavar="ROOT", help="with --resume: where the run lies")
     arguments = parser.parse_intermixed_args()  # overrides may follow --run-id
+    overrides = list(arguments.overrides)
     with exit_on_error():
-        spec = load_run_spec(arguments.spec, arguments.overrides)
+        if arguments.resume:
+            if arguments.spec is not None:
+                overrides.insert(0, arguments.spec)
+            if arguments.storage is None or arguments.run_id:
+                raise UsageError(f"--resume = {arguments.resume!r}: goes with --storage ROOT, and without --run-id.")
+            from ft_service.runs import resumed_spec
+
+            spec = resumed_spec(arguments.resume, arguments.storage, overrides)
+        elif arguments.spec is None:
+            raise UsageError("jobs/train.py: takes a SPEC, or --resume ID --storage ROOT.")
+        else:
+            from ft_service.spec import load_run_spec
+
+            spec = load_run_spec(arguments.spec, overrides)
         from ft_service.train.launch import run  # torch and Ray take seconds: a bad spec is told before
 
-        run(spec, arguments.run_id)
+        run(spec, arguments.resume or arguments.run_id)
 
 
 if __name__ == "__main__":
-    main()
+    with detach():
+        main()

@@ -1,14 +1,16 @@
 """Runs without Ray: a small world of base and data, a run prepared as the launcher leaves it, and its workers."""
 
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from ft_service.catalog import shape_from_config
 from ft_service.data.prepare import prepare_dataset
@@ -52,7 +54,7 @@ storage: {world}/storage
 """,
         [f"{name}={value}" for name, value in settings.items()],
     )
-    run = RunFolder(Storage(str(world / "storage")), run_id)
+    run = RunFolder(Storage(spec.storage), run_id)
     dataset = prepare_dataset(spec, load_tokenizer(world / "base"), run.storage)
     shape = shape_from_config(read_config(world / "base"))
     run.write_plan(spec, make_plan(spec, dataset.facts, shape, Resources()), dataset.sources)
@@ -82,7 +84,7 @@ def work(run: RunFolder, *launcher: str) -> str:
     try:
         printed, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise
     assert process.returncode == 0, printed[-6000:]
     return printed
@@ -97,9 +99,22 @@ def kill_when(run: RunFolder, is_time: Callable[[], bool], *launcher: str) -> No
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    printed, _ = process.communicate()
+    printed = kill(process)
     assert is_time(), printed[-6000:]
+    assert not run.storage.exists(f"{run.path}/outcome.json"), "it was through before it was killed"
+
+
+def kill(process: "subprocess.Popen[str]") -> str:
+    """End a launcher and its workers, without a warning; returns what they printed.
+
+    Its process group is not enough: torchrun starts each worker in a session of its own, and they would train on.
+    """
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    printed, _ = process.communicate()
+    return printed
 
 
 TWO_WORKERS = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")

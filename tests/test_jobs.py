@@ -1,5 +1,6 @@
 """The main job on a real Ray cluster with token authentication: submitted, trained, published, and true."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ft_service.registry import AdapterRecord, Registry
 from ft_service.runs import RunFolder
 from ft_service.storage import Storage
 from ft_service.train.checkpoint import Checkpoints
+from ft_service.train.watchdog import suspects
 
 pytestmark = pytest.mark.slow
 
@@ -187,6 +190,48 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(ray: Ray
     assert not storage.exists(f"{run.path}/checkpoints")  # of no use any more
 
 
+def test_a_hung_worker_is_noticed_and_costs_no_more_than_a_killed_one(ray: Ray, world: Path) -> None:
+    timeout = 20
+    settings = ("train.max_steps=120", "train.validate_every_steps=60", "checkpoint.every_steps=10")
+    settings = (*settings, f"parallel.hang_timeout_seconds={timeout}")
+    whole = submit(ray, world / "lora.yaml", "--run-id", "whole-2", *settings)
+    assert whole.returncode == 0, output(whole)[-4000:]
+    storage = Storage(str(world / "storage"))
+    run = RunFolder(storage, "hung-1")
+    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
+    command += ["python", "jobs/train.py", str(world / "lora.yaml"), "--run-id", "hung-1", *settings]
+    job = subprocess.Popen(
+        command, cwd=PROJECT, env=ray.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + JOB_SECONDS
+    while len(Checkpoints(run).entries()) < 2:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-4000:]
+        time.sleep(0.05)
+    began = next(event for event in read_events(storage, "hung-1") if event.type == "training")
+    hung = began.model_dump()["workers"][1]["pid"]
+    os.kill(hung, signal.SIGSTOP)
+    stopped_at = datetime.now(UTC)
+    try:
+        printed, _ = job.communicate(timeout=JOB_SECONDS)
+        assert job.returncode == 0, printed[-4000:]
+        with pytest.raises(ProcessLookupError):
+            os.kill(hung, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(hung, signal.SIGKILL)
+    events = read_events(storage, "hung-1")
+    noticed = next(event for event in events if event.type == "hang")
+    told = noticed.model_dump()
+    assert told["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < timeout + 5
+    assert suspects(run, Path(told["stacks"]).name, 2) == [1]
+    assert "loop.py" in storage.read_bytes(f"{told['stacks']}/rank-00000.txt").decode()
+    steps = [event.model_dump()["step"] for event in events if event.type == "training"]
+    assert steps[0] == 0 and len(steps) == 2 and steps[1] >= 20
+    metrics = read_metrics(storage, "hung-1")
+    assert [m.loss for m in metrics] == [m.loss for m in read_metrics(storage, "whole-2")]
+    assert published(world, "hung-1").digest == published(world, "whole-2").digest
+
+
 def test_verify_passes_and_notices_a_flipped_byte(world: Path, lora: AdapterRecord, tmp_path: Path) -> None:
     storage = str(world / "storage")
     fine = ft("adapters", "verify", lora.id, "--storage", storage)
@@ -238,7 +283,7 @@ def test_a_complete_run_is_not_run_again_and_says_so(ray: Ray, world: Path, lora
     status = (world / "storage/runs/lora-1/status.json").read_bytes()
     done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
     assert done.returncode == 0, output(done)
-    assert "lora-1 is complete" in done.stdout
+    assert "It is complete" in done.stdout
     assert lora.id in done.stdout
     assert (world / "storage/runs/lora-1/status.json").read_bytes() == status
 

@@ -1,9 +1,10 @@
 """What the training loop promises, with workers that only play back losses: no model, no engine."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,15 @@ class PlayedWorkers:
     calls: list[Any] = field(default_factory=list)
     validating: bool = False
     finished: int = 0
+    bad_rows: tuple[int, ...] = ()
+    """Rows whose loss is never a number."""
+    norm: float = 0.5
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
+        if any(LENGTHS[row] in batch.document_lengths for row in self.bad_rows):
+            return torch.tensor(math.nan, requires_grad=not self.validating)
         if self.validating:
-            return torch.tensor(self.validation_losses[0] * len(batch.targets))
+            return torch.tensor((self.validation_losses or [2.0])[0] * len(batch.targets))
         self.calls.append("loss")
         per_token = self.training_losses[0] if self.training_losses else 2.0
         return torch.tensor(per_token * len(batch.targets), requires_grad=True)
@@ -57,7 +63,7 @@ class PlayedWorkers:
         self.calls.append(("micro_step", learning_rate))
 
     def grad_norm(self) -> float:
-        return 0.5
+        return self.norm
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -74,6 +80,9 @@ class PlayedWorkers:
         elif self.training_losses:
             self.training_losses.pop(0)
         return [float(value) * self.world_size for value in values]  # all workers alike
+
+    def from_all(self, value: Any) -> list[Any]:
+        return [[]] * (self.world_size - 1) + [value]  # this is the last worker
 
     def peak_memory_gib(self) -> float:
         return 1.5
@@ -130,6 +139,7 @@ def run(
     validation: bool = True,
     state: TrainingState | None = None,
     leave_after: int | None = None,
+    on_progress: Callable[[str, int], None] = lambda doing, step: None,
 ) -> Watched:
     seen = Watched(state or TrainingState(), [], [], [])
 
@@ -149,7 +159,14 @@ def run(
     def is_leaving() -> bool:
         return leave_after is not None and len(seen.metrics) >= leave_after
 
-    hooks = Hooks(on_step=on_step, on_best=on_best, on_checkpoint=on_checkpoint, is_leaving=is_leaving)
+    hooks = Hooks(
+        on_step=on_step,
+        on_best=on_best,
+        on_checkpoint=on_checkpoint,
+        is_leaving=is_leaving,
+        on_progress=on_progress,
+        text_of_row=lambda row: f"the text of row {row}",
+    )
     seen.state = train(plan, workers, batches, batches if validation else None, hooks, seen.state)
     return seen
 
@@ -220,6 +237,51 @@ def test_a_loss_that_is_not_finite_is_neither_logged_nor_kept_as_best() -> None:
     with pytest.raises(TrainingError):
         run(a_plan(), PlayedWorkers([1.0] * 6, training_losses=[2.0, math.nan]), state=seen)
     assert seen.best_step == 1
+
+
+def bad_step(row: int) -> tuple[int, list[int]]:
+    """The first step that has the row, counted from 1, and all its rows."""
+    for step in range(6):
+        rows = step_rows(0, step, 4, len(ROWS)).tolist()
+        if row in rows:
+            return step + 1, rows
+    raise AssertionError("every row is in the first epoch")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_row_whose_loss_is_not_finite_is_named_with_worker_and_text(world_size: int) -> None:
+    step, rows = bad_step(5)
+    workers = PlayedWorkers(bad_rows=(5,), world_size=world_size)
+    with pytest.raises(TrainingError) as error:
+        run(a_plan(), workers, validation=False)
+    told = str(error.value)
+    assert told.startswith(f"step {step}: the loss is nan.")
+    assert f"5 (worker {world_size - 1})" in told and "Row 5 begins 'the text of row 5'" in told
+    assert not any(f" {row} (worker" in told for row in rows if row != 5)
+    updates = [call for call in workers.calls if call[0] == "micro_step"]
+    assert len(updates) == 2 * step - 1  # two micro-steps a step, and the one that would have changed the weights
+
+
+def test_when_every_row_is_bad_the_weights_are_and_no_row_is_to_be_removed() -> None:
+    with pytest.raises(TrainingError, match=r"Lower train\.learning_rate\.$") as error:
+        run(a_plan(), PlayedWorkers(bad_rows=tuple(range(len(ROWS)))), validation=False)
+    for row in step_rows(0, 0, 4, len(ROWS)):
+        assert f"{row} (worker 0)" in str(error.value)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_names_all_rows_of_the_step(norm: float) -> None:
+    rows = ", ".join(map(str, step_rows(0, 0, 4, len(ROWS))))
+    with pytest.raises(TrainingError, match=rf"^step 1: the gradient norm is {norm}.* finite loss: {rows}\."):
+        run(a_plan(), PlayedWorkers([1.0] * 6, norm=norm))
+
+
+def test_every_forward_pass_follows_a_sign_of_progress() -> None:
+    workers = PlayedWorkers([2.0] * 6)
+    run(a_plan(), workers, on_progress=lambda doing, step: workers.calls.append(("progress", step)))
+    for before, call in pairwise(workers.calls):
+        assert call != "loss" or before[0] == "progress"
+    assert {call[1] for call in workers.calls if call[0] == "progress"} == {1, 2, 3, 4, 5, 6}
 
 
 def test_hooks_are_called_in_order_best_then_step_then_checkpoint() -> None:

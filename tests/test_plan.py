@@ -278,3 +278,30 @@ def test_memory_agrees_with_what_the_field_knows() -> None:
     assert gib("Llama-3.3-70B-Instruct", "lora") > 79.6
     assert min(gib("Llama-3.1-405B", method) for method in ("full", "lora", "qlora")) > 140.4
     assert gib("Llama-3.1-405B", "lora", workers=32, stage=3) < 79.6
+
+
+# -- a range of workers ----------------------------------------------------------------------------------------------
+
+
+def test_of_a_range_the_most_that_there_are_is_planned() -> None:
+    range_of_workers = "parallel.num_workers={min: 2, max: 8}"
+    assert plan(range_of_workers).spec.parallel.num_workers == 8
+    assert plan(range_of_workers, num_gpus=7).spec.parallel.num_workers == 4  # 7, 6 and 5 do not divide 64 rows
+    assert plan(range_of_workers, num_gpus=2).spec.parallel.num_workers == 2
+    assert "Use at most 1" in refused(range_of_workers, num_gpus=1)
+
+
+def test_a_range_whose_fewest_workers_lack_memory_is_warned_of() -> None:
+    settings = ("method.type=full", "parallel.accelerator_type=H100", "parallel.offload=none")
+    full = plan(*settings, "parallel.num_workers={min: 1, max: 8}")  # 8B: 16 bytes a parameter, on one or on eight
+    assert full.fits and any("parallel.num_workers.min = 1 it would not fit" in warning for warning in full.warnings)
+    lora = plan("parallel.accelerator_type=H100", "parallel.num_workers={min: 1, max: 8}")
+    assert lora.fits and not any("num_workers.min" in warning for warning in lora.warnings)
+
+
+def test_the_global_batch_is_the_same_for_every_number_of_workers_of_a_range() -> None:
+    for count in (8, 4, 2):
+        decided = plan("parallel.num_workers={min: 2, max: 8}", num_gpus=count)
+        rows = decided.micro_batch_size * decided.gradient_accumulation_steps * count
+        assert rows == decided.global_batch_size == 64
+        assert decided.course == plan("parallel.num_workers=8").course

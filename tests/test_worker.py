@@ -11,8 +11,8 @@ from ft_service.train.weights import WeightsOnStorage
 class Alone:
     is_first = True
 
-    def barrier(self) -> None:
-        pass
+    def from_all(self, value: object) -> list[object]:
+        return [value]
 
     def gather_trained(self) -> dict[str, object]:
         return {}

@@ -132,7 +132,7 @@ class Ray:
 
 
 @contextmanager
-def ray_head(log: Path) -> Iterator[Ray]:
+def ray_head(log: Path, num_cpus: int = NUM_CPUS) -> Iterator[Ray]:
     """A Ray beside any other on this machine: ports, folder and token of its own."""
     # The paths of Ray's sockets lie below this folder, and Linux allows them 107 bytes.
     session = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
@@ -142,7 +142,7 @@ def ray_head(log: Path) -> Iterator[Ray]:
     command += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={session}"]
-    command += [f"--num-cpus={NUM_CPUS}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     try:
         with background(command, ray.environment, log) as head:
             with step(3, "A local Ray"):

@@ -89,6 +89,10 @@ class Step:
     """One worker's share of an optimizer step, and what the whole step holds over all workers."""
 
     micro_batches: list[MicroBatch]
+    rows: list[int]
+    """Numbers of this worker's rows, in order."""
+    all_rows: list[int]
+    """Numbers of the rows of all workers."""
     global_loss_tokens: int
     global_tokens: int
 
@@ -110,24 +114,29 @@ class Batches:
 
     def step(self, step: int) -> Step:
         """The step after `step` completed ones."""
-        chosen = [self.rows[int(i)] for i in step_rows(self.seed, step, self.global_batch_size, len(self.rows))]
-        return self._split(chosen)
+        return self._split(step_rows(self.seed, step, self.global_batch_size, len(self.rows)).tolist())
 
     def in_order(self) -> Iterator[Step]:
         """Every row once, in order, for validation; the last step may be smaller."""
         size = self.micro_batch_size * self.world_size
         for start in range(0, len(self.rows), size):
-            yield self._split([self.rows[i] for i in range(start, min(start + size, len(self.rows)))])
+            yield self._split(list(range(start, min(start + size, len(self.rows)))))
 
-    def _split(self, chosen: list[PackedRow]) -> Step:
+    def _split(self, numbers: list[int]) -> Step:
         stride = self.micro_batch_size * self.world_size
         first = self.rank * self.micro_batch_size
         shares = [
-            chosen[start + first : start + first + self.micro_batch_size] for start in range(0, len(chosen), stride)
+            range(start + first, min(start + first + self.micro_batch_size, len(numbers)))
+            for start in range(0, len(numbers), stride)
         ]
+        chosen = [self.rows[number] for number in numbers]
         return Step(
             # A worker without a row of its own repeats another's with nothing to predict: collectives need all workers.
-            micro_batches=[collate(share) if share else _silent(collate(chosen[:1])) for share in shares],
+            micro_batches=[
+                collate([chosen[i] for i in share]) if share else _silent(collate(chosen[:1])) for share in shares
+            ],
+            rows=[numbers[i] for share in shares for i in share],
+            all_rows=numbers,
             global_loss_tokens=sum(len(loss_positions(row)) for row in chosen),
             global_tokens=sum(len(row.input_ids) for row in chosen),
         )

@@ -10,25 +10,31 @@ the worker's random state. Frozen weights are never written. Because shards have
 that name, any number of workers under any ZeRO stage finds in the parts what it needs, and reads just those bytes.
 
 A checkpoint that is not in the index does not exist; the index names it once its manifest, and so every part, is there.
+Only where there is no index, or a damaged one, do the manifests themselves count.
+
+A save that fails leaves the index, and what it names, as they are.
 """
 
 import hashlib
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ft_service.errors import FtError, StorageError, TrainingError
-from ft_service.metrics import EventLog
+from ft_service.errors import FtError, StorageError, TrainingError, UnreachableError
+from ft_service.metrics import EventLog, format_duration
 from ft_service.model.shards import Span
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat, WeightFile, WeightWriter
 from ft_service.runs import RunFolder
+from ft_service.spec import CheckpointSpec
 from ft_service.storage import Storage
 from ft_service.train.loop import TrainingState
 from ft_service.train.optimizer_state import KINDS
@@ -38,6 +44,8 @@ if TYPE_CHECKING:  # the driver looks checkpoints up too, and has no use for dee
 
 COMMIT_TIMEOUT_SECONDS = 1800.0
 """How long the first worker waits for the parts of the others."""
+ALARMING_FAILURES = 3
+"""Saves failed in a row after which it is said how much is at stake; and again each time their number has doubled."""
 _POLL_SECONDS = 0.2
 _FP32 = 4
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
@@ -103,11 +111,43 @@ class Checkpoints:
         self.path = f"{run.path}/checkpoints"
 
     def entries(self) -> list[_Entry]:
-        """What the index names, oldest first."""
+        """What there is, oldest first."""
+        return self.look()[0]
+
+    def newest_step(self) -> int:
+        """0 before there is any."""
+        return max((entry.step for entry in self.entries()), default=0)
+
+    def look(self) -> tuple[list[_Entry], str]:
+        """What there is, oldest first, and what is wrong with the index; '' if nothing is.
+
+        Without a sound index it is found by the manifests. Raises `StorageError` when a damaged index is all there is.
+        """
         file = f"{self.path}/index.json"
-        if not self.storage.exists(file):
-            return []
-        return _Index.model_validate(self.storage.read_json(file)).checkpoints
+        if self.storage.exists(file):
+            try:
+                return _Index.model_validate_json(self.storage.read_bytes(file)).checkpoints, ""
+            except ValidationError:
+                problem = f"{self.storage.uri(file)}: damaged."
+        else:
+            problem = f"{self.storage.uri(file)}: is gone."
+        found = self._by_manifests()
+        if not found and self.storage.exists(file):
+            raise StorageError(
+                f"{problem} No checkpoint beside it is whole. Give another --run-id, or delete the file."
+            )
+        return found, problem if found else ""
+
+    def _by_manifests(self) -> list[_Entry]:
+        found = []
+        for folder in self.storage.folders(self.path):
+            file = f"{self.path}/{folder}/manifest.json"
+            if self.storage.exists(file):
+                content = self.storage.read_bytes(file)
+                with suppress(ValidationError):
+                    manifest = Manifest.model_validate_json(content)
+                    found.append((manifest.step, manifest.created, _entry(folder, manifest, content)))
+        return [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
 
     def manifest(self, entry: _Entry) -> Manifest:
         """Raises `StorageError` if it is gone or not what the index names."""
@@ -117,13 +157,18 @@ class Checkpoints:
         return Manifest.model_validate_json(content)
 
     def damaged(self, folder: str, part: Part) -> str:
-        """What is wrong with a part on storage; '' if nothing is. Any worker may ask."""
+        """What is wrong with a part on storage; '' if nothing is. Any worker may ask.
+
+        Raises `UnreachableError` when that cannot be told.
+        """
         path = f"{self.path}/{folder}/{part.file}"
         try:
             digest = hashlib.sha256()
             for start in range(0, part.bytes, _HASH_CHUNK_BYTES):
                 digest.update(self.storage.read_range(path, start, min(_HASH_CHUNK_BYTES, part.bytes - start)))
             size = self.storage.size(path)
+        except UnreachableError:
+            raise
         except StorageError as error:
             return str(error)
         if size != part.bytes:
@@ -133,20 +178,20 @@ class Checkpoints:
     def commit(self, folder: str, manifest: Manifest) -> None:
         content = manifest.model_dump_json(indent=2).encode()
         self.storage.write_bytes(f"{self.path}/{folder}/manifest.json", content)
-        entry = _Entry(
-            folder=folder,
-            step=manifest.step,
-            weights=manifest.weights,
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
         # Those of a later step are of a course that was given up for an earlier checkpoint.
         kept = [other for other in self.entries() if other.step < manifest.step]
-        self._write([*kept, entry])
+        self._write([*kept, _entry(folder, manifest, content)])
+
+    def discard(self, folder: str) -> None:
+        """Delete what is left of a save that failed; one that counts all the same stays."""
+        if folder not in {entry.folder for entry in self.entries()}:
+            self.storage.delete(f"{self.path}/{folder}")
 
     def forget_all_but(self, keep: int) -> None:
         """Delete all but the newest, from the index first."""
         entries = self.entries()
-        self._write(entries[-keep:])
+        if len(entries) > keep:
+            self._write(entries[-keep:])
         known = {entry.folder for entry in entries[-keep:]}
         for folder in self.storage.folders(self.path):
             if folder not in known:
@@ -156,23 +201,61 @@ class Checkpoints:
         self.storage.write_json(f"{self.path}/index.json", _Index(checkpoints=entries).model_dump(mode="json"))
 
 
+def _entry(folder: str, manifest: Manifest, content: bytes) -> _Entry:
+    digest = hashlib.sha256(content).hexdigest()
+    return _Entry(folder=folder, step=manifest.step, weights=manifest.weights, sha256=digest)
+
+
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
-class Checkpointer:
-    """Saves beside training: a copy at once, and a thread that writes it. Every worker calls each method of its own."""
+class TakenOverError(TrainingError):
+    """Another driver trains this run now: nothing of this one may count any more."""
 
-    def __init__(self, run: RunFolder, parallel: "Parallel", course: str, keep: int, events: EventLog) -> None:
+
+class _AbandonedError(TrainingError):
+    """The first worker waits no longer for the part of a worker that failed."""
+
+
+class Checkpointer:
+    """Saves beside training: a copy at once, and a thread that writes it. Every worker calls each method of its own.
+
+    What is done when a save fails on any worker is in `settings.on_failure`.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        parallel: "Parallel",
+        course: str,
+        settings: CheckpointSpec,
+        flush: Callable[[], None] = lambda: None,
+        still_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """The first worker calls both, in its thread, right before a checkpoint counts.
+
+        `flush` brings the metrics of the steps so far to storage, or raises `StorageError`. `still_ours` is asked last:
+        whether no other driver has taken over the run.
+        """
         self._checkpoints = Checkpoints(run)
-        self._parallel, self._course, self._keep, self._events = parallel, course, keep, events
+        self._parallel, self._course, self._settings = parallel, course, settings
+        self._flush, self._still_ours = flush, still_ours
+        # Where a failure is told, training waits, and the storage may be its reason.
+        impatient = RunFolder(run.storage.without_patience(), run.run_id)
+        self._checkpoints_now, self._events = Checkpoints(impatient), EventLog(impatient.storage, run.run_id)
         self._thread: threading.Thread | None = None
+        self._folder, self._step = "", 0
         self._failure: FtError | None = None
+        self._abandoned = threading.Event()
+        self._failures_in_a_row = 0
+        self._newest = self._checkpoints.newest_step() if parallel.is_first else 0
+        self._newest_at = time.monotonic()
 
     def save(self, state: TrainingState, weights: str, after: Callable[[set[str]], None]) -> None:
         """Copy what is to be saved and return; the one before is waited for first.
 
         `weights` is the place of the best weights. `after`, on the first worker and in its thread, is told which
-        places the checkpoints that are kept refer to. Raises `TrainingError` on all workers if the one before failed.
+        places the checkpoints that are kept refer to. Raises as `wait` does.
         """
         self.wait()
         parallel = self._parallel
@@ -195,19 +278,70 @@ class Checkpointer:
             "weights": weights,
             "course": self._course,
         }
+        self._folder, self._step = folder, state.step
+        self._abandoned.clear()
         self._thread = threading.Thread(
             target=self._write, args=(folder, tensors, spans, random, draft, after), name="checkpoint", daemon=True
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the write under way; raises `TrainingError` on all workers if it failed on any."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait for the write under way, on all workers; if it failed on any, that is told.
+
+        Raises `TrainingError` on all workers if `settings.on_failure` is 'stop', and `TakenOverError` if it was that.
+        """
+        if self._thread is None:
+            return
+        running, failed = 1.0, 0.0
+        while running:
+            self._thread.join(_POLL_SECONDS)
+            self._parallel.on_progress()  # a storage that is slow is no hang
+            alive = float(self._thread.is_alive())
+            running, failed = self._parallel.sums_over_workers(alive, float(self._failure is not None))
+            if failed:  # the part of that worker will not come
+                self._abandoned.set()
+        self._thread = None
         failure, self._failure = self._failure, None
-        if any(self._parallel.sums_over_workers(float(failure is not None))):
-            raise TrainingError(f"a checkpoint could not be written: {failure or 'another worker says why'}")
+        if failed:
+            found = self._parallel.from_all(failure)
+            self._give_up({rank: error for rank, error in enumerate(found) if error is not None})
+
+    def _give_up(self, failures: dict[int, FtError]) -> None:
+        causes = {rank: error for rank, error in failures.items() if not isinstance(error, _AbandonedError)}
+        rank, cause = next(iter(causes.items()))
+        others = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
+        told = f"The checkpoint of step {self._step} could not be written: worker {rank}{others}: {cause}"
+        is_taken_over = isinstance(cause, TakenOverError)
+        if self._parallel.is_first:
+            if not any(isinstance(error, UnreachableError) for error in causes.values()):
+                with suppress(StorageError):
+                    self._checkpoints_now.discard(self._folder)
+            if not is_taken_over:  # the events are those of the other driver now
+                self._tell_failure(told, sorted(causes))
+        if is_taken_over:
+            raise TakenOverError(str(cause))
+        if self._settings.on_failure == "stop":
+            raise TrainingError(f"{told} The run ends here, since checkpoint.on_failure = 'stop'.")
+
+    def _tell_failure(self, told: str, workers: list[int]) -> None:
+        self._failures_in_a_row = failures = self._failures_in_a_row + 1
+        stays = f"The one of step {self._newest} stays." if self._newest else "There is none yet."
+        goes_on = " Training goes on, and the next save tries again." if self._settings.on_failure == "continue" else ""
+        data = {"step": self._step, "workers": workers, "newest_step": self._newest}
+        self._tell("checkpoint_failed", f"{told} {stays}{goes_on}", data)
+        times, rest = divmod(failures, ALARMING_FAILURES)
+        if rest == 0 and times & (times - 1) == 0:  # at 3, 6, 12, ...
+            seconds = time.monotonic() - self._newest_at
+            alarm = (
+                f"WITHOUT A CHECKPOINT for {format_duration(seconds)}: {failures} saves in a row failed. {stays} "
+                f"If a worker dies now, {self._step - self._newest} steps are lost. Mend the storage while the run "
+                "lasts: it then saves by itself."
+            )
+            self._tell("no_checkpoint", alarm, data | {"failures": failures})
+
+    def _tell(self, kind: str, message: str, data: dict[str, Any]) -> None:
+        if self._events.emit(kind, message, **data):  # otherwise it has gone to stderr already
+            print(message, file=sys.stderr, flush=True)
 
     def _write(
         self,
@@ -221,15 +355,31 @@ class Checkpointer:
         try:
             self._write_part(folder, tensors, spans, random)
             if self._parallel.is_first:
-                manifest = Manifest.model_validate(
-                    {**draft, "created": datetime.now(UTC), "parts": list(self._all_parts(folder))}
-                )
+                parts = list(self._all_parts(folder))
+                manifest = Manifest.model_validate({**draft, "created": datetime.now(UTC), "parts": parts})
+                self._flush()
+                if not self._still_ours():
+                    raise TakenOverError("another driver has taken over this run. Leave it to that one.")
                 self._checkpoints.commit(folder, manifest)
-                self._checkpoints.forget_all_but(self._keep)
-                after({entry.weights for entry in self._checkpoints.entries()})
-                self._events.emit("checkpoint", f"Checkpoint at step {manifest.step}.", step=manifest.step)
         except Exception as error:  # whatever it is, the loop must hear of it
             self._failure = error if isinstance(error, FtError) else TrainingError(f"{type(error).__name__}: {error}")
+            return
+        if self._parallel.is_first:
+            self._note_success(manifest.step)
+            self._tidy_up(after)
+
+    def _note_success(self, step: int) -> None:
+        before = f", after {self._failures_in_a_row} that failed" if self._failures_in_a_row else ""
+        self._newest, self._newest_at, self._failures_in_a_row = step, time.monotonic(), 0
+        self._events.emit("checkpoint", f"Checkpoint at step {step}{before}.", step=step)
+
+    def _tidy_up(self, after: Callable[[set[str]], None]) -> None:
+        try:
+            self._checkpoints.forget_all_but(self._settings.keep)
+            after({entry.weights for entry in self._checkpoints.entries()})
+        except Exception as error:  # the new checkpoint counts all the same
+            message = f"Old checkpoints could not be deleted: {error} The next save tries again."
+            self._tell("checkpoints_left", message, {"step": self._newest})
 
     def _write_part(
         self, folder: str, tensors: dict[str, torch.Tensor], spans: dict[str, Span], random: dict[str, torch.Tensor]
@@ -239,9 +389,14 @@ class Checkpointer:
         formats = {name: TensorFormat(DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in everything.items()}
         stem = f"part-{self._parallel.rank:05}-of-{self._parallel.world_size:05}"
         file = WeightFile(f"{stem}.safetensors", self._parallel.rank, formats)
-        with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
-            for name, tensor in everything.items():
-                writer.write(name, tensor)
+
+        def write_tensors() -> str:
+            with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
+                for name, tensor in everything.items():
+                    writer.write(name, tensor)
+            return writer.digests[file.name]
+
+        sha256 = storage.patiently(write_tensors)  # a stream that breaks cannot be mended: it begins anew
         at, shards = len(file.header), {}
         for name, span in spans.items():
             shards[name] = StoredShard(start=span.start, stop=span.stop, at=at)
@@ -249,7 +404,7 @@ class Checkpointer:
         part = Part(
             file=file.name,
             bytes=at + sum(generator.nbytes for generator in random.values()),
-            sha256=writer.digests[file.name],
+            sha256=sha256,
             shards=shards,
             random_at=at,
             random_bytes={name.removeprefix("random/"): generator.nbytes for name, generator in random.items()},
@@ -262,6 +417,8 @@ class Checkpointer:
         for rank in range(world_size):
             path = f"{self._checkpoints.path}/{folder}/part-{rank:05}-of-{world_size:05}.json"
             while not storage.exists(path):
+                if self._abandoned.is_set():
+                    raise _AbandonedError(f"checkpoint {folder} was given up.")
                 if time.monotonic() > deadline:
                     raise TrainingError(f"worker {rank} wrote no part of checkpoint {folder}.")
                 time.sleep(_POLL_SECONDS)
@@ -275,18 +432,27 @@ def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) 
     """Restore the newest sound checkpoint, or none if there is none. Every worker calls it, once the model is wrapped.
 
     A damaged one is told as an event, and the one before is taken. Raises `TrainingError` when checkpoints are there
-    and none is sound, or when they are of another course (data, model, method, or schedule).
+    and none is sound, or when they are of another course (data, model, method, or schedule); `UnreachableError` on all
+    workers when the storage does not answer to any.
     """
     checkpoints = Checkpoints(run)
-    entries = parallel.from_first(checkpoints.entries() if parallel.is_first else None)
+    entries, problem = parallel.from_first(checkpoints.look() if parallel.is_first else None)
+    if problem and parallel.is_first:
+        told = f"{problem} Going on from the {len(entries)} checkpoints found beside it."
+        events.emit("checkpoint_damaged", told, step=entries[-1].step)
     for entry in reversed(entries):
-        manifest, problem = None, ""
+        manifest, problem, away = None, "", None
         try:
             manifest = checkpoints.manifest(entry)
             mine = manifest.parts[parallel.rank :: parallel.world_size]
             problem = "".join(checkpoints.damaged(entry.folder, part) for part in mine)
+        except UnreachableError as error:
+            away = error
         except (FtError, ValueError) as error:
             problem = str(error)
+        # Passed over for a server that is away, a sound checkpoint would be trained again.
+        if unreachable := [error for error in parallel.from_all(away) if error is not None]:
+            raise unreachable[0]
         problems = list(dict.fromkeys(found for found in parallel.from_all(problem) if found))
         if problems or manifest is None:
             if parallel.is_first:
@@ -315,6 +481,7 @@ def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel
             where.setdefault(name, []).append((f"{checkpoints.path}/{folder}/{part.file}", shard))
 
     def read(name: str, kind: str, span: Span, target: torch.Tensor) -> None:
+        parallel.on_progress()
         filled = 0
         for path, shard in where.get(name, ()):
             start, stop = max(span.start, shard.start), min(span.stop, shard.stop)

@@ -1,38 +1,37 @@
-"""From a run spec to a published adapter on a Ray cluster. The only user of ray.train; runs in the job's driver.
+"""From a run spec to a published adapter on a Ray cluster; runs in the job's driver.
 
-    check -> connect -> prepare data -> plan -> train on the workers -> publish -> sample answers -> report
+    check -> connect -> prepare data -> plan and train, in as many attempts as it takes -> publish -> samples -> report
 
 Everything that can be refused is refused before a worker is asked for.
 """
 
-import itertools
+import dataclasses
 import os
-import secrets
-import sys
-import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.train import LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from ft_service import catalog
+from ft_service.catalog import ModelShape
 from ft_service.cluster import connect, is_submitted_job
-from ft_service.data.prepare import prepare_dataset
-from ft_service.errors import FtError, Problem, SpecError, StorageError, TrainingError
+from ft_service.data.prepare import PreparedDataset, prepare_dataset
+from ft_service.errors import FtError, Problem, RunStopped, SpecError
 from ft_service.evaluate.samples import write_samples
 from ft_service.gpus import GPUS
+from ft_service.lease import Lease
 from ft_service.metrics import EventLog
 from ft_service.model.base import load_tokenizer, read_config, resolve_base
 from ft_service.plan import Resources, RunPlan, make_plan
 from ft_service.publish import publish
 from ft_service.registry import AdapterRecord, Registry
 from ft_service.report import write_report
-from ft_service.runs import RunFolder, new_run_id
+from ft_service.runs import RunFolder, State, new_run_id
+from ft_service.signals import StopSignals
 from ft_service.spec import RunSpec
-from ft_service.storage import Storage
-from ft_service.train.checkpoint import Checkpoints
+from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
+from ft_service.train.attempts import Attempts
 
 Say = Callable[[str], None]
 
@@ -43,41 +42,40 @@ _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRecord:
     """Train and publish; returns the published record. A run id that is complete is not run again.
 
-    Raises `FtError`; whatever was begun is then marked failed on storage, with the reason.
+    One that is not, goes on from its newest checkpoint. SIGINT and SIGTERM stop it, with a checkpoint, when this is the
+    main thread. Raises `RunStopped` then, and another `FtError` when it failed; storage has the reason.
     """
     storage = Storage(spec.storage)
     if is_submitted_job() and storage.is_local and not Path(spec.storage).expanduser().is_absolute():
         problem = "is relative, and a submitted job runs in a copy of the working directory that Ray deletes"
         raise SpecError([Problem("storage", spec.storage, problem, "Use an absolute folder that all machines see.")])
-    storage.check_writable()
+    storage.check_writable()  # a root that was mistyped is told at once; later on, one that is away is waited for
+    storage = Storage(spec.storage, patience=RUN_PATIENCE_SECONDS)
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
-    if (done := _published(folder)) is not None:
-        say(
-            f"Run {folder.run_id} is complete: it published {done.id}. Nothing to do; "
-            "give another --run-id to run again."
-        )
-        return done
     events = EventLog(storage, folder.run_id)
     say(f"Run {folder.run_id}: {storage.uri(folder.path)}")
-    try:
-        connect()
-        folder.enter("preparing")
-        events.emit("preparing", f"Preparing data and plan of {spec.name}.")
-        plan = prepare(spec, folder, say)
-        folder.enter("running")
-        events.emit("running", f"{spec.parallel.num_workers} workers, {plan.num_steps} steps.")
-        _train_and_recover(plan, folder, events, say)
-        folder.enter("publishing")
-        record = publish(folder)
-        events.emit("published", f"Published {record.id}.", digest=record.digest)
-        _sample(plan, folder, record, events, say)
-        storage.delete(f"{folder.path}/checkpoints")
-        folder.enter("succeeded", published=record.id)
-        events.emit("succeeded", f"Run {folder.run_id} is complete.")
-    except BaseException as error:
-        reason = str(error) if isinstance(error, FtError) else f"{type(error).__name__}: {error}"
-        _record_failure(folder, events, reason or type(error).__name__)
-        raise
+    with Lease(folder, say) as lease, StopSignals() as signals:
+        if (done := _published(folder)) is not None:
+            say(f"It is complete: it published {done.id}. Nothing to do; give another --run-id to run again.")
+            return done
+        try:
+            connect()
+            signals.install()  # ray.init has put a handler of its own for SIGTERM
+            folder.forget_request()
+            folder.enter("preparing")
+            events.emit("preparing", f"Preparing data and plan of {spec.name}.")
+            prepared = prepare(spec, folder, say)
+            plan = Attempts(spec, folder, prepared.plan_for, lease, signals, say).train()
+            folder.enter("publishing")
+            record = publish(folder)
+            events.emit("published", f"Published {record.id}.", digest=record.digest)
+            _sample(plan, folder, record, events, say)
+            storage.delete(f"{folder.path}/checkpoints")
+            folder.enter("succeeded", published=record.id)
+            events.emit("succeeded", f"Run {folder.run_id} is complete.")
+        except BaseException as error:
+            _record_end(folder, events, error)
+            raise
     write_report(storage, folder.run_id)
     say(f"Published {record.id}")
     say(f"Report    {storage.uri(folder.path)}/report.html")
@@ -91,11 +89,13 @@ def _published(folder: RunFolder) -> AdapterRecord | None:
     return Registry(folder.storage).resolve(status.published)
 
 
-def _record_failure(folder: RunFolder, events: EventLog, reason: str) -> None:
+def _record_end(folder: RunFolder, events: EventLog, error: BaseException) -> None:
     """Say on storage why the run ended; a storage that is itself the reason must not hide it."""
+    reason = str(error) if isinstance(error, FtError) else f"{type(error).__name__}: {error}"
     try:
-        folder.enter("failed", message=reason)
-        events.emit("failed", reason)
+        state: State = "stopped" if isinstance(error, RunStopped) else "failed"
+        folder.enter(state, message=reason)
+        events.emit(state, reason)
         write_report(folder.storage, folder.run_id)
     except FtError:
         pass
@@ -125,120 +125,47 @@ def _gpus_per_node() -> int | None:
     return max(counts, default=0) or None
 
 
-def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> RunPlan:
-    """Prepare the dataset, decide the plan, write both into the run's folder, and say the plan aloud."""
+@dataclass
+class Prepared:
+    """A run whose data lie on storage, and whose plan depends on nothing any more but the workers there are."""
+
+    spec: RunSpec
+    folder: RunFolder
+    dataset: PreparedDataset
+    shape: ModelShape
+    resources: Resources
+    say: Say
+    _is_told: bool = False
+
+    def plan_for(self, num_workers: int) -> RunPlan:
+        """The plan for so many workers, written into the run's folder; the first one is said aloud, with its reasons.
+
+        Raises `SpecError`.
+        """
+        plan = make_plan(self.spec.with_workers(num_workers), self.dataset.facts, self.shape, self.resources)
+        self.folder.write_plan(self.spec, plan, self.dataset.sources)
+        self.say(f"  {plan.said[0]}" if self._is_told else _as_told(plan))
+        self._is_told = True
+        return plan
+
+
+def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> Prepared:
+    """Prepare the dataset. Raises `SpecError` when not even the fewest workers find room on the cluster as it is."""
     base = resolve_base(spec.model.base, spec.model.revision, weights=False)
     shape = catalog.shape_from_config(read_config(base))
     dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, progress=say)
-    plan = make_plan(spec, dataset.facts, shape, cluster_resources())
-    folder.write_plan(spec, plan, dataset.sources)
-    for sentence in plan.said:
-        say(f"  {sentence}")
-    for reason in plan.reasons:
-        say(f"  Why: {reason}")
-    for remark in plan.remarks:
-        say(f"  Remark: {remark}")
-    for warning in plan.warnings:
-        say(f"  Warning: {warning}")
-    for advice in plan.advice:
-        say(f"  Advice: {advice}")
-    return plan
+    resources = cluster_resources()
+    if len(spec.worker_counts()) > 1:
+        make_plan(spec, dataset.facts, shape, resources)
+        # From now on what there is changes, and workers are counted before each attempt.
+        resources = dataclasses.replace(resources, num_gpus=None, num_cpus=None)
+    return Prepared(spec, folder, dataset, shape, resources, say)
 
 
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-def _train_and_recover(plan: RunPlan, folder: RunFolder, events: EventLog, say: Say) -> None:
-    """Train; when workers die, start them again from the newest checkpoint, within the spec's budget.
-
-    What would only happen again is not retried: an error of ours (a loss that is not finite, unusable data), or a
-    second death without a new checkpoint in between.
-    """
-    reached = _newest_step(folder)
-    for failures in itertools.count():
-        try:
-            _train(plan, folder)
-            return
-        except TrainingDied as death:
-            before, reached = reached, _newest_step(folder)
-            budget = plan.spec.parallel.max_failures
-            if failures >= budget:
-                cure = f" Its {budget} restarts (parallel.max_failures) are used up." if budget else ""
-                raise TrainingError(f"{death}{cure}") from death
-            if failures and reached == before:
-                cure = "Look at the log of that worker; a smaller train.micro_batch_size if it ran out of memory."
-                raise TrainingError(f"{death} It died twice after step {reached} without getting on. {cure}") from death
-            folder.enter("recovering", message=str(death))
-            message = f"{death} Starting again from step {reached}."
-            events.emit("recovering", message, step=reached, failures=failures + 1)
-            say(message)
-            folder.enter("running")
-
-
-def _newest_step(folder: RunFolder) -> int:
-    entries = Checkpoints(folder).entries()
-    return entries[-1].step if entries else 0
-
-
-class TrainingDied(TrainingError):
-    """Workers ended without an error of ours: killed, out of memory, a lost node, a fault in a library."""
-
-
-def _train(plan: RunPlan, folder: RunFolder) -> None:
-    parallel = plan.spec.parallel
-    environment = {
-        "OMP_NUM_THREADS": str(parallel.cpus_per_worker),
-        "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-        # Ray Train would change into its own folder, where the spec's relative paths mean nothing.
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    }
-    # Nothing reads its notices yet, and it logs an error of its own at every start.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"storage": folder.storage.root, "run_id": folder.run_id},
-        scaling_config=ScalingConfig(
-            num_workers=parallel.num_workers,
-            use_gpu=parallel.use_gpu,
-            resources_per_worker={"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.use_gpu else {})},
-            accelerator_type=parallel.accelerator_type,
-        ),
-        torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
-        run_config=RunConfig(
-            # Ray Train would go on from what it remembers of an earlier attempt of the same name.
-            name=f"{folder.run_id}-{secrets.token_hex(4)}",
-            storage_path=folder.storage.uri("ray") if folder.storage.is_local else f"{folder.storage.root}/ray",
-            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
-
-
-def _worker(config: dict[str, str]) -> None:
-    from ft_service.train.worker import run_worker
-
-    # Measurements go to storage, not to ray.train.report: it would log each of every worker, and keep none of them.
-    run_worker(config["storage"], config["run_id"])
-
-
-def _cause(error: Exception) -> FtError:
-    """The first worker's own error, as one of ours."""
-    failures = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
-    ours = [cause for cause in causes if isinstance(cause, FtError) and not isinstance(cause, StorageError)]
-    if ours:
-        return ours[0]
-    if not failures:
-        return TrainingDied(f"Ray could not run the workers: {error}")
-    rank, failure = next(iter(failures.items()))
-    print("".join(traceback.format_exception(failure)), file=sys.stderr)
-    return TrainingDied(f"worker {rank} failed: {failure}.")
+def _as_told(plan: RunPlan) -> str:
+    kinds = {"Why": plan.reasons, "Remark": plan.remarks, "Warning": plan.warnings, "Advice": plan.advice}
+    lines = [*plan.said, *(f"{kind}: {sentence}" for kind, sentences in kinds.items() for sentence in sentences)]
+    return "\n".join(f"  {line}" for line in lines)
 
 
 # -- after training --------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ft_service.errors import TrainingError
 from ft_service.metrics import StepMetrics
 from ft_service.plan import RunPlan
 from ft_service.train.batches import Batches, MicroBatch, prefetched
+from ft_service.train.nonfinite import refusal
 from ft_service.train.schedule import learning_rate
 
 
@@ -28,6 +28,7 @@ class Workers(Protocol):
     def grad_norm(self) -> float: ...
     def evaluating(self) -> AbstractContextManager[None]: ...
     def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]: ...
+    def from_all(self, value: Any) -> list[Any]: ...
     def peak_memory_gib(self) -> float: ...
 
 
@@ -55,6 +56,10 @@ class Hooks:
     on_checkpoint: Callable[[TrainingState], None]
     is_leaving: Callable[[], bool] = lambda: False
     """Whether this worker was told to leave; once one was, all checkpoint after the step under way, and return."""
+    on_progress: Callable[[str, int], None] = lambda doing, step: None
+    """What comes next, and in which step: called often, and never again once the loop hangs."""
+    text_of_row: Callable[[int], str] = lambda row: ""
+    """How a row of the training data begins, for people."""
 
 
 def train(
@@ -62,7 +67,8 @@ def train(
 ) -> TrainingState:
     """Train from `state` to the plan's last step, or until validation loss stalls; returns the state reached.
 
-    Also returns, after a checkpoint, when a worker is told to leave: the state is then not complete.
+    Also returns, after a checkpoint, when a worker is told to leave: the state is then not complete. Raises
+    `TrainingError`, with the rows, when a loss or a gradient is not finite; it has then changed no weight.
 
     The loss of a step is the sum over its loss tokens divided by their global number. ZeRO and DDP *average* gradients
     over workers, hence the factor `world_size`; then neither the number of workers nor of micro-batches changes it.
@@ -80,6 +86,7 @@ def train(
         )
         loss, leaving, loss_sums = math.nan, 0.0, []
         for number, micro_batch in enumerate(step.micro_batches, start=1):
+            hooks.on_progress(f"micro-batch {number} of {len(step.micro_batches)}", state.step + 1)
             loss_sum = parallel.loss(micro_batch)
             parallel.backward(loss_sum * (parallel.world_size / step.global_loss_tokens))
             loss_sums.append(loss_sum.detach())
@@ -87,18 +94,24 @@ def train(
                 # That a worker leaves travels with the loss: all must learn of it at the same step.
                 total, leaving = parallel.sums_over_workers(torch.stack(loss_sums).sum(), float(hooks.is_leaving()))
                 loss = total / step.global_loss_tokens
-                _refuse_unless_finite("loss", loss, state.step + 1)
+                if not math.isfinite(loss):
+                    problem = f"step {state.step + 1}: the loss is {loss}."
+                    raise refusal(problem, step, batches, parallel, hooks.text_of_row)
             parallel.micro_step(rate)
         state.step += 1
-        _refuse_unless_finite("gradient norm", parallel.grad_norm(), state.step)
+        if not math.isfinite(parallel.grad_norm()):
+            problem = f"step {state.step}: the gradient norm is {parallel.grad_norm()}."
+            raise refusal(problem, step, batches, parallel, hooks.text_of_row)
         seconds = time.perf_counter() - started
 
         validation_loss = None
         if validation is not None and _is_due(state.step, plan.validate_every_steps, plan.num_steps):
-            validation_loss = mean_loss(parallel, validation)
+            validation_loss = mean_loss(parallel, validation, lambda: hooks.on_progress("validating", state.step))
             if _remember(state, validation_loss, plan):
+                hooks.on_progress("writing the best weights", state.step)
                 hooks.on_best(state)
         state.loss = loss
+        hooks.on_progress("writing measurements", state.step)
         hooks.on_step(
             StepMetrics(
                 step=state.step,
@@ -117,6 +130,7 @@ def train(
         if state.stopped_early:
             break
         if leaving or _is_due(state.step, plan.spec.checkpoint.every_steps, None):
+            hooks.on_progress("writing a checkpoint", state.step)
             hooks.on_checkpoint(state)
         if leaving:
             break
@@ -129,18 +143,15 @@ def is_complete(state: TrainingState, plan: RunPlan) -> bool:
     return state.stopped_early or state.step >= plan.num_steps
 
 
-def _refuse_unless_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"step {step}: the {what} is {value}. Lower train.learning_rate, or look at the rows of this step."
-        )
+def mean_loss(parallel: Workers, batches: Batches, on_batch: Callable[[], None] = lambda: None) -> float:
+    """Loss per loss token over every row once, in nats; the same for every number of workers.
 
-
-def mean_loss(parallel: Workers, batches: Batches) -> float:
-    """Loss per loss token over every row once, in nats; the same for every number of workers."""
+    `on_batch` is called before each batch.
+    """
     total, tokens = 0.0, 0
     with parallel.evaluating():
         for step in batches.in_order():
+            on_batch()
             total += float(sum(parallel.loss(micro_batch) for micro_batch in step.micro_batches))
             tokens += step.global_loss_tokens
     return parallel.sums_over_workers(total)[0] / tokens

@@ -5,8 +5,9 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,7 @@ from ft_service.model.shards import Sharing, partition_numel
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan import RunPlan
 from ft_service.train.batches import MicroBatch
+from ft_service.train.compiling import lock_builds_by_kernel
 from ft_service.train.optimizer_state import OptimizerState
 
 # Otherwise DeepSpeed would guess an accelerator from what is installed.
@@ -29,7 +31,11 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.utils import groups
 
+lock_builds_by_kernel()
+
 _GIB = 2**30
+_BEYOND_HANG_SECONDS = 3600
+"""Collectives wait so much longer than the watchdog, which says more about a hang, and for nodes that fetch slowly."""
 
 
 def init_process_group(use_gpu: bool) -> None:
@@ -74,12 +80,15 @@ class Parallel:
         self.plan = plan
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.on_progress: Callable[[], None] = lambda: None
+        """Told of each parameter that a walk over the trained ones has come to."""
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if plan.spec.parallel.use_gpu else torch.device("cpu")
         )
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
         self._grad_norm: torch.Tensor | float = math.nan
+        self._leave_hangs_to_watchdog()
 
     @property
     def hpz_partition_size(self) -> int:
@@ -89,6 +98,12 @@ class Parallel:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def _leave_hangs_to_watchdog(self) -> None:
+        """No process group that there is now ends a collective before the watchdog has ended the process."""
+        timeout = timedelta(seconds=self.plan.spec.parallel.hang_timeout_seconds + _BEYOND_HANG_SECONDS)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     # -- building --------------------------------------------------------------------------------------------------
 
@@ -116,6 +131,7 @@ class Parallel:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
         )
+        self._leave_hangs_to_watchdog()  # DeepSpeed has made groups of its own, which NCCL would end after ten minutes
 
     def _optimizer(self, model: nn.Module, for_cpu: bool) -> torch.optim.Optimizer:
         train = self.plan.spec.train
@@ -179,18 +195,23 @@ class Parallel:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def micro_step(self, learning_rate: float) -> None:
-        """End a micro-step; the last one of a step updates the weights at `learning_rate`."""
+        """End a micro-step; the last one of a step updates the weights at `learning_rate`.
+
+        A gradient that is not finite never reaches the weights nor the optimizer: there is no update then.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.plan.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             # Without ZeRO the engine forgets the norm, and every worker holds the whole, reduced gradient.
             self._grad_norm = nn.utils.get_total_norm(p.grad for _, p in self._trained() if p.grad is not None)
+            if not math.isfinite(self._grad_norm):
+                return  # as ZeRO does by itself
         self._engine.step()
         if self.plan.zero_stage > 0:
             self._grad_norm = self._engine.get_global_grad_norm()
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last update, before clipping."""
+        """Global gradient norm of the last update, before clipping; infinite or NaN if there was none for it."""
         return float(self._grad_norm)
 
     @contextmanager
@@ -285,6 +306,7 @@ class Parallel:
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():
             if parameter.requires_grad:
+                self.on_progress()
                 yield name, parameter
 
     # -- resuming --------------------------------------------------------------------------------------------------

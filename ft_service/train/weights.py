@@ -3,8 +3,12 @@
 import hashlib
 import json
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from ft_service.errors import StorageError, UnreachableError
 from ft_service.model.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from ft_service.model.checkpoint import CONFIG_FILE, INDEX_FILE
 from ft_service.model.trainable import TrainableModel
@@ -22,38 +26,83 @@ class WeightsOnStorage:
     Earlier ones stay as long as a checkpoint refers to them: resumed from it, the run would have them as its best.
     """
 
-    def __init__(self, run: RunFolder, model: TrainableModel, parallel: Parallel, place: str = "") -> None:
-        """`place` is that of the best weights when the run is resumed."""
+    def __init__(
+        self,
+        run: RunFolder,
+        model: TrainableModel,
+        parallel: Parallel,
+        place: str = "",
+        start: TrainingState | None = None,
+    ) -> None:
+        """`place` is that of the best weights when the run is resumed, from the state `start`."""
         self._run, self._model, self._parallel = run, model, parallel
-        self.place = place
+        self.place = self._coming = place
+        start = start or TrainingState()
+        self._best = start.best_step, start.best_validation_loss
         if parallel.is_first and not place:
             run.storage.delete(f"{run.path}/weights")
 
     def keep(self, state: TrainingState) -> None:
-        self.place = f"weights/step-{state.step}"
-        path = f"{self._run.path}/{self.place}"
-        if self._parallel.is_first:
+        """Raises the same `StorageError` on all workers if they cannot be written: the best of before then stays."""
+        self._coming = f"weights/step-{state.step}"
+        path = f"{self._run.path}/{self._coming}"
+        try:
             # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
-            self._run.storage.delete(path)
-        self._parallel.barrier()
-        write = write_adapter if self._model.is_adapter else write_model
-        write(self._model, self._parallel, self._run.storage, path)
+            by_first(self._parallel, lambda: self._run.storage.delete(path))
+            write = write_adapter if self._model.is_adapter else write_model
+            write(self._model, self._parallel, self._run.storage, path)
+        except StorageError:
+            self._coming = self.place
+            if self._parallel.is_first:
+                with suppress(StorageError):
+                    self._run.storage.without_patience().delete(path)
+            raise
+        self.place, self._best = self._coming, (state.best_step, state.best_validation_loss)
+
+    def keep_if_possible(self, state: TrainingState) -> str:
+        """Like `keep`; where it fails, the best of `state` is again the best that is kept. Returns why it failed."""
+        try:
+            self.keep(state)
+        except StorageError as error:
+            state.best_step, state.best_validation_loss = self._best
+            return str(error)
+        return ""
 
     def forget_all_but(self, places: set[str]) -> None:
-        """Delete all weights but those at these places and the best of now."""
+        """Delete all weights but those at these places, the best of now, and those that are being written."""
         for folder in self._run.storage.folders(f"{self._run.path}/weights"):
-            if f"weights/{folder}" not in places | {self.place}:
+            if f"weights/{folder}" not in places | {self.place, self._coming}:
                 self._run.storage.delete(f"{self._run.path}/weights/{folder}")
+
+
+def together(parallel: Parallel, do: Callable[[], None]) -> None:
+    """Call `do` on every worker; where it raises a `StorageError` on any, all raise it. Every worker must call this."""
+    failure = None
+    try:
+        do()
+    except StorageError as error:
+        failure = error
+    if failures := [(rank, found) for rank, found in enumerate(parallel.from_all(failure)) if found is not None]:
+        rank, first = next(((r, f) for r, f in failures if not isinstance(f, UnreachableError)), failures[0])
+        raise type(first)(f"worker {rank}: {first}")
+
+
+def by_first(parallel: Parallel, do: Callable[[], None]) -> None:
+    """`together`, with nothing to do for any but the first worker."""
+    together(parallel, do if parallel.is_first else lambda: None)
 
 
 def write_adapter(model: TrainableModel, parallel: Parallel, storage: Storage, path: str) -> None:
     """Write the trained adapter as the folder `path` of storage. It is small: one worker gathers and writes it."""
     gathered = parallel.gather_trained()
-    if parallel.is_first:
+
+    def write() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "weights")
             model.export_adapter(gathered, folder)
             storage.put_folder(folder, path, marker=ADAPTER_CONFIG_FILE)
+
+    by_first(parallel, write)
 
 
 def write_model(
@@ -67,13 +116,29 @@ def write_model(
     files = lay_out(parallel.trained_formats(), parallel.world_size, max_file_bytes)
     owners = {name: file.owner for file in files for name in file.tensors}
     mine = [file for file in files if file.owner == parallel.rank]
-    with WeightWriter(mine, lambda name: storage.writing(f"{path}/{name}")) as writer:
-        for name, tensor in parallel.whole_on_owners(owners):
-            writer.write(name, tensor)
-    digests = parallel.union(writer.digests)  # every worker is through with its files once this returns
-    if parallel.is_first:
+    written: dict[str, str] = {}
+
+    def write_mine() -> None:
+        tensors = parallel.whole_on_owners(owners)
+        try:
+            with WeightWriter(mine, lambda name: storage.writing(f"{path}/{name}")) as writer:
+                for name, tensor in tensors:
+                    writer.write(name, tensor)
+        except StorageError:
+            for _ in tensors:  # the other workers cannot have theirs without this one
+                pass
+            raise
+        written.update(writer.digests)
+
+    # A stream that breaks cannot be mended: all begin anew, or none.
+    storage.patiently(lambda: together(parallel, write_mine), clock=lambda: parallel.from_first(time.monotonic()))
+    digests = parallel.union(written)
+
+    def write_beside() -> None:
         beside = {INDEX_FILE: index_of(files)} | model.files_beside_weights()
-        digests |= {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
+        digests.update({name: hashlib.sha256(content).hexdigest() for name, content in beside.items()})
         beside[DIGESTS_FILE] = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
         for name in sorted(beside, key=lambda name: name == CONFIG_FILE):
             storage.write_bytes(f"{path}/{name}", beside[name])
+
+    by_first(parallel, write_beside)

@@ -6,31 +6,44 @@
 import os
 import socket
 import sys
+import threading
+from pathlib import Path
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ft_service.data.prepare import open_dataset
-from ft_service.errors import FtError
+from ft_service.errors import FtError, StorageError, TrainingError
+from ft_service.lease import holds
 from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
-from ft_service.model.base import open_checkpoint, resolve_base
+from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
+from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.trainable import TrainableModel
 from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
-from ft_service.storage import Storage
+from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
-from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loop import Hooks, TrainingState, is_complete, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.watchdog import Watchdog, new_attempt
 from ft_service.train.weights import WeightsOnStorage
 
+_LOOK_SECONDS = 0.5
+_LOOK_REMOTE_SECONDS = 3.0
+TOKENS_SHOWN = 40
+"""Of a row that a message names."""
 
-def run_worker(storage_root: str, run_id: str) -> None:
+
+def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "") -> None:
     """Train the run whose plan and dataset lie on storage, and write its outcome there.
 
-    Every worker of the process group calls this.
+    Every worker of the process group calls this. Told to leave (`RunFolder.ask`), they save a checkpoint and return;
+    then there is no outcome. `driver` is the token of the driver's lease, where there is one: the first worker then
+    says too where the run stands. `node` is the cluster's name of this worker's machine.
     """
-    run = RunFolder(Storage(storage_root), run_id)
+    run = RunFolder(Storage(storage_root, patience=RUN_PATIENCE_SECONDS), run_id)
     plan = run.plan()
     init_process_group(plan.spec.parallel.use_gpu)
     torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
@@ -39,42 +52,75 @@ def run_worker(storage_root: str, run_id: str) -> None:
     base, revision = plan.spec.model.base, plan.spec.model.revision
     base_folder = resolve_base(base, revision, weights=False)
     checkpoint = open_checkpoint(base, revision)
+    # What is fetched until here takes as long as it takes, on each node: watched is what workers do together.
+    timeout = plan.spec.parallel.hang_timeout_seconds
+    watchdog = Watchdog(run, parallel.from_first(new_attempt()), parallel.rank, parallel.world_size, timeout)
+    watchdog.start()
+    parallel.on_progress = watchdog.beat
 
-    torch.manual_seed(plan.spec.train.seed)
-    with parallel.aware_of_partitions():
-        said = LoadingLine() if parallel.is_first else None
-        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), said)
-    parallel.wrap(LossModel(model.module, model.causal_lm))
-    torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
+    model = _build(plan, base_folder, checkpoint, parallel, watchdog)
     events = EventLog(run.storage, run_id)
+    watchdog.beat("looking for a checkpoint to resume from")
     resumed = resume(run, parallel, plan.course, events)
     start = resumed.training_state() if resumed else TrainingState()
-    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "")
-    checkpointer = Checkpointer(run, parallel, plan.course, plan.spec.checkpoint.keep, events)
-    sinks = _sinks(run, plan, start.step) if parallel.is_first else []
-    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid()})
+    weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", start)
+    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
+    log, sinks, leaving = JsonlSink(run.storage, run_id), list[Sink](), threading.Event()
+    checkpointer = Checkpointer(
+        run, parallel, plan.course, plan.spec.checkpoint, log.flush, lambda: not driver or holds(run, driver)
+    )
     if parallel.is_first:
-        events.emit("training", f"Training from step {start.step}.", step=start.step, workers=places)
+        repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
+        sinks += [log, *_other_sinks(run, plan, start.step)]
+        message = f"Training from step {start.step} on {len(places)} workers."
+        events.emit("training", message, step=start.step, repeated=repeated, workers=places)
+        if driver:
+            run.enter("running")
+        else:
+            run.forget_request()  # of an earlier attempt; a driver has done so
+        leaving = _watch_for_requests(run)
 
     def on_step(metrics: StepMetrics) -> None:
         for sink in sinks:
             sink(metrics)
 
+    def on_best(state: TrainingState) -> None:
+        if failure := weights.keep_if_possible(state):
+            _tell_of_lost_weights(plan, state, failure, events if parallel.is_first else None)
+
     def on_checkpoint(state: TrainingState) -> None:
         checkpointer.save(state, weights.place, weights.forget_all_but)
+
+    def text_of_row(row: int) -> str:
+        try:
+            return str(load_tokenizer(base_folder).decode(dataset.train[row].input_ids[:TOKENS_SHOWN]))
+        except FtError:
+            return ""
 
     state = train(
         plan,
         parallel,
         _batches(plan, parallel, dataset.train),
         _batches(plan, parallel, dataset.validation) if dataset.validation is not None else None,
-        Hooks(on_step=on_step, on_best=weights.keep, on_checkpoint=on_checkpoint),
+        Hooks(
+            on_step=on_step,
+            on_best=on_best,
+            on_checkpoint=on_checkpoint,
+            is_leaving=leaving.is_set,
+            on_progress=watchdog.beat,
+            text_of_row=text_of_row,
+        ),
         start,
     )
+    is_done = is_complete(state, plan)
+    if parallel.is_first and driver and not is_done:
+        run.enter("checkpointing", message=f"Saves step {state.step}, and leaves.")
+    watchdog.beat("writing the last checkpoint")
     checkpointer.wait()
-    if state.best_step is None:
+    if is_done and state.best_step is None:
+        watchdog.beat("writing the weights")
         weights.keep(state)
-    if parallel.is_first:
+    if parallel.is_first and is_done:
         run.write_outcome(
             Outcome(
                 weights=weights.place,
@@ -84,13 +130,38 @@ def run_worker(storage_root: str, run_id: str) -> None:
                 validation_loss=state.best_validation_loss if state.best_step else None,
                 stopped_early=state.stopped_early,
                 base_fingerprint=checkpoint.fingerprint(),
+                course=plan.course,
             )
         )
         weights.forget_all_but({entry.weights for entry in Checkpoints(run).entries()})
-        for sink in sinks:
-            sink.close()
+    for sink in sinks:
+        sink.close()
     parallel.barrier()
+    watchdog.stop()
     parallel.close()
+
+
+def _build(
+    plan: RunPlan, base_folder: Path, checkpoint: Checkpoint, parallel: Parallel, watchdog: Watchdog
+) -> TrainableModel:
+    """The model, loaded and in DeepSpeed's hands."""
+    torch.manual_seed(plan.spec.train.seed)
+    said = LoadingLine() if parallel.is_first else None
+
+    def on_load(bytes_read: int, bytes_in_all: int) -> None:
+        watchdog.beat("loading the base")
+        if said is not None:
+            said(bytes_read, bytes_in_all)
+
+    # An adapter that decomposes the base takes long to make: each of its layers counts.
+    on_layer = register_module_module_registration_hook(lambda *_: watchdog.beat())
+    with parallel.aware_of_partitions():
+        model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), on_load)
+    on_layer.remove()
+    watchdog.beat("setting up DeepSpeed")
+    parallel.wrap(LossModel(model.module, model.causal_lm))
+    torch.manual_seed(plan.spec.train.seed + parallel.rank)  # adapters start alike on all workers; dropout differs
+    return model
 
 
 def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
@@ -104,10 +175,37 @@ def _batches(plan: RunPlan, parallel: Parallel, rows: object) -> Batches:
     )
 
 
-def _sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
-    log = JsonlSink(run.storage, run.run_id)
-    log.rewind(step)  # an earlier attempt of this run may have left lines
-    sinks: list[Sink] = [log, ProgressLine(plan.num_steps)]
+def _tell_of_lost_weights(plan: RunPlan, state: TrainingState, failure: str, events: EventLog | None) -> None:
+    """Raises `TrainingError` on all workers where the spec wants that."""
+    told = f"The best weights so far, of step {state.step}, could not be written: {failure}"
+    if plan.spec.checkpoint.on_failure == "stop":
+        raise TrainingError(f"{told} The run ends here, since checkpoint.on_failure = 'stop'.")
+    if events is not None:
+        best = f"the best is again that of step {state.best_step}" if state.best_step else "there are none yet"
+        told = f"{told} Training goes on; {best}."
+        print(told, file=sys.stderr, flush=True)
+        events.emit("weights_failed", told, step=state.step)
+
+
+def _watch_for_requests(run: RunFolder) -> threading.Event:
+    """Set once the workers are asked to leave."""
+    asked = threading.Event()
+    run = RunFolder(run.storage.without_patience(), run.run_id)
+
+    def look() -> None:
+        while not asked.wait(_LOOK_SECONDS if run.storage.is_local else _LOOK_REMOTE_SECONDS):
+            try:
+                if run.request() is not None:
+                    asked.set()
+            except StorageError:
+                continue
+
+    threading.Thread(target=look, name="requests", daemon=True).start()
+    return asked
+
+
+def _other_sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
+    sinks: list[Sink] = [ProgressLine(plan.num_steps)]
     if plan.spec.report.tensorboard:
         sinks.append(TensorBoardSink(run.storage.uri(f"{run.path}/tensorboard"), step))
     return sinks

@@ -1,0 +1,74 @@
+"""A compiler that died leaves no lock behind; a living one is waited for."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from ft_service.train.compiling import KernelBaton
+
+EXTENSION = """
+#include <torch/extension.h>
+int seven() { return 7; }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("seven", &seven); }
+"""
+BUILD = """
+import ft_service.train.parallel, sys
+from torch.utils.cpp_extension import load
+print(load(name="seven", sources=[sys.argv[1]], build_directory=sys.argv[2]).seven())
+"""
+
+
+@pytest.mark.slow
+def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next(tmp_path: Path) -> None:
+    (tmp_path / "seven.cpp").write_text(EXTENSION)
+    (tmp_path / "lock").touch()  # what torch's own lock is, after its process was killed
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "seven.cpp"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split()[-1:] == ["7"], done.stderr
+    assert not (tmp_path / "lock").exists()
+
+
+def hold(path: str, told: Connection) -> None:
+    baton = KernelBaton(path)
+    told.send(baton.try_acquire())
+    told.recv()
+    baton.release()
+
+
+def wait(path: str, told: Connection) -> None:
+    told.send(KernelBaton(path).try_acquire())
+    KernelBaton(path).wait()
+    told.send("waited")
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["released", "killed"])
+def test_one_builds_and_the_others_wait_until_it_is_done_or_dead(tmp_path: Path, is_killed: bool) -> None:
+    lock = tmp_path / "lock"
+    spawn = multiprocessing.get_context("spawn")
+    (holder, held), (waiter, waits) = spawn.Pipe(), spawn.Pipe()
+    builder = spawn.Process(target=hold, args=(str(lock), held))
+    other = spawn.Process(target=wait, args=(str(lock), waits))
+    try:
+        builder.start()
+        assert holder.recv() is True
+        other.start()
+        assert waiter.recv() is False
+        assert not waiter.poll(0.2)
+        if is_killed:
+            os.kill(builder.pid or 0, signal.SIGKILL)
+        else:
+            holder.send("go on")
+        assert waiter.recv() == "waited"
+        assert lock.exists() is is_killed
+        assert KernelBaton(str(lock)).try_acquire()
+    finally:
+        for process in (builder, other):
+            if process.pid is not None:
+                process.kill()
+                process.join()
