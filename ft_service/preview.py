@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from ft_service import catalog
 from ft_service.catalog import ModelShape
 from ft_service.data.estimate import BYTES_PER_TOKEN, estimate_dataset
-from ft_service.data.prepare import measure_dataset
-from ft_service.data.read import files_of
+from ft_service.data.prepare import all_sources, measure_dataset
+from ft_service.data.read import check_sources
 from ft_service.errors import ModelError, UsageError
 from ft_service.family import shape_of
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
@@ -35,9 +35,7 @@ def plan_without_writing(spec: RunSpec, resources: Resources) -> RunPlan:
 
 def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
     """Data, shape, and what is to be known about where they come from."""
-    validation = spec.data.validation
-    for source in [*spec.data.train, *(validation if isinstance(validation, list) else [])]:
-        files_of(source)  # a missing file is told at once, not after the hub's time-outs
+    check_sources(all_sources(spec))  # a missing file is told at once, not after the hub's time-outs
     try:
         base = resolve_base(spec.model.base, spec.model.revision, weights=False)
         shape = catalog.shape_from_config(read_config(base))

@@ -96,6 +96,14 @@ class DataSpec(_Section):
     validation: ValidationData | None = Field(
         default=None, description="{fraction: 0.05}, or a list of sources like train; none measures no validation loss."
     )
+    evaluation: list[DataSource] = Field(
+        default_factory=list,
+        description="Sets that the result is to be judged on: training records that hold their questions are told.",
+    )
+    waive: dict[str, str] = Field(
+        default_factory=dict,
+        description="Code of the data gate -> why its finding is accepted; kept in the adapter's record.",
+    )
     max_seq_len: int = Field(default=2048, ge=8, le=131_072, description="Length of a packed row, in tokens.")
     packing: bool = Field(default=True, description="Put several short examples in one row, kept apart in attention.")
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ft_service.chat import ROLES, ChatFormat, Message
 from ft_service.data.judge import CODES, LEFT_OUT, Fault, Hit, Judge, Judgement, Record, Source, Tokens, with_tokens
 from ft_service.data.judge.facts import FACTS
-from ft_service.data.judge.judge import FIRST_PLACES
+from ft_service.data.judge.judge import FIRST_PLACES, rights_and_size
 from ft_service.data.judge.records import place_key, place_of
 from ft_service.data.judge.size import advise
 from ft_service.errors import DataError
@@ -114,9 +114,12 @@ def test_shards_in_any_order_judge_as_one_and_counts_add_up(items: list[object],
     owners = data.draw(st.lists(st.integers(0, 2), min_size=len(records), max_size=len(records)))
 
     def through(gates: list[Judge], owner_of: list[int]) -> tuple[Judgement, list[str]]:
-        hits = [hit for one, owner in zip(records, owner_of, strict=True) for hit in gates[owner].see(one)]
-        for gate in gates[:0:-1]:
-            gates[0].merge(gate)
+        hits_of: list[list[Hit]] = [[] for _ in gates]
+        for one, owner in zip(records, owner_of, strict=True):
+            hits_of[owner] += gates[owner].see(one)
+        for gate, found in list(zip(gates, hits_of, strict=True))[:0:-1]:
+            gates[0].absorb(gate.seen(), found)
+        hits = [hit for found in hits_of for hit in found]
         looks = gates[0].second_look()
         for one in records:
             looks.see(one)
@@ -267,7 +270,7 @@ def test_nine_records_fail_and_ten_only_warn() -> None:
 
 def test_the_gravest_findings_come_first() -> None:
     source = Source("data.jsonl", ("data.jsonl",), source="made up", license="CC-BY-SA-4.0")
-    gate = Judge([source], base="meta-llama/Llama-3.1-8B")
+    gate = Judge([source])
     for one in [*clean_records(60), record("Mail?", "Write to taro@mail.co.jp, it is said.", 61)]:
         gate.see(one)
     gate.see(record("Key?", "Use AKIAIOSFODNN7ABCDEFG in the north of the town.", 62))
@@ -281,7 +284,6 @@ def test_the_gravest_findings_come_first() -> None:
 
 def test_counted_tokens_need_no_tokenizer() -> None:
     tokens = Tokens(total=10, loss=4, kept=10, kept_loss=4, ends=True)
-    judgement, _ = judged(
-        [replace(one, tokens=tokens) for one in clean_records(20)], max_seq_len=100, global_batch_size=1
-    )
-    assert judgement.signal.loss_share == pytest.approx(0.4) and judgement.size.steps == 10
+    judgement, _ = judged([replace(one, tokens=tokens) for one in clean_records(20)], max_seq_len=100)
+    assert judgement.signal.loss_share == pytest.approx(0.4)
+    assert rights_and_size(judgement, "somebody/else", max_seq_len=100, global_batch_size=1).size.steps == 10

@@ -181,10 +181,11 @@ def test_what_is_found_depends_neither_on_shards_nor_on_their_order() -> None:
 
     def through(shards: list[list[Record]]) -> tuple[Judgement, list[Hit]]:
         gates = [judge() for _ in shards]
-        early = [hit for gate, shard in zip(gates, shards, strict=True) for one in shard for hit in gate.see(one)]
+        hits_of = [[hit for one in shard for hit in gate.see(one)] for gate, shard in zip(gates, shards, strict=True)]
+        early = [hit for found in hits_of for hit in found]
         whole = gates[0]
-        for gate in gates[1:]:
-            whole.merge(gate)
+        for gate, found in zip(gates[1:], hits_of[1:], strict=True):
+            whole.absorb(gate.seen(), found)
         looks = [whole.second_look() for _ in shards]
         for look, shard in zip(looks, shards, strict=True):
             for one in shard:

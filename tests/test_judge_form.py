@@ -77,7 +77,7 @@ def test_a_file_that_breaks_off_is_a_finding_and_the_next_file_is_still_read(tmp
     (tmp_path / "1.parquet").write_bytes(b"PAR1 and nothing more")
     (tmp_path / "2.jsonl").write_text('{"text": "whole"}')
     broken, whole = read_source(0, DataSource(path=str(tmp_path), format="text"))
-    assert broken.fault is not None and (broken.fault.code, broken.file, broken.line) == ("form.unreadable", 0, 0)
+    assert broken.fault is not None and (broken.fault.code, broken.file, broken.line) == ("form.unreadable-file", 0, 0)
     assert (whole.item, whole.file, whole.line) == ("whole", 1, 1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ft_service.data.judge import Source
-from ft_service.data.judge.rights import judge_rights, license_kinds
+from ft_service.data.judge.rights import base_duties, judge_rights, license_kinds
 
 
 def of(license: str | None, source: str | None = "https://example.com") -> Source:
@@ -70,7 +70,7 @@ def test_attribution_alone_is_no_warning() -> None:
 
 
 def test_the_base_brings_its_duties() -> None:
-    (finding,) = judge_rights([of("CC0-1.0")], base="meta-llama/Llama-3.1-8B-Instruct")
+    (finding,) = base_duties("meta-llama/Llama-3.1-8B-Instruct")
     assert finding.code == "rights.base-license" and finding.severity == "info"
     assert "Built with Llama" in finding.message
-    assert judge_rights([of("CC0-1.0")], base="somebody/else") == []
+    assert base_duties("somebody/else") == []

@@ -5,7 +5,7 @@ import numpy as np
 from ft_service.chat import Message
 from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.pack import pack_lengths
-from ft_service.data.read import Faults, read_records
+from ft_service.data.read import Fault, read_source
 from ft_service.errors import DataError
 from ft_service.plan import DatasetFacts
 from ft_service.spec import DataSource, RunSpec, ValidationFraction
@@ -20,16 +20,14 @@ _TURN_TOKENS = 5
 def estimate_dataset(spec: RunSpec) -> DatasetFacts:
     """The facts of the spec's data, with `exact` False; writes nothing.
 
-    Raises `DataError` with every record that cannot be read or converted, or where a file is missing.
+    Records that cannot be used are passed over. Raises `DataError` where a file is missing or holds none that can.
     """
-    faults = Faults()
     train: list[tuple[int, int]] = []
     validation: list[tuple[int, int]] = []
     for source in spec.data.train:
-        train += _examples(source, faults, spec.data.max_seq_len)
+        train += _examples(source, spec.data.max_seq_len)
     for source in spec.data.validation if isinstance(spec.data.validation, list) else []:
-        validation += _examples(source, faults, spec.data.max_seq_len)
-    faults.raise_if_any()
+        validation += _examples(source, spec.data.max_seq_len)
     if isinstance(spec.data.validation, ValidationFraction):
         fraction = spec.data.validation.fraction
         held_out = [int((number + 1) * fraction) > int(number * fraction) for number in range(len(train))]
@@ -52,18 +50,19 @@ def estimate_dataset(spec: RunSpec) -> DatasetFacts:
     )
 
 
-def _examples(source: DataSource, faults: Faults, max_seq_len: int) -> list[tuple[int, int]]:
+def _examples(source: DataSource, max_seq_len: int) -> list[tuple[int, int]]:
     """Tokens and loss tokens of each example of a source."""
     found: list[tuple[int, int]] = []
-    records = 0
-    for record, place in read_records(source, faults):
-        records += 1
+    fault = ""
+    for place, record in read_source(source):
         try:
+            if isinstance(record, Fault):
+                raise BadRecord(record.reason, record.code)
             found += _tokens(convert(record, source), max_seq_len)
         except BadRecord as error:
-            faults.add(place, str(error))
-    if records == 0 and not faults.count:
-        raise DataError(f"{source.path}: holds no records. Name a file that has some.")
+            fault = fault or f" ({place}: {error})"
+    if not found:
+        raise DataError(f"{source.path}: holds no records that can be used{fault}. Name a file that has some.")
     return found
 
 

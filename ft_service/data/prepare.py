@@ -1,16 +1,18 @@
-"""Sources to a prepared dataset on storage: tokenised, masked and packed once, before any worker starts.
+"""Sources to a prepared dataset on storage: judged, tokenised, masked and packed once, before any worker starts.
 
-    <storage>/datasets/<digest>/   train.arrow  validation.arrow  manifest.json
+    <storage>/datasets/<digest>/   rows-00000/{train,validation}.arrow ...   manifest.json
+                                   judged/{judgement.json, findings.jsonl, quarantine.jsonl}
 
 The digest covers everything the result depends on, so the same data is prepared once and a changed file never meets an
-old cache.
+old cache. Shards that were examined wait beside the rows until all is done: a preparation that was interrupted, or that
+the gate refused, goes on from them.
 """
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +20,30 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ft_service.chat import CHAT_TEMPLATE, ChatFormat, Example, encode_texts
-from ft_service.data.convert import BadRecord, Conversation, convert
-from ft_service.data.pack import pack_lengths
-from ft_service.data.read import Faults, read_records, source_digest
-from ft_service.errors import DataError
+from ft_service.chat import CHAT_TEMPLATE
+from ft_service.data.judge import EvaluationSet, Judgement, Source, read_source
+from ft_service.data.judge.records import place_key
+from ft_service.data.judging import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
+from ft_service.data.read import Scan, Shard, scan
+from ft_service.data.stages import ROWS, Group, Packed, Run, Work, here, pack, tokens_of
+from ft_service.errors import DataError, StorageError
 from ft_service.plan import DatasetFacts
 from ft_service.registry import DatasetRef
 from ft_service.spec import DataSource, RunSpec, ValidationFraction
 from ft_service.storage import Storage
 
-Say = Callable[[str], None]
+Gate = Callable[[Judgement, Path], None]
+"""Told the judgement and the folder with all its findings; raises where the data shall not be trained on."""
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
-_BATCH_RECORDS = 2000
-MEASURED_RECORDS = 20_000
-"""`measure_dataset` tokenises at most this many of each source, and scales up."""
-
-_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.bool_())),
-        ("document_lengths", pa.list_(pa.int32())),
-    ]
-)
+_JUDGED = "judged"
+_GROUP_TOKENS = 2**25
+"""Packed together: enough that a row or two left open make no difference, in half a GiB of memory."""
+_WAIVED_IS_KEPT = frozenset({"quality.exact-duplicate"})
+"""Records that can be trained on, and are where the spec waives the code."""
+_MEASURED_BYTES = 2**22
+"""Of each source, `measure_dataset` prepares about so much, and scales up."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,20 @@ class Row:
 
 
 class RowTable:
-    """Packed rows in an Arrow file, memory-mapped: opening costs nothing, and processes of a node share the pages."""
+    """Packed rows in Arrow files, memory-mapped: opening costs nothing, and processes of a node share the pages."""
 
-    def __init__(self, file: Path) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
+        self._ends = np.cumsum([table.num_rows for table in self._tables])
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Row:
-        ids, mask, lengths = (
-            self._table.column(name)[index].values.to_numpy(zero_copy_only=False) for name in _SCHEMA.names
-        )
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        table = self._tables[number]
+        at = index - int(self._ends[number]) + table.num_rows
+        ids, mask, lengths = (table.column(name)[at].values.to_numpy(zero_copy_only=False) for name in ROWS.names)
         return Row(ids, mask, lengths)
 
 
@@ -79,237 +82,256 @@ class PreparedDataset:
     sources: list[DatasetRef]
     train: RowTable
     validation: RowTable | None
+    judgement: Judgement
 
 
 def prepare_dataset(
-    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, storage: Storage, progress: Say = lambda text: None
+    spec: RunSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    storage: Storage,
+    say: Say = lambda text: None,
+    run: Run = here,
+    gate: Gate = lambda judgement, folder: None,
 ) -> PreparedDataset:
-    """Prepare the spec's data, or open it if that was done before.
+    """Prepare the spec's data, or open it if that was done before; `gate` sees its judgement in both cases.
 
-    Raises `DataError` with every record that cannot be used; nothing is written then.
+    Raises `DataError` where a file is missing or no record can be used, and whatever `gate` raises.
     """
-    digests = {index: source_digest(source) for index, source in enumerate(_all_sources(spec))}
-    digest = _dataset_digest(spec, tokenizer, digests)
-    if storage.exists(f"datasets/{digest}/{_MANIFEST}"):
-        progress(f"Data: prepared before, {storage.uri(f'datasets/{digest}')}")
-        return open_dataset(storage, digest)
-    progress("Data: reading, tokenising and packing")
-    splits = _read_splits(spec, tokenizer, progress)
-    train_rows = _pack(splits.train, spec)
-    validation_rows = _pack(splits.validation, spec)
-    facts = _facts(digest, splits, len(train_rows), len(validation_rows))
-    sources = [
-        DatasetRef(path=s.path, source=s.source, license=s.license, records=splits.records[i], digest=digests[i])
-        for i, s in enumerate(_all_sources(spec))
-    ]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "dataset")
-        folder.mkdir()
-        _write_rows(folder / "train.arrow", splits.train, train_rows)
-        if validation_rows:
-            _write_rows(folder / "validation.arrow", splits.validation, validation_rows)
-        manifest = {
-            "format_version": _FORMAT_VERSION,
-            "facts": facts.model_dump(mode="json"),
-            "sources": [source.model_dump(mode="json") for source in sources],
-        }
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
-        storage.put_folder(folder, f"datasets/{digest}", marker=_MANIFEST)
+    inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
+    digest = _dataset_digest(inputs, tokenizer)
+    place = f"datasets/{digest}"
+    if storage.exists(f"{place}/{_MANIFEST}"):
+        say(f"Data: prepared before, {storage.uri(place)}")
+        dataset = open_dataset(storage, digest)
+        gate(for_run(dataset.judgement, spec), storage.local_folder(place) / _JUDGED)
+        return dataset
+    try:
+        _prepare(inputs, tokenizer, storage, place, say, run, gate)
+    except StorageError:
+        if not storage.exists(f"{place}/{_MANIFEST}"):
+            raise  # otherwise another run prepared the same data meanwhile, and has tidied up
     return open_dataset(storage, digest)
+
+
+def judge_dataset(
+    spec: RunSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    say: Say = lambda text: None,
+    run: Run = here,
+) -> Judgement:
+    """Judge the spec's data without preparing it; the files of `judging` go to `folder`, which must exist.
+
+    Without a tokenizer nothing that takes tokens is judged. Raises `DataError` where a file is missing.
+    """
+    inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
+    with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
+        work = inputs.work(Storage(temporary), "judged", tokenizer, writes_examples=False)
+        judged = judge_shards(work, inputs.shards, run, folder, inputs.fraction, spec.train.seed, say)
+    judgement = for_run(judged.judgement, spec)
+    (folder / JUDGEMENT_FILE).write_text(judgement.model_dump_json(indent=2), encoding="utf-8")
+    return judgement
 
 
 def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
     """A dataset that was prepared before; raises `StorageError` if it is not there."""
     manifest = storage.read_json(f"datasets/{digest}/{_MANIFEST}")
     folder = storage.local_folder(f"datasets/{digest}")
-    validation = folder / "validation.arrow"
+    train, validation = (sorted(folder.glob(f"rows-*/{split}.arrow")) for split in ("train", "validation"))
+    judgement = (folder / _JUDGED / JUDGEMENT_FILE).read_text(encoding="utf-8")
     return PreparedDataset(
         digest=digest,
         facts=DatasetFacts.model_validate(manifest["facts"]),
         sources=[DatasetRef.model_validate(source) for source in manifest["sources"]],
-        train=RowTable(folder / "train.arrow"),
-        validation=RowTable(validation) if validation.is_file() else None,
+        train=RowTable(train),
+        validation=RowTable(validation) if validation else None,
+        judgement=Judgement.model_validate_json(judgement),
     )
 
 
 def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> DatasetFacts:
-    """The facts of the spec's data, without writing anything; large data is sampled and scaled, and `exact` False."""
-    splits = _read_splits(spec, tokenizer, lambda text: None, limit=MEASURED_RECORDS)
-    facts = _facts("not prepared", splits, len(_pack(splits.train, spec)), len(_pack(splits.validation, spec)))
-    if splits.records == splits.converted:
-        return facts
-    num_train = len(spec.data.train)
-    train_scale = sum(splits.records[:num_train]) / sum(splits.converted[:num_train])
-    validation_scale = train_scale
-    if isinstance(spec.data.validation, list):
-        validation_scale = sum(splits.records[num_train:]) / max(1, sum(splits.converted[num_train:]))
+    """The facts of the spec's data, without leaving anything; of large data only a part is measured (`exact` False)."""
+    scans = [scan(number, source, _MEASURED_BYTES) for number, source in enumerate(all_sources(spec))]
+    parts = [replace(found, shards=found.shards[:1]) for found in scans]
+    with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
+        storage, inputs = Storage(temporary), _Inputs(spec, parts)
+        facts = _prepare(inputs, tokenizer, storage, "datasets/measured", lambda text: None, here, lambda *_: None)
+    if all(len(found.shards) <= 1 for found in scans):
+        return facts.model_copy(update={"digest": "not prepared"})
+    train_scale = _scale(scans[: len(spec.data.train)])
+    validation_scale = _scale(scans[len(spec.data.train) :]) if isinstance(spec.data.validation, list) else train_scale
     counts = {
         name: round(value * (validation_scale if name.startswith("validation_") else train_scale))
         for name, value in facts.model_dump(exclude={"digest", "exact"}).items()
     }
-    return facts.model_copy(update={**counts, "exact": False})
+    return facts.model_copy(update={**counts, "digest": "not prepared", "exact": False})
 
 
-# -- reading and encoding --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Splits:
-    train: list[Example] = field(default_factory=list)
-    validation: list[Example] = field(default_factory=list)
-    records: list[int] = field(default_factory=list)
-    """Records read of each source."""
-    converted: list[int] = field(default_factory=list)
-    """Of these, the ones that were used and not only counted."""
-
-
-def _all_sources(spec: RunSpec) -> list[DataSource]:
+def all_sources(spec: RunSpec) -> list[DataSource]:
+    """Training sources, then validation sources."""
     validation = spec.data.validation
     return [*spec.data.train, *(validation if isinstance(validation, list) else [])]
 
 
-def _read_splits(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, progress: Say, limit: int | None = None) -> _Splits:
-    splits, faults = _Splits(), Faults()
-    encode = _Encoder(tokenizer, spec.data.max_seq_len, faults)
-    keyed: list[tuple[float, list[Example]]] = []
-    for index, source in enumerate(_all_sources(spec)):
-        splits.records.append(0)
-        splits.converted.append(0)
-        held_out = index >= len(spec.data.train)
-        for batch in _batches(_items(source, faults, splits, limit), _BATCH_RECORDS):
-            for (item, _), examples in zip(batch, encode(source, batch), strict=True):
-                if held_out:
-                    splits.validation += examples
-                else:
-                    keyed.append((_share(item, spec.train.seed), examples))
-            progress(f"Data: {sum(splits.records):,} records read")
-        if splits.records[index] == 0 and not faults.count:
-            raise DataError(f"{source.path}: holds no records. Name a file that has some.")
-    faults.raise_if_any()
-    validation = spec.data.validation
-    fraction = validation.fraction if isinstance(validation, ValidationFraction) else 0.0
-    threshold = _threshold([share for share, _ in keyed], fraction)
-    for share, examples in keyed:
-        (splits.validation if share < threshold else splits.train).extend(examples)
-    return splits
+# -- preparing -------------------------------------------------------------------------------------------------------
 
 
-def _items(
-    source: DataSource, faults: Faults, splits: _Splits, limit: int | None
-) -> Iterator[tuple[Conversation | str, str]]:
-    """Converted records and their places; beyond `limit` records are only counted."""
-    for record, place in read_records(source, faults):
-        splits.records[-1] += 1
-        if limit is not None and splits.records[-1] > limit:
-            continue
-        splits.converted[-1] += 1
-        try:
-            yield convert(record, source), place
-        except BadRecord as error:
-            faults.add(place, str(error))
+@dataclass(frozen=True)
+class _Inputs:
+    """A spec's sources, each scanned."""
+
+    spec: RunSpec
+    scans: Sequence[Scan]
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for scan in self.scans for shard in scan.shards]
+
+    @property
+    def fraction(self) -> float:
+        validation = self.spec.data.validation
+        return validation.fraction if isinstance(validation, ValidationFraction) else 0.0
+
+    @property
+    def keep(self) -> frozenset[str]:
+        return _WAIVED_IS_KEPT & frozenset(self.spec.data.waive)
+
+    def work(
+        self, storage: Storage, folder: str, tokenizer: PreTrainedTokenizerBase | None, writes_examples: bool = True
+    ) -> Work:
+        spec, sources = self.spec, all_sources(self.spec)
+        held = [
+            EvaluationSet(source.path, read_source(number, source), "leak.evaluation")
+            for number, source in enumerate(spec.data.evaluation)
+        ]
+        held += [
+            EvaluationSet(source.path, read_source(number, source), "leak.validation")
+            for number, source in enumerate(sources[len(spec.data.train) :])
+        ]
+        return Work(
+            storage=storage,
+            folder=folder,
+            inputs=tuple(sources),
+            num_train=len(spec.data.train),
+            sources=tuple(Source.of(source, scan) for source, scan in zip(sources, self.scans, strict=True)),
+            tokenizer=tokenizer,
+            max_seq_len=spec.data.max_seq_len,
+            evaluation=tuple(held),
+            keep=self.keep,
+            packing=spec.data.packing,
+            writes_examples=writes_examples,
+        )
 
 
-class _Encoder:
-    """Converted records to examples, many at a time: the tokenizer then uses all cores."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, faults: Faults) -> None:
-        self._tokenizer, self._max_seq_len, self._faults = tokenizer, max_seq_len, faults
-        self._chat: ChatFormat | None = None
-
-    def __call__(self, source: DataSource, batch: Sequence[tuple[Any, str]]) -> list[list[Example]]:
-        if source.format == "text":
-            return encode_texts(self._tokenizer, [text for text, _ in batch], self._max_seq_len)
-        self._chat = self._chat or ChatFormat(self._tokenizer)
-        examples = self._chat.encode_batch([messages for messages, _ in batch], self._max_seq_len)
-        for example, (_, place) in zip(examples, batch, strict=True):
-            if example.num_loss_tokens == 0:
-                reason = f"has no loss token left within data.max_seq_len = {self._max_seq_len} tokens"
-                self._faults.add(place, reason if example.truncated else "has no loss token")
-        return [[example] for example in examples]
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _share(item: Conversation | str, seed: int) -> float:
-    """A number in [0, 1) that depends on seed and content alone: equal records never land on both sides of a split.
-
-    Weights, and whitespace that the chat format strips, make no difference: what the model reads is the same.
-    """
-    content = item if isinstance(item, str) else [(message.role, message.content.strip()) for message in item]
-    digest = hashlib.sha256(json.dumps([seed, content]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _threshold(shares: Sequence[float], fraction: float) -> float:
-    """What lies below is held out: about `fraction`, and of two or more distinct records at least one on a side."""
-    distinct = sorted(set(shares))
-    if fraction == 0 or len(distinct) < 2:
-        return 0.0
-    return min(max(fraction, distinct[1]), distinct[-1])
+def _prepare(
+    inputs: _Inputs,
+    tokenizer: PreTrainedTokenizerBase,
+    storage: Storage,
+    place: str,
+    say: Say,
+    run: Run,
+    gate: Gate,
+) -> DatasetFacts:
+    spec, shards = inputs.spec, inputs.shards
+    say(f"Data: reading, judging and tokenising, {len(shards)} shard{'s' if len(shards) != 1 else ''}")
+    work = inputs.work(storage, place, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
+        folder = Path(temporary, _JUDGED)
+        folder.mkdir()
+        judged = judge_shards(work, shards, run, folder, inputs.fraction, spec.train.seed, say)
+        gate(for_run(judged.judgement, spec), folder)
+        if not (~judged.held_out).any():
+            raise _nothing_usable(judged.judgement, folder)
+        groups = list(_groups(work, shards, judged))
+        packed = []
+        for number, found in enumerate(run(pack, work, groups), start=1):
+            packed.append(found)
+            say(f"Data: packed {number} of {len(groups)}, {sum(done.rows[0] for done in packed):,} rows")
+        storage.put_folder(folder, f"{place}/{_JUDGED}", marker=JUDGEMENT_FILE)
+    facts = _facts(place.rpartition("/")[2], packed)
+    sources = [
+        DatasetRef(
+            path=source.path, source=source.source, license=source.license, records=told.read, digest=found.digest
+        )
+        for source, found, told in zip(work.inputs, inputs.scans, judged.judgement.sources, strict=True)
+    ]
+    manifest = {
+        "format_version": _FORMAT_VERSION,
+        "facts": facts.model_dump(mode="json"),
+        "sources": [source.model_dump(mode="json") for source in sources],
+    }
+    storage.write_json(f"{place}/{_MANIFEST}", manifest)
+    for number in range(len(shards)):
+        storage.delete(work.place(number))
+    return facts
 
 
-# -- packing and writing ---------------------------------------------------------------------------------------------
+def _groups(work: Work, shards: Sequence[Shard], judged: Judged) -> Iterator[Group]:
+    """Neighbouring shards, so many that they fill rows well, with their records that are used."""
+    starts = [place_key(shard.source, shard.file, shard.first) for shard in shards]
+    starts.append(2**64 - 1)
+    members: list[int] = []
+    tokens = count = 0
+    for number in range(len(shards)):
+        members.append(number)
+        tokens += tokens_of(work, number)
+        if tokens >= _GROUP_TOKENS or number == len(shards) - 1:
+            bounds = np.array([starts[members[0]], starts[number + 1]], dtype=np.uint64)
+            first, last = np.searchsorted(judged.keys, bounds)
+            yield Group(count, tuple(members), judged.keys[first:last], judged.held_out[first:last])
+            members, tokens, count = [], 0, count + 1
 
 
-def _pack(examples: Sequence[Example], spec: RunSpec) -> list[list[int]]:
-    if not spec.data.packing:
-        return [[number] for number in range(len(examples))]
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    return pack_lengths(lengths, spec.data.max_seq_len)
-
-
-def _write_rows(file: Path, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> None:
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for start in range(0, len(rows), _BATCH_RECORDS):
-            chosen = [[examples[number] for number in row] for row in rows[start : start + _BATCH_RECORDS]]
-            columns = {
-                "input_ids": [[token for example in row for token in example.input_ids] for row in chosen],
-                "loss_mask": [[trained for example in row for trained in example.loss_mask] for row in chosen],
-                "document_lengths": [[len(example.input_ids) for example in row] for row in chosen],
-            }
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
-
-
-def _facts(digest: str, splits: _Splits, train_rows: int, validation_rows: int) -> DatasetFacts:
-    def tokens(examples: Sequence[Example]) -> int:
-        return sum(len(example.input_ids) for example in examples)
-
-    def loss_tokens(examples: Sequence[Example]) -> int:
-        return sum(example.num_loss_tokens for example in examples)
+def _facts(digest: str, packed: Sequence[Packed]) -> DatasetFacts:
+    def total(name: str, split: int) -> int:
+        return sum(getattr(found, name)[split] for found in packed)
 
     return DatasetFacts(
         digest=digest,
-        conversations=len(splits.train),
-        rows=train_rows,
-        tokens=tokens(splits.train),
-        loss_tokens=loss_tokens(splits.train),
-        truncated=sum(example.truncated for example in splits.train),
-        validation_conversations=len(splits.validation),
-        validation_rows=validation_rows,
-        validation_tokens=tokens(splits.validation),
-        validation_loss_tokens=loss_tokens(splits.validation),
+        conversations=total("conversations", 0),
+        rows=total("rows", 0),
+        tokens=total("tokens", 0),
+        loss_tokens=total("loss_tokens", 0),
+        truncated=total("truncated", 0),
+        validation_conversations=total("conversations", 1),
+        validation_rows=total("rows", 1),
+        validation_tokens=total("tokens", 1),
+        validation_loss_tokens=total("loss_tokens", 1),
     )
 
 
-def _dataset_digest(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, digests: dict[int, str]) -> str:
-    validation = spec.data.validation
+def _nothing_usable(judgement: Judgement, folder: Path) -> DataError:
+    if judgement.read == 0:
+        return DataError("data.train: holds no records. Name a file that has some.")
+    lines = (folder / FINDINGS_FILE).read_text(encoding="utf-8").splitlines()[:10]
+    told = [json.loads(line) for line in lines]
+    first = "\n".join(f"  - {found['file']}:{found['line']}: {found['detail']}" for found in told)
+    return DataError(f"None of {judgement.read:,} records can be trained on. Mend them:\n{first}")
+
+
+def _scale(scans: Sequence[Scan]) -> float:
+    """All of these sources against the first shard of each."""
+    parts = sum(shard.end - shard.start for scan in scans for shard in scan.shards[:1])
+    return sum(shard.end - shard.start for scan in scans for shard in scan.shards) / max(1, parts)
+
+
+def _dataset_digest(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> str:
+    spec = inputs.spec
+    evaluation = [scan(number, source) for number, source in enumerate(spec.data.evaluation)]
+
+    def identity_of(source: DataSource, found: Scan) -> dict[str, Any]:
+        return {"digest": found.digest, "format": source.format, "columns": source.columns}
+
     identity = {
         "version": _FORMAT_VERSION,
         "sources": [
-            {"digest": digests[i], "format": s.format, "columns": s.columns, "source": s.source, "license": s.license}
-            for i, s in enumerate(_all_sources(spec))
+            {**identity_of(source, found), "source": source.source, "license": source.license}
+            for source, found in zip(all_sources(spec), inputs.scans, strict=True)
         ],
+        "evaluation": [identity_of(s, found) for s, found in zip(spec.data.evaluation, evaluation, strict=True)],
         "train_sources": len(spec.data.train),
-        "fraction": validation.fraction if isinstance(validation, ValidationFraction) else None,
+        "fraction": inputs.fraction or None,
+        "keep": sorted(inputs.keep),
         "seed": spec.train.seed,
         "max_seq_len": spec.data.max_seq_len,
         "packing": spec.data.packing,

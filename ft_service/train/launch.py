@@ -153,7 +153,7 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> Prepared:
     """Prepare the dataset. Raises `SpecError` when not even the fewest workers find room on the cluster as it is."""
     base = resolve_base(spec.model.base, spec.model.revision, weights=False)
     shape = catalog.shape_from_config(read_config(base))
-    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, progress=say)
+    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, say)
     resources = cluster_resources()
     if len(spec.worker_counts()) > 1:
         make_plan(spec, dataset.facts, shape, resources)

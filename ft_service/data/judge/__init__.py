@@ -6,7 +6,8 @@ from ft_service.data.judge.findings import Finding, Judgement, Place
 from ft_service.data.judge.form import Hit
 from ft_service.data.judge.judge import Judge
 from ft_service.data.judge.leakage import EvaluationSet
-from ft_service.data.judge.records import Fault, Record, Source, Tokens, count, read_file, read_source, with_tokens
+from ft_service.data.judge.records import Record, Source, Tokens, count, read_source, records_of, with_tokens
+from ft_service.data.read import Fault
 
 __all__ = [
     "CODES",
@@ -24,7 +25,7 @@ __all__ = [
     "Source",
     "Tokens",
     "count",
-    "read_file",
     "read_source",
+    "records_of",
     "with_tokens",
 ]

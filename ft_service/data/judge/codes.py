@@ -40,6 +40,25 @@ def _broken(id: str, why: str, cure: str) -> Code:
 _TABLE = (
     # -- form --------------------------------------------------------------------------------------------------------
     _broken("form.unreadable", "What cannot be read cannot be taught.", "Mend the line or remove it."),
+    Code(
+        "form.unreadable-file",
+        "A file that cannot be read through is missing from the data, and nobody knows how much of it.",
+        "Mend the file, convert it, or take it out of the spec.",
+        fails_from=0.0,
+        leaves_out=True,
+    ),
+    Code(
+        "form.empty-source",
+        "A source without records teaches nothing; something went wrong before it came here.",
+        "Name a file that has some.",
+        fails_from=0.0,
+    ),
+    Code(
+        "form.foreign-file",
+        "A file of a kind that is not read teaches nothing; perhaps it was meant to.",
+        "Convert it, or move it out of the folder.",
+        warns_from=None,
+    ),
     _broken("form.wrong-type", "A value of the wrong type has no text to train on.", "Write the value as text."),
     _broken(
         "form.missing-column",

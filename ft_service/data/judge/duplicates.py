@@ -40,6 +40,10 @@ class Looks:
         self.questions: dict[int, str] = {}
         self.answers: dict[int, str] = {}
 
+    def keys(self) -> np.ndarray:
+        """All that are worth reading again, uint64, sorted."""
+        return np.array(sorted(self._wanted), dtype=np.uint64)
+
     def wants(self, key: int) -> bool:
         """Whether this record is worth reading again; skip the others without converting them."""
         return key in self._wanted

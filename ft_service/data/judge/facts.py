@@ -39,7 +39,8 @@ _LOOKED_AT = 20_000
 FACTS = np.dtype(
     [
         ("key", "u8"),
-        ("exact", "u8"),  # hash of what the model reads
+        ("exact", "u8"),  # hash of what the model reads and is trained on
+        ("content", "u8"),  # hash of what the model reads
         ("prompt", "u8"),  # hash of the folded prompt; 0 without one
         ("output", "u8"),  # hash of the folded output
         ("prompt_numbers", "u4"),
@@ -85,6 +86,7 @@ class FactTable:
         self._rows.append(
             (
                 record.key,
+                hash64(_read_by_the_model(record) + _trained(record)),
                 hash64(_read_by_the_model(record)),
                 hash64(prompt) if prompt else 0,
                 hash64(output),
@@ -111,19 +113,19 @@ class FactTable:
         if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
             self._flush()
 
-    def merge(self, other: "FactTable") -> None:
-        """Take over the rows of another shard."""
-        other._flush()
-        self._chunks += other._chunks
+    def rows(self) -> np.ndarray:
+        """All rows [N] so far."""
+        self._flush()
+        return np.concatenate(self._chunks) if self._chunks else np.empty(0, dtype=FACTS)
+
+    def add_rows(self, rows: np.ndarray) -> None:
+        """Take over the rows of another table."""
+        self._chunks.append(rows)
 
     def freeze(self) -> "Facts":
         """All rows by columns, in order of the data."""
         self._flush()
         return Facts(self._chunks)
-
-    def __getstate__(self) -> dict[str, object]:
-        self._flush()
-        return self.__dict__
 
     def _flush(self) -> None:
         if not self._rows:
@@ -145,13 +147,20 @@ class Facts:
         self._chunks = chunks
         self._order = np.argsort(self._gather("key"), kind="stable") if chunks else np.empty(0, dtype=np.int64)
         self._starts = np.cumsum([0, *map(len, chunks)])
+        self._held_out: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A column [N]."""
+        if name == "validation" and self._held_out is not None:
+            return self._held_out
         return self._gather(name)[self._order]
+
+    def hold_out(self, rows: np.ndarray) -> None:
+        """From now on the column `validation` is this one, bool [N]."""
+        self._held_out = rows
 
     def band(self, name: str, band: int) -> np.ndarray:
         """One band [N, BAND_ROWS] of a column of signatures."""
@@ -187,7 +196,11 @@ def _read_by_the_model(record: Record) -> str:
     """The same for records that are the same to the model: the chat format strips white space at the ends."""
     if isinstance(record.item, str):
         return record.item
-    return json.dumps([[message.role, message.content.strip(), message.is_trained] for message in record.item or ()])
+    return json.dumps([[message.role, message.content.strip()] for message in record.item or ()])
+
+
+def _trained(record: Record) -> str:
+    return "" if isinstance(record.item, str) else "".join("01"[message.is_trained] for message in record.item or ())
 
 
 # -- traits of an answer ---------------------------------------------------------------------------------------------

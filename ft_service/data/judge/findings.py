@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service.data.judge.codes import Severity
+from ft_service.data.judge.codes import CODES, Severity
 
 Verdict = Literal["pass", "warn", "fail"]
 
@@ -111,6 +111,20 @@ class Judgement(_Said):
     def finding(self, code: str) -> Finding | None:
         """The finding of that code, if there is one."""
         return next((finding for finding in self.findings if finding.code == code), None)
+
+
+def of_sources(code: str, places: list[Place], sources: int) -> Finding:
+    """A finding on sources, not on their records."""
+    known, share = CODES[code], len(places) / sources
+    return Finding(
+        code=code,
+        severity=known.severity(share),
+        count=len(places),
+        share=share,
+        places=places,
+        why=known.why,
+        cure=known.cure,
+    )
 
 
 _GRAVITY: dict[Severity, int] = {"fail": 0, "warn": 1, "info": 2}

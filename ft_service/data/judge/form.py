@@ -1,14 +1,15 @@
 """Checks of one record at a time: its form, and what its answers say. Each yields what it finds, at once."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import ftfy.badness
 
+from ft_service.data.judge.findings import Finding, Place, of_sources
 from ft_service.data.judge.private import excerpt, find_private, mask
-from ft_service.data.judge.records import Record
+from ft_service.data.judge.records import Record, Source
 from ft_service.data.judge.text import fold, is_cjk
 
 _SHOWN_OF_VALUE = 8000  # characters; far more than an excerpt, so that nothing private is cut in half there
@@ -59,6 +60,18 @@ def role_order(record: Record) -> Iterator[Hit]:
     )
     if not orderly:
         yield Hit("form.role-order", record.key, " → ".join(roles[:12]), excerpt(record.text))
+
+
+def judge_files(sources: Sequence[Source], read: Mapping[int, int]) -> list[Finding]:
+    """Findings on sources that hold nothing, and on files beside theirs that are not read; `read` counts records."""
+    empty = [
+        Place(file=source.path, line=0, detail="holds no records")
+        for number, source in enumerate(sources)
+        if not read.get(number)
+    ]
+    foreign = [Place(file=name, line=0) for source in sources for name in source.foreign]
+    found = [("form.empty-source", empty), ("form.foreign-file", foreign)]
+    return [of_sources(code, places, len(sources)) for code, places in found if places]
 
 
 # -- characters ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""The judge: sees records one by one, joins with the judges of other shards, and comes to a judgement.
+"""The judge: sees records one by one, takes over what others saw of other shards, and comes to a judgement.
 
-    judge = Judge(sources, base=..., max_seq_len=..., evaluation=[...])
+    judge = Judge(sources, max_seq_len=..., evaluation=[...])
     for record in records:
         hits = judge.see(record)            # at once: what is wrong with it; is it left out?
-    judge.merge(judge_of_another_shard)
+    judge.absorb(seen, hits)                # of another judge, which saw another shard
     looks = judge.second_look()             # which records to read again: few
     for record in records:
         if looks.wants(record.key): looks.see(record)
@@ -14,7 +14,9 @@ Memory: half a KiB a record (`facts`), and nothing of its text.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from heapq import heappush, heapreplace
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -34,13 +36,14 @@ from ft_service.data.judge.findings import (
     by_gravity,
     verdict_of,
 )
-from ft_service.data.judge.form import Hit, check_record
+from ft_service.data.judge.form import Hit, check_record, judge_files
 from ft_service.data.judge.leakage import EvaluationSet
 from ft_service.data.judge.records import Record, Source, place_of
-from ft_service.data.judge.rights import judge_rights
+from ft_service.data.judge.rights import base_duties, judge_rights
 from ft_service.data.judge.signal import FEW_LOSS_TOKENS, check_rendering, check_signal, is_rendered
 from ft_service.data.judge.size import NARROW, TOO_FEW, advise
 from ft_service.data.judge.style import judge_style
+from ft_service.data.judge.text import mixed
 
 FIRST_PLACES = 20
 """Places that a finding carries; all of them go to `note`."""
@@ -79,24 +82,40 @@ class Tally:
             heapreplace(kept, (-hit.key, hit))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a judge saw, beside the hits that it gave at once."""
+
+    read: dict[int, int]
+    """Records of each source."""
+    rendered: int
+    """Records whose rendering was tried."""
+    facts: np.ndarray
+    """[usable records] of `FACTS`."""
+
+
 class Judge:
-    """See the module. `keep` names codes of records that are not left out although they could be."""
+    """See the module. `keep` names codes of records that are not left out although they could be.
+
+    With `fraction`, about that share of the records is held out, chosen by `seed` and content alone.
+    """
 
     def __init__(
         self,
         sources: Sequence[Source],
         *,
-        base: str | None = None,
         max_seq_len: int | None = None,
-        global_batch_size: int | None = None,
         evaluation: Sequence[EvaluationSet] = (),
         chat: ChatFormat | None = None,
         keep: Iterable[str] = (),
+        fraction: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.sources = tuple(sources)
-        self._base, self._max_seq_len, self._global_batch_size = base, max_seq_len, global_batch_size
+        self._max_seq_len = max_seq_len
         self._evaluation, self._chat = tuple(evaluation), chat
         self._leaves_out = LEFT_OUT - frozenset(keep)
+        self._fraction, self._seed = fraction, seed
         self._tally = Tally()
         self._read: Counter[int] = Counter()
         self._left_out: Counter[str] = Counter()
@@ -117,12 +136,7 @@ class Judge:
         if self._chat is not None and is_rendered(record):
             self._rendered += 1
             hits += check_rendering(record, self._chat)
-        for hit in hits:
-            self._tally.add(hit)
-        if (reason := self.is_left_out(hits)) is not None:
-            self._left_out[reason.code] += 1
-            self._left_out_of[record.source] += 1
-        elif record.fault is None:
+        if not self._count(record.key, hits) and record.fault is None:
             self._table.add(record)
         return hits
 
@@ -130,15 +144,28 @@ class Judge:
         """The first of these hits for which the record is left out, or None if it is used."""
         return next((hit for hit in hits if hit.code in self._leaves_out), None)
 
-    def merge(self, other: "Judge") -> None:
-        """Take over what the judge of another shard of the same sources saw; that one is not to be used again."""
+    def seen(self) -> Seen:
+        """What was seen until now, for another judge of the same sources to absorb."""
+        return Seen(dict(self._read), self._rendered, self._table.rows())
+
+    def absorb(self, seen: Seen, hits: Iterable[Hit]) -> None:
+        """Take over what another judge saw, with all the hits that it gave, those of a record together."""
         self._frozen = None
-        self._tally.merge(other._tally)
-        self._read += other._read
-        self._left_out += other._left_out
-        self._left_out_of += other._left_out_of
-        self._rendered += other._rendered
-        self._table.merge(other._table)
+        self._read.update(seen.read)
+        self._rendered += seen.rendered
+        self._table.add_rows(seen.facts)
+        for key, of_record in groupby(hits, key=lambda hit: hit.key):
+            self._count(key, list(of_record))
+
+    def _count(self, key: int, hits: list[Hit]) -> bool:
+        """Count a record's hits; returns whether it is left out."""
+        for hit in hits:
+            self._tally.add(hit)
+        if (reason := self.is_left_out(hits)) is None:
+            return False
+        self._left_out[reason.code] += 1
+        self._left_out_of[place_of(key)[0]] += 1
+        return True
 
     # -- judging -------------------------------------------------------------------------------------------------------
 
@@ -176,9 +203,10 @@ class Judge:
         usable = read - sum(left_out.values())
         train = self._used(facts, repeats) & ~facts["validation"]
         signal = _signal(facts, train)
-        size = advise(int(train.sum()), signal.tokens, self._max_seq_len, self._global_batch_size)
+        size = advise(int(train.sum()), signal.tokens, self._max_seq_len, None)
         findings = [self._finding(code, tally, read) for code in tally.counts]
-        findings += judge_rights(self.sources, self._base)
+        findings += judge_rights(self.sources)
+        findings += judge_files(self.sources, self._read)
         if signal.records and signal.loss_share < FEW_LOSS_TOKENS:
             findings.append(
                 _remark("signal.few-loss-tokens", signal.records, f"{signal.loss_share:.1%} are loss tokens.")
@@ -211,14 +239,22 @@ class Judge:
         source, file, line = place_of(hit.key)
         return Place(file=self.sources[source].files[file], line=line, detail=hit.detail, excerpt=hit.excerpt)
 
+    def used(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys uint64 [N] of the records to train and validate on, in order, and which of them are held out, bool [N].
+
+        All that were seen, but those that are left out.
+        """
+        facts, repeats = self._freeze()
+        used = self._used(facts, repeats)
+        return facts["key"][used], facts["validation"][used]
+
     def _freeze(self) -> tuple[Facts, Repeats]:
         if self._frozen is None:
             facts = self._table.freeze()
+            if self._fraction:
+                facts.hold_out(held_out(facts["content"], self._fraction, self._seed))
             self._frozen = facts, find_repeats(facts)
         return self._frozen
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_frozen": None}
 
     def _used(self, facts: Facts, repeats: Repeats) -> np.ndarray:
         if "quality.exact-duplicate" not in self._leaves_out:
@@ -252,6 +288,26 @@ class Judge:
             loss_tokens=int(facts["kept_loss"][rows].sum()),
             findings={code: count for (source, code), count in sorted(tally.by_source.items()) if source == number},
         )
+
+
+def rights_and_size(judgement: Judgement, base: str, max_seq_len: int, global_batch_size: int) -> Judgement:
+    """The judgement for a run: with the duties that its base brings, and the steps that follow from its batches."""
+    findings = [*judgement.findings, *base_duties(base)]
+    size = advise(judgement.size.usable, judgement.signal.tokens, max_seq_len, global_batch_size)
+    return judgement.model_copy(update={"findings": by_gravity(findings), "size": size})
+
+
+def held_out(contents: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which records are held out, bool [N], by hashes uint64 [N] of their contents.
+
+    Equal contents stay on one side, and a record keeps its side when others are added (nearly always: of two or more
+    distinct contents at least one is on each side).
+    """
+    shares = mixed(contents ^ mixed(np.array([seed + 1], dtype=np.uint64))) / 2.0**64
+    distinct = np.unique(shares)
+    if len(distinct) < 2:
+        return np.zeros(len(contents), dtype=bool)
+    return shares < min(max(fraction, distinct[1]), distinct[-1])
 
 
 def _remark(code: str, count: int, message: str) -> Finding:

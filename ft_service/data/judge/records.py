@@ -1,15 +1,13 @@
 """The records that the gate sees: one type for all of them, also for those that could not be read or converted."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from ft_service.chat import ChatFormat, Example, encode_texts
 from ft_service.data.convert import BadRecord, Conversation, convert
-from ft_service.data.read import Faults, files_of, read_records
+from ft_service.data.read import Fault, Scan, Shard, Wants, read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec import DataSource
 
@@ -27,12 +25,13 @@ class Source:
     format: Literal["alpaca", "chat", "text"] = "alpaca"
     source: str | None = None
     license: str | None = None
+    foreign: tuple[str, ...] = ()
+    """Files beside them that are of no kind that is read."""
 
     @classmethod
-    def of(cls, source: DataSource) -> "Source":
-        """The gate's view of a spec's source. Raises `DataError` where there are no files."""
-        files = tuple(map(str, files_of(source))) or (source.path,)
-        return cls(source.path, files, source.format, source.source, source.license)
+    def of(cls, source: DataSource, scan: Scan) -> "Source":
+        """The gate's view of a spec's source."""
+        return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign)
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,6 @@ class Tokens:
     kept_loss: int
     ends: bool
     """Whether the end of the last turn (or of the text) is kept and trained."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a record cannot be used."""
-
-    code: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -131,43 +122,21 @@ def place_of(key: int) -> tuple[int, int, int]:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Noted(Faults):
-    """Faults of reading as records."""
-
-    def __init__(self, source: int, file: int, split: Split) -> None:
-        super().__init__()
-        self._where = source, file, split
-        self.records: list[Record] = []
-
-    def add(self, place: str, message: str) -> None:
-        source, file, split = self._where
-        code = "form.encoding" if "UTF-8" in message else "form.unreadable"
-        self.records.append(Record(source, file, _line(place), fault=Fault(code, message), split=split))
-
-    def drain(self) -> Iterator[Record]:
-        yield from self.records
-        self.records.clear()
+def records_of(
+    shard: Shard, source: DataSource, split: Split = "train", wants: Wants | None = None
+) -> Iterator[Record]:
+    """Every record of a shard, in order, also those that cannot be used. Raises `ShardChanged`."""
+    for number, raw in read_shard(shard, source, wants):
+        if isinstance(raw, Fault):
+            yield Record(shard.source, shard.file, number, fault=raw, split=split)
+        else:
+            yield to_record(shard.source, shard.file, number, raw, source, split)
 
 
 def read_source(number: int, source: DataSource, split: Split = "train") -> Iterator[Record]:
-    """Every record of a source, in order, also those that cannot be used; files are numbered as in `Source.of`."""
-    for file, path in enumerate(Source.of(source).files):
-        yield from read_file(number, source, file, path, split)
-
-
-def read_file(number: int, source: DataSource, file: int, path: str, split: Split = "train") -> Iterator[Record]:
-    """Like `read_source`, of one of its files."""
-    faults = _Noted(number, file, split)
-    saved = Path(source.path).expanduser().is_dir() and Path(path).suffix not in (".jsonl", ".json", ".csv", ".parquet")
-    one = source if saved else source.model_copy(update={"path": path})
-    try:
-        for raw, place in read_records(one, faults):
-            yield from faults.drain()
-            yield to_record(number, file, _line(place), raw, source, split)
-        yield from faults.drain()
-    except DataError as error:  # a file that cannot be read on is one finding, not the end of the judging
-        yield from faults.drain()
-        yield Record(number, file, 0, fault=Fault("form.unreadable", str(error)), split=split)
+    """Every record of a source. Raises `DataError` where a file is missing."""
+    for shard in scan(number, source).shards:
+        yield from records_of(shard, source, split)
 
 
 def to_record(
@@ -178,14 +147,6 @@ def to_record(
         return Record(number, file, line, convert(raw, source), raw=raw, split=split)
     except BadRecord as error:
         return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)
-
-
-_LAST_NUMBER = re.compile(r"(\d+)$")
-
-
-def _line(place: str) -> int:
-    found = _LAST_NUMBER.search(place)
-    return int(found[1]) if found else 0
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------

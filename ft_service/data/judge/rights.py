@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ft_service.catalog import find
-from ft_service.data.judge.codes import CODES
-from ft_service.data.judge.findings import Finding, Place
+from ft_service.data.judge.findings import Finding, Place, of_sources
 from ft_service.data.judge.records import Source
 
 Kind = Literal["free", "attribution", "share-alike", "non-commercial", "no-derivatives", "unknown"]
@@ -62,8 +61,8 @@ def _kinds_of_one(license: str) -> frozenset[Kind]:
     return frozenset({_TABLE.get(name, "unknown")})
 
 
-def judge_rights(sources: Sequence[Source], base: str | None = None) -> list[Finding]:
-    """Findings on the sources' rights, and the duties that the base brings."""
+def judge_rights(sources: Sequence[Source]) -> list[Finding]:
+    """Findings on the sources' rights."""
     by_code: dict[str, list[Place]] = {}
 
     def add(code: str, source: Source, detail: str) -> None:
@@ -78,32 +77,13 @@ def judge_rights(sources: Sequence[Source], base: str | None = None) -> list[Fin
         license = source.license or ""
         for kind in sorted(license_kinds(license) - {"free"}):
             add(f"rights.{kind}-license" if kind == "unknown" else f"rights.{kind}", source, license)
-    findings = [_finding(code, places, len(sources)) for code, places in by_code.items()]
-    if base is not None and (facts := find(base)):
-        known = CODES["rights.base-license"]
-        findings.append(
-            Finding(
-                code=known.id,
-                severity=known.severity(1.0),
-                count=1,
-                share=1.0,
-                places=[Place(file=facts.id, line=0, detail=facts.license.name)],
-                why=known.why,
-                cure=known.cure,
-                message=" ".join(facts.license.duties),
-            )
-        )
-    return findings
+    return [of_sources(code, places, len(sources)) for code, places in by_code.items()]
 
 
-def _finding(code: str, places: list[Place], sources: int) -> Finding:
-    known, share = CODES[code], len(places) / sources
-    return Finding(
-        code=code,
-        severity=known.severity(share),
-        count=len(places),
-        share=share,
-        places=places,
-        why=known.why,
-        cure=known.cure,
-    )
+def base_duties(base: str) -> list[Finding]:
+    """What the base's license asks, if the catalogue knows it."""
+    facts = find(base)
+    if facts is None:
+        return []
+    finding = of_sources("rights.base-license", [Place(file=facts.id, line=0, detail=facts.license.name)], 1)
+    return [finding.model_copy(update={"message": " ".join(facts.license.duties)})]

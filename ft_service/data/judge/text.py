@@ -108,7 +108,11 @@ def _rolled(codes: np.ndarray, size: int) -> np.ndarray:
     hashes = np.full(count, size, dtype=np.uint64)
     for offset in range(size):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + count] + np.uint64(1)
-    # the finalizer of splitmix64 (Steele, Lea and Flood 2014)
+    return mixed(hashes)
+
+
+def mixed(hashes: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): numbers that differ little come out far apart."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
