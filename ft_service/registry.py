@@ -49,6 +49,15 @@ class DatasetRef(_Record):
     digest: str = Field(description="SHA-256 of its files.")
 
 
+class Waiver(_Record):
+    """A finding of the data gate that was accepted, and why."""
+
+    code: str
+    severity: str
+    count: int = Field(description="Records (or sources) that it was found on.")
+    reason: str
+
+
 class AdapterRecord(_Record):
     """Everything serving and evaluation need to know of an adapter (or of a model a `full` run produced)."""
 
@@ -63,6 +72,8 @@ class AdapterRecord(_Record):
     method: dict[str, object] = Field(description="The spec's `method` section, resolved.")
     datasets: list[DatasetRef]
     dataset_digest: str = Field(description="Digest of the prepared (tokenised, packed) dataset.")
+    data_verdict: str = Field(description="What the data gate said of it: pass, warn or fail (then with waivers).")
+    waivers: list[Waiver] = Field(description="Findings of the data gate that the spec accepted.")
     steps: int = Field(description="Optimizer steps behind these weights.")
     final_loss: float = Field(description="Training loss of the run's last step, nats per loss token.")
     validation_loss: float | None = Field(description="Validation loss of exactly these weights.")

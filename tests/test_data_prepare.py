@@ -11,11 +11,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ft_service.chat import ChatFormat, Message, encode_texts
-from ft_service.data import prepare
+from ft_service.data import prepare, stages
+from ft_service.data.judge import Judgement, Record, records_of
 from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_dataset, open_dataset, prepare_dataset
+from ft_service.data.read import Shard
 from ft_service.errors import DataError, StorageError
 from ft_service.model.scratch import train_tokenizer
-from ft_service.spec import RunSpec, parse_run_spec
+from ft_service.spec import DataSource, RunSpec, parse_run_spec
 from ft_service.storage import Storage
 
 Records = list[dict[str, Any]]
@@ -121,7 +123,7 @@ def test_short_records_fill_98_percent_of_rows_of_2048(case: Case, tokenizer: Pr
 def test_more_records_than_one_batch_all_arrive(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(stages, "BATCH_RECORDS", 7)
     spec = case.spec(case.write("a.jsonl", alpaca_records(50)), packing=False)
     dataset = prepare_dataset(spec, tokenizer, case.storage)
     assert len(set(texts(tokenizer, dataset.train))) == len(dataset.train) == 50
@@ -174,7 +176,7 @@ def test_the_second_time_nothing_is_read_or_written(
     def no_reading(*_: object) -> None:
         raise AssertionError("records were read again")
 
-    monkeypatch.setattr(prepare, "read_records", no_reading)
+    monkeypatch.setattr(stages, "records_of", no_reading)
     second = prepare_dataset(spec, tokenizer, case.storage, said.append)
     assert {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()} == before
     assert (second.digest, second.facts, second.sources) == (first.digest, first.facts, first.sources)
@@ -264,7 +266,8 @@ def test_equal_conversations_never_stand_on_both_sides(case: Case, tokenizer: Pr
         ]
 
     records = [record for at in range(40) for record in variants(at)]
-    spec = case.spec(case.write("a.jsonl", records), format="chat", validation={"fraction": 0.5})
+    waive = {"quality.exact-duplicate": "they are here to be told apart"}
+    spec = case.spec(case.write("a.jsonl", records), format="chat", validation={"fraction": 0.5}, waive=waive)
     train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
     assert len(train) + len(validation) == len(records) and len(train) % 6 == len(validation) % 6 == 0
     assert train and validation and not set(train) & set(validation)
@@ -338,25 +341,22 @@ def test_measuring_gives_the_facts_of_preparing_and_writes_nothing(
     assert measured.model_copy(update={"digest": prepared.digest}) == prepared
 
 
-def test_large_data_is_sampled_and_scaled_and_says_so(
+def test_of_large_data_a_part_is_measured_and_scaled_and_it_says_so(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "MEASURED_RECORDS", 50)
-    record = {"instruction": "same", "output": "length"}
-    train, held_out = case.write("a.jsonl", [record] * 400), case.write("v.jsonl", [record] * 100)
+    def numbered(count: int, first: int) -> Records:
+        return [{"instruction": f"{number}", "output": "length"} for number in range(first, first + count)]
+
+    monkeypatch.setattr(prepare, "_MEASURED_BYTES", 100 * (len(json.dumps(numbered(1, 1000)[0])) + 1))
+    train, held_out = case.write("a.jsonl", numbered(400, 1000)), case.write("v.jsonl", numbered(200, 2000))
     spec = case.spec(train, validation=[{"path": held_out}], packing=False)
     measured = measure_dataset(spec, tokenizer)
     prepared = prepare_dataset(spec, tokenizer, case.storage).facts
     # records of equal length: the scaled figures are the true ones, of the validation list as well
-    assert measured == prepared.model_copy(update={"digest": measured.digest, "exact": False})
-
-
-def test_data_just_at_the_limit_is_measured_exactly(
-    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare, "MEASURED_RECORDS", 50)
-    spec = case.spec(case.write("a.jsonl", alpaca_records(50)), case.write("b.jsonl", alpaca_records(50, seed=1)))
-    assert measure_dataset(spec, tokenizer).exact
+    names = ("conversations", "rows", "validation_conversations", "validation_rows")
+    assert [getattr(measured, name) for name in names] == [getattr(prepared, name) for name in names]
+    assert measured.tokens == pytest.approx(prepared.tokens, rel=0.1)
+    assert not measured.exact and measure_dataset(case.spec(case.write("b.jsonl", numbered(90, 1000))), tokenizer).exact
 
 
 # -- what cannot be used -----------------------------------------------------------------------------------------------
@@ -365,63 +365,97 @@ def test_data_just_at_the_limit_is_measured_exactly(
 GOOD = '{"instruction": "q", "output": "a"}\n'
 
 
-def refused(case: Case, tokenizer: PreTrainedTokenizerFast, spec: RunSpec) -> str:
-    """The one error that both preparing and measuring raise; and nothing lies on the storage after it."""
-    with pytest.raises(DataError) as measuring:
-        measure_dataset(spec, tokenizer)
-    with pytest.raises(DataError) as preparing:
-        prepare_dataset(spec, tokenizer, case.storage)
-    assert str(measuring.value) == str(preparing.value)
-    assert case.stored() == []
-    return str(preparing.value)
+def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, str, str]]:
+    """(file, line, code, reason) of every record that is left out."""
+    file = case.folder / "storage" / "datasets" / dataset.digest / "judged" / "quarantine.jsonl"
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in told]
 
 
 @pytest.mark.parametrize(
-    ("line", "why"),
+    ("line", "code", "why"),
     [
-        ('{"instruction": "q"', "is not JSON"),
-        ('"text"', "is a JSON str, not an object"),
-        ('{"instruction": "q", "output": ["a"]}', "output is list, not text"),
-        ('{"instruction": "q", "output": ""}', "output is empty"),
-        ('{"instruction": "q", "answer": "a"}', "has no column 'output' (there: instruction, answer). Set columns"),
-        ('{"instruction": "q", "output": "\\ud83d"}', "output holds half a character"),
-        (
-            '{"instruction": "%s", "output": "a"}' % ("words " * 60),
-            "has no loss token left within data.max_seq_len = 64",
-        ),
+        ('{"instruction": "q"', "form.unreadable", "is not JSON"),
+        ('"text"', "form.unreadable", "is a JSON str, not an object"),
+        ('{"instruction": "q", "output": ["a"]}', "form.wrong-type", "output is list, not text"),
+        ('{"instruction": "q", "output": ""}', "form.empty-output", "output is empty"),
+        ('{"instruction": "q", "answer": "a"}', "form.missing-column", "has no column 'output'"),
+        ('{"instruction": "q", "output": "\\ud83d"}', "form.encoding", "output holds half a character"),
+        ('{"instruction": "%s", "output": "a"}' % ("words " * 60), "signal.no-loss-tokens", "has no loss token left"),
+        ('{"instruction": "q1", "output": "a"}', "quality.exact-duplicate", "same as "),
     ],
 )
-def test_one_bad_record_stops_everything_and_is_named(
-    case: Case, tokenizer: PreTrainedTokenizerFast, line: str, why: str
+def test_a_record_that_cannot_be_used_is_left_out_and_named(
+    case: Case, tokenizer: PreTrainedTokenizerFast, line: str, code: str, why: str
 ) -> None:
     path = case.folder / "a.jsonl"
-    path.write_text(f"{GOOD}{GOOD}{line}\n{GOOD}")
-    message = refused(case, tokenizer, case.spec(str(path), max_seq_len=64))
-    assert message.startswith("1 record cannot be used. Mend or remove")
-    assert f"{path}:3: {why}" in message
+    good = [json.dumps({"instruction": f"q{at}", "output": "a"}) for at in (1, 2, 3)]
+    path.write_text("\n".join([*good[:2], line, good[2]]))
+    dataset = prepare_dataset(case.spec(str(path), max_seq_len=64), tokenizer, case.storage)
+    ((file, number, found, reason),) = quarantined(case, dataset)
+    assert (file, number, found) == ("a.jsonl", 3, code) and why in reason
+    assert dataset.facts.conversations == 3 == dataset.judgement.usable and dataset.judgement.read == 4
+    assert dataset.sources[0].records == 4
 
 
-def test_bad_records_of_all_sources_and_kinds_are_told_at_once(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
-    first = case.write("a.jsonl", [{"instruction": "q", "output": "a"}, {"instruction": "words " * 60, "output": "a"}])
-    second = case.write("b.jsonl", [{"instruction": "q", "output": 1}] * 12)
-    message = refused(case, tokenizer, case.spec(first, second, max_seq_len=64))
-    assert message.startswith("13 records cannot be used")
-    assert f"{first}:2: has no loss token left" in message
-    assert f"{second}:9: " in message and f"{second}:10: " not in message
-    assert message.endswith("... and 3 more")
+def test_what_the_gate_refuses_is_not_packed_and_what_was_examined_is_not_examined_again(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = case.spec(case.write("a.jsonl", alpaca_records(20)))
+
+    def refuse(judgement: Judgement, folder: Path) -> None:
+        assert (folder / "findings.jsonl").is_file()
+        raise DataError(judgement.verdict)
+
+    with pytest.raises(DataError, match="fail"):  # there is neither a source nor a license
+        prepare_dataset(spec, tokenizer, case.storage, gate=refuse)
+    assert not list(case.folder.glob("storage/datasets/*/rows-*"))
+    monkeypatch.setattr(stages, "records_of", some_may_be_read)
+    verdicts: list[str] = []
+    gate = lambda judgement, folder: verdicts.append(judgement.verdict)  # noqa: E731
+    first = prepare_dataset(spec, tokenizer, case.storage, gate=gate)
+    second = prepare_dataset(spec, tokenizer, case.storage, gate=gate)
+    assert first.facts == second.facts and first.facts.conversations == 20
+    assert verdicts == ["fail", "fail"]  # the cache does not pass the gate by
+    assert not list(case.folder.glob("storage/datasets/*/shard-*"))
+
+
+def some_may_be_read(shard: Shard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:
+    assert wants is not None, "a shard was read whole again"
+    return records_of(shard, source, split, wants)
+
+
+def test_where_no_record_can_be_used_the_first_are_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = case.write("b.jsonl", [{"instruction": "q", "output": 1}] * 12)
+    with pytest.raises(DataError) as caught:
+        prepare_dataset(case.spec(path), tokenizer, case.storage)
+    message = str(caught.value)
+    assert message.startswith("None of 12 records can be trained on")
+    assert f"{path}:10: output is int" in message and f"{path}:11:" not in message
+    with pytest.raises(DataError, match="None of"):
+        measure_dataset(case.spec(path), tokenizer)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
-def test_a_source_without_records_is_named(case: Case, tokenizer: PreTrainedTokenizerFast, content: str) -> None:
+def test_a_source_without_records_is_a_finding(case: Case, tokenizer: PreTrainedTokenizerFast, content: str) -> None:
     empty = case.folder / "empty.json"
     empty.write_text(content)
-    spec = case.spec(case.write("a.jsonl", alpaca_records(3)), str(empty))
-    assert refused(case, tokenizer, spec) == f"{empty}: holds no records. Name a file that has some."
+    dataset = prepare_dataset(case.spec(case.write("a.jsonl", alpaca_records(30)), str(empty)), tokenizer, case.storage)
+    finding = dataset.judgement.finding("form.empty-source")
+    assert finding is not None and finding.severity == "fail" and finding.places[0].file == str(empty)
+    with pytest.raises(DataError, match="holds no records"):
+        prepare_dataset(case.spec(str(empty)), tokenizer, case.storage)
 
 
 def test_an_absent_file_is_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     absent = str(case.folder / "absent.jsonl")
-    assert f"{absent}: no such file" in refused(case, tokenizer, case.spec(absent))
+    for do in (
+        lambda spec: measure_dataset(spec, tokenizer),
+        lambda spec: prepare_dataset(spec, tokenizer, case.storage),
+    ):
+        with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
+            do(case.spec(absent))
+    assert case.stored() == []
 
 
 def test_a_failure_while_writing_leaves_no_dataset(
@@ -429,12 +463,12 @@ def test_a_failure_while_writing_leaves_no_dataset(
 ) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(5)))
 
-    def full_disk(*_: object) -> None:
-        raise OSError("No space left on device")
+    def full_disk(*_: object, **__: object) -> None:
+        raise StorageError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write_rows", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(Storage, "put_folder", full_disk)
+        with pytest.raises(StorageError, match="No space left"):
             prepare_dataset(spec, tokenizer, case.storage)
     assert case.stored() == []
     assert len(prepare_dataset(spec, tokenizer, case.storage).train) == 1

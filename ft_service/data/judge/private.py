@@ -107,10 +107,11 @@ _WINDOW = 8200
 
 
 def excerpt(text: str, at: int = 0) -> str:
-    """A short piece of the text around `at`, on one line, masked."""
+    """A short piece of the text around `at`, on one line, masked; half characters, which nothing can print, as ?."""
     first = max(0, at - _WINDOW)
     start = max(0, at - EXCERPT_CHARACTERS // 4)
     shown = " ".join(_masked(text[first : at + _WINDOW], start - first)[: 2 * EXCERPT_CHARACTERS].split())
+    shown = shown.encode("utf-8", "replace").decode()
     return ("…" if start else "") + (
         shown if len(shown) <= EXCERPT_CHARACTERS else shown[: EXCERPT_CHARACTERS - 1] + "…"
     )
