@@ -132,7 +132,14 @@ def _data(draft: Mapping[str, Any]) -> str:
         for source in draft["datasets"]
     ]
     table = _table(("Path", "Source", "License", "Records"), rows)
-    return f"## Data\n\n{table}\n\nDigest of the prepared dataset: `{draft['dataset_digest']}`."
+    parts = [
+        f"## Data\n\n{table}\n\nDigest of the prepared dataset: `{draft['dataset_digest']}`. "
+        f"What the data gate said: {draft['data_verdict']}."
+    ]
+    if accepted := draft["waivers"]:
+        rows = [(waiver["code"], waiver["severity"], f"{waiver['count']:,}", waiver["reason"]) for waiver in accepted]
+        parts.append("Findings of the gate that were accepted:\n\n" + _table(("Code", "Gravity", "Found", "Why"), rows))
+    return "\n\n".join(parts)
 
 
 def _license(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:

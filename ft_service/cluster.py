@@ -3,16 +3,23 @@
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from ft_service.errors import ClusterError
+from ft_service.data.read import ShardChanged
+from ft_service.errors import ClusterError, FtError
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONNECT_SECONDS = 10
+_TASK_RETRIES = 3
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def connect(address: str | None = None) -> None:
@@ -78,6 +85,33 @@ def ask_for_room(resources: Mapping[str, float], count: int) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[dict(resources)] * count)
+
+
+def spread(task: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Iterator[Result]:
+    """Run `task(shared, item)` for each item on the cluster's CPUs; gives the results in order of the items.
+
+    What a node cannot do because its files are others (`ShardChanged`) is done in this process.
+    """
+    if len(items) < 2:
+        yield from (task(shared, item) for item in items)
+        return
+    handle = ray.put(shared)
+    remote = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES, scheduling_strategy="SPREAD")(task)
+    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: deque[tuple[Item, Any]] = deque()
+    rest = iter(items)
+    while True:
+        waiting.extend((item, remote.remote(handle, item)) for item in islice(rest, ahead - len(waiting)))
+        if not waiting:
+            return
+        item, result = waiting.popleft()
+        try:
+            yield ray.get(result)
+        except ShardChanged:
+            yield task(shared, item)
+        except ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            raise (cause if isinstance(cause, FtError) else error) from None
 
 
 def _runtime_env(address: str | None) -> dict[str, Any] | None:

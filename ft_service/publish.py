@@ -21,6 +21,7 @@ def publish(run: RunFolder) -> AdapterRecord:
     plan, outcome = run.plan(), run.outcome()
     spec = plan.spec
     base = spec.model.base
+    verdict, waivers = run.gate()
     template_digest, end_of_turn_ids = _chat_facts(base, spec.model.revision)
     draft: dict[str, object] = {
         "kind": "model" if spec.method.type == "full" else "adapter",
@@ -36,6 +37,8 @@ def publish(run: RunFolder) -> AdapterRecord:
         "method": {"type": "full"} if spec.method.type == "full" else spec.method.model_dump(mode="json"),
         "datasets": [source.model_dump(mode="json") for source in run.sources()],
         "dataset_digest": plan.dataset.digest,
+        "data_verdict": verdict,
+        "waivers": [waiver.model_dump(mode="json") for waiver in waivers],
         "steps": outcome.steps,
         "final_loss": outcome.final_loss,
         "validation_loss": outcome.validation_loss,

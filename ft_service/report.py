@@ -3,20 +3,14 @@
 `write_report` reads what lies in the run's folder, at any moment of the run; `render_report` is a pure function of it.
 """
 
-import io
-import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +24,7 @@ from ft_service.metrics import (
     read_metrics,
     validations,
 )
+from ft_service.page import OTHER, TICK_STEPS, TRAIN, VALIDATION, WARNING, Chart, Tile, render, svg
 from ft_service.plan import RunPlan
 from ft_service.registry import AdapterRecord, DatasetRef, Registry
 from ft_service.runs import RunStatus, find_run
@@ -98,7 +93,8 @@ def read_run(storage: Storage, run_id: str) -> RunContents:
 def render_report(run: RunContents) -> str:
     """The report as one HTML page: styles and charts are inline, no script, and everything of the run is escaped."""
     plan = run.plan
-    return _TEMPLATE.render(
+    return render(
+        "report.html.jinja",
         run=run,
         state=run.status.state if run.status else "unknown",
         name=plan.spec.name if plan else run.run_id,
@@ -116,19 +112,12 @@ def render_report(run: RunContents) -> str:
 # -- figures and warnings --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tile:
-    name: str
-    value: str
-    note: str = ""
-
-
 def _best(metrics: Sequence[StepMetrics]) -> tuple[int, float] | None:
     """Step and value of the lowest validation loss."""
     return min(validations(metrics), key=lambda measured: measured[1], default=None)
 
 
-def _tiles(run: RunContents) -> list[_Tile]:
+def _tiles(run: RunContents) -> list[Tile]:
     metrics, plan = run.metrics, run.plan
     if not metrics:
         return []
@@ -138,15 +127,15 @@ def _tiles(run: RunContents) -> list[_Tile]:
     times = [m.time for m in metrics] + [event.time for event in run.events if event.time]
     planned_gib = plan.memory_gib.get("total") if plan else None
     return [
-        _Tile("Training loss", f"{last.loss:.4f}", f"{first.loss:.4f} at step {first.step}"),
-        _Tile("Best validation loss", f"{best[1]:.4f}", f"at step {best[0]:,}")
+        Tile("Training loss", f"{last.loss:.4f}", f"{first.loss:.4f} at step {first.step}"),
+        Tile("Best validation loss", f"{best[1]:.4f}", f"at step {best[0]:,}")
         if best
-        else _Tile("Best validation loss", "–", "not measured"),
-        _Tile("Steps", f"{last.step:,}", f"of {plan.num_steps:,} · {last.epoch:.2f} epochs" if plan else ""),
-        _Tile("Tokens", format_count(tokens), f"{trained_share:.0%} trained on"),
-        _Tile("Time", format_duration((max(times) - min(times)).total_seconds()), "first to last event"),
-        _Tile("Throughput", format_count(statistics.median(m.tokens_per_second for m in metrics)), "tokens/s, median"),
-        _Tile(
+        else Tile("Best validation loss", "–", "not measured"),
+        Tile("Steps", f"{last.step:,}", f"of {plan.num_steps:,} · {last.epoch:.2f} epochs" if plan else ""),
+        Tile("Tokens", format_count(tokens), f"{trained_share:.0%} trained on"),
+        Tile("Time", format_duration((max(times) - min(times)).total_seconds()), "first to last event"),
+        Tile("Throughput", format_count(statistics.median(m.tokens_per_second for m in metrics)), "tokens/s, median"),
+        Tile(
             "Peak memory",
             f"{max(m.peak_memory_gib for m in metrics):.1f} GiB",
             f"{planned_gib:.1f} GiB planned" if planned_gib else "highest of any worker",
@@ -223,50 +212,7 @@ def _data_rows(plan: RunPlan) -> list[tuple[str, str, str]]:
 # -- charts ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Chart:
-    title: str
-    svg: Markup
-    is_wide: bool = False
-    legend: Sequence[tuple[str, str]] = field(default=())
-    """CSS class of the swatch, text."""
-
-
-# Matplotlib draws with stand-ins; in the page they become CSS variables, so a chart follows the light or dark theme.
-_TRAIN, _VALIDATION, _OTHER, _WARNING, _INK, _GRID = (f"#00fa0{digit}" for digit in range(1, 7))
-_VARIABLES = {
-    _TRAIN: "var(--train)",
-    _VALIDATION: "var(--validation)",
-    _OTHER: "var(--accent)",
-    _WARNING: "var(--warning)",
-    _INK: "var(--muted)",
-    _GRID: "var(--line)",
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
-
-
-_TICK_STEPS = (1, 2, 2.5, 5, 10)
-
-
-def _charts(run: RunContents) -> list[_Chart]:
+def _charts(run: RunContents) -> list[Chart]:
     metrics = run.metrics
     if not metrics:
         return []
@@ -275,21 +221,21 @@ def _charts(run: RunContents) -> list[_Chart]:
 
     def series(values: Sequence[float], format_tick: Callable[[float], str], limit: float | None = None) -> Markup:
         def draw(axes: Axes) -> None:
-            _plot(axes, steps, values, color=_OTHER, linewidth=1.3)
+            _plot(axes, steps, values, color=OTHER, linewidth=1.3)
             if limit:
-                axes.axhline(limit, color=_WARNING, linewidth=1, linestyle=(0, (4, 3)))
+                axes.axhline(limit, color=WARNING, linewidth=1, linestyle=(0, (4, 3)))
             axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_TICK_STEPS))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
 
-        return _svg(draw, width=5.2, height=1.9)
+        return svg(draw, width=5.2, height=1.9)
 
     return [
         _loss_chart(metrics),
-        _Chart("Learning rate", series([m.learning_rate for m in metrics], lambda v: f"{v:.1e}" if v else "0")),
-        _Chart("Gradient norm, before clipping", series([m.grad_norm for m in metrics], lambda v: f"{v:g}")),
-        _Chart("Throughput, tokens/s", series([m.tokens_per_second for m in metrics], format_count)),
-        _Chart(
+        Chart("Learning rate", series([m.learning_rate for m in metrics], lambda v: f"{v:.1e}" if v else "0")),
+        Chart("Gradient norm, before clipping", series([m.grad_norm for m in metrics], lambda v: f"{v:g}")),
+        Chart("Throughput, tokens/s", series([m.tokens_per_second for m in metrics], format_count)),
+        Chart(
             "Peak memory of a worker, GiB",
             series([m.peak_memory_gib for m in metrics], lambda v: f"{v:g}", planned_gib),
             legend=[("accent", "measured"), ("limit", f"planned {planned_gib:.1f}")] if planned_gib else (),
@@ -297,21 +243,21 @@ def _charts(run: RunContents) -> list[_Chart]:
     ]
 
 
-def _loss_chart(metrics: Sequence[StepMetrics]) -> _Chart:
+def _loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
     best, overfitting = _best(metrics), find_overfitting(metrics)
     steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
     measured = validations(metrics)
 
     def draw(axes: Axes) -> None:
-        _plot(axes, steps, losses, color=_TRAIN, linewidth=0.8, alpha=0.3)
-        _plot(axes, steps, _smooth(losses), color=_TRAIN, linewidth=1.8)
+        _plot(axes, steps, losses, color=TRAIN, linewidth=0.8, alpha=0.3)
+        _plot(axes, steps, _smooth(losses), color=TRAIN, linewidth=1.8)
         if overfitting:
-            axes.axvspan(overfitting.best_step, overfitting.last_step, color=_WARNING, alpha=0.1, linewidth=0)
+            axes.axvspan(overfitting.best_step, overfitting.last_step, color=WARNING, alpha=0.1, linewidth=0)
         if measured:
-            axes.plot(*zip(*measured, strict=True), color=_VALIDATION, linewidth=1.8, marker="o", markersize=3.2)
+            axes.plot(*zip(*measured, strict=True), color=VALIDATION, linewidth=1.8, marker="o", markersize=3.2)
         if best:
-            axes.axvline(best[0], color=_VALIDATION, linewidth=0.8, linestyle=(0, (2, 3)))
-            axes.plot(*best, "o", color=_VALIDATION, markersize=9, fillstyle="none")
+            axes.axvline(best[0], color=VALIDATION, linewidth=0.8, linestyle=(0, (2, 3)))
+            axes.plot(*best, "o", color=VALIDATION, markersize=9, fillstyle="none")
         axes.set_xlabel("step")
 
     legend = [("train", "training, moving mean"), ("raw", "training, each step")]
@@ -319,7 +265,7 @@ def _loss_chart(metrics: Sequence[StepMetrics]) -> _Chart:
         legend += [("validation", "validation"), ("best", f"best {best[1]:.4f} at step {best[0]:,}")]
     if overfitting:
         legend.append(("overfitting", "overfitting"))
-    return _Chart("Loss, nats per loss token", _svg(draw, width=10.8, height=3.6), is_wide=True, legend=legend)
+    return Chart("Loss, nats per loss token", svg(draw, width=10.8, height=3.6), is_wide=True, legend=legend)
 
 
 def _plot(axes: Axes, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
@@ -331,30 +277,3 @@ def _smooth(values: Sequence[float]) -> Sequence[float]:
     kernel = np.ones(2 * int(len(values) * SMOOTHING_SHARE / 2) + 1)
     sums = np.convolve(values, kernel, mode="same")
     return list(sums / np.convolve(np.ones(len(values)), kernel, mode="same"))
-
-
-def _svg(draw: Callable[[Axes], None], width: float, height: float) -> Markup:
-    """A chart of that many inches as inline SVG, without anything that names an address or clashes in a page."""
-    file = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "report"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.margins(x=0.01)
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=_TICK_STEPS, integer=True))
-        figure.savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1)
-    for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, variable)
-    return Markup(svg)
-
-
-_TEMPLATE = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-).from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))

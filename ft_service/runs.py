@@ -1,6 +1,7 @@
 """A run's folder on storage: what is written there, and when a run counts as complete.
 
-<storage>/runs/<run id>/   spec.yaml  plan.json  dataset.json  status.json  events.jsonl  metrics.jsonl
+<storage>/runs/<run id>/   spec.yaml  gate.json  plan.json  dataset.json  status.json  events.jsonl
+                           metrics.jsonl  data.html  data/{judgement.json,findings.jsonl,quarantine.jsonl}
                            lease.json  request.json
                            weights/  checkpoints/  stacks/  outcome.json  samples.json  report.html
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.errors import NotPublishedError, StorageError, UsageError
 from ft_service.plan import RunPlan
-from ft_service.registry import DatasetRef
+from ft_service.registry import DatasetRef, Waiver
 from ft_service.spec import RunSpec, dump_run_spec, parse_run_spec
 from ft_service.storage import Storage
 
@@ -146,6 +147,16 @@ class RunFolder:
         self.storage.write_json(
             f"{self.path}/dataset.json", {**facts, "sources": [source.model_dump(mode="json") for source in sources]}
         )
+
+    def write_gate(self, verdict: str, waivers: Sequence[Waiver]) -> None:
+        """What the data gate said, and what of it the spec accepts."""
+        told = [waiver.model_dump(mode="json") for waiver in waivers]
+        self.storage.write_json(f"{self.path}/gate.json", {"verdict": verdict, "waivers": told})
+
+    def gate(self) -> tuple[str, list[Waiver]]:
+        """What the data gate said; "not judged" where a run was prepared without it."""
+        told = self._read("gate.json") or {"verdict": "not judged", "waivers": []}
+        return told["verdict"], [Waiver.model_validate(waiver) for waiver in told["waivers"]]
 
     def plan(self) -> RunPlan:
         return RunPlan.model_validate(self.storage.read_json(f"{self.path}/plan.json"))

@@ -109,6 +109,8 @@ def draft_record(base: Path, run_name: str, base_fingerprint: str | None = None)
         "method": {"type": "lora", "lora_rank": 4},
         "datasets": [],
         "dataset_digest": "0" * 64,
+        "data_verdict": "pass",
+        "waivers": [],
         "steps": 1,
         "final_loss": 1.0,
         "validation_loss": None,

@@ -42,6 +42,8 @@ def draft(**changes: Any) -> dict[str, Any]:
             {"path": "data/own.jsonl", "source": None, "license": None, "records": 30, "digest": ""},
         ],
         "dataset_digest": "3" * 64,
+        "data_verdict": "pass",
+        "waivers": [],
         "steps": 1250,
         "final_loss": 1.25,
         "validation_loss": 1.5,

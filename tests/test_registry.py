@@ -34,6 +34,8 @@ DRAFT: dict[str, object] = {
     "method": {"type": "lora"},
     "datasets": [],
     "dataset_digest": "d",
+    "data_verdict": "pass",
+    "waivers": [],
     "steps": 3,
     "final_loss": 1.5,
     "validation_loss": None,

@@ -15,8 +15,12 @@ import ray
 
 from ft_service import catalog
 from ft_service.catalog import ModelShape
-from ft_service.cluster import connect, is_submitted_job
+from ft_service.cluster import connect, is_submitted_job, spread
+from ft_service.data.gate import check_waivers, enforce, waivers
+from ft_service.data.judge import Judgement
+from ft_service.data.judging import JUDGEMENT_FILE
 from ft_service.data.prepare import PreparedDataset, prepare_dataset
+from ft_service.data_report import render_data_report
 from ft_service.errors import FtError, Problem, RunStopped, SpecError
 from ft_service.evaluate.samples import write_samples
 from ft_service.gpus import GPUS
@@ -35,6 +39,7 @@ from ft_service.train.attempts import Attempts
 
 Say = Callable[[str], None]
 
+DATA_REPORT_FILE = "data.html"
 _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves it on the head node, where drivers of submitted jobs run."""
 
@@ -153,7 +158,17 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> Prepared:
     """Prepare the dataset. Raises `SpecError` when not even the fewest workers find room on the cluster as it is."""
     base = resolve_base(spec.model.base, spec.model.revision, weights=False)
     shape = catalog.shape_from_config(read_config(base))
-    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, say)
+    check_waivers(spec.data.waive)
+
+    def gate(judgement: Judgement, findings: Path) -> None:
+        folder.write_gate(judgement.verdict, waivers(judgement, spec.data.waive))
+        page = render_data_report(spec.name, judgement, spec.data.waive)
+        folder.storage.write_bytes(f"{folder.path}/{DATA_REPORT_FILE}", page.encode())
+        folder.storage.put_folder(findings, f"{folder.path}/data", marker=JUDGEMENT_FILE)
+        say(f"Data gate: {judgement.verdict}, {folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
+        enforce(judgement, spec.data.waive, f"{folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
+
+    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, say, spread, gate)
     resources = cluster_resources()
     if len(spec.worker_counts()) > 1:
         make_plan(spec, dataset.facts, shape, resources)

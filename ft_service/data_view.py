@@ -1,0 +1,59 @@
+"""What the data gate found, in a terminal."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from ft_service.data.judge import Finding, Judgement
+
+_COLORS = {"fail": "red", "warn": "yellow", "info": "cyan", "pass": "green"}
+_SHOWN_PLACES = 3
+
+
+def show_judgement(name: str, judgement: Judgement, waive: Mapping[str, str], console: Console) -> None:
+    """Print the verdict, the figures, and every finding with what to do about it."""
+    verdict = judgement.verdict
+    console.print(f"[bold]{escape(name)}[/bold]  [bold {_COLORS[verdict]}]{verdict}[/]", highlight=False)
+    for sentence in _figures(judgement):
+        console.print(f"  {escape(sentence)}", highlight=False)
+    for finding in judgement.findings:
+        console.print()
+        _show(finding, waive.get(finding.code), console)
+    if judgement.entropy:
+        console.print()
+        table = Table("variety", "kinds", "entropy, bits", "the largest", box=None, padding=(0, 2, 0, 0))
+        for name, entropy in judgement.entropy.items():
+            table.add_row(name, f"{entropy.kinds:,}", f"{entropy.bits:.1f}", f"{entropy.largest_share:.1%}")
+        console.print(Padding(table, (0, 2)))
+
+
+def _figures(judgement: Judgement) -> list[str]:
+    signal = judgement.signal
+    left_out = ", ".join(f"{count:,} {code}" for code, count in judgement.left_out.items())
+    sentences = [
+        f"{judgement.read:,} records, {judgement.usable:,} usable" + (f"; left out: {left_out}" if left_out else ""),
+        judgement.size.text,
+    ]
+    if signal.records:
+        lost = signal.lost_tokens / (signal.tokens + signal.lost_tokens)
+        sentences.append(
+            f"{signal.tokens:,} tokens, {signal.loss_share:.0%} of them trained on, {lost:.1%} cut off by max_seq_len"
+        )
+    return sentences
+
+
+def _show(finding: Finding, waived: str | None, console: Console) -> None:
+    color = _COLORS[finding.severity]
+    console.print(
+        f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count:,} ({finding.share:.1%})",
+        highlight=False,
+    )
+    for text in (finding.message, f"{finding.why} {finding.cure}", f"Accepted: {waived}" if waived else ""):
+        if text:
+            console.print(Padding(escape(text), (0, 0, 0, 7)), highlight=False)
+    for place in finding.places[:_SHOWN_PLACES]:
+        text = " ".join(part for part in (str(place), place.detail) if part)
+        console.print(Padding(f"[dim]{escape(text)}[/dim]", (0, 0, 0, 7)), highlight=False, soft_wrap=True)
