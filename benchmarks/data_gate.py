@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ft_service.chat import ChatFormat
-from ft_service.data.judge import EvaluationSet, Hit, Judge, Judgement, Record, Source, read_source, with_tokens
+from ft_service.data.judge import EvaluationSets, Hit, Judge, Judgement, Record, Source, read_source, with_tokens
 from ft_service.data.judge.records import place_of
 from ft_service.data.read import scan
 from ft_service.model.scratch import train_tokenizer
@@ -458,8 +458,8 @@ def judge(lines: list[bytes], held_out: list[Pair], chat: ChatFormat, folder: Pa
     other.write_bytes(b"\n".join(map(chat_line, held_out)) + b"\n")
     source = DataSource(path=str(file), format="chat", source="planted", license="MIT")
     started = time.process_time()
-    evaluation = EvaluationSet("held-out", read_source(0, DataSource(path=str(other), format="chat")))
-    gate = Judge([Source.of(source, scan(0, source))], max_seq_len=MAX_SEQ_LEN, evaluation=[evaluation], chat=chat)
+    evaluation = EvaluationSets([("held-out", read_source(0, DataSource(path=str(other), format="chat")))])
+    gate = Judge([Source.of(source, scan(0, source))], max_seq_len=MAX_SEQ_LEN, evaluation=evaluation, chat=chat)
     hits: dict[str, set[int]] = defaultdict(set)
 
     def note(hit: Hit) -> None:

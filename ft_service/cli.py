@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ft_service.commands import exit_on_error
+from ft_service.data_cli import data_app
 from ft_service.errors import UsageError
 from ft_service.gpus import GPUS, GPUS_PER_NODE, find_gpu
 from ft_service.registry import AdapterRecord, Registry
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 adapters_app = typer.Typer(help="Published adapters and models.", invoke_without_command=True)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(data_app, name="data")
 console = Console()
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec (YAML).")]

@@ -1,13 +1,18 @@
-"""What the data gate found, in a terminal."""
+"""What the data gate found, and what the model will see: in a terminal, as JSON, as a page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from ft_service.data.judge import Finding, Judgement
+from ft_service.data.preview import Document, PreviewRow
+from ft_service.page import render
 
 _COLORS = {"fail": "red", "warn": "yellow", "info": "cyan", "pass": "green"}
 _SHOWN_PLACES = 3
@@ -56,4 +61,46 @@ def _show(finding: Finding, waived: str | None, console: Console) -> None:
             console.print(Padding(escape(text), (0, 0, 0, 7)), highlight=False)
     for place in finding.places[:_SHOWN_PLACES]:
         text = " ".join(part for part in (str(place), place.detail) if part)
-        console.print(Padding(f"[dim]{escape(text)}[/dim]", (0, 0, 0, 7)), highlight=False, soft_wrap=True)
+        console.print(f"       [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+_SPAN_STYLES = {("trained", False): "green", ("trained", True): "black on green", ("read", False): "dim"}
+
+
+def show_rows(rows: Sequence[PreviewRow], console: Console) -> None:
+    """Print packed rows: trained on in green, only read dim, special tokens on a ground of their own."""
+    for number, row in enumerate(rows, start=1):
+        filled = row.tokens / row.length
+        title = f"row {number}: {row.tokens:,} of {row.length:,} tokens ({filled:.0%}), {len(row.documents)} documents"
+        console.rule(title, align="left")
+        for document in row.documents:
+            console.print(_caption(document), style="bold", highlight=False, markup=False, soft_wrap=True)
+            console.print(_colored(document))
+    console.print(
+        Text.assemble(("trained on", "green"), "  ", ("only read", "dim"), "  ", ("special token", "reverse"))
+    )
+
+
+def rows_as_json(rows: Sequence[PreviewRow]) -> list[dict[str, Any]]:
+    """The same as values."""
+    return [asdict(row) for row in rows]
+
+
+def rows_as_page(name: str, rows: Sequence[PreviewRow]) -> str:
+    """The same as one HTML page."""
+    return render("data_preview.html.jinja", name=name, rows=rows, caption=_caption)
+
+
+def _caption(document: Document) -> str:
+    cut = ", cut off" if document.truncated else ""
+    return f"┌ {document.place}  {document.tokens:,} tokens, {document.loss_tokens:,} trained on{cut}"
+
+
+def _colored(document: Document) -> Text:
+    text = Text()
+    for span in document.spans:
+        style = _SPAN_STYLES.get((span.kind, span.is_special), "reverse dim")
+        text.append(span.text, style=style)
+    return text

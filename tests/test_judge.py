@@ -113,22 +113,23 @@ def test_shards_in_any_order_judge_as_one_and_counts_add_up(items: list[object],
     records = numbered(items)
     owners = data.draw(st.lists(st.integers(0, 2), min_size=len(records), max_size=len(records)))
 
-    def through(gates: list[Judge], owner_of: list[int]) -> tuple[Judgement, list[str]]:
-        hits_of: list[list[Hit]] = [[] for _ in gates]
+    def through(gates: list[Judge], owner_of: list[int]) -> tuple[Judgement, list[str], int]:
+        hits_of: list[list[list[Hit]]] = [[] for _ in gates]
         for one, owner in zip(records, owner_of, strict=True):
-            hits_of[owner] += gates[owner].see(one)
+            hits_of[owner].append(gates[owner].see(one))
         for gate, found in list(zip(gates, hits_of, strict=True))[:0:-1]:
             gates[0].absorb(gate.seen(), found)
-        hits = [hit for found in hits_of for hit in found]
+        hits = [hit for found in hits_of for of_record in found for hit in of_record]
         looks = gates[0].second_look()
         for one in records:
             looks.see(one)
         judgement = gates[0].close(looks, hits.append)
-        return judgement, sorted(map(str, hits))
+        return judgement, sorted(map(str, hits)), len(gates[0].used()[0])
 
     whole = through([judge()], [0] * len(records))
     assert through([judge() for _ in range(3)], owners) == whole
     assert whole[0].read == len(records) == whole[0].usable + sum(whole[0].left_out.values())
+    assert whole[0].usable == whole[2]
     assert Judgement.model_validate_json(whole[0].model_dump_json()) == whole[0]
 
 

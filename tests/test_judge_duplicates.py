@@ -6,7 +6,7 @@ import pytest
 from ft_service.data.judge import Hit, Judgement, Record
 from ft_service.data.judge.duplicates import jaccard
 from ft_service.data.judge.text import fold, shingles
-from tests.judge_cases import clean_pairs, clean_records, judged, lines, record, text
+from tests.judge_cases import chat, clean_pairs, clean_records, judged, lines, record, text
 
 EN = (
     "How many boats cross the river of Oslo in spring when the snow melts?",
@@ -117,6 +117,44 @@ def test_another_last_question_is_another_question() -> None:
         (story + "Where did the smith learn his trade?", "In Basel."),
     ]
     assert repeated(with_others(*chats, *pairs)) == {"near-duplicate": [2]}
+
+
+SYSTEM = (
+    "You are a careful assistant of a large library. You answer in one short sentence, you name the shelf where a book "
+    "stands if you know it, you never guess, and you say so when the question is not about books or about the library."
+)
+PASSAGE = (
+    "The bridge of Turin was built in 1851 by a guild of masons who had come from Basel. It burned twice, was widened "
+    "for the trams of 1896, and carries forty thousand people on a working day, most of them on foot."
+)
+INSTRUCTION = (
+    "Read the review of a customer below and say in one word whether it is positive or negative, and nothing else: "
+)
+JA_INSTRUCTION = "次のお客様の声を読み、肯定的か否定的かを一語で答えてください。説明や理由は不要です。お客様の声："
+
+
+@pytest.mark.parametrize("shared", ["system", "passage", "instruction", "japanese"])
+def test_what_all_prompts_share_makes_no_two_of_them_the_same(shared: str) -> None:
+    pairs = clean_pairs(60, "ja" if shared == "japanese" else "en", seed=5)
+    questions = [question for question, _ in pairs]
+    answers = ["positive" if at % 2 else "negative" for at in range(len(pairs))]
+    records = {
+        "system": lambda at: chat(
+            ("system", SYSTEM), ("user", questions[at]), ("assistant", pairs[at][1]), line=at + 1
+        ),
+        "passage": lambda at: record(f"{PASSAGE}\n\n{questions[at]}", pairs[at][1], at + 1),
+        "instruction": lambda at: record(INSTRUCTION + questions[at], answers[at], at + 1),
+        "japanese": lambda at: record(JA_INSTRUCTION + questions[at], answers[at], at + 1),
+    }[shared]
+    _, hits = judged([records(at) for at in range(60)])
+    assert [hit for hit in hits if hit.code in ("quality.contradiction", "quality.near-duplicate")] == []
+
+
+def test_under_a_shared_prompt_the_same_question_is_still_found() -> None:
+    pairs = clean_pairs(40, seed=5)
+    records = [record(INSTRUCTION + question, "positive", line) for line, (question, _) in enumerate(pairs, 1)]
+    _, hits = judged([*records, record(INSTRUCTION + pairs[7][0], "negative", 41)])
+    assert lines(hits, "quality.contradiction") == [8, 41]
 
 
 def test_a_question_with_many_answers_is_open_ended_and_contradicts_nothing() -> None:

@@ -2,15 +2,15 @@
 
 import pytest
 
-from ft_service.data.judge import EvaluationSet, Record
+from ft_service.data.judge import EvaluationSets, Record
 from tests.judge_cases import clean_pairs, clean_records, judged, lines, record, text
 
 
-def held_out(pairs: list[tuple[str, str]], **more: str) -> EvaluationSet:
-    return EvaluationSet("held-out", [record(*pair, line) for line, pair in enumerate(pairs, 1)], **more)  # type: ignore[arg-type]
+def held_out(pairs: list[tuple[str, str]]) -> EvaluationSets:
+    return EvaluationSets([("held-out", [record(*pair, line) for line, pair in enumerate(pairs, 1)])])
 
 
-def leaks(training: list[Record], held: EvaluationSet) -> list[int]:
+def leaks(training: list[Record], held: EvaluationSets) -> list[int]:
     return [one.line for one in training if list(held.check(one))]
 
 
@@ -61,22 +61,34 @@ def test_the_template_of_the_items_is_no_leak() -> None:
 def test_the_judge_names_the_item_and_fails_from_one_in_a_hundred() -> None:
     pairs = clean_pairs(30, seed=1)
     records = [*clean_records(150), record(pairs[4][0], "x", 151)]
-    judgement, hits = judged(records, evaluation=[held_out(pairs)])
+    judgement, hits = judged(records, evaluation=held_out(pairs))
     assert lines(hits, "leak.evaluation") == [151]
     finding = judgement.finding("leak.evaluation")
     assert finding is not None and "item 5 of held-out" in finding.places[0].detail and finding.severity == "warn"
-    judgement, _ = judged([*records, record(pairs[5][0], "x", 152)], evaluation=[held_out(pairs)])
+    judgement, _ = judged([*records, record(pairs[5][0], "x", 152)], evaluation=held_out(pairs))
     assert judgement.verdict == "fail"
 
 
-def test_what_validates_is_not_searched_for_itself() -> None:
+def test_a_record_that_stands_in_several_sets_is_told_once() -> None:
     pairs = clean_pairs(30, seed=1)
-    held = held_out(pairs, code="leak.validation")
-    validation = [record(*pair, 500 + line, split="validation") for line, pair in enumerate(pairs)]
-    judgement, hits = judged([*clean_records(50), record(*pairs[0], line=51), *validation], evaluation=[held])
-    assert lines(hits, "leak.validation") == [51]
-    finding = judgement.finding("leak.validation")
-    assert finding is not None and finding.count == 1
+    items = [record(*pair, line) for line, pair in enumerate(pairs, 1)]
+    held = EvaluationSets([("dev", items), ("test", items)])
+    judgement, hits = judged([*clean_records(150), record(*pairs[4], 151), record(*pairs[4], 152)], evaluation=held)
+    assert lines(hits, "leak.evaluation") == [151, 152]
+    finding = judgement.finding("leak.evaluation")
+    assert finding is not None and finding.count == 2 and "100% of item 5 of" in finding.places[0].detail
+
+
+def test_short_questions_that_differ_in_a_word_are_others() -> None:
+    held = held_out(
+        [("How many people live in the city of Paris?", "2 million"), ("次の文を英語に訳して：空が青い", "x")]
+    )
+    training = [
+        record("How many people live in the city of Rome?", "3 million", 1),
+        record("次の文を英語に訳して：海が広い", "x", 2),
+        record("Tell me: how many people live in the city of Paris?", "2 million", 3),
+    ]
+    assert leaks(training, held) == [3]
 
 
 def test_an_empty_set_holds_nothing() -> None:

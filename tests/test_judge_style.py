@@ -188,7 +188,7 @@ def test_the_format_of_an_answer(output: str, kind: str) -> None:
     [
         ("The river is wide.", "latin"),
         ("川は広いです。", "japanese"),
-        ("絵本", "japanese"),
+        ("絵本", "none"),
         ("Pythonのprint関数で文字列を表示します。", "japanese"),
         ("这条河很宽，晚上船只返回港口，人们在岸边散步聊天休息。", "chinese"),
         ("강은 넓고 배는 저녁에 돌아온다.", "korean"),

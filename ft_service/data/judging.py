@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from ft_service.data.judge import Hit, Judge, Judgement, Looks
 from ft_service.data.judge.judge import rights_and_size
-from ft_service.data.judge.records import place_key
+from ft_service.data.judge.records import place_key, place_of
 from ft_service.data.read import Shard
 from ft_service.data.stages import Run, Wanted, Work, examine, look_again, seen_of
 from ft_service.spec import RunSpec
@@ -22,7 +21,7 @@ JUDGEMENT_FILE = "judgement.json"
 FINDINGS_FILE = "findings.jsonl"
 """Every place of every finding on records: ``{code, file, line, detail, excerpt}``."""
 QUARANTINE_FILE = "quarantine.jsonl"
-"""Every record that is left out: ``{code, reason, file, line}``."""
+"""Every record that is left out: ``{code, reason, file, line, source}``; sources are numbered from 0."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,11 @@ class _Notes:
         self._findings.close()
         self._quarantine.close()
 
-    def taking(self, hits: Iterator[Hit]) -> Iterator[Hit]:
+    def taking(self, hits: Iterator[list[Hit]]) -> Iterator[list[Hit]]:
         """The same hits, written down on their way."""
-        for _, of_record in groupby(hits, key=lambda hit: hit.key):
-            some = list(of_record)
-            self._write(some)
-            yield from some
+        for of_record in hits:
+            self._write(of_record)
+            yield of_record
 
     def note(self, hit: Hit) -> None:
         self._write([hit])
@@ -108,7 +106,14 @@ class _Notes:
             _line(self._findings, {"code": hit.code, **self._judge.place(hit).model_dump()})
         if (reason := self._judge.is_left_out(of_record)) is not None:
             place = self._judge.place(reason)
-            told = {"code": reason.code, "reason": reason.detail, "file": place.file, "line": place.line}
+            source = place_of(reason.key)[0]
+            told = {
+                "code": reason.code,
+                "reason": place.detail,
+                "file": place.file,
+                "line": place.line,
+                "source": source,
+            }
             _line(self._quarantine, told)
 
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat import CHAT_TEMPLATE
-from ft_service.data.judge import EvaluationSet, Judgement, Source, read_source
+from ft_service.data.judge import EvaluationSets, Judgement, Source, read_source
+from ft_service.data.judge.codes import RULES_VERSION
 from ft_service.data.judge.records import place_key
 from ft_service.data.judging import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
 from ft_service.data.read import Scan, Shard, scan
@@ -200,14 +201,7 @@ class _Inputs:
         self, storage: Storage, folder: str, tokenizer: PreTrainedTokenizerBase | None, writes_examples: bool = True
     ) -> Work:
         spec, sources = self.spec, all_sources(self.spec)
-        held = [
-            EvaluationSet(source.path, read_source(number, source), "leak.evaluation")
-            for number, source in enumerate(spec.data.evaluation)
-        ]
-        held += [
-            EvaluationSet(source.path, read_source(number, source), "leak.validation")
-            for number, source in enumerate(sources[len(spec.data.train) :])
-        ]
+        held = [(source.path, read_source(number, source)) for number, source in enumerate(spec.data.evaluation)]
         return Work(
             storage=storage,
             folder=folder,
@@ -216,7 +210,7 @@ class _Inputs:
             sources=tuple(Source.of(source, scan) for source, scan in zip(sources, self.scans, strict=True)),
             tokenizer=tokenizer,
             max_seq_len=spec.data.max_seq_len,
-            evaluation=tuple(held),
+            evaluation=EvaluationSets(held) if held else None,
             keep=self.keep,
             packing=spec.data.packing,
             writes_examples=writes_examples,
@@ -320,10 +314,11 @@ def _dataset_digest(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> str:
     evaluation = [scan(number, source) for number, source in enumerate(spec.data.evaluation)]
 
     def identity_of(source: DataSource, found: Scan) -> dict[str, Any]:
-        return {"digest": found.digest, "format": source.format, "columns": source.columns}
+        # The path too, since findings name it.
+        return {"digest": found.digest, "path": source.path, "format": source.format, "columns": source.columns}
 
     identity = {
-        "version": _FORMAT_VERSION,
+        "version": [_FORMAT_VERSION, RULES_VERSION],
         "sources": [
             {**identity_of(source, found), "source": source.source, "license": source.license}
             for source, found in zip(all_sources(spec), inputs.scans, strict=True)

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         inside = sorted(path.iterdir())
-        files = [file for file in inside if file.suffix in SUFFIXES]
+        files = [file for file in inside if file.suffix in SUFFIXES and _may_be_read(file)]
         if not files:
             raise DataError(f"{path}: a folder without {', '.join(SUFFIXES)} files. Name a folder that has some.")
         return files, [file for file in inside if file not in files]
@@ -118,6 +119,14 @@ def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: files of this kind are not read. Use one of {', '.join(SUFFIXES)}.")
     return [path], []
+
+
+def _may_be_read(file: Path) -> bool:
+    """Neither a folder nor a pipe, which would be waited for; a link that leads nowhere is told when it is opened."""
+    try:
+        return stat.S_ISREG(file.stat().st_mode)
+    except OSError:
+        return True
 
 
 def check_sources(sources: list[DataSource]) -> None:
@@ -301,16 +310,19 @@ def _read_csv(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record |
         # Bytes that are no UTF-8 come as half characters, so that one of them spoils one record and not the file.
         text = io.TextIOWrapper(io.BufferedReader(hashed), "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(text, strict=True)
+        last = 1
         while True:
             try:
                 record = next(reader, None)
             except csv.Error as error:
-                # line_num is still that of the last good record: a quote left open swallows the rest of the file
-                yield reader.line_num + 1, Fault("form.unreadable", f"is not CSV ({error})")
+                # A quotation mark left open swallows the rest of the file: it is told where it opens.
+                yield last + 1, Fault("form.unreadable", f"is not CSV ({error})")
+                last = reader.reader.line_num
                 continue
             if record is None:
                 break
-            yield reader.line_num, _if_complete(record, len(reader.fieldnames or []))
+            last = reader.line_num
+            yield last, _if_complete(record, len(reader.fieldnames or []))
         _check(shard, hashed.digest.hexdigest())
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat import ChatFormat, Example, encode_texts
-from ft_service.data.judge import EvaluationSet, Hit, Judge, Looks, Record, Source, Tokens, count, records_of
+from ft_service.data.judge import EvaluationSets, Hit, Judge, Looks, Record, Source, Tokens, count, records_of
 from ft_service.data.judge.judge import Seen
 from ft_service.data.pack import pack_lengths
 from ft_service.data.read import Shard
@@ -71,7 +71,7 @@ class Work:
     tokenizer: PreTrainedTokenizerBase | None
     """None judges without counting tokens."""
     max_seq_len: int
-    evaluation: tuple[EvaluationSet, ...] = ()
+    evaluation: EvaluationSets | None = None
     keep: frozenset[str] = frozenset()
     packing: bool = True
     writes_examples: bool = True
@@ -138,7 +138,8 @@ def examine(work: Work, item: tuple[int, Shard]) -> Examined:
             used: list[tuple[int, list[Example]]] = []
             for record, (counted, made) in zip(batch, encoded, strict=True):
                 found = judge.see(dataclasses.replace(record, tokens=counted))
-                hits.writelines(_line_of(hit) for hit in found)
+                if found:
+                    hits.write(_line_of(found))
                 if made and judge.is_left_out(found) is None:
                     used.append((record.key, made))
                     tokens += sum(len(example.input_ids) for example in made)
@@ -158,8 +159,8 @@ def tokens_of(work: Work, number: int) -> int:
     return int(work.storage.read_json(f"{work.place(number)}/{_MARKER}")["tokens"])
 
 
-def seen_of(work: Work, number: int) -> tuple[Seen, Iterator[Hit]]:
-    """What was seen of a shard that was examined, and its hits."""
+def seen_of(work: Work, number: int) -> tuple[Seen, Iterator[list[Hit]]]:
+    """What was seen of a shard that was examined, and the hits of each record that has any."""
     folder = work.storage.local_folder(work.place(number))
     told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
     read = {int(source): records for source, records in told["read"].items()}
@@ -167,15 +168,16 @@ def seen_of(work: Work, number: int) -> tuple[Seen, Iterator[Hit]]:
     return Seen(read, told["rendered"], facts), hits_of(folder / "hits.jsonl")
 
 
-def hits_of(file: Path) -> Iterator[Hit]:
-    """Hits as `examine` wrote them."""
+def hits_of(file: Path) -> Iterator[list[Hit]]:
+    """Hits as `examine` wrote them, a record at a time."""
     with file.open(encoding="utf-8", errors="surrogatepass") as stream:
         for line in stream:
-            yield Hit(*json.loads(line))
+            yield [Hit(*values) for values in json.loads(line)]
 
 
-def _line_of(hit: Hit) -> str:
-    return json.dumps([hit.code, hit.key, hit.detail, hit.excerpt], ensure_ascii=False) + "\n"
+def _line_of(hits: Iterable[Hit]) -> str:
+    values = [[hit.code, hit.key, hit.detail, hit.excerpt] for hit in hits]
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 class _Encoder:

@@ -5,7 +5,7 @@ from ft_service.data.judge.duplicates import Looks
 from ft_service.data.judge.findings import Finding, Judgement, Place
 from ft_service.data.judge.form import Hit
 from ft_service.data.judge.judge import Judge
-from ft_service.data.judge.leakage import EvaluationSet
+from ft_service.data.judge.leakage import EvaluationSets
 from ft_service.data.judge.records import Record, Source, Tokens, count, read_source, records_of, with_tokens
 from ft_service.data.read import Fault
 
@@ -13,7 +13,7 @@ __all__ = [
     "CODES",
     "LEFT_OUT",
     "Code",
-    "EvaluationSet",
+    "EvaluationSets",
     "Fault",
     "Finding",
     "Hit",

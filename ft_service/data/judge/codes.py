@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
+RULES_VERSION = 1
+"""Raised whenever a check comes to another result, so that an old judgement is not taken for today's."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,11 @@ _TABLE = (
         "rights.share-alike",
         "Who publishes an adapter made from it may have to do so under the same license.",
         "Publish under the same license, or train without this source.",
+    ),
+    Code(
+        "rights.restricted-use",
+        "The license forbids some uses, and may ask that what is made with it bears a name.",
+        "Read it, keep to its list of uses, and name the adapter as it asks.",
     ),
     Code(
         "rights.no-derivatives",

@@ -13,7 +13,7 @@ from ft_service.data.judge.facts import BAND_ROWS, BANDS, SIGNATURE, Facts
 from ft_service.data.judge.form import Hit
 from ft_service.data.judge.private import excerpt
 from ft_service.data.judge.records import Record
-from ft_service.data.judge.text import fold, shingles
+from ft_service.data.judge.text import fold, hash64, shingles
 
 NEAR_SAME = 0.8
 """Jaccard similarity of shingles from which texts are near-duplicates (Lee et al. 2022, arXiv:2107.06499)."""
@@ -27,18 +27,48 @@ OPEN_ENDED_FROM = 10
 """A question that is given so many different answers asks for ideas (a joke, a name), not for the truth."""
 MOST_LOOKS = 100_000
 """Records read again at most, 4 KiB each; pairs beyond that are decided by the estimate."""
+LONG_FROM = 500
+"""Shingles from which on texts may be near-same although their numbers differ: an article of another day. In shorter
+ones a number is what is asked."""
+TEMPLATE_SHARE, TEMPLATE_FROM = 0.01, 10
+"""A shingle in more than this share of the prompts that are looked at, and in so many, belongs to their template."""
 _SKETCH = 512
 _PAIR_BLOCK = 100_000
+_SAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The paragraphs of a prompt: hash of each -> its shingles."""
+
+    parts: dict[int, np.ndarray]
+
+    def without(self, others: "_Prompt") -> np.ndarray:
+        """Shingles of the paragraphs that the other prompt has not."""
+        own = [shingles for part, shingles in self.parts.items() if part not in others.parts]
+        return np.unique(np.concatenate(own))[:_SKETCH] if own else np.empty(0, dtype=np.uint64)
+
+    def whole(self) -> np.ndarray:
+        return np.unique(np.concatenate(list(self.parts.values())))[:_SKETCH] if self.parts else _NOTHING
+
+
+_NOTHING = np.empty(0, dtype=np.uint64)
 
 
 class Looks:
-    """What a second reading of some records tells: sketches of prompt and answer, and excerpts. Shards join."""
+    """What a second reading of some records tells: sketches of prompt and answer, and excerpts. Shards join.
+
+    Prompts are compared without what all of them share: paragraphs that two of them have alike (a system prompt, an
+    instruction, a passage), and the words of a template.
+    """
 
     def __init__(self, wanted: np.ndarray) -> None:
         self._wanted = frozenset(wanted.tolist())
-        self._sketches: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._prompts: dict[int, _Prompt] = {}
+        self._outputs: dict[int, np.ndarray] = {}
         self.questions: dict[int, str] = {}
         self.answers: dict[int, str] = {}
+        self._template: np.ndarray | None = None
 
     def keys(self) -> np.ndarray:
         """All that are worth reading again, uint64, sorted."""
@@ -51,13 +81,18 @@ class Looks:
     def see(self, record: Record) -> None:
         """Look at a record; one that is not wanted makes no difference."""
         if record.key in self._wanted and record.fault is None:
-            self._sketches[record.key] = _sketch(record.prompt), _sketch(record.output)
+            self._template = None
+            parts = (fold(part) for part in record.prompt.split("\n\n"))
+            self._prompts[record.key] = _Prompt({hash64(part): shingles(part)[:_SKETCH] for part in parts if part})
+            self._outputs[record.key] = _sketch(record.output)
             self.questions[record.key] = excerpt(record.question)
             self.answers[record.key] = excerpt(record.output)
 
     def merge(self, other: "Looks") -> None:
         """Take over what another shard saw."""
-        self._sketches |= other._sketches
+        self._template = None
+        self._prompts |= other._prompts
+        self._outputs |= other._outputs
         self.questions |= other.questions
         self.answers |= other.answers
 
@@ -67,22 +102,46 @@ class Looks:
 
     def same_prompt(self, first: int, second: int) -> bool | None:
         """Whether two records' prompts are near-same; None unless both were seen."""
-        return self._near_same(0, first, second)
+        found = self._rests(first, second)
+        return None if found is None else near_same(*found)
 
     def same_question(self, first: int, second: int) -> bool | None:
         """Whether two prompts ask the same. Stricter: beside another answer, one other word may be what is asked."""
-        if first not in self._sketches or second not in self._sketches:
-            return None
-        return jaccard(self._sketches[first][0], self._sketches[second][0]) >= NEAR_SAME
+        found = self._rests(first, second)
+        return None if found is None else jaccard(*found) >= NEAR_SAME
 
     def same_output(self, first: int, second: int) -> bool | None:
         """Whether two records' answers are near-same; None unless both were seen."""
-        return self._near_same(1, first, second)
-
-    def _near_same(self, part: int, first: int, second: int) -> bool | None:
-        if first not in self._sketches or second not in self._sketches:
+        if first not in self._outputs or second not in self._outputs:
             return None
-        return near_same(self._sketches[first][part], self._sketches[second][part])
+        return near_same(self._outputs[first], self._outputs[second])
+
+    def are_long(self, first: int, second: int) -> bool:
+        """Whether prompt and answer together are so long that other numbers in them make no other record."""
+        return all(
+            key in self._outputs and len(self._prompts[key].whole()) + len(self._outputs[key]) >= LONG_FROM
+            for key in (first, second)
+        )
+
+    def _rests(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What of two prompts is left to be compared; None unless both were seen."""
+        if first not in self._prompts or second not in self._prompts:
+            return None
+        one, other = self._prompts[first], self._prompts[second]
+        rests = one.without(other), other.without(one)
+        if not (len(rests[0]) and len(rests[1])):
+            return one.whole(), other.whole()
+        bare = tuple(np.setdiff1d(rest, self._template_shingles(), assume_unique=True) for rest in rests)
+        # Where hardly anything is left, the two differ by an edit and not by what fills a template.
+        return (bare[0], bare[1]) if min(map(len, bare)) >= SHORT_FROM else rests
+
+    def _template_shingles(self) -> np.ndarray:
+        if self._template is None:
+            step = max(1, len(self._prompts) // _SAMPLE)
+            sample = [self._prompts[key].whole() for key in sorted(self._prompts)[::step]]
+            kinds, counts = np.unique(np.concatenate(sample), return_counts=True)
+            self._template = kinds[counts > max(TEMPLATE_FROM, TEMPLATE_SHARE * len(sample))]
+        return self._template
 
 
 def _sketch(text: str) -> np.ndarray:
@@ -125,7 +184,8 @@ class Repeats:
 
 def find_repeats(facts: Facts) -> Repeats:
     """Exact duplicates, and the pairs that MinHash proposes among the rest."""
-    exact = _first_of_each(facts["exact"])
+    # A copy of a training record in validation is no duplicate: it is told as a leak.
+    exact = _first_of_each(facts["exact"] * np.uint64(2) + facts["validation"])
     alive = np.flatnonzero(exact == np.arange(len(facts)))
     prompts = facts["prompt"][alive]
     same_prompt = alive[_first_of_each(prompts)]
@@ -188,13 +248,11 @@ def judge_repeats(
     def hit(code: str, row: int, detail: str) -> Hit:
         return Hit(code, keys[row], detail)
 
-    leaked = set()
+    leaked: set[tuple[int, int]] = set()
     copies = np.flatnonzero(repeats.exact != np.arange(len(facts)))
     for row, first in zip(copies.tolist(), repeats.exact[copies].tolist(), strict=True):
-        if validation[row] == validation[first]:
-            yield hit("quality.exact-duplicate", row, f"same as {say_place(keys[first])}")
-        else:
-            leaked.add((row, first))
+        yield hit("quality.exact-duplicate", row, f"same as {say_place(keys[first])}")
+    leaked |= _copies_across(facts["exact"], validation)
     near, disagreeing = _decide(facts, repeats, looks)
     groups = _Groups()
     for first, second in near:
@@ -219,6 +277,18 @@ def judge_repeats(
                 yield hit("quality.contradiction", row, f"answered otherwise at {say_place(keys[other])}")
 
 
+def _copies_across(exact: np.ndarray, validation: np.ndarray) -> set[tuple[int, int]]:
+    """Training rows whose very record is held out too, each with the first such row."""
+    held_out = np.flatnonzero(validation)
+    kinds, first = np.unique(exact[held_out], return_index=True)
+    if not len(kinds):
+        return set()
+    train = np.flatnonzero(~validation)
+    at = np.minimum(np.searchsorted(kinds, exact[train]), len(kinds) - 1)
+    found = kinds[at] == exact[train]
+    return set(zip(held_out[first[at[found]]].tolist(), train[found].tolist(), strict=True))
+
+
 def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Pairs that are near-same as a whole, and pairs with (near-)same prompts whose answers differ."""
     key, prompt, output = facts["key"], facts["prompt"], facts["output"]
@@ -239,7 +309,7 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
     near = set()
     estimates = _estimate(facts, "whole_signature", repeats.whole_pairs)
     for (a, b), estimate in zip(repeats.whole_pairs.tolist(), estimates.tolist(), strict=True):
-        if numbers[a] == numbers[b]:
+        if numbers[a] == numbers[b] or (looks is not None and looks.are_long(int(key[a]), int(key[b]))):
             both = same(prompt, prompts, a, b), same(output, outputs, a, b)
             if all(both) or (False not in both and estimate >= NEAR_SAME):
                 near.add((a, b))

@@ -226,7 +226,7 @@ def ending(output: str) -> str:
     if text.count("```") % 2:
         return "open"
     last_line = text[text.rfind("\n") + 1 :]
-    if _SENTENCE_END.search(text[-_TAIL:]):
+    if text.endswith("```") or _SENTENCE_END.search(text[-_TAIL:]):
         return "sentence"
     if _OPEN_END.search(last_line):
         return "open"
@@ -242,13 +242,13 @@ _POLITE = re.compile(
     r"(?:です|ます|でした|ました|ません|ませんでした|でしょう|ましょう|ください|下さい|ございます)(?:か|ね|よ|よね|が|けど|し|から)?$"
 )
 _PLAIN = re.compile(
-    r"(?:だ|である|だった|であった|だろう|であろう|ない|なかった|[うくすつぬむるぐぶ]|った|いた|した|えた|きた|れた|のだ|んだ)"
+    r"(?:だ|た|である|だろう|であろう|ない|[うくすつぬむるぐぶ])"
     r"(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
 )
 _CASUAL = re.compile(
     r"\b(?:r u|u r|(?:do|can|are|if|see|for|to|with|did|will|love|thank) u|"
-    r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|ur|haha+|"
-    r"yeah|yep|nope|dude|cuz|ya)\b|[!?]{2,}|[:;]-?[)D(P](?!\w)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
+    r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|haha+|"
+    r"yeah|yep|nope|dude|cuz|ya)\b|(?<=\w)[!?]{2,}(?=\s|$)|(?:(?<=\s)|^)[:;]-?[)D(P](?!\S)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
     re.IGNORECASE,
 )
 

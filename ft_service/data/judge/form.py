@@ -108,12 +108,13 @@ def broken_text(record: Record) -> Iterator[Hit]:
 
 _SPECIAL = re.compile(
     r"<\|[A-Za-z_]\w{1,40}\|>"  # Llama 3, ChatML, GPT
-    r"|<</?SYS>>|\[/?INST\]|</s>|<s>(?=\s*\[INST\])"  # Llama 2, Mistral
+    r"|<</?SYS>>|\[/?INST\]|</s>(?=\s*(?:<s>\s*)?\[INST\]|\s*\Z)|<s>(?=\s*\[INST\])"  # Llama 2, Mistral
     r"|<(?:start|end)_of_turn>|<｜[^｜>\n]{2,30}｜>"  # Gemma, DeepSeek
-    r"|^(?:#{2,3} ?(?:Instruction|Input|Response|指示|入力|応答|回答)\s?[:：])"  # Alpaca and its Japanese editions
-    r"|^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]",
+    r"|^(?:#{2,3} ?(?:Instruction|Input|Response|指示|入力|応答|回答)\s?[:：])",  # Alpaca and its Japanese editions
     re.MULTILINE,
 )
+_ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]", re.MULTILINE)
+"""In an answer; a question may well hold a conversation that it is about."""
 _HTML = re.compile(
     r"</?(?:p|div|span|br|hr|a|li|ul|ol|table|tbody|tr|td|th|h[1-6]|b|i|u|em|strong|font|img|script|style|body|center|"
     r"blockquote|iframe|input|button|form|section|article|nav|footer|header)(?:\s[^<>]{0,300})?/?>"
@@ -131,9 +132,11 @@ _ABOUT_MARKUP = re.compile(
 
 def leftovers(record: Record) -> Iterator[Hit]:
     """Template text and HTML that were not meant for the model."""
-    for message in [record.item] if isinstance(record.item, str) else [m.content for m in record.item or ()]:
-        found = _SPECIAL.search(message) if any(sign in message for sign in "<[#:：") else None
-        if found:
+    messages = [(record.item, True)] if isinstance(record.item, str) else []
+    messages += [(m.content, m.is_trained) for m in record.item or () if not isinstance(m, str)]
+    for message, is_trained in messages:
+        found = _SPECIAL.search(message) if any(sign in message for sign in "<[#") else None
+        if found or (found := _ROLE_NAME.search(message) if is_trained else None):
             yield Hit("form.special-tokens", record.key, f"holds {found[0]!r}", excerpt(message, found.start()))
             break
     text = record.text
@@ -165,11 +168,9 @@ _REFUSAL = re.compile(
     r"as an? (?:ai|artificial intelligence|large language|language)[ -](?:language )?(?:model|assistant)"
     r"|as an ai\b"
     r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model)"
-    r"|i(?:'m| am) (?:really |very |so )?sorry,? (?:but )?(?:i|as an)\b.{0,20}"
-    r"(?:can(?:no|')t|unable|not able|won't|will not)"
-    r"|(?:^|[.!] )i (?:can(?:no|')t|am unable to|'m unable to|am not able to|'m not able to|won't|will not) "
-    r"(?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
-    r"|(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として|であり|なので|ですので|のため)"
+    r"|(?:^|[.!] |sorry,? (?:but )?)i (?:can(?:no|')t|am unable to|'m unable to|am not able to|'m not able to|won't|"
+    r"will not) (?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
+    r"|(?:^|。|私は|わたしは)、?(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として[、はの]|なので|ですので)"
     r"|申し訳(?:ありません|ございません|ない).{0,60}(?:できません|できかねます|いたしかねます|わかり(?:ません|かねます))"
     r"|(?:お答え|回答|お手伝い|対応|お応え|提供)(?:する)?(?:ことは|は)?(?:できません|できかねます|いたしかねます|致しかねます)",
     re.IGNORECASE | re.DOTALL,

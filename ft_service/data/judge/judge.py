@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heapreplace
-from itertools import groupby
+from itertools import chain, count
 from typing import Literal
 
 import numpy as np
@@ -37,7 +37,8 @@ from ft_service.data.judge.findings import (
     verdict_of,
 )
 from ft_service.data.judge.form import Hit, check_record, judge_files
-from ft_service.data.judge.leakage import EvaluationSet
+from ft_service.data.judge.leakage import EvaluationSets
+from ft_service.data.judge.private import mask
 from ft_service.data.judge.records import Record, Source, place_of
 from ft_service.data.judge.rights import base_duties, judge_rights
 from ft_service.data.judge.signal import FEW_LOSS_TOKENS, check_rendering, check_signal, is_rendered
@@ -56,7 +57,8 @@ class Tally:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.by_source: Counter[tuple[int, str]] = Counter()
-        self._first: dict[str, list[tuple[int, Hit]]] = {}
+        self._first: dict[str, list[tuple[int, int, Hit]]] = {}
+        self._order = count()
 
     def add(self, hit: Hit) -> None:
         self.counts[hit.code] += 1
@@ -72,14 +74,15 @@ class Tally:
 
     def first(self, code: str) -> list[Hit]:
         """The first places of a code, in order of the data."""
-        return [hit for _, hit in sorted(self._first.get(code, []), key=lambda item: -item[0])]
+        return [hit for *_, hit in sorted(self._first.get(code, []), key=lambda kept: (-kept[0], -kept[1]))]
 
     def _keep(self, hit: Hit) -> None:
         kept = self._first.setdefault(hit.code, [])  # a heap with the last place on top
+        entry = (-hit.key, -next(self._order), hit)
         if len(kept) < FIRST_PLACES:
-            heappush(kept, (-hit.key, hit))
-        elif -hit.key > kept[0][0]:
-            heapreplace(kept, (-hit.key, hit))
+            heappush(kept, entry)
+        elif entry[0] > kept[0][0]:
+            heapreplace(kept, entry)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Judge:
         sources: Sequence[Source],
         *,
         max_seq_len: int | None = None,
-        evaluation: Sequence[EvaluationSet] = (),
+        evaluation: EvaluationSets | None = None,
         chat: ChatFormat | None = None,
         keep: Iterable[str] = (),
         fraction: float = 0.0,
@@ -113,7 +116,7 @@ class Judge:
     ) -> None:
         self.sources = tuple(sources)
         self._max_seq_len = max_seq_len
-        self._evaluation, self._chat = tuple(evaluation), chat
+        self._evaluation, self._chat = evaluation, chat
         self._leaves_out = LEFT_OUT - frozenset(keep)
         self._fraction, self._seed = fraction, seed
         self._tally = Tally()
@@ -131,8 +134,8 @@ class Judge:
         self._frozen = None
         self._read[record.source] += 1
         hits = [*check_record(record), *check_signal(record)]
-        for held_out in self._evaluation:
-            hits += held_out.check(record)
+        if self._evaluation is not None:
+            hits += self._evaluation.check(record)
         if self._chat is not None and is_rendered(record):
             self._rendered += 1
             hits += check_rendering(record, self._chat)
@@ -148,16 +151,17 @@ class Judge:
         """What was seen until now, for another judge of the same sources to absorb."""
         return Seen(dict(self._read), self._rendered, self._table.rows())
 
-    def absorb(self, seen: Seen, hits: Iterable[Hit]) -> None:
+    def absorb(self, seen: Seen, hits: Iterable[Sequence[Hit]]) -> None:
         """Take over what another judge saw, with all the hits that it gave, those of a record together."""
         self._frozen = None
         self._read.update(seen.read)
         self._rendered += seen.rendered
         self._table.add_rows(seen.facts)
-        for key, of_record in groupby(hits, key=lambda hit: hit.key):
-            self._count(key, list(of_record))
+        for of_record in hits:
+            if of_record:
+                self._count(of_record[0].key, of_record)
 
-    def _count(self, key: int, hits: list[Hit]) -> bool:
+    def _count(self, key: int, hits: Sequence[Hit]) -> bool:
         """Count a record's hits; returns whether it is left out."""
         for hit in hits:
             self._tally.add(hit)
@@ -173,7 +177,7 @@ class Judge:
         """What to read again: the records that may repeat each other, and the first of those that stand out."""
         facts, repeats = self._freeze()
         tally = Tally()
-        for hit in [*judge_style(facts), *judge_balance(facts)[1]]:
+        for hit in chain(judge_style(facts), judge_balance(facts)[1]):
             tally.add(hit)
         shown = [hit.key for code in tally.counts for hit in tally.first(code)]
         for column in ("output", "output_opening", "prompt_opening"):
@@ -187,11 +191,8 @@ class Judge:
         tally.merge(self._tally)
         left_out, left_out_of = Counter(self._left_out), Counter(self._left_out_of)
         entropy, hits = judge_balance(facts, looks)
-        indexed = any(held_out.code == "leak.validation" for held_out in self._evaluation)
         repeated = judge_repeats(facts, repeats, looks, self.say_place)
-        for hit in (*hits, *judge_style(facts), *repeated):
-            if hit.code == "leak.validation" and indexed:
-                continue  # told already, when it was seen
+        for hit in chain(hits, judge_style(facts), repeated):
             if looks is not None and not hit.excerpt:
                 hit = Hit(hit.code, hit.key, hit.detail, looks.excerpt(hit.key))
             tally.add(hit)
@@ -237,7 +238,7 @@ class Judge:
     def place(self, hit: Hit) -> Place:
         """A hit's place, for people and files."""
         source, file, line = place_of(hit.key)
-        return Place(file=self.sources[source].files[file], line=line, detail=hit.detail, excerpt=hit.excerpt)
+        return Place(file=self.sources[source].files[file], line=line, detail=mask(hit.detail), excerpt=hit.excerpt)
 
     def used(self) -> tuple[np.ndarray, np.ndarray]:
         """Keys uint64 [N] of the records to train and validate on, in order, and which of them are held out, bool [N].
@@ -259,9 +260,7 @@ class Judge:
     def _used(self, facts: Facts, repeats: Repeats) -> np.ndarray:
         if "quality.exact-duplicate" not in self._leaves_out:
             return np.ones(len(facts), dtype=bool)
-        validation = facts["validation"]
-        is_first = repeats.exact == np.arange(len(facts))
-        return is_first | (validation != validation[repeats.exact])
+        return repeats.exact == np.arange(len(facts))
 
     def _finding(self, code: str, tally: Tally, read: int) -> Finding:
         known, count = CODES[code], tally.counts[code]

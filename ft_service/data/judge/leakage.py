@@ -1,7 +1,7 @@
 """Leakage: whether what is evaluated on stands in what is trained on, by overlap of n-grams."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import numpy as np
 
@@ -15,24 +15,31 @@ GRAM_WORDS, GRAM_CJK = 5, 8
 still find a question of 25 words in which two were changed. Eight characters are about four words."""
 OVERLAP = 0.6
 """Share of an item's n-grams found in one training record from which it counts as seen (PaLM: 0.7, of longer ones)."""
+FEW_GRAMS = 8
+"""An item of fewer n-grams counts as seen only if all of them are: short questions differ in a word."""
 TEMPLATE_SHARE, TEMPLATE_FROM = 0.01, 10
 """An n-gram in more than this share of the items, and in so many, belongs to their template and tells nothing."""
-Code = Literal["leak.validation", "leak.evaluation"]
+CODE = "leak.evaluation"
 
 
-class EvaluationSet:
-    """N-grams of the questions of a held-out set: 12 bytes each. Built once, read by all shards."""
+class EvaluationSets:
+    """N-grams of the questions of sets that a model is to be judged on, 12 bytes each; built once, read by all."""
 
-    def __init__(self, name: str, records: Iterable[Record], code: Code = "leak.evaluation") -> None:
-        self.name, self.code = name, code
+    def __init__(self, sets: Iterable[tuple[str, Iterable[Record]]]) -> None:
+        """`sets` are names and records."""
         hashes, items = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint32)]
+        self._names: list[str] = []
+        self._starts: list[int] = []
         self.size = 0
-        for record in records:
-            if record.fault is None:
-                found = _grams_of_item(record.question or record.output)
-                hashes.append(found)
-                items.append(np.full(len(found), self.size, dtype=np.uint32))
-                self.size += 1
+        for name, records in sets:
+            self._names.append(name)
+            self._starts.append(self.size)
+            for record in records:
+                if record.fault is None:
+                    found = _grams_of_item(record.question or record.output)
+                    hashes.append(found)
+                    items.append(np.full(len(found), self.size, dtype=np.uint32))
+                    self.size += 1
         all_hashes, all_items = np.concatenate(hashes), np.concatenate(items)
         order = np.argsort(all_hashes, kind="stable")
         all_hashes, all_items = all_hashes[order], all_items[order]
@@ -42,7 +49,7 @@ class EvaluationSet:
         self._grams_of = np.bincount(self._items, minlength=self.size)
 
     def check(self, record: Record) -> Iterator[Hit]:
-        """A hit if an item of the set stands in a training record."""
+        """A hit if an item of any set stands in a training record."""
         if not len(self._hashes) or record.fault is not None or record.split != "train":
             return
         found = self._grams_of_record(record)
@@ -52,10 +59,14 @@ class EvaluationSet:
             return
         items = np.concatenate([self._items[a:b] for a, b in zip(start, end, strict=True) if b > a])
         counts = np.bincount(items)
-        overlap = counts / np.maximum(1, self._grams_of[: len(counts)])
-        if (best := float(overlap.max())) >= OVERLAP:
-            item = int(overlap.argmax()) + 1
-            yield Hit(self.code, record.key, f"{best:.0%} of item {item} of {self.name}", excerpt(record.text))
+        of = self._grams_of[: len(counts)]
+        overlap = counts / np.maximum(1, of)
+        is_seen = overlap >= np.where(of < FEW_GRAMS, 1.0, OVERLAP)
+        if is_seen.any():
+            best = int(np.argmax(np.where(is_seen, overlap, 0.0)))
+            at = bisect_right(self._starts, best) - 1
+            told = f"{overlap[best]:.0%} of item {best - self._starts[at] + 1} of {self._names[at]}"
+            yield Hit(CODE, record.key, told, excerpt(record.text))
 
     @staticmethod
     def _grams_of_record(record: Record) -> np.ndarray:

@@ -85,7 +85,7 @@ class Record:
         if self.item is None or isinstance(self.item, str):
             return ""
         last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
-        return "\n".join(message.content for message in self.item[:last])
+        return "\n\n".join(message.content for message in self.item[:last])
 
     @cached_property
     def question(self) -> str:

@@ -11,24 +11,38 @@ from ft_service.catalog import find
 from ft_service.data.judge.findings import Finding, Place, of_sources
 from ft_service.data.judge.records import Source
 
-Kind = Literal["free", "attribution", "share-alike", "non-commercial", "no-derivatives", "unknown"]
-_STRICTEST: tuple[Kind, ...] = ("free", "attribution", "share-alike", "non-commercial", "no-derivatives", "unknown")
+Kind = Literal["free", "attribution", "share-alike", "restricted-use", "non-commercial", "no-derivatives", "unknown"]
+_STRICTEST: tuple[Kind, ...] = (
+    "free",
+    "attribution",
+    "share-alike",
+    "restricted-use",
+    "non-commercial",
+    "no-derivatives",
+    "unknown",
+)
 
-_FREE = "CC0-1.0 PDDL-1.0 Unlicense 0BSD WTFPL MIT-0 CC-PDDC LicenseRef-OWN LicenseRef-public-domain"
+_FREE = "CC0-1.0 PDDL PDDL-1.0 Unlicense 0BSD WTFPL MIT-0 CC-PDDC LicenseRef-OWN LicenseRef-public-domain"
 _ATTRIBUTION = (
     "MIT Apache-2.0 BSD-2-Clause BSD-3-Clause ISC PSF-2.0 Python-2.0 ODC-By-1.0 CDLA-Permissive-1.0 "
     "CDLA-Permissive-2.0 OGL-UK-3.0 etalab-2.0 Zlib BSL-1.0 Artistic-2.0 AFL-3.0 ECL-2.0 NCSA PostgreSQL MS-PL "
-    "DL-DE-BY-2.0 NLOD-2.0 C-UDA-1.0 llama3 llama3.1 llama3.2 llama3.3 gemma"
+    "DL-DE-BY-2.0 NLOD-2.0 C-UDA C-UDA-1.0 ODC-By BSD"
 )
 _SHARE_ALIKE = (
-    "ODbL-1.0 GFDL-1.1 GFDL-1.2 GFDL-1.3 GPL-2.0 GPL-3.0 AGPL-3.0 LGPL-2.1 LGPL-3.0 MPL-2.0 EPL-2.0 EUPL-1.2 OSL-3.0 "
-    "CDLA-Sharing-1.0"
+    "ODbL ODbL-1.0 GFDL GFDL-1.1 GFDL-1.2 GFDL-1.3 GPL GPL-2.0 GPL-3.0 AGPL-3.0 LGPL LGPL-2.1 LGPL-3.0 MPL-2.0 EPL-2.0 "
+    "EUPL-1.2 OSL-3.0 CDLA-Sharing-1.0"
 )
+_RESTRICTED_USE = (
+    "llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma openrail openrail++ bigscience-openrail-m "
+    "creativeml-openrail-m bigcode-openrail-m deepfloyd-if-license"
+)
+"""Data made by such models: their licenses list forbidden uses, and some ask for a name."""
 _NON_COMMERCIAL = "PolyForm-Noncommercial-1.0.0"
 _TABLE: dict[str, Kind] = {
     **{name.lower(): "free" for name in _FREE.split()},
     **{name.lower(): "attribution" for name in _ATTRIBUTION.split()},
     **{name.lower(): "share-alike" for name in _SHARE_ALIKE.split()},
+    **{name.lower(): "restricted-use" for name in _RESTRICTED_USE.split()},
     **{name.lower(): "non-commercial" for name in _NON_COMMERCIAL.split()},
 }
 _CREATIVE_COMMONS = re.compile(r"cc-by(-nc)?(-nd|-sa)?-(?:1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)(?:-[a-z]{2,4})?")

@@ -39,6 +39,7 @@ def judge_style(facts: Facts) -> Iterator[Hit]:
     columns = {
         name: facts[name]
         for name in (
+            "output",
             "output_length",
             "kept_loss",
             "ending",
@@ -76,21 +77,22 @@ def _cut_off(part: dict[str, np.ndarray]) -> _Found:
     told = ending == ENDINGS.index("open")
     yield "form.cut-off", np.flatnonzero(told), "ends where more must follow"
     for name in ("letter", "digit", "other"):
-        unusual = ending == ENDINGS.index(name)
+        unusual = (ending == ENDINGS.index(name)) & (part["shape"] == SHAPES.index("prose"))
         if whole.sum() >= FEWEST and unusual.sum() < RARE_ENDING * whole.sum():
             yield "form.cut-off", np.flatnonzero(unusual), "ends in the middle of a sentence"
             told |= unusual
     unfinished = whole & ~np.isin(ending, [ENDINGS.index("sentence"), ENDINGS.index("figure")])
     for unit, lengths in (("characters", part["output_length"]), ("tokens", part["kept_loss"])):
-        spikes = _spikes(lengths[unfinished])
+        spikes = _spikes(lengths[unfinished], part["output"][unfinished])
         for spike in spikes:
             at_limit = unfinished & ~told & (lengths == spike)
             told |= at_limit
             yield "form.cut-off", np.flatnonzero(at_limit), f"ends after {spike} {unit}, like many others"
 
 
-def _spikes(lengths: np.ndarray) -> list[int]:
-    """Lengths that occur far more often than those around them."""
+def _spikes(lengths: np.ndarray, outputs: np.ndarray) -> list[int]:
+    """Lengths that far more answers have than those around them; an answer given often counts once."""
+    lengths = lengths[np.unique(outputs, return_index=True)[1]]
     lengths = lengths[lengths > 0]
     values, counts = np.unique(lengths, return_counts=True)
     by_length = dict(zip(values.tolist(), counts.tolist(), strict=True))

@@ -47,7 +47,7 @@ def hash32(text: str) -> int:
 
 def numbers(text: str) -> str:
     """The numbers in a text, in order: word problems that differ in them are different problems."""
-    return " ".join(_NUMBER.findall(unicodedata.normalize("NFKC", text)))
+    return " ".join(found.replace(",", "") for found in _NUMBER.findall(unicodedata.normalize("NFKC", text)))
 
 
 def has_cjk(text: str) -> bool:
@@ -78,6 +78,8 @@ def language(text: str) -> Language:
     known = cjk + weights["korean"] + LATIN_LETTERS_PER_CJK_CHARACTER * (weights["latin"] + weights["cyrillic"])
     weights["other"] = max(0.0, sum(character.isalpha() for character in text) - known)
     best = max(weights, key=lambda name: weights[name])
+    if best == "japanese" and not _KANA.search(text):
+        return "none"  # a few Han characters may be either
     return best if weights[best] >= 2 / LATIN_LETTERS_PER_CJK_CHARACTER else "none"
 
 
