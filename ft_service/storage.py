@@ -241,10 +241,14 @@ class Storage:
                 stream.write(content)
             return
         full = self._full(path)
-        try:
+
+        def write() -> None:
             self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
             with self._fs.open_output_stream(full) as stream:
                 stream.write(content)
+
+        try:
+            _undisturbed(write)
         except (OSError, pyarrow.ArrowException) as error:
             raise self._not_written(path, error) from None
 
@@ -481,6 +485,29 @@ def _append(file: Path, line: bytes) -> None:
                 if os.fstat(stream.fileno()).st_size == before + written:  # otherwise another writer came after
                     stream.truncate(before)
             raise
+
+
+def _undisturbed(do: Callable[[], None]) -> None:
+    """Do it whole, even if a signal's handler raises meanwhile.
+
+    Handlers run in the main thread alone; there, closing the stream would make an object of half the content.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        do()
+        return
+    failed: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            do()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=attempt, name="writing")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _files(folder: Path) -> Iterator[Path]:
