@@ -5,6 +5,7 @@
     ├── UsageError               exit code 2   a command was called wrongly
     ├── DataError                a file or record of the user's data
     ├── ModelError               a base model that is absent, incomplete or of another architecture
+    │   └── ModelUnreachableError  where it lies does not answer now, and may later
     ├── StorageError             the storage root or something on it
     │   ├── NotPublishedError    no run or adapter of that id
     │   └── UnreachableError     the storage does not answer now, and may later
@@ -73,6 +74,10 @@ class DataError(FtError):
 
 class ModelError(FtError):
     """A base model that is absent, half-downloaded, or not a Llama."""
+
+
+class ModelUnreachableError(ModelError):
+    """The hub, or the object store with the base, does not answer now, and may later."""
 
 
 class StorageError(FtError):

@@ -2,6 +2,7 @@
 
     runs/<run id>/metrics.jsonl   one line per step, without gaps or repeats, however often the run was resumed
     runs/<run id>/events.jsonl    one line per event: started, resumed, checkpoint, warning, ...
+                                  (on an object store events/*.jsonl, an object per writer)
 
 A sink is called with one `StepMetrics` per step, in one process of the run (rank 0). Needs neither torch nor ray.
 """
@@ -12,11 +13,12 @@ import statistics
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,9 +28,11 @@ from ft_service.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+EVENTS_FOLDER = "events"
 REMOTE_FLUSH_SECONDS = 30.0
 LOG_LINE_SECONDS = 5.0
 _TB_QUEUE = 1000
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 # Overfitting: validation loss must have risen by all of the first three, and training loss fallen by the last.
 MIN_RISE_NATS = 0.01
@@ -180,26 +184,38 @@ class TensorBoardSink:
 
 
 class EventLog:
-    """A run's events.jsonl. An event that cannot be written goes to stderr, and is written with the next one."""
+    """A run's events. An event that cannot be written goes to stderr, and is written with the next one.
+
+    In a folder all writers (driver, workers) append to events.jsonl. An object cannot be appended to, and two writers
+    that rewrite the same one lose each other's lines: there each writes an object of its own, below events/.
+    """
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         self._storage = storage
-        self._path = _run_file(run_id, EVENTS_FILE)
-        self._pending: list[str] = []
+        own = f"{EVENTS_FOLDER}/{uuid.uuid4().hex}.jsonl"
+        self._path = _run_file(run_id, EVENTS_FILE if storage.is_local else own)
+        self._lines: list[str] = []
+        self._num_written = 0
         self._writing = threading.Lock()
 
     def emit(self, type: str, message: str, **data: object) -> bool:
         """Add one event, now; `data` are further JSON values, such as ``step=40``. Returns whether it is written."""
         event = Event.model_validate({**data, "time": _now(), "type": type, "message": message})
         with self._writing:
-            self._pending.append(_line(event))
+            self._lines.append(_line(event))
             try:
-                self._storage.append_line(self._path, "\n".join(self._pending))
-                self._pending.clear()
+                self._write()
                 return True
             except StorageError as error:
                 print(f"Event {type!r} is not written yet ({error}) {message}", file=sys.stderr, flush=True)
                 return False
+
+    def _write(self) -> None:
+        if self._storage.is_local:
+            self._storage.append_line(self._path, "\n".join(self._lines[self._num_written :]))
+        else:
+            self._storage.write_bytes(self._path, ("\n".join(self._lines) + "\n").encode())
+        self._num_written = len(self._lines)
 
 
 def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:
@@ -221,13 +237,20 @@ def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:
 
 def read_events(storage: Storage, run_id: str) -> list[Event]:
     """The events of a run, oldest first. A damaged line becomes an event that shows it."""
+    folder = _run_file(run_id, EVENTS_FOLDER)
+    apart = [event for name in storage.files(folder) for event in _events(storage, f"{folder}/{name}")]
+    return _events(storage, _run_file(run_id, EVENTS_FILE)) + sorted(apart, key=lambda event: event.time or _LONG_AGO)
+
+
+def _events(storage: Storage, path: str) -> list[Event]:
     events = []
-    for number, line in _lines(storage, _run_file(run_id, EVENTS_FILE)):
+    for number, line in _lines(storage, path):
         try:
             events.append(Event.model_validate_json(line))
         except ValidationError:
             text = line.decode(errors="replace")
-            events.append(Event(time=None, type="damaged", message=f"line {number} of {EVENTS_FILE}: {text}"))
+            told = f"line {number} of {PurePosixPath(path).name}: {text}"
+            events.append(Event(time=None, type="damaged", message=told))
     return events
 
 

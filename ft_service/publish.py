@@ -52,7 +52,8 @@ def publish(run: RunFolder) -> AdapterRecord:
         return registry.publish_stored(weights, draft, plan.base_short_name, card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "content")
-        shutil.copytree(run.storage.local_folder(weights), folder)
+        # Not from the common cache: a run that was begun anew writes other weights to the same place.
+        shutil.copytree(run.storage.local_folder(weights, Path(temporary, "fetched")), folder)
         return registry.publish(folder, draft, plan.base_short_name, card)
 
 

@@ -2,7 +2,7 @@
 
 <storage>/runs/<run id>/   spec.yaml  gate.json  plan.json  dataset.json  status.json  events.jsonl
                            metrics.jsonl  data.html  data/{judgement.json,findings.jsonl,quarantine.jsonl}
-                           lease.json  request.json
+                           lease.json  stop.json  move.json
                            weights/  checkpoints/  stacks/  outcome.json  samples.json  report.html
 
 The driver and, while it trains, the first worker say where the run stands. The driver holds a lease meanwhile
@@ -65,15 +65,17 @@ class Holder(_File):
 
     token: str
     host: str
+    machine: str = Field(description="Where its process id means something: boot and process namespace.")
     pid: int
     time: datetime
 
-    def is_silent(self) -> bool:
-        return datetime.now(UTC) - self.time > timedelta(seconds=LEASE_SECONDS)
+    def is_silent(self, seconds: float = LEASE_SECONDS) -> bool:
+        """By the clocks of both machines."""
+        return datetime.now(UTC) - self.time > timedelta(seconds=seconds)
 
 
 class Request(_File):
-    """What the workers of a run are asked to do (request.json): finish the step, save a checkpoint, and leave."""
+    """What a run's workers are asked to do (stop.json, move.json): finish the step, save a checkpoint, and leave."""
 
     kind: Literal["stop", "move"] = Field(description="End the run for now, or go on at once on other workers.")
     reason: str
@@ -119,26 +121,38 @@ class RunFolder:
         message = f"Ended while {status.state}: {driver}. `ft resume {self.run_id}` goes on."
         return status.model_copy(update={"state": "failed", "message": message})
 
+    def state_said(self) -> State | None:
+        """What driver or worker said last, whether or not the driver has been heard of since."""
+        found = self._read("status.json")
+        return None if found is None else RunStatus.model_validate(found).state
+
     def holder(self) -> Holder | None:
         found = self._read("lease.json")
         return None if found is None else Holder.model_validate(found)
 
     def ask(self, request: Request) -> None:
-        """Ask the run's workers to leave."""
-        self.storage.write_json(f"{self.path}/request.json", request.model_dump(mode="json"))
+        """Ask the run's workers to leave. A stop and a move are apart, so that neither takes the other's place."""
+        self.storage.write_json(f"{self.path}/{request.kind}.json", request.model_dump(mode="json"))
 
     def request(self) -> Request | None:
-        found = self._read("request.json")
+        """What is asked of them; a stop comes before a move."""
+        found = self._read("stop.json") or self._read("move.json")
         return None if found is None else Request.model_validate(found)
 
-    def forget_request(self) -> None:
-        self.storage.delete(f"{self.path}/request.json")
+    def forget_requests(self, *kinds: Literal["stop", "move"]) -> None:
+        for kind in kinds:
+            self.storage.delete(f"{self.path}/{kind}.json")
 
     def enter(self, state: State, message: str = "", published: str | None = None) -> None:
         status = RunStatus(
             run_id=self.run_id, state=state, time=datetime.now(UTC), message=message, published=published
         )
         self.storage.write_json(f"{self.path}/status.json", status.model_dump(mode="json"))
+
+    def write_first_spec(self, spec: RunSpec) -> None:
+        """What was asked for, if nothing was before: from now on the run can be resumed."""
+        if not self.storage.exists(f"{self.path}/spec.yaml"):
+            self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())
 
     def write_plan(self, spec: RunSpec, plan: RunPlan, sources: list[DatasetRef]) -> None:
         self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())

@@ -201,11 +201,12 @@ class Storage:
     @_patient
     def folders(self, path: str) -> list[str]:
         """Names of the folders directly in `path`, sorted; those that start with a dot are unfinished and left out."""
-        selector = fs.FileSelector(self._full(path), allow_not_found=True)
-        with self._telling(f"{self.uri(path)}: cannot be listed"):
-            infos = self._fs.get_file_info(selector)
-        names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
-        return sorted(name for name in names if not name.startswith("."))
+        return [name for name in self._names(path, fs.FileType.Directory) if not name.startswith(".")]
+
+    @_patient
+    def files(self, path: str) -> list[str]:
+        """Names of the files directly in `path`, sorted; none where there is no such folder."""
+        return self._names(path, fs.FileType.File)
 
     @_patient
     def local_folder(self, path: str, cache: Path | None = None) -> Path:
@@ -241,10 +242,14 @@ class Storage:
                 stream.write(content)
             return
         full = self._full(path)
-        try:
+
+        def write() -> None:
             self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
             with self._fs.open_output_stream(full) as stream:
                 stream.write(content)
+
+        try:
+            _undisturbed(write)
         except (OSError, pyarrow.ArrowException) as error:
             raise self._not_written(path, error) from None
 
@@ -286,7 +291,7 @@ class Storage:
 
     @_patient
     def append_line(self, path: str, line: str) -> None:
-        """Add a line to a log. On an object store the log is rewritten, so keep such logs small or buffered."""
+        """Add a line to a log. On an object store the log is rewritten: keep it to one writer, and buffered."""
         if not self.is_local:
             earlier = self.read_bytes(path) if self.exists(path) else b""
             self.write_bytes(path, earlier + line.encode() + b"\n")
@@ -388,6 +393,12 @@ class Storage:
         with self._telling(f"storage = {self.root!r}: does not answer"):
             return self._fs.get_file_info(self._full(path))
 
+    def _names(self, path: str, kind: fs.FileType) -> list[str]:
+        selector = fs.FileSelector(self._full(path), allow_not_found=True)
+        with self._telling(f"{self.uri(path)}: cannot be listed"):
+            infos = self._fs.get_file_info(selector)
+        return sorted(info.base_name for info in infos if info.type == kind)
+
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
         try:
@@ -481,6 +492,29 @@ def _append(file: Path, line: bytes) -> None:
                 if os.fstat(stream.fileno()).st_size == before + written:  # otherwise another writer came after
                     stream.truncate(before)
             raise
+
+
+def _undisturbed(do: Callable[[], None]) -> None:
+    """Do it whole, even if a signal's handler raises meanwhile.
+
+    Handlers run in the main thread alone; there, closing the stream would make an object of half the content.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        do()
+        return
+    failed: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            do()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=attempt, name="writing")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _files(folder: Path) -> Iterator[Path]:

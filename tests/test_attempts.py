@@ -17,7 +17,7 @@ from ft_service.spec import RunSpec
 from ft_service.storage import Storage
 from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
-from ft_service.train.group import TrainingDied
+from ft_service.train.group import NoRoom, TrainingDied
 
 COURSE = "course"
 
@@ -67,8 +67,11 @@ class World:
     counts: list[int] = field(default_factory=list)
     room: int = 8
     said: list[str] = field(default_factory=list)
+    patient: Callable[[], bool] = lambda: False
 
-    def train(self, **parallel: Any) -> RunPlan:
+    def train(self, patient: Callable[[], bool] = lambda: False, **parallel: Any) -> RunPlan:
+        """`patient` says that the workers have not left yet although they are asked to."""
+        self.patient = patient
         spec = RunSpec.model_validate(
             {
                 "name": "r",
@@ -107,6 +110,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
         def wait(self, seconds: float) -> bool:
             self._played.end(found.run)
+            if found.patient():
+                return False
             if found.run.request() is not None and self._played.end is not leave:
                 self._played = Played(None, leave)  # asked, it leaves by the next look
                 return False
@@ -171,6 +176,47 @@ def test_a_stop_ends_the_run_and_a_move_goes_on_without_counting_as_a_failure(wo
     assert world.events() == ["leaving", "moving", "leaving", "moving", "stopping"]
 
 
+def test_a_stop_is_heard_while_workers_leave_to_move_and_their_checkpoint_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "_REQUEST_SECONDS", 0.0)
+    looks = 0
+
+    def be_moved_then_stopped(run: RunFolder) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            run.ask(Request(kind="move", reason="a node goes"))
+        elif looks == 2:
+            run.enter("checkpointing")  # the first worker saves what it leaves with
+            run.ask(Request(kind="stop", reason="somebody asks"))
+
+    world.script = [Played(5, be_moved_then_stopped)]
+    with pytest.raises(RunStopped, match="somebody asks"):
+        world.train(patient=lambda: looks < 3)
+    assert looks == 3 and world.events() == ["leaving", "stopping"]
+
+
+def test_when_there_is_no_room_any_more_workers_are_counted_again_and_it_is_no_failure(world: World) -> None:
+    def no_room(run: RunFolder) -> None:
+        world.room = 2
+        raise NoRoom("timed out")
+
+    world.script = [Played(None, no_room), Played(5, complete)]
+    world.train(num_workers={"min": 2, "max": 8}, max_failures=0)
+    assert world.counts == [8, 2] and "recovering" not in world.events()
+
+
+def test_a_move_never_takes_the_place_of_a_stop(world: World) -> None:
+    run = world.run
+    run.ask(Request(kind="stop", reason="a person", now=True))
+    run.ask(Request(kind="move", reason="a node goes"))
+    asked = run.request()
+    assert asked is not None and (asked.kind, asked.now) == ("stop", True)
+    run.forget_requests("move")
+    assert run.request() == asked
+
+
 def test_workers_that_die_while_a_stop_is_under_way_are_not_started_again(world: World) -> None:
     def asked_and_dead(run: RunFolder) -> None:
         if run.request() is None:
@@ -214,7 +260,8 @@ def test_of_a_range_as_many_as_find_room_that_divide_the_batch(world: World, roo
 def test_another_driver_that_has_taken_over_is_left_alone(world: World) -> None:
     def be_taken_over(run: RunFolder) -> None:
         run.storage.write_json(
-            f"{run.path}/lease.json", {"token": "t", "host": "h", "pid": 1, "time": "2100-01-01T00:00:00Z"}
+            f"{run.path}/lease.json",
+            {"token": "t", "host": "h", "machine": "m", "pid": 1, "time": "2100-01-01T00:00:00Z"},
         )
         run.ask(Request(kind="move", reason="so that the driver looks once more"))
 

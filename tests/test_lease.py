@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ft_service import lease as lease_module
-from ft_service.errors import UsageError
+from ft_service.errors import UnreachableError, UsageError
 from ft_service.lease import Lease, holds
 from ft_service.runs import LEASE_SECONDS, Holder, RunFolder
 from ft_service.storage import Storage
@@ -21,8 +21,9 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(Storage(str(tmp_path)), "run-1")
 
 
-def held(run: RunFolder, *, host: str = "elsewhere", pid: int = 1, ago: float = 0.0) -> Holder:
-    holder = Holder(token="theirs", host=host, pid=pid, time=datetime.now(UTC) - timedelta(seconds=ago))
+def held(run: RunFolder, *, machine: str = "elsewhere", pid: int = 1, ago: float = 0.0) -> Holder:
+    time = datetime.now(UTC) - timedelta(seconds=ago)
+    holder = Holder(token="theirs", host=socket.gethostname(), machine=machine, pid=pid, time=time)
     run.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
     return holder
 
@@ -56,21 +57,64 @@ def test_a_driver_that_goes_on_saying_so_is_not_disturbed(run: RunFolder, monkey
     assert left is not None and left.token == first.token  # theirs still
 
 
-@pytest.mark.parametrize("ago", [LEASE_SECONDS + 1, 10 * LEASE_SECONDS])
-def test_a_silent_driver_is_followed_at_once(run: RunFolder, ago: float) -> None:
-    held(run, ago=ago)
+def test_a_driver_that_has_long_been_silent_is_followed_at_once(run: RunFolder) -> None:
+    held(run, ago=10 * LEASE_SECONDS + 1)
     said: list[str] = []
     with Lease(run, say=said.append) as lease:
         assert holds(run, lease.token)
     assert said == []
 
 
+@pytest.mark.parametrize("ago", [0.0, 2 * LEASE_SECONDS, -2 * LEASE_SECONDS])
+def test_a_shorter_silence_is_watched_for_whatever_the_clocks_say(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, ago: float
+) -> None:
+    held(run, ago=ago)
+    now = [0.0]
+    monkeypatch.setattr(lease_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    with Lease(run, say=lambda text: None) as lease:
+        assert holds(run, lease.token) and LEASE_SECONDS <= now[0] < LEASE_SECONDS + 5
+
+
 def test_a_driver_of_this_machine_whose_process_has_ended_is_followed_at_once(run: RunFolder) -> None:
-    held(run, host=socket.gethostname(), pid=ended_process())
+    held(run, machine=lease_module._machine(), pid=ended_process())
     said: list[str] = []
     with Lease(run, say=said.append):
         pass
     assert said == []
+
+
+def test_a_process_id_says_nothing_on_another_machine_of_the_same_name(run: RunFolder) -> None:
+    assert lease_module._has_ended(held(run, machine=lease_module._machine(), pid=ended_process()))
+    assert not lease_module._has_ended(held(run, machine="a container", pid=ended_process()))
+
+
+def test_of_two_drivers_that_begin_at_once_the_last_to_write_has_the_run(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: held(run))  # the other one writes meanwhile
+    with pytest.raises(UsageError, match="another driver began"), Lease(run, say=lambda text: None):
+        pass
+    left = run.holder()
+    assert left is not None and left.token == "theirs"
+
+
+def test_a_lease_is_lost_when_another_has_it_and_not_when_nobody_can_tell(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Lease(run, say=lambda text: None) as lease:
+        assert lease.is_held()
+        held(run)
+        assert not lease.is_held()
+
+        def away(*_: object) -> None:
+            raise UnreachableError("away")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "read_json", away)
+            patch.setattr(Storage, "exists", away)
+            assert lease.is_held()
 
 
 def test_whoever_was_taken_over_neither_writes_nor_deletes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

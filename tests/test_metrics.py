@@ -67,6 +67,10 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     return Storage(str(tmp_path))
 
 
+def fails(*_: object) -> None:
+    raise StorageError("away")
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +173,35 @@ def test_events_keep_their_order_and_their_data(storage: Storage) -> None:
     assert first.time is not None
     assert second.time is not None
     assert first.time <= second.time
+
+
+def test_writers_to_an_object_store_lose_nothing_of_each_other(
+    remote: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, worker = EventLog(remote, RUN), EventLog(remote, RUN)
+    driver.emit("running", "8 workers")
+    write = Storage.write_bytes
+
+    def overtaken(self: Storage, path: str, content: bytes) -> None:
+        monkeypatch.setattr(Storage, "write_bytes", write)
+        worker.emit("checkpoint", "step 10")  # between the driver's decision what to write and its writing
+        write(self, path, content)
+
+    monkeypatch.setattr(Storage, "write_bytes", overtaken)
+    driver.emit("stopping", "asked to stop")
+    worker.emit("checkpoint", "step 12")
+    assert [event.message for event in read_events(remote, RUN)] == ["8 workers", "asked to stop", "step 10", "step 12"]
+
+
+def test_an_event_that_could_not_be_written_comes_with_the_next(
+    remote: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(remote, RUN)
+    with monkeypatch.context() as away:
+        away.setattr(Storage, "write_bytes", fails)
+        assert not log.emit("running", "8 workers")
+    assert log.emit("checkpoint", "step 10")
+    assert [event.type for event in read_events(remote, RUN)] == ["running", "checkpoint"]
 
 
 def test_a_damaged_event_is_shown_not_dropped(storage: Storage) -> None:

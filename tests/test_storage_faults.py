@@ -35,6 +35,7 @@ from ft_service.model.writer import TensorFormat
 from ft_service.runs import RunFolder
 from ft_service.spec import CheckpointSpec
 from ft_service.storage import Storage, is_transient
+from ft_service.train import checkpoint as checkpoint_module
 from ft_service.train.checkpoint import Checkpointer, Checkpoints, Manifest, Part, resume
 from ft_service.train.loop import TrainingState
 from ft_service.train.weights import WeightsOnStorage, write_model
@@ -548,6 +549,33 @@ def test_when_another_workers_part_fails_the_first_does_not_wait_for_it(
     assert [entry.step for entry in Checkpoints(run).entries()] == [5]
     assert folders(run) == ["step-000005"]
     assert events_of(run, "checkpoint_failed")[0]["workers"] == [1]
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_the_watchdog_hears_of_a_save_only_as_long_as_it_gets_on(
+    monkeypatch: pytest.MonkeyPatch, gets_on: bool
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "_STUCK_SECONDS", 10.0)
+    monkeypatch.setattr(checkpoint_module, "_POLL_SECONDS", 0.0)
+    clock, beats = [0.0], []
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: clock[0])
+    answers = threading.Event()
+    thread = threading.Thread(target=answers.wait, daemon=True)
+    thread.start()
+
+    class Watched(Alone):
+        def on_progress(self) -> None:
+            beats.append(clock[0])
+
+    def look() -> None:
+        clock[0] += 1.0
+        if clock[0] == 40.0:
+            answers.set()
+            thread.join()
+
+    checkpoint_module._wait_together(Watched(), thread, lambda: int(clock[0]) if gets_on else 0, look)  # type: ignore[arg-type]
+    assert not thread.is_alive()
+    assert max(beats) >= 39.0 if gets_on else max(beats) <= 11.0
 
 
 def test_a_save_whose_end_is_unknown_is_not_deleted_if_it_counts(

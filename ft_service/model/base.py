@@ -11,7 +11,7 @@ from pyarrow import fs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ft_service import catalog
-from ft_service.errors import ModelError
+from ft_service.errors import ModelError, ModelUnreachableError
 from ft_service.model.checkpoint import Checkpoint
 
 # A bar from every worker would bury the run's own progress line.
@@ -65,7 +65,7 @@ def _download(base: str, revision: str | None, weights: bool) -> Path:
         patterns = [*_HUB_FILES, "*.safetensors"] if weights else _HUB_FILES
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and OS errors: all mean "not fetched"
-        raise ModelError(
+        raise ModelUnreachableError(
             f"model.base = {base!r}: cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)}). "
             "Check the id and revision, accept the license on the hub, set HF_TOKEN, or name a local folder."
         ) from None
@@ -87,7 +87,7 @@ def _fetch(uri: str, weights: bool) -> Path:
             fs.copy_files(info.path, str(partial), source_filesystem=store, destination_filesystem=fs.LocalFileSystem())
             partial.replace(target)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ModelError(
+        raise ModelUnreachableError(
             f"model.base = {uri!r}: cannot be fetched ({error}). Check the URI and your credentials for it."
         ) from None
     return folder

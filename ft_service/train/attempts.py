@@ -15,11 +15,11 @@ from ft_service.errors import RunStopped, StorageError, TrainingError
 from ft_service.lease import Lease, holds
 from ft_service.metrics import Event, EventLog, read_events, read_metrics
 from ft_service.plan import RunPlan
-from ft_service.runs import Request, RunFolder
+from ft_service.runs import Request, RunFolder, State
 from ft_service.signals import StopSignals
 from ft_service.spec import RunSpec
 from ft_service.train.checkpoint import Checkpoints
-from ft_service.train.group import TrainingDied, WorkerGroup, resources_per_worker
+from ft_service.train.group import NoRoom, TrainingDied, WorkerGroup, resources_per_worker
 from ft_service.train.watchdog import suspects
 
 Say = Callable[[str], None]
@@ -32,6 +32,8 @@ GROW_SECONDS = 5.0
 SETTLE_SECONDS = 10.0
 """How long a range of workers is waited for to be whole, before a run goes on with fewer: the dead free their room."""
 _TELL_WAITING_SECONDS = 60.0
+_TRAINING: frozenset[State] = frozenset({"running", "checkpointing", "stopping"})
+"""There is something to be saved before the workers go."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,15 @@ class Attempts:
                 ask_for_room(self._needs, self._counts[0])
             return self._train()
         finally:
-            if len(self._counts) > 1:
+            self._ask_for_no_more_room()
+
+    def _ask_for_no_more_room(self) -> None:
+        """The autoscaler would keep the nodes for ever; but whether it hears of it or not, a run ends as it ends."""
+        if len(self._counts) > 1:
+            try:
                 ask_for_room(self._needs, 0)
+            except Exception as error:  # Ray raises many kinds
+                self._say(f"The autoscaler could not be told that {self._counts[0]} workers need no room: {error}")
 
     def _train(self) -> RunPlan:
         deaths: list[_Death] = []
@@ -86,6 +95,8 @@ class Attempts:
             began = len(self._trainings())
             try:
                 self._attempt(plan)
+            except NoRoom:
+                continue  # by now there may be another number of workers to choose
             except TrainingDied as death:
                 if self._asked is not None and self._asked.kind == "stop":
                     raise RunStopped(f"{self._asked.reason}. {death} {self._how_to_go_on()}") from death
@@ -104,7 +115,7 @@ class Attempts:
         waiting = self._run.request()
         if waiting is not None and waiting.kind == "stop":
             raise RunStopped(f"{waiting.reason}. {self._how_to_go_on()}")
-        self._run.forget_request()
+        self._run.forget_requests("move")
         self._asked, self._room_seen, self._looked = None, 0, {}
         count = plan.spec.parallel.most_workers
         self._run.enter("queued", f"Waits for {count} workers and their base model.")
@@ -114,6 +125,7 @@ class Attempts:
             while not group.wait(_POLL_SECONDS):
                 self._look_after(count)
         except RunStopped:
+            self._ask_for_no_more_room()
             disconnect()  # takes the workers with it
             raise
         finally:
@@ -160,18 +172,19 @@ class Attempts:
         request = self._seen.request()
         if request is not None and request.now:
             raise RunStopped(f"{request.reason}. {self._how_to_go_on()}")
-        if request is not None and self._asked is None:
+        if request is not None and (self._asked is None or (request.kind == "stop" and not self._is_stopping())):
             self._asked = request
             self._note_leaving(request)
 
     def _ask(self, request: Request) -> None:
-        self._run.ask(request)
+        earlier = self._run.request()
+        if earlier is None or earlier.kind != "stop":  # which may say that it shall be at once
+            self._run.ask(request)
         self._asked = request
         self._note_leaving(request)
 
     def _note_leaving(self, request: Request) -> None:
-        status = self._run.status()
-        is_training = status is not None and status.state == "running"
+        is_training = self._run.state_said() in _TRAINING
         if request.kind == "stop" and not is_training:
             raise RunStopped(f"{request.reason}. {self._how_to_go_on()}")
         if request.kind == "stop":
@@ -200,10 +213,7 @@ class Attempts:
         self._room_seen = room
 
     def _tell_waiting(self, count: int) -> None:
-        status = self._run.status()
-        if status is not None and status.state == "queued" and free_slots(self._needs) > 0:
-            return  # room is there: they are loading
-        if status is not None and status.state == "queued":
+        if self._run.state_said() == "queued" and free_slots(self._needs) == 0:  # otherwise they are loading
             self._say(f"Waiting for room for {count} workers ({_readable(self._needs)} each).")
 
     def _hang(self) -> str:
@@ -242,9 +252,8 @@ class Attempts:
 
     def _places(self) -> list[dict[str, str]]:
         """Where the workers of this attempt are; empty before they train."""
-        status = self._run.status()
         trainings = self._trainings()
-        if status is None or status.state != "running" or not trainings:
+        if self._run.state_said() != "running" or not trainings:
             return []
         workers: list[dict[str, str]] = trainings[-1].model_dump()["workers"]
         return workers

@@ -35,7 +35,7 @@ from ft_service.model.shards import Span
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat, WeightFile, WeightWriter
 from ft_service.runs import RunFolder
 from ft_service.spec import CheckpointSpec
-from ft_service.storage import Storage
+from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.loop import TrainingState
 from ft_service.train.optimizer_state import KINDS
 
@@ -47,6 +47,8 @@ COMMIT_TIMEOUT_SECONDS = 1800.0
 ALARMING_FAILURES = 3
 """Saves failed in a row after which it is said how much is at stake; and again each time their number has doubled."""
 _POLL_SECONDS = 0.2
+_STUCK_SECONDS = RUN_PATIENCE_SECONDS + COMMIT_TIMEOUT_SECONDS
+"""Nothing that waits for storage, or for another worker's part, waits longer than that by intention."""
 _FP32 = 4
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
 
@@ -156,8 +158,8 @@ class Checkpoints:
             raise StorageError(f"{self.storage.uri(self.path)}/{entry.folder}/manifest.json: damaged.")
         return Manifest.model_validate_json(content)
 
-    def damaged(self, folder: str, part: Part) -> str:
-        """What is wrong with a part on storage; '' if nothing is. Any worker may ask.
+    def damaged(self, folder: str, part: Part, on_progress: Callable[[], None] = lambda: None) -> str:
+        """What is wrong with a part on storage; '' if nothing is. Any worker may ask. It can take long.
 
         Raises `UnreachableError` when that cannot be told.
         """
@@ -166,6 +168,7 @@ class Checkpoints:
             digest = hashlib.sha256()
             for start in range(0, part.bytes, _HASH_CHUNK_BYTES):
                 digest.update(self.storage.read_range(path, start, min(_HASH_CHUNK_BYTES, part.bytes - start)))
+                on_progress()
             size = self.storage.size(path)
         except UnreachableError:
             raise
@@ -248,6 +251,8 @@ class Checkpointer:
         self._failure: FtError | None = None
         self._abandoned = threading.Event()
         self._failures_in_a_row = 0
+        self._written = 0
+        """Tensors written so far, by this worker."""
         self._newest = self._checkpoints.newest_step() if parallel.is_first else 0
         self._newest_at = time.monotonic()
 
@@ -292,14 +297,15 @@ class Checkpointer:
         """
         if self._thread is None:
             return
-        running, failed = 1.0, 0.0
-        while running:
-            self._thread.join(_POLL_SECONDS)
-            self._parallel.on_progress()  # a storage that is slow is no hang
-            alive = float(self._thread.is_alive())
-            running, failed = self._parallel.sums_over_workers(alive, float(self._failure is not None))
+        failed = 0.0
+
+        def look() -> None:
+            nonlocal failed
+            (failed,) = self._parallel.sums_over_workers(float(self._failure is not None))
             if failed:  # the part of that worker will not come
                 self._abandoned.set()
+
+        _wait_together(self._parallel, self._thread, lambda: self._written, look)
         self._thread = None
         failure, self._failure = self._failure, None
         if failed:
@@ -394,6 +400,7 @@ class Checkpointer:
             with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
                 for name, tensor in everything.items():
                     writer.write(name, tensor)
+                    self._written += 1
             return writer.digests[file.name]
 
         sha256 = storage.patiently(write_tensors)  # a stream that breaks cannot be mended: it begins anew
@@ -425,6 +432,26 @@ class Checkpointer:
             yield Part.model_validate(storage.read_json(path))
 
 
+def _wait_together(
+    parallel: "Parallel", thread: threading.Thread, progress: Callable[[], int], look: Callable[[], None] = lambda: None
+) -> None:
+    """Every worker waits for the threads of all; `progress` counts what this one's has done, `look` is called between.
+
+    The watchdog hears that all is well as long as any of them gets on: a storage that is slow, or away for a while, is
+    no hang, but one that never answers is.
+    """
+    running, done, since = 1.0, -1.0, time.monotonic()
+    while running:
+        thread.join(_POLL_SECONDS)
+        running, total = parallel.sums_over_workers(float(thread.is_alive()), float(progress()))
+        look()
+        now = time.monotonic()
+        if total != done:
+            done, since = total, now
+        if now - since < _STUCK_SECONDS:
+            parallel.on_progress()
+
+
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -444,12 +471,13 @@ def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) 
         manifest, problem, away = None, "", None
         try:
             manifest = checkpoints.manifest(entry)
-            mine = manifest.parts[parallel.rank :: parallel.world_size]
-            problem = "".join(checkpoints.damaged(entry.folder, part) for part in mine)
         except UnreachableError as error:
             away = error
         except (FtError, ValueError) as error:
             problem = str(error)
+        if not any(parallel.from_all(manifest is None)):
+            assert manifest is not None
+            problem, away = _check_parts(checkpoints, entry.folder, manifest, parallel)
         # Passed over for a server that is away, a sound checkpoint would be trained again.
         if unreachable := [error for error in parallel.from_all(away) if error is not None]:
             raise unreachable[0]
@@ -471,6 +499,34 @@ def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) 
             f"run {run.run_id}: none of its {len(entries)} checkpoints is sound. Give another --run-id."
         )
     return None
+
+
+def _check_parts(
+    checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel: "Parallel"
+) -> tuple[str, UnreachableError | None]:
+    """What is wrong with the parts that this worker looks at, and whether that cannot be told now."""
+    found: list[str] = []
+    away: list[UnreachableError] = []
+    chunks = 0
+
+    def count() -> None:
+        nonlocal chunks
+        chunks += 1
+
+    def check() -> None:
+        try:
+            for part in manifest.parts[parallel.rank :: parallel.world_size]:
+                found.append(checkpoints.damaged(folder, part, count))
+        except UnreachableError as error:
+            away.append(error)
+        except Exception as error:  # it must not end in a thread
+            found.append(f"{type(error).__name__}: {error}")
+
+    # In a thread, so that workers with little to read wait for the others without seeming to hang.
+    thread = threading.Thread(target=check, name="checking", daemon=True)
+    thread.start()
+    _wait_together(parallel, thread, lambda: chunks)
+    return "".join(found), away[0] if away else None
 
 
 def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel: "Parallel") -> None:

@@ -7,16 +7,21 @@ import threading
 import traceback
 
 import ray
-from ray.train import LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ft_service.errors import FtError, StorageError, TrainingError
+from ft_service.errors import FtError, ModelUnreachableError, StorageError, TrainingError
 from ft_service.plan import RunPlan
 from ft_service.runs import RunFolder
 from ft_service.spec import ParallelSpec
 
 _BEYOND_HANG_SECONDS = 120
 _CONFIG = dict[str, str]
+_NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
+
+
+_PASSING = (StorageError, ModelUnreachableError)
+"""What one worker could not reach may answer the next one."""
 
 
 class TrainingDied(TrainingError):
@@ -29,6 +34,10 @@ class TrainingDied(TrainingError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class NoRoom(TrainingError):
+    """There was no room for all workers, or no longer; they have not begun."""
 
 
 class WorkerGroup:
@@ -46,10 +55,13 @@ class WorkerGroup:
     def wait(self, seconds: float) -> bool:
         """Wait at most so long; returns whether the workers have ended.
 
-        Raises `TrainingDied` if they died, and an error of ours as the first worker raised it.
+        Raises `NoRoom` if they could not begin, `TrainingDied` if they died, and an error of ours as the first worker
+        raised it.
         """
         if not self._ended.wait(seconds):
             return False
+        if type(getattr(self._error, "controller_failure", None)).__name__ in _NO_ROOM:
+            raise NoRoom(str(self._error)) from self._error
         if isinstance(self._error, ray.train.TrainingFailedError):
             raise _cause(self._error) from self._error
         if self._error is not None:
@@ -100,6 +112,8 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
             name=f"{run.run_id}-{secrets.token_hex(4)}",
             storage_path=run.storage.uri("ray") if run.storage.is_local else f"{run.storage.root}/ray",
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
+            # It is for the driver to decide how it goes on: Ray would start as many workers again, behind its back.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -117,7 +131,7 @@ def _cause(error: ray.train.TrainingFailedError) -> FtError:
     """The first worker's own error, as one of ours."""
     failures = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
-    ours = [cause for cause in causes if isinstance(cause, FtError) and not isinstance(cause, StorageError)]
+    ours = [cause for cause in causes if isinstance(cause, FtError) and not isinstance(cause, _PASSING)]
     if ours:
         return ours[0]
     if not failures:

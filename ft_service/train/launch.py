@@ -40,6 +40,8 @@ from ft_service.train.attempts import Attempts
 Say = Callable[[str], None]
 
 DATA_REPORT_FILE = "data.html"
+_SAMPLE_SECONDS = 1200.0
+"""Loading the base counts too, and waiting for room that the workers have just left."""
 _AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves it on the head node, where drivers of submitted jobs run."""
 
@@ -60,14 +62,15 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
     events = EventLog(storage, folder.run_id)
     say(f"Run {folder.run_id}: {storage.uri(folder.path)}")
     with Lease(folder, say) as lease, StopSignals() as signals:
+        folder.forget_requests("stop", "move")
         if (done := _published(folder)) is not None:
             say(f"It is complete: it published {done.id}. Nothing to do; give another --run-id to run again.")
             return done
         try:
             connect()
             signals.install()  # ray.init has put a handler of its own for SIGTERM
-            folder.forget_request()
             folder.enter("preparing")
+            folder.write_first_spec(spec)
             events.emit("preparing", f"Preparing data and plan of {spec.name}.")
             prepared = prepare(spec, folder, say)
             plan = Attempts(spec, folder, prepared.plan_for, lease, signals, say).train()
@@ -79,7 +82,8 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
             folder.enter("succeeded", published=record.id)
             events.emit("succeeded", f"Run {folder.run_id} is complete.")
         except BaseException as error:
-            _record_end(folder, events, error)
+            if lease.is_held():  # otherwise what is said of the run is another driver's to say
+                _record_end(folder, events, error)
             raise
     write_report(storage, folder.run_id)
     say(f"Published {record.id}")
@@ -196,7 +200,12 @@ def _sample(plan: RunPlan, folder: RunFolder, record: AdapterRecord, events: Eve
         return
     task = ray.remote(num_cpus=parallel.cpus_per_worker, num_gpus=int(parallel.use_gpu), max_retries=0)(write_samples)
     try:
-        ray.get(task.remote(folder.storage.root, folder.run_id, record.id))
+        asked = task.remote(folder.storage.root, folder.run_id, record.id)
+        try:
+            ray.get(asked, timeout=_SAMPLE_SECONDS)
+        except BaseException:
+            ray.cancel(asked, force=True)
+            raise
     except ray.exceptions.RayError as error:
         message = f"No samples: {getattr(error, 'cause', None) or type(error).__name__}."
         events.emit("samples", message)

@@ -23,7 +23,7 @@ from ft_service.plan import RunPlan
 from ft_service.runs import Outcome, RunFolder
 from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
-from ft_service.train.checkpoint import Checkpointer, Checkpoints, resume
+from ft_service.train.checkpoint import Checkpointer, Checkpoints, TakenOverError, resume
 from ft_service.train.loop import Hooks, TrainingState, is_complete, train
 from ft_service.train.loss import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
@@ -77,7 +77,7 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
         if driver:
             run.enter("running")
         else:
-            run.forget_request()  # of an earlier attempt; a driver has done so
+            run.forget_requests("stop", "move")  # of an earlier attempt; a driver has done so
         leaving = _watch_for_requests(run)
 
     def on_step(metrics: StepMetrics) -> None:
@@ -121,6 +121,8 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
         watchdog.beat("writing the weights")
         weights.keep(state)
     if parallel.is_first and is_done:
+        if driver and not holds(run, driver):
+            raise TakenOverError("another driver has taken over this run. Leave it to that one.")
         run.write_outcome(
             Outcome(
                 weights=weights.place,

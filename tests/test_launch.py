@@ -1,0 +1,92 @@
+"""What the driver says of a run on storage, and what it leaves to others to say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import write_world
+
+from ft_service.errors import RunStopped, StorageError, TrainingError
+from ft_service.metrics import read_events
+from ft_service.runs import RunFolder, resumed_spec
+from ft_service.spec import RunSpec, parse_run_spec
+from ft_service.storage import Storage
+from ft_service.train import launch
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> RunSpec:
+    write_world(tmp_path)
+    return parse_run_spec(f"""
+name: words
+model: {{base: {tmp_path}/base}}
+data: {{train: [{{path: {tmp_path}/train.jsonl}}], max_seq_len: 128}}
+parallel: {{num_workers: 1, use_gpu: false}}
+storage: {tmp_path}/storage
+""")
+
+
+def end_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, taken_over: bool) -> None:
+    """Neither Ray nor data: the driver comes as far as to prepare, and that ends so."""
+
+    def prepare(spec: RunSpec, folder: RunFolder, say: Any) -> Any:
+        folder.enter("running")
+        if taken_over:
+            other = folder.storage.read_json(f"{folder.path}/lease.json") | {"token": "theirs"}
+            folder.storage.write_json(f"{folder.path}/lease.json", other)
+        raise error
+
+    monkeypatch.setattr(launch, "connect", lambda: None)
+    monkeypatch.setattr(launch, "prepare", prepare)
+
+
+@pytest.mark.parametrize("error", [RunStopped("Another driver has taken over."), TrainingError("lost"), OSError("odd")])
+def test_a_driver_that_lost_its_run_says_nothing_more_of_it(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    end_with(monkeypatch, error, taken_over=True)
+    with pytest.raises(type(error)):
+        launch.run(spec, "r", lambda text: None)
+    run = RunFolder(Storage(spec.storage), "r")
+    status, holder = run.status(), run.holder()
+    assert status is not None and status.state == "running"  # as the other driver says
+    assert holder is not None and holder.token == "theirs"
+    assert [event.type for event in read_events(run.storage, "r")] == ["preparing"]
+    assert not run.storage.exists("runs/r/report.html")
+
+
+@pytest.mark.parametrize(("error", "state"), [(RunStopped("SIGTERM"), "stopped"), (TrainingError("nan"), "failed")])
+def test_a_driver_says_how_its_run_ended(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+) -> None:
+    end_with(monkeypatch, error, taken_over=False)
+    with pytest.raises(type(error)):
+        launch.run(spec, "r", lambda text: None)
+    status = RunFolder(Storage(spec.storage), "r").status()
+    assert status is not None and (status.state, status.message) == (state, str(error))
+
+
+def test_a_run_that_ended_while_it_was_prepared_can_be_resumed_by_the_spec_that_it_began_with(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError):
+        resumed_spec("r", spec.storage)
+    end_with(monkeypatch, KeyboardInterrupt(), taken_over=False)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(spec, "r", lambda text: None)
+    assert resumed_spec("r", spec.storage) == spec
+    changed = spec.model_copy(update={"name": "other"})
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(changed, "r", lambda text: None)
+    assert resumed_spec("r", spec.storage) == spec  # until a plan is made, which may refuse the change
+
+
+def test_requests_of_before_are_not_heard(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ft_service.runs import Request
+
+    run = RunFolder(Storage(spec.storage), "r")
+    run.ask(Request(kind="stop", reason="yesterday"))
+    end_with(monkeypatch, TrainingError("as far as that"), taken_over=False)
+    with pytest.raises(TrainingError):
+        launch.run(spec, "r", lambda text: None)
+    assert run.request() is None
