@@ -105,7 +105,7 @@ def trl(world: Path, cores: int) -> dict[str, Any]:
     records = load_dataset("json", data_files=str(world / "chat.jsonl"), split="train")
     trainer = SFTTrainer(model, arguments, train_dataset=records, processing_class=tokenizer)
     took = time.perf_counter() - began
-    prepared = trainer.train_dataset
+    prepared: Any = trainer.train_dataset
     tokens = sum(len(row) for row in prepared["input_ids"])
     return {"seconds": took, "tokens": tokens, "rows": len(prepared), "records": len(records)}
 

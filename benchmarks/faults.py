@@ -378,7 +378,7 @@ def write_spec(world: Path, method: str) -> Path:
 name: faults
 model: {{base: {world}/base}}
 data:
-  train: [{{path: {world}/train.jsonl}}]
+  train: [{{path: {world}/train.jsonl, source: made up, license: CC0-1.0}}]
   validation: [{{path: {world}/validation.jsonl}}]
   max_seq_len: 128
 train: {{max_steps: {STEPS}, global_batch_size: 4, validate_every_steps: {VALIDATE_EVERY}}}

@@ -86,3 +86,8 @@ def test_what_a_user_must_change_is_marked(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     theirs = [line for line in lines if re.search(r"train\.jsonl|/path/to|example\.com", line)]
     assert theirs and all("# <-- yours" in line for line in theirs)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_data_gate_has_nothing_against_the_rights_of_a_spec(path: Path) -> None:
+    assert all(data.source and data.license for data in load_run_spec(path).data.train)
