@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ft_service.chat import ChatFormat, Message, encode_texts
 from ft_service.data import prepare, stages
 from ft_service.data.judge import Judgement, Record, records_of
 from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_dataset, open_dataset, prepare_dataset
-from ft_service.data.read import Shard
+from ft_service.data.read import Shard, scan
 from ft_service.errors import DataError, StorageError
 from ft_service.model.scratch import train_tokenizer
 from ft_service.spec import DataSource, RunSpec, parse_run_spec
@@ -418,6 +419,35 @@ def test_what_the_gate_refuses_is_not_packed_and_what_was_examined_is_not_examin
     assert first.facts == second.facts and first.facts.conversations == 20
     assert verdicts == ["fail", "fail"]  # the cache does not pass the gate by
     assert not list(case.folder.glob("storage/datasets/*/shard-*"))
+
+
+def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
+    case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "scan", partial(scan, shard_bytes=4000))
+    path = case.write("a.jsonl", [*alpaca_records(100), {"instruction": "q", "output": 1}])
+    whole = prepare_dataset(case.spec(path), tokenizer, Storage(str(case.folder / "undisturbed")))
+    read: list[Shard] = []
+
+    def counted(shard: Shard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:
+        if wants is None:
+            read.append(shard)
+        return records_of(shard, source, split, wants)
+
+    def until_the_third(task: Any, work: Any, items: Any) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield task(work, item)
+
+    monkeypatch.setattr(stages, "records_of", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(case.spec(path), tokenizer, case.storage, run=until_the_third)
+    assert len(read) == 2
+    dataset = prepare_dataset(case.spec(path), tokenizer, case.storage)
+    assert len(read) == len({shard.start for shard in read}) > 3
+    assert (dataset.facts, dataset.judgement) == (whole.facts, whole.judgement)
+    assert texts(tokenizer, dataset.train) == texts(tokenizer, whole.train)
 
 
 def some_may_be_read(shard: Shard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:

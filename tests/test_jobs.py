@@ -276,6 +276,40 @@ def test_a_full_run_publishes_a_model_that_can_be_the_next_base(ray: Ray, world:
     assert json.loads(planned.stdout)["base_short_name"] == record.id
 
 
+# -- the data gate ---------------------------------------------------------------------------------------------------
+
+
+def test_the_data_gate_refuses_a_run_before_workers_are_asked_for(ray: Ray, world: Path) -> None:
+    refused = submit(ray, unlicensed(world), "--run-id", "refused-1")
+    assert refused.returncode == 1, output(refused)
+    assert "rights.no-license" in output(refused) and "data: {waive: {rights.no-license: why}}" in output(refused)
+    assert "Traceback" not in output(refused)
+    storage = Storage(str(world / "storage"))
+    run = RunFolder(storage, "refused-1")
+    status = run.status()
+    assert status is not None and status.state == "failed" and "rights.no-license" in status.message
+    assert [event.type for event in read_events(storage, "refused-1")] == ["preparing", "failed"]
+    assert "rights.no-license" in storage.read_bytes(f"{run.path}/data.html").decode()
+
+
+def test_a_waiver_lets_the_run_pass_and_stays_in_its_record_and_card(ray: Ray, world: Path) -> None:
+    reason = "our own tickets, approved on 2026-11-20"
+    waived = submit(ray, unlicensed(world), "--run-id", "waived-1", f'data.waive={{"rights.no-license": "{reason}"}}')
+    assert waived.returncode == 0, output(waived)[-4000:]
+    record = published(world, "waived-1")
+    assert record.data_verdict == "fail"
+    assert [(waiver.code, waiver.severity, waiver.reason) for waiver in record.waivers] == [
+        ("rights.no-license", "fail", reason)
+    ]
+    assert reason in (world / "storage/adapters" / record.id / "README.md").read_text()
+
+
+def unlicensed(world: Path) -> Path:
+    spec = world / "unlicensed.yaml"
+    spec.write_text((world / "lora.yaml").read_text().replace(", license: CC0-1.0", ""))
+    return spec
+
+
 # -- said clearly ----------------------------------------------------------------------------------------------------
 
 
