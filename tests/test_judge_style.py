@@ -227,6 +227,19 @@ def test_questions_of_one_template_are_told(spoken: str) -> None:
     assert lines(judged(records)[1], "balance.templates") == list(range(1, 101))
 
 
+def test_questions_of_three_templates_are_told_and_of_four_are_not() -> None:
+    templates = ["Translate the text: ", "Say in French: ", "How do I say: ", "What is French for: "]
+    pairs = clean_pairs(120, "en")
+
+    def records(count: int, others: int) -> list[Record]:
+        begun = (("" if at <= others else templates[at % count]) + q for at, (q, _) in enumerate(pairs, 1))
+        return [record(q, a, at) for at, (q, (_, a)) in enumerate(zip(begun, pairs, strict=True), 1)]
+
+    assert lines(judged(records(3, others=12))[1], "balance.templates") == list(range(13, 121))
+    assert lines(judged(records(3, others=36))[1], "balance.templates") == []
+    assert lines(judged(records(4, others=0))[1], "balance.templates") == []
+
+
 @pytest.mark.parametrize(("spoken", "labels"), [("en", ("yes", "no")), ("ja", ("はい", "いいえ"))])
 def test_a_label_that_dominates_is_told(spoken: str, labels: tuple[str, str]) -> None:
     pairs = clean_pairs(100, spoken)

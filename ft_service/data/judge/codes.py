@@ -215,12 +215,12 @@ _TABLE = (
     ),
     Code(
         "balance.openings",
-        "When most answers begin alike, the model begins so whatever is asked.",
+        "When most answers begin in one of a few ways, the model begins so whatever is asked.",
         "Vary how answers begin, or cut the common opening.",
     ),
     Code(
         "balance.templates",
-        "Questions from one or two templates teach the template: a question put otherwise fails.",
+        "Questions from a few templates teach the templates: a question put otherwise fails.",
         "Phrase the questions in more ways.",
         warns_from=0.9,
     ),

@@ -228,12 +228,25 @@ def _proposed(facts: Facts, column: str, rows: np.ndarray) -> np.ndarray:
 
 def _estimate(facts: Facts, column: str, pairs: np.ndarray) -> np.ndarray:
     """Jaccard similarity of each pair, estimated from the signatures."""
-    estimates = np.zeros(len(pairs))
-    for start in range(0, len(pairs), _PAIR_BLOCK):
-        first, second = pairs[start : start + _PAIR_BLOCK].T
-        equal = facts.signatures(column, first) == facts.signatures(column, second)
-        estimates[start : start + _PAIR_BLOCK] = equal.sum(axis=1) / SIGNATURE
-    return estimates
+    blocks = [_of_block(facts, column, block) for block in _blocks(pairs)]
+    return np.concatenate(blocks) if blocks else np.zeros(0)
+
+
+def _estimated(facts: Facts, column: str, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """Each pair with its estimate. As Python numbers all pairs of a million records of one template would fill GiBs."""
+    for block in _blocks(pairs):
+        estimates = _of_block(facts, column, block)
+        yield from zip(*block.T.tolist(), estimates.tolist(), strict=True)
+
+
+def _of_block(facts: Facts, column: str, pairs: np.ndarray) -> np.ndarray:
+    first, second = pairs.T
+    equal = facts.signatures(column, first) == facts.signatures(column, second)
+    return np.asarray(equal.sum(axis=1) / SIGNATURE)
+
+
+def _blocks(pairs: np.ndarray) -> Iterator[np.ndarray]:
+    return (pairs[start : start + _PAIR_BLOCK] for start in range(0, len(pairs), _PAIR_BLOCK))
 
 
 # -- what comes of it ------------------------------------------------------------------------------------------------
@@ -307,16 +320,14 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
 
     prompts, outputs = (looks.same_prompt, looks.same_output) if looks is not None else (None, None)
     near = set()
-    estimates = _estimate(facts, "whole_signature", repeats.whole_pairs)
-    for (a, b), estimate in zip(repeats.whole_pairs.tolist(), estimates.tolist(), strict=True):
+    for a, b, estimate in _estimated(facts, "whole_signature", repeats.whole_pairs):
         if numbers[a] == numbers[b] or (looks is not None and looks.are_long(int(key[a]), int(key[b]))):
             both = same(prompt, prompts, a, b), same(output, outputs, a, b)
             if all(both) or (False not in both and estimate >= NEAR_SAME):
                 near.add((a, b))
     open_ended = _open_ended(prompt, output)
     disagreeing = set()
-    estimates = _estimate(facts, "prompt_signature", repeats.prompt_pairs)
-    for (a, b), estimate in zip(repeats.prompt_pairs.tolist(), estimates.tolist(), strict=True):
+    for a, b, estimate in _estimated(facts, "prompt_signature", repeats.prompt_pairs):
         if prompt_numbers[a] != prompt_numbers[b] or prompt[a] in open_ended or prompt[b] in open_ended:
             continue
         same_prompt = same(prompt, looks.same_question if looks is not None else None, a, b)

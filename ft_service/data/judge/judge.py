@@ -180,7 +180,7 @@ class Judge:
         for hit in chain(judge_style(facts), judge_balance(facts)[1]):
             tally.add(hit)
         shown = [hit.key for code in tally.counts for hit in tally.first(code)]
-        for column in ("output", "output_opening", "prompt_opening"):
+        for column in ("output", "output_opening", "prompt_opening"):  # balance tells an example of each
             shown += _first_of_the_largest(facts, column)
         return Looks(np.concatenate([suspects(facts, repeats), np.array(shown, dtype=np.uint64)]))
 
