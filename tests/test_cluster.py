@@ -18,7 +18,9 @@ SECONDS = 60
 
 @pytest.fixture(scope="module")
 def one_cpu() -> Iterator[None]:
-    environment = {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env={"env_vars": environment})
