@@ -5,6 +5,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,16 @@ def draining_nodes() -> set[str]:
 def disconnect() -> None:
     """Leave the cluster; actors and tasks of this process end with that."""
     ray.shutdown()
+
+
+def kill_actors(class_name: str) -> None:
+    """SIGKILL the actors of a class that this driver has made; the actors that they made end with them."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    core: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    for actor_id, actor in ray._private.state.actors(job_id=job).items():
+        if actor["ActorClassName"] == class_name and actor["State"] != "DEAD":
+            with suppress(ray.exceptions.ActorHandleNotFoundError):  # it is another actor's
+                core.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
 
 def this_node() -> str:

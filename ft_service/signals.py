@@ -43,4 +43,4 @@ class StopSignals:
         if is_second:
             raise RunStopped(f"{signal.Signals(number).name} came a second time: ended at once.")
         if not self.may_wait:
-            raise RunStopped(f"{self.received} came before training had begun.")
+            raise RunStopped(f"{self.received} received while there was nothing to save.")

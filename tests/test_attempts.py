@@ -67,6 +67,8 @@ class World:
     counts: list[int] = field(default_factory=list)
     room: int = 8
     said: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    """What was ended by force, in this order."""
     patient: Callable[[], bool] = lambda: False
 
     def train(self, patient: Callable[[], bool] = lambda: False, **parallel: Any) -> RunPlan:
@@ -117,11 +119,14 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
                 return False
             return True
 
+        def end(self) -> None:
+            found.ended.append("workers")
+
     monkeypatch.setattr(attempts_module, "WorkerGroup", Group)
     monkeypatch.setattr(attempts_module, "free_slots", lambda needs: found.room)
     monkeypatch.setattr(attempts_module, "ask_for_room", lambda needs, count: None)
     monkeypatch.setattr(attempts_module, "draining_nodes", set)
-    monkeypatch.setattr(attempts_module, "disconnect", lambda: None)
+    monkeypatch.setattr(attempts_module, "disconnect", lambda: found.ended.append("Ray"))
     monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
     yield found
 
@@ -268,3 +273,16 @@ def test_another_driver_that_has_taken_over_is_left_alone(world: World) -> None:
     world.script = [Played(5, be_taken_over)]
     with pytest.raises(RunStopped, match="Another driver has taken over"):
         world.train()
+    assert world.ended == ["workers", "Ray"]
+
+
+def test_whatever_goes_wrong_in_the_driver_its_workers_end_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> set[str]:
+        raise RuntimeError("Ray knows nothing of its nodes")
+
+    monkeypatch.setattr(attempts_module, "draining_nodes", fail)
+    monkeypatch.setattr(attempts_module, "_DRAIN_SECONDS", 0.0)
+    world.script = [Played(5, leave)]
+    with pytest.raises(RuntimeError, match="knows nothing"):
+        world.train(patient=lambda: True)
+    assert world.ended == ["workers"]

@@ -108,6 +108,17 @@ def wait_until(is_time: Callable[[], Any], process: "subprocess.Popen[str] | Non
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def held(run: RunFolder) -> Iterator[None]:
+    """Meanwhile no step is finished."""
+    pid = trainings(run)[-1]["workers"][1]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def last_step(run: RunFolder) -> int:
     metrics = read_metrics(run.storage, run.run_id)
     return metrics[-1].step if metrics else 0
@@ -156,7 +167,9 @@ def test_a_submitted_job_that_is_stopped_saves_leaves_and_goes_on_when_resumed(
     submit = ["ray", "job", "submit", "--address", ray.dashboard, "--submission-id", "job-1", "--working-dir", "."]
     job = start(ray, *submit, "--", "python", "jobs/train.py", str(world / "spec.yaml"), "--run-id", run.run_id)
     wait_until(is_past(run, 45), job)
-    stopping = start(ray, "ray", "job", "stop", "--address", ray.dashboard, "job-1")
+    with held(run):  # or the run could be through before the command has loaded its libraries
+        stopping = start(ray, "ray", "job", "stop", "--address", ray.dashboard, "job-1")
+        wait_until(lambda: state(run) == "stopping")
     finish(stopping, 0)
     job.communicate(timeout=SECONDS)
     wait_until(lambda: state(run) == "stopped")
@@ -180,7 +193,10 @@ def test_ft_stop_waits_until_the_run_has_stopped_and_submitting_it_again_goes_on
     arguments = ("train", str(world / "spec.yaml"), "--run-id", run.run_id)
     training = start(ray, *command(*arguments))
     wait_until(is_past(run, 5), training)
-    printed = finish(start(ray, *command("stop", run.run_id, "--storage", run.storage.root)), 0)
+    with held(run):
+        stopping = start(ray, *command("stop", run.run_id, "--storage", run.storage.root))
+        wait_until(lambda: state(run) == "stopping", training)
+    printed = finish(stopping, 0)
     assert "stopped: ft stop" in printed
     assert "stopped: ft stop" in finish(training, 3)
     assert saved_step(run) == last_step(run) < STEPS

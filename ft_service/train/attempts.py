@@ -126,7 +126,11 @@ class Attempts:
                 self._look_after(count)
         except RunStopped:
             self._ask_for_no_more_room()
-            disconnect()  # takes the workers with it
+            group.end()
+            disconnect()
+            raise
+        except BaseException:
+            group.end()
             raise
         finally:
             self._signals.may_wait = False

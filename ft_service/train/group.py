@@ -4,18 +4,24 @@ import os
 import secrets
 import sys
 import threading
+import time
 import traceback
 
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ft_service.cluster import kill_actors
 from ft_service.errors import FtError, ModelUnreachableError, StorageError, TrainingError
 from ft_service.plan import RunPlan
 from ft_service.runs import RunFolder
 from ft_service.spec import ParallelSpec
 
 _BEYOND_HANG_SECONDS = 120
+_END_SECONDS = 30.0
+_END_POLL_SECONDS = 0.5
+_CONTROLLER = "TrainController"
+"""Ray Train's actor that makes the workers; the only one that the driver makes."""
 _CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 
@@ -67,6 +73,16 @@ class WorkerGroup:
         if self._error is not None:
             raise TrainingDied(f"Ray could not run the workers: {self._error}") from self._error
         return True
+
+    def end(self) -> None:
+        """Kill the workers, if they have not ended by themselves, and see to it that nothing waits for them any more.
+
+        Ray must not be left before: its process dies of a memory fault when it shuts down while a thread waits for it.
+        """
+        deadline = time.monotonic() + _END_SECONDS
+        while not self._ended.is_set() and time.monotonic() < deadline:
+            kill_actors(_CONTROLLER)  # not there yet if the thread has only begun; its workers end with it
+            self._ended.wait(_END_POLL_SECONDS)
 
     def _fit(self) -> None:
         try:

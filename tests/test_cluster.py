@@ -1,7 +1,8 @@
-"""Work on data as tasks on a real Ray: in order, by itself again after a death, and with the same result."""
+"""What the driver asks of a real Ray: work on data as tasks, in order and done again after a death; actors ended."""
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import ray
 from test_data_prepare import Case, alpaca_records, rows_of
 from transformers import PreTrainedTokenizerFast
 
-from ft_service.cluster import spread
+from ft_service.cluster import kill_actors, spread
 from ft_service.data import prepare
 from ft_service.data.prepare import prepare_dataset
 from ft_service.data.read import ShardChanged, scan
@@ -21,11 +22,14 @@ from ft_service.model.scratch import train_tokenizer
 pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).resolve().parents[1]
+SECONDS = 60
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_cpus() -> Iterator[None]:
-    environment = {"PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
@@ -34,6 +38,42 @@ def two_cpus() -> Iterator[None]:
         finally:
             ray.shutdown()
 
+
+# -- actors ----------------------------------------------------------------------------------------------------------
+
+
+class Controller:
+    def run(self) -> None:
+        threading.Event().wait()
+
+
+class Other:
+    def answer(self) -> str:
+        return "here"
+
+
+def test_a_killed_actor_leaves_nobody_waiting_and_others_live() -> None:
+    make = ray.remote(num_cpus=0)
+    controller, other = make(Controller).remote(), make(Other).remote()
+    assert ray.get(other.answer.remote()) == "here"
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            ray.get(controller.run.remote())
+        except ray.exceptions.RayActorError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    kill_actors("Controller")
+    waiting.join(SECONDS)
+    assert not waiting.is_alive() and errors
+    assert ray.get(other.answer.remote()) == "here"
+    kill_actors("Controller")  # there is none any more
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
 
 # The tasks are closures: Ray then sends their code, rather than the name of a module that its workers do not have.
 
