@@ -53,7 +53,7 @@ def _figures(judgement: Judgement) -> list[str]:
 def _show(finding: Finding, waived: str | None, console: Console) -> None:
     color = _COLORS[finding.severity]
     console.print(
-        f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count:,} ({finding.share:.1%})",
+        f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count:,} ({finding.percent})",
         highlight=False,
     )
     for text in (finding.message, f"{finding.why} {finding.cure}", f"Accepted: {waived}" if waived else ""):

@@ -56,4 +56,4 @@ def _told(finding: Finding) -> str:
     more = f"; and {finding.count - _SHOWN_PLACES} more" if finding.count > _SHOWN_PLACES else ""
     message = f" {finding.message}" if finding.message else ""
     found = f"\n    {places}{more}" if places else ""
-    return f"  - {finding.code} ({finding.count:,}, {finding.share:.1%}):{message} {finding.why} {finding.cure}{found}"
+    return f"  - {finding.code} ({finding.count:,}, {finding.percent}):{message} {finding.why} {finding.cure}{found}"

@@ -37,6 +37,11 @@ class Finding(_Said):
     cure: str
     message: str = Field(default="", description="What was found, where a count does not say it.")
 
+    @property
+    def percent(self) -> str:
+        """The share as people read it: what is there never looks like nothing."""
+        return "<0.1%" if 0 < self.share < 0.0005 else f"{self.share:.1%}"
+
 
 class SourceCount(_Said):
     """What one source holds."""
