@@ -31,10 +31,9 @@ def judged(records: Sequence[Record], look: bool = True, **settings: object) -> 
     """The judgement over records and all hits, at once and late."""
     gate = judge(**settings)
     hits = [hit for one in records for hit in gate.see(one)]
-    looks = gate.second_look() if look else None
-    if looks is not None:
-        for one in records:
-            looks.see(one)
+    looks = gate.second_look()
+    for one in records if look else ():
+        looks.see(one)
     return gate.close(looks, hits.append), hits
 
 

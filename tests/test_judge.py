@@ -9,7 +9,31 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ft_service.chat import ROLES, ChatFormat, Message
-from ft_service.data.judge import CODES, LEFT_OUT, Fault, Hit, Judge, Judgement, Record, Source, Tokens, with_tokens
+from ft_service.data.judge import (
+    CODES,
+    LEFT_OUT,
+    Fault,
+    Hit,
+    Judge,
+    Judgement,
+    Looks,
+    Record,
+    Source,
+    Tokens,
+    with_tokens,
+)
+    CODES,
+    LEFT_OUT,
+    Fault,
+    Hit,
+    Judge,
+    Judgement,
+    Looks,
+    Record,
+    Source,
+    Tokens,
+    with_tokens,
+)
 from ft_service.data.judge.facts import FACTS
 from ft_service.data.judge.judge import FIRST_PLACES, rights_and_size
 from ft_service.data.judge.records import place_key, place_of
@@ -137,10 +161,10 @@ def test_a_judge_may_be_closed_twice_and_go_on() -> None:
     gate = judge()
     for one in clean_records(30):
         gate.see(one)
-    assert gate.close() == gate.close()
+    assert gate.close(Looks()) == gate.close(Looks())
     for one in clean_records(30, seed=1):
         gate.see(replace(one, line=one.line + 30))
-    assert gate.close().read == 60
+    assert gate.close(Looks()).read == 60
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ def with_others(*pairs: tuple[str, str], language: str = "en") -> list[Record]:
 
 
 def repeated(records: list[Record], look: bool = True) -> dict[str, list[int]]:
-    judgement, hits = judged(records, look)
-    assert judgement.looked_again == look
+    _, hits = judged(records, look)
     codes = ("quality.exact-duplicate", "quality.near-duplicate", "quality.contradiction")
     return {code.removeprefix("quality."): found for code in codes if (found := lines(hits, code))}
 

@@ -253,7 +253,7 @@ class Wanted:
 
 def look_again(work: Work, wanted: Wanted) -> Looks:
     """Read some records of a shard once more. Raises `ShardChanged`."""
-    looks = Looks(wanted.keys)
+    looks = Looks(wanted.keys.tolist())
     for record in work.records(wanted.shard, wanted.lines.__contains__):
         looks.see(record)
     return looks

@@ -20,7 +20,7 @@ MOST_LABELS, LABEL_REPEATS = 100, 10
 """Answers are labels where there are at most 100 kinds, each given ten times on average."""
 
 
-def judge_balance(facts: Facts, looks: Looks | None = None) -> tuple[dict[str, Entropy], Iterator[Hit]]:
+def judge_balance(facts: Facts, looks: Looks) -> tuple[dict[str, Entropy], Iterator[Hit]]:
     """Entropy figures, and hits on the records of the few kinds that dominate. `looks` lends examples."""
     keys, train = facts["key"], ~facts["validation"]
     if not train.any():
@@ -36,7 +36,7 @@ def judge_balance(facts: Facts, looks: Looks | None = None) -> tuple[dict[str, E
         judged.append(("question openings", "balance.templates", kinds, "questions begin"))
     entropies, hits = {}, []
     for name, code, kinds, what in judged:
-        examples = {} if looks is None else looks.questions if code == "balance.templates" else looks.answers
+        examples = looks.questions if code == "balance.templates" else looks.answers
         entropy = entropy_of(kinds.counts)
         largest = int(keys[rows[kinds.members(1)[0]]])
         entropies[name] = entropy.model_copy(update={"largest": examples.get(largest, "")})

@@ -4,7 +4,7 @@ MinHash only proposes pairs (`suspects`). Whether two records are near-same is d
 are read a second time for it (`Looks`): by the Jaccard similarity of their shingles, and by their numbers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +62,8 @@ class Looks:
     instruction, a passage), and the words of a template.
     """
 
-    def __init__(self, wanted: np.ndarray) -> None:
-        self._wanted = frozenset(wanted.tolist())
+    def __init__(self, wanted: Iterable[int] = ()) -> None:
+        self._wanted = frozenset(wanted)
         self._prompts: dict[int, _Prompt] = {}
         self._outputs: dict[int, np.ndarray] = {}
         self.questions: dict[int, str] = {}
@@ -252,9 +252,7 @@ def _blocks(pairs: np.ndarray) -> Iterator[np.ndarray]:
 # -- what comes of it ------------------------------------------------------------------------------------------------
 
 
-def judge_repeats(
-    facts: Facts, repeats: Repeats, looks: Looks | None, say_place: Callable[[int], str]
-) -> Iterator[Hit]:
+def judge_repeats(facts: Facts, repeats: Repeats, looks: Looks, say_place: Callable[[int], str]) -> Iterator[Hit]:
     """Exact duplicates, near-duplicates, contradictions, and training records that validation repeats."""
     keys, validation = facts["key"].tolist(), facts["validation"]
 
@@ -302,7 +300,7 @@ def _copies_across(exact: np.ndarray, validation: np.ndarray) -> set[tuple[int, 
     return set(zip(held_out[first[at[found]]].tolist(), train[found].tolist(), strict=True))
 
 
-def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+def _decide(facts: Facts, repeats: Repeats, looks: Looks) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Pairs that are near-same as a whole, and pairs with (near-)same prompts whose answers differ."""
     key, prompt, output = facts["key"], facts["prompt"], facts["output"]
     numbers = facts["prompt_numbers"].astype(np.uint64) << np.uint64(32) | facts["output_numbers"]
@@ -310,19 +308,18 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
 
     Same = Callable[[int, int], bool | None]
 
-    def same(equal: np.ndarray, look: Same | None, a: int, b: int) -> bool | None:
+    def same(equal: np.ndarray, look: Same, a: int, b: int) -> bool | None:
         """Whether prompts or answers are (near-)same; None where nobody looked and it cannot be told otherwise."""
         if equal[a] == equal[b]:
             return True
         if equal is output and max(length[a], length[b]) < SHORT_FROM:
             return False
-        return look(int(key[a]), int(key[b])) if look else None
+        return look(int(key[a]), int(key[b]))
 
-    prompts, outputs = (looks.same_prompt, looks.same_output) if looks is not None else (None, None)
     near = set()
     for a, b, estimate in _estimated(facts, "whole_signature", repeats.whole_pairs):
-        if numbers[a] == numbers[b] or (looks is not None and looks.are_long(int(key[a]), int(key[b]))):
-            both = same(prompt, prompts, a, b), same(output, outputs, a, b)
+        if numbers[a] == numbers[b] or looks.are_long(int(key[a]), int(key[b])):
+            both = same(prompt, looks.same_prompt, a, b), same(output, looks.same_output, a, b)
             if all(both) or (False not in both and estimate >= NEAR_SAME):
                 near.add((a, b))
     open_ended = _open_ended(prompt, output)
@@ -330,9 +327,9 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks | None) -> tuple[set[tu
     for a, b, estimate in _estimated(facts, "prompt_signature", repeats.prompt_pairs):
         if prompt_numbers[a] != prompt_numbers[b] or prompt[a] in open_ended or prompt[b] in open_ended:
             continue
-        same_prompt = same(prompt, looks.same_question if looks is not None else None, a, b)
+        same_prompt = same(prompt, looks.same_question, a, b)
         if same_prompt or (same_prompt is None and estimate >= NEAR_SAME):
-            if numbers[a] == numbers[b] and same(output, outputs, a, b):
+            if numbers[a] == numbers[b] and same(output, looks.same_output, a, b):
                 near.add((a, b))
             elif (a, b) not in near:
                 disagreeing.add((a, b))

@@ -111,7 +111,6 @@ class Judgement(_Said):
     signal: Signal
     entropy: dict[str, Entropy] = Field(description="Of openings of answers, templates of questions, and labels.")
     size: SizeAdvice
-    looked_again: bool = Field(description="Whether near-duplicates were confirmed by reading them again.")
 
     def finding(self, code: str) -> Finding | None:
         """The finding of that code, if there is one."""

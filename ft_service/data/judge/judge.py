@@ -177,14 +177,14 @@ class Judge:
         """What to read again: the records that may repeat each other, and the first of those that stand out."""
         facts, repeats = self._freeze()
         tally = Tally()
-        for hit in chain(judge_style(facts), judge_balance(facts)[1]):
+        for hit in chain(judge_style(facts), judge_balance(facts, Looks())[1]):
             tally.add(hit)
         shown = [hit.key for code in tally.counts for hit in tally.first(code)]
         for column in ("output", "output_opening", "prompt_opening"):  # balance tells an example of each
             shown += _first_of_the_largest(facts, column)
-        return Looks(np.concatenate([suspects(facts, repeats), np.array(shown, dtype=np.uint64)]))
+        return Looks([*suspects(facts, repeats).tolist(), *shown])
 
-    def close(self, looks: Looks | None = None, note: Callable[[Hit], None] = lambda hit: None) -> Judgement:
+    def close(self, looks: Looks, note: Callable[[Hit], None] = lambda hit: None) -> Judgement:
         """The judgement. Every hit that only the whole shows goes to `note`; the others came from `see`."""
         facts, repeats = self._freeze()
         tally = Tally()
@@ -193,7 +193,7 @@ class Judge:
         entropy, hits = judge_balance(facts, looks)
         repeated = judge_repeats(facts, repeats, looks, self.say_place)
         for hit in chain(hits, judge_style(facts), repeated):
-            if looks is not None and not hit.excerpt:
+            if not hit.excerpt:
                 hit = Hit(hit.code, hit.key, hit.detail, looks.excerpt(hit.key))
             tally.add(hit)
             if hit.code in self._leaves_out:
@@ -228,7 +228,6 @@ class Judge:
             signal=signal,
             entropy=entropy,
             size=size,
-            looked_again=looks is not None,
         )
 
     def say_place(self, key: int) -> str:
