@@ -22,18 +22,6 @@ from ft_service.data.judge import (
     Tokens,
     with_tokens,
 )
-    CODES,
-    LEFT_OUT,
-    Fault,
-    Hit,
-    Judge,
-    Judgement,
-    Looks,
-    Record,
-    Source,
-    Tokens,
-    with_tokens,
-)
 from ft_service.data.judge.facts import FACTS
 from ft_service.data.judge.judge import FIRST_PLACES, rights_and_size
 from ft_service.data.judge.records import place_key, place_of
