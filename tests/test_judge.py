@@ -287,7 +287,7 @@ def test_the_gravest_findings_come_first() -> None:
     for one in [*clean_records(60), record("Mail?", "Write to taro@mail.co.jp, it is said.", 61)]:
         gate.see(one)
     gate.see(record("Key?", "Use AKIAIOSFODNN7ABCDEFG in the north of the town.", 62))
-    severities = [finding.severity for finding in gate.close().findings]
+    severities = [finding.severity for finding in gate.close(Looks()).findings]
     assert severities == sorted(severities, key=["fail", "warn", "info"].index) and set(severities) == {
         "fail",
         "warn",
