@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ft_service.chat import ChatFormat
-from ft_service.data.judge import EvaluationSets, Hit, Judge, Judgement, Record, Source, read_source, with_tokens
+from ft_service.data.encode import Encoder
+from ft_service.data.judge import EvaluationSets, Hit, Judge, Judgement, Source, read_source
 from ft_service.data.judge.records import place_of
 from ft_service.data.read import scan
 from ft_service.model.scratch import train_tokenizer
@@ -465,7 +466,9 @@ def judge(lines: list[bytes], held_out: list[Pair], chat: ChatFormat, folder: Pa
     def note(hit: Hit) -> None:
         hits[hit.code].add(place_of(hit.key)[2])
 
-    records: list[Record] = with_tokens(list(read_source(0, source)), chat, MAX_SEQ_LEN)
+    read = list(read_source(0, source))
+    encoded = Encoder(chat.tokenizer, chat, MAX_SEQ_LEN)(read)
+    records = [replace(record, tokens=tokens) for record, (tokens, _) in zip(read, encoded, strict=True)]
     for record in records:
         for hit in gate.see(record):
             note(hit)

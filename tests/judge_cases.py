@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ft_service.chat import Message
+from ft_service.chat import ChatFormat, Message
+from ft_service.data.encode import Encoder
 from ft_service.data.judge import Hit, Judge, Judgement, Record, Source
 
 Pair = tuple[str, str]
@@ -35,6 +37,12 @@ def judged(records: Sequence[Record], look: bool = True, **settings: object) -> 
     for one in records if look else ():
         looks.see(one)
     return gate.close(looks, hits.append), hits
+
+
+def with_tokens(records: Sequence[Record], chat: ChatFormat, max_seq_len: int) -> list[Record]:
+    """The records as they come to the judge after they were encoded."""
+    encoded = Encoder(chat.tokenizer, chat, max_seq_len)(records)
+    return [replace(one, tokens=tokens) for one, (tokens, _) in zip(records, encoded, strict=True)]
 
 
 def lines(hits: Sequence[Hit], code: str) -> list[int]:

@@ -20,7 +20,6 @@ from ft_service.data.judge import (
     Record,
     Source,
     Tokens,
-    with_tokens,
 )
 from ft_service.data.judge.facts import FACTS
 from ft_service.data.judge.judge import FIRST_PLACES, rights_and_size
@@ -28,7 +27,7 @@ from ft_service.data.judge.records import place_key, place_of
 from ft_service.data.judge.size import advise
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
-from tests.judge_cases import chat, clean_pairs, clean_records, judge, judged, lines, record, text
+from tests.judge_cases import chat, clean_pairs, clean_records, judge, judged, lines, record, text, with_tokens
 
 
 @pytest.fixture(scope="module")

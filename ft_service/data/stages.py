@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ft_service.chat import ChatFormat, Example, encode_texts
-from ft_service.data.judge import EvaluationSets, Hit, Judge, Looks, Record, Source, Tokens, count, records_of
+from ft_service.chat import ChatFormat, Example
+from ft_service.data.encode import Encoder
+from ft_service.data.judge import EvaluationSets, Hit, Judge, Looks, Record, Source, records_of
 from ft_service.data.judge.judge import Seen
 from ft_service.data.pack import pack_lengths
 from ft_service.data.read import Shard
@@ -126,7 +127,7 @@ def examine(work: Work, item: tuple[int, Shard]) -> Examined:
     if work.storage.exists(f"{work.place(number)}/{_MARKER}"):
         told = work.storage.read_json(f"{work.place(number)}/{_MARKER}")
         return Examined(number, sum(told["read"].values()), told["tokens"])
-    judge, encode = work.judge(), _Encoder(work)
+    judge, encode = work.judge(), Encoder(work.tokenizer, work.chat(), work.max_seq_len)
     tokens = 0
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as files:
         folder = Path(temporary, "shard")
@@ -178,39 +179,6 @@ def hits_of(file: Path) -> Iterator[list[Hit]]:
 def _line_of(hits: Iterable[Hit]) -> str:
     values = [[hit.code, hit.key, hit.detail, hit.excerpt] for hit in hits]
     return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-class _Encoder:
-    """Records to examples, with their lengths before max_seq_len cuts them; many at a time use all cores."""
-
-    def __init__(self, work: Work) -> None:
-        self._work, self._chat = work, work.chat()
-
-    def __call__(self, records: Sequence[Record]) -> Iterator[tuple[Tokens | None, list[Example]]]:
-        tokenizer, longest = self._work.tokenizer, self._work.max_seq_len
-        if tokenizer is None:
-            return ((None, []) for _ in records)
-        conversations = [record.item for record in records if isinstance(record.item, tuple)]
-        texts = [record.item for record in records if isinstance(record.item, str)]
-        whole = iter(self._chat.encode_batch(conversations) if self._chat is not None else [])
-        pieces = iter(encode_texts(tokenizer, texts, longest) if texts else [])
-        return (self._of(record, whole, pieces, longest) for record in records)
-
-    def _of(
-        self, record: Record, whole: Iterator[Example], pieces: Iterator[list[Example]], longest: int
-    ) -> tuple[Tokens | None, list[Example]]:
-        if isinstance(record.item, str):
-            made = next(pieces)
-            total = sum(len(example.input_ids) for example in made)
-            loss = sum(example.num_loss_tokens for example in made)
-            return Tokens(total, loss, total, loss, ends=True), made
-        if record.item is None or self._chat is None:
-            return None, []
-        example = next(whole)
-        tokens = count(example, longest, self._chat.end_of_turn_ids)
-        if len(example.input_ids) > longest:
-            example = Example(example.input_ids[:longest], example.loss_mask[:longest], truncated=True)
-        return tokens, [example]
 
 
 class _Examples:

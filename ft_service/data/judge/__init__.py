@@ -6,7 +6,7 @@ from ft_service.data.judge.findings import Finding, Judgement, Place
 from ft_service.data.judge.form import Hit
 from ft_service.data.judge.judge import Judge
 from ft_service.data.judge.leakage import EvaluationSets
-from ft_service.data.judge.records import Record, Source, Tokens, count, read_source, records_of, with_tokens
+from ft_service.data.judge.records import Record, Source, Tokens, read_source, records_of
 from ft_service.data.read import Fault
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "Record",
     "Source",
     "Tokens",
-    "count",
     "read_source",
     "records_of",
-    "with_tokens",
 ]

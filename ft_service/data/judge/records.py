@@ -1,11 +1,10 @@
 """The records that the gate sees: one type for all of them, also for those that could not be read or converted."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from ft_service.chat import ChatFormat, Example, encode_texts
 from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.read import Fault, Scan, Shard, Wants, read_shard, scan
 from ft_service.errors import DataError
@@ -147,37 +146,3 @@ def to_record(
         return Record(number, file, line, convert(raw, source), raw=raw, split=split)
     except BadRecord as error:
         return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)
-
-
-# -- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def with_tokens(records: Sequence[Record], chat: ChatFormat, max_seq_len: int) -> list[Record]:
-    """The records with their lengths in tokens; many at a time use all cores. Whoever encodes anyway uses `count`."""
-    conversations = [record.item for record in records if isinstance(record.item, tuple)]
-    texts = [record.item for record in records if isinstance(record.item, str)]
-    encoded = iter(chat.encode_batch(conversations))
-    pieces = iter(encode_texts(chat.tokenizer, texts, max_seq_len) if texts else [])
-    counted = []
-    for record in records:
-        if isinstance(record.item, tuple):
-            record = replace(record, tokens=count(next(encoded), max_seq_len, chat.end_of_turn_ids))
-        elif isinstance(record.item, str):
-            examples = next(pieces)
-            total = sum(len(example.input_ids) for example in examples)
-            loss = sum(example.num_loss_tokens for example in examples)
-            record = replace(record, tokens=Tokens(total, loss, total, loss, ends=True))
-        counted.append(record)
-    return counted
-
-
-def count(example: Example, max_seq_len: int, end_of_turn_ids: Sequence[int]) -> Tokens:
-    """Lengths of a conversation that was encoded whole (without a limit)."""
-    kept = example.input_ids[:max_seq_len]
-    return Tokens(
-        total=len(example.input_ids),
-        loss=example.num_loss_tokens,
-        kept=len(kept),
-        kept_loss=sum(example.loss_mask[1:max_seq_len]),
-        ends=example.loss_mask[len(kept) - 1] and kept[-1] in end_of_turn_ids and len(kept) == len(example.input_ids),
-    )
