@@ -24,8 +24,6 @@ _CONTROLLER = "TrainController"
 """Ray Train's actor that makes the workers; the only one that the driver makes."""
 _CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
-
-
 _PASSING = (StorageError, ModelUnreachableError)
 """What one worker could not reach may answer the next one."""
 
@@ -81,7 +79,10 @@ class WorkerGroup:
         """
         deadline = time.monotonic() + _END_SECONDS
         while not self._ended.is_set() and time.monotonic() < deadline:
-            kill_actors(_CONTROLLER)  # not there yet if the thread has only begun; its workers end with it
+            try:
+                kill_actors(_CONTROLLER)  # not there yet if the thread has only begun; its workers end with it
+            except Exception as error:  # Ray raises many kinds; why the run ends must not be lost for it
+                print(f"The workers could not be ended yet: {error}", file=sys.stderr, flush=True)
             self._ended.wait(_END_POLL_SECONDS)
 
     def _fit(self) -> None:
