@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def test_private_data_is_masked_wherever_it_is_told(base: Path, tmp_path: Path) 
 VALUES = st.one_of(st.text(max_size=20), st.none(), st.integers(), st.sampled_from(["", " ", "same", "同じ"]))
 LINES = st.one_of(
     st.fixed_dictionaries(
-        {"instruction": VALUES, "output": VALUES}, optional={"input": VALUES, "id": st.integers()}
+        {"instruction": VALUES, "output": VALUES},
+        optional={"input": VALUES, "id": st.sampled_from([1, "a", "half a pair: \ud83d"])},
     ).map(json.dumps),
     st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=20),
 )
@@ -149,7 +151,12 @@ def test_a_cleaned_copy_holds_the_rest_in_order_and_is_clean(
     path.write_text("\n".join(lines), encoding="utf-8")
     judgement = clean(spec_of(base, path), folder / "out")
     kept = [json.loads(line) for line in (folder / "out" / "0-a.jsonl").read_text(encoding="utf-8").splitlines()]
-    gone = {json.loads(line)["line"] for line in (folder / "out" / "left_out.jsonl").read_text().splitlines()}
+    left_out = [json.loads(line) for line in (folder / "out" / "left_out.jsonl").read_text().splitlines()]
+    gone = {told["line"] for told in left_out}
+    for told in left_out:
+        with suppress(ValueError):
+            written = json.loads(lines[told["line"] - 1])
+            assert told.get("record") == (written if isinstance(written, dict) else None)
     expected = [json.loads(line) for number, line in enumerate(lines, 1) if line.strip() and number not in gone]
     assert kept == expected and judgement.read == len(kept) + len(gone)
     again = judged(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")

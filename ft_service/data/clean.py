@@ -1,9 +1,10 @@
 """A cleaned copy of the data: what cannot be trained on, and exact copies, are left out, and each decision is told."""
 
 import json
-import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from ft_service.data.judge import Judgement
 from ft_service.data.judging import QUARANTINE_FILE
@@ -14,7 +15,8 @@ from ft_service.errors import UsageError
 from ft_service.spec import RunSpec
 
 DECISIONS_FILE = "left_out.jsonl"
-"""A line for each record that is left out: ``{code, reason, file, line, source}``."""
+"""A line for each record that is left out: ``{code, reason, file, line, source, excerpt, record}``, the record whole
+where it could be read."""
 
 
 def clean(spec: RunSpec, out: Path, run: Run = here) -> Judgement:
@@ -32,24 +34,36 @@ def clean(spec: RunSpec, out: Path, run: Run = here) -> Judgement:
         judged.mkdir()
         judgement = judge_dataset(spec, None, judged, run=run)
         left_out = _left_out(judged / QUARANTINE_FILE)
-        for number, source in enumerate(all_sources(spec)):
-            name = f"{number}-{Path(source.path.replace(':', '-')).stem}.jsonl"
-            with (made / name).open("w", encoding="utf-8") as file:
-                for shard in scan(number, source).shards:
-                    gone = left_out.get((number, shard.path), set())
-                    for line, raw in read_shard(shard, source):
-                        if not isinstance(raw, Fault) and line not in gone:
-                            file.write(json.dumps(raw, ensure_ascii=False, default=str) + "\n")
-        os.replace(judged / QUARANTINE_FILE, made / DECISIONS_FILE)
+        with _opened(made / DECISIONS_FILE) as decisions:
+            for number, source in enumerate(all_sources(spec)):
+                name = f"{number}-{Path(source.path.replace(':', '-')).stem}.jsonl"
+                with _opened(made / name) as kept:
+                    for shard in scan(number, source).shards:
+                        for line, raw in read_shard(shard, source):
+                            told = left_out.get((number, shard.path, line))
+                            if told is not None:
+                                record = {} if isinstance(raw, Fault) else {"record": raw}
+                                _write(decisions, {**json.loads(told), **record})
+                            elif not isinstance(raw, Fault):
+                                _write(kept, raw)
         made.rename(out)
     return judgement
 
 
-def _left_out(quarantine: Path) -> dict[tuple[int, str], set[int]]:
-    """Numbers of the records that are left out, by source and file: a file may be in two sources."""
-    found: dict[tuple[int, str], set[int]] = {}
+def _left_out(quarantine: Path) -> dict[tuple[int, str, int], str]:
+    """The lines of the quarantine by source, file and number of the record: a file may be in two sources."""
+    found = {}
     with quarantine.open(encoding="utf-8") as stream:
         for line in stream:
             told = json.loads(line)
-            found.setdefault((told["source"], told["file"]), set()).add(told["line"])
+            found[told["source"], told["file"], told["line"]] = line
     return found
+
+
+def _opened(file: Path) -> TextIO:
+    """For JSON: half a surrogate pair, which UTF-8 has no bytes for, is then written as JSON's own escape of it."""
+    return file.open("w", encoding="utf-8", errors="backslashreplace")
+
+
+def _write(stream: TextIO, value: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")

@@ -21,7 +21,7 @@ JUDGEMENT_FILE = "judgement.json"
 FINDINGS_FILE = "findings.jsonl"
 """Every place of every finding on records: ``{code, file, line, detail, excerpt}``."""
 QUARANTINE_FILE = "quarantine.jsonl"
-"""Every record that is left out: ``{code, reason, file, line, source}``; sources are numbered from 0."""
+"""Every record that is left out: ``{code, reason, file, line, source, excerpt}``; sources are numbered from 0."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class _Notes:
                 "file": place.file,
                 "line": place.line,
                 "source": source,
+                "excerpt": place.excerpt,
             }
             _line(self._quarantine, told)
 

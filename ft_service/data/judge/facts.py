@@ -59,7 +59,6 @@ FACTS = np.dtype(
         ("register", "u1"),
         ("shape", "u1"),
         ("validation", "?"),
-        ("ends", "?"),
         ("cjk", "?"),
         ("prompt_signature", "u4", SIGNATURE),
         ("whole_signature", "u4", SIGNATURE),
@@ -103,7 +102,6 @@ class FactTable:
                 REGISTERS.index(register(record.output)),
                 SHAPES.index(shape(record.output)),
                 record.split == "validation",
-                tokens.ends if tokens else False,
                 is_cjk(record.output),
             )
         )
