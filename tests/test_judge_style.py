@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ft_service.data.judge import Hit, Record
+from ft_service.data.judge import Hit, Looks, Record
 from ft_service.data.judge.balance import entropy_of
 from ft_service.data.judge.facts import ending, register, shape
 from ft_service.data.judge.text import language
@@ -117,7 +117,7 @@ def test_each_source_is_judged_by_itself() -> None:
     second = [Record(1, 0, one.line, one.item) for one in japanese]
     gate = Judge([Source(name, (name,), source="s", license="MIT") for name in ("en.jsonl", "ja.jsonl")])
     hits = [hit for one in [*english, *second] for hit in gate.see(one)]
-    judgement = gate.close(None, hits.append)
+    judgement = gate.close(Looks(), hits.append)
     assert hits == [] and [(s.path, s.read, s.usable) for s in judgement.sources] == [
         ("en.jsonl", 100, 100),
         ("ja.jsonl", 100, 100),
