@@ -107,7 +107,7 @@ def prepare(world: Path, subject: Subject, run_id: str, num_steps: int, every: i
 name: cost
 model: {{base: {world}/base}}
 method: {subject.method}
-data: {{train: [{{path: {world}/train.jsonl}}], max_seq_len: {ROW_TOKENS}}}
+data: {{train: [{{path: {world}/train.jsonl, source: made up, license: CC0-1.0}}], max_seq_len: {ROW_TOKENS}}}
 train: {{max_steps: {num_steps}, global_batch_size: {subject.rows_per_step}}}
 parallel: {{num_workers: {NUM_WORKERS}, use_gpu: false, zero_stage: {subject.zero_stage}}}
 checkpoint: {{every_steps: {"null" if every is None else every}}}
