@@ -47,7 +47,10 @@ def prepared_run(world: Path, run_id: str, num_workers: int, **settings: object)
 name: words
 model: {{base: {world}/base}}
 method: {{type: lora, lora_rank: 4}}
-data: {{train: [{{path: {world}/train.jsonl, source: made up, license: CC0-1.0}}], validation: {{fraction: 0.2}}, max_seq_len: 128}}
+data:
+  train: [{{path: {world}/train.jsonl, source: made up, license: CC0-1.0}}]
+  validation: {{fraction: 0.2}}
+  max_seq_len: 128
 train: {{max_steps: 4, global_batch_size: 4, learning_rate: 1e-2, validate_every_steps: 2, precision: fp32}}
 parallel: {{num_workers: {num_workers}, use_gpu: false}}
 storage: {world}/storage
