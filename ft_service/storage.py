@@ -213,7 +213,8 @@ class Storage:
         """A folder of this machine that holds `path`: the folder itself, or a download of it.
 
         A download lands under `cache` (default ``~/.cache/ft_service``) and is kept: what is fetched this way is
-        content-addressed, so it never goes stale.
+        content-addressed, so it never goes stale. Of a folder and one inside it only one may be kept in the same
+        cache: the inner one would be taken for all of the outer.
         """
         if self.is_local:
             return Path(self._full(path))

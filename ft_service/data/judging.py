@@ -1,6 +1,7 @@
 """From shards to a judgement: every shard is examined, and what was seen of all of them is judged as one."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,9 @@ def judge_shards(
         records += examined.records
         say(f"Data: shard {examined.number + 1} of {len(shards)}, {records:,} records read")
     judge = work.judge(fraction=fraction, seed=seed)
-    with _Notes(folder, judge) as notes:
+    with tempfile.TemporaryDirectory(prefix="ft-data-") as fetched, _Notes(folder, judge) as notes:
         for number in range(len(shards)):
-            seen, hits = seen_of(work, number)
+            seen, hits = seen_of(work, number, Path(fetched))
             judge.absorb(seen, notes.taking(hits))
         looks = judge.second_look()
         wanted = list(_wanted(shards, looks))
@@ -55,8 +56,9 @@ def judge_shards(
         for seen_again in run(look_again, work, wanted):
             looks.merge(seen_again)
         judgement = judge.close(looks, notes.note)
+        used = judge.used()
     (folder / JUDGEMENT_FILE).write_text(judgement.model_dump_json(indent=2), encoding="utf-8")
-    return Judged(judgement, *judge.used())
+    return Judged(judgement, *used)
 
 
 def for_run(judgement: Judgement, spec: RunSpec) -> Judgement:

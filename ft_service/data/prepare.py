@@ -26,7 +26,7 @@ from ft_service.data.judge.codes import RULES_VERSION
 from ft_service.data.judge.records import place_key
 from ft_service.data.judging import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
 from ft_service.data.read import Scan, Shard, scan
-from ft_service.data.stages import ROWS, Group, Packed, Run, Work, here, pack, tokens_of
+from ft_service.data.stages import ROWS, Group, Packed, Run, Work, here, pack, preparing, tokens_of
 from ft_service.errors import DataError, StorageError
 from ft_service.plan import DatasetFacts
 from ft_service.registry import DatasetRef
@@ -101,17 +101,17 @@ def prepare_dataset(
     inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
     digest = _dataset_digest(inputs, tokenizer)
     place = f"datasets/{digest}"
-    if storage.exists(f"{place}/{_MANIFEST}"):
-        say(f"Data: prepared before, {storage.uri(place)}")
-        dataset = open_dataset(storage, digest)
-        gate(for_run(dataset.judgement, spec), storage.local_folder(place) / _JUDGED)
-        return dataset
-    try:
-        _prepare(inputs, tokenizer, storage, place, say, run, gate)
-    except StorageError:
-        if not storage.exists(f"{place}/{_MANIFEST}"):
-            raise  # otherwise another run prepared the same data meanwhile, and has tidied up
-    return open_dataset(storage, digest)
+    if not storage.exists(f"{place}/{_MANIFEST}"):
+        try:
+            _prepare(inputs, tokenizer, storage, place, say, run, gate)
+            return open_dataset(storage, digest)
+        except (StorageError, OSError):
+            if not storage.exists(f"{place}/{_MANIFEST}"):
+                raise  # otherwise another run prepared the same data meanwhile, and has tidied up
+    say(f"Data: prepared before, {storage.uri(place)}")
+    dataset = open_dataset(storage, digest)
+    gate(for_run(dataset.judgement, spec), storage.local_folder(place) / _JUDGED)
+    return dataset
 
 
 def judge_dataset(
@@ -255,8 +255,7 @@ def _prepare(
         "sources": [source.model_dump(mode="json") for source in sources],
     }
     storage.write_json(f"{place}/{_MANIFEST}", manifest)
-    for number in range(len(shards)):
-        storage.delete(work.place(number))
+    storage.delete(preparing(place))
     return facts
 
 

@@ -37,7 +37,9 @@ Run = Callable[[Callable[["Work", Item], Result], "Work", Sequence[Item]], Itera
 """Runs a task for each item; gives the results in order."""
 
 BATCH_RECORDS = 1000
-_MARKER = "seen.json"
+_SEEN, _MARKER = "seen", "seen.json"
+_EXAMPLES, _EXAMPLES_FILE = "examples", "examples.arrow"
+"""What was seen of a shard goes to the driver, its examples to whoever packs them."""
 
 EXAMPLES = pa.schema(
     [
@@ -62,7 +64,7 @@ class Work:
 
     storage: Storage
     folder: str
-    """On storage; each shard has a folder in it."""
+    """On storage; what is wanted only until it is whole is `preparing` it, beside it."""
     inputs: tuple[DataSource, ...]
     """Training sources, then validation sources."""
     num_train: int
@@ -101,7 +103,12 @@ class Work:
 
     def place(self, number: int) -> str:
         """A shard's folder on storage."""
-        return f"{self.folder}/shard-{number:05}"
+        return f"{preparing(self.folder)}/shard-{number:05}"
+
+
+def preparing(folder: str) -> str:
+    """Where the shards of a dataset lie until it is whole: beside it, so that who fetches it never fetches them."""
+    return f"{folder}.preparing"
 
 
 def here(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]:
@@ -124,16 +131,18 @@ class Examined:
 def examine(work: Work, item: tuple[int, Shard]) -> Examined:
     """Read, judge and tokenise a shard, unless that was done before. Raises `ShardChanged`."""
     number, shard = item
-    if work.storage.exists(f"{work.place(number)}/{_MARKER}"):
-        told = work.storage.read_json(f"{work.place(number)}/{_MARKER}")
+    place = work.place(number)
+    if work.storage.exists(f"{place}/{_SEEN}/{_MARKER}"):
+        told = work.storage.read_json(f"{place}/{_SEEN}/{_MARKER}")
         return Examined(number, sum(told["read"].values()), told["tokens"])
     judge, encode = work.judge(), Encoder(work.tokenizer, work.chat(), work.max_seq_len)
     tokens = 0
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as files:
-        folder = Path(temporary, "shard")
+        folder, beside = Path(temporary, _SEEN), Path(temporary, _EXAMPLES)
         folder.mkdir()
+        beside.mkdir()
         hits = files.enter_context((folder / "hits.jsonl").open("w", encoding="utf-8", errors="surrogatepass"))
-        examples = files.enter_context(_Examples(folder / "examples.arrow")) if work.writes_examples else None
+        examples = files.enter_context(_Examples(beside / _EXAMPLES_FILE)) if work.writes_examples else None
         for batch in batched(work.records(shard), BATCH_RECORDS):
             encoded = encode(batch)
             used: list[tuple[int, list[Example]]] = []
@@ -151,18 +160,23 @@ def examine(work: Work, item: tuple[int, Shard]) -> Examined:
         np.save(folder / "facts.npy", seen.facts, allow_pickle=False)
         told = {"read": seen.read, "rendered": seen.rendered, "tokens": tokens}
         (folder / _MARKER).write_text(json.dumps(told), encoding="utf-8")
-        work.storage.put_folder(folder, work.place(number), marker=_MARKER)
+        if examples is not None:
+            work.storage.put_folder(beside, f"{place}/{_EXAMPLES}", marker=_EXAMPLES_FILE)
+        work.storage.put_folder(folder, f"{place}/{_SEEN}", marker=_MARKER)
     return Examined(number, sum(seen.read.values()), tokens)
 
 
 def tokens_of(work: Work, number: int) -> int:
     """Tokens of the examples of a shard that was examined."""
-    return int(work.storage.read_json(f"{work.place(number)}/{_MARKER}")["tokens"])
+    return int(work.storage.read_json(f"{work.place(number)}/{_SEEN}/{_MARKER}")["tokens"])
 
 
-def seen_of(work: Work, number: int) -> tuple[Seen, Iterator[list[Hit]]]:
-    """What was seen of a shard that was examined, and the hits of each record that has any."""
-    folder = work.storage.local_folder(work.place(number))
+def seen_of(work: Work, number: int, fetched: Path) -> tuple[Seen, Iterator[list[Hit]]]:
+    """What was seen of a shard that was examined, and the hits of each record that has any.
+
+    The files stay in use; from remote storage they are fetched below the folder `fetched`.
+    """
+    folder = work.storage.local_folder(f"{work.place(number)}/{_SEEN}", fetched)
     told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
     read = {int(source): records for source, records in told["read"].items()}
     facts = np.load(folder / "facts.npy", mmap_mode="r", allow_pickle=False)
@@ -255,12 +269,14 @@ class Packed:
 
 def pack(work: Work, group: Group) -> Packed:
     """Write the rows of a group, training and validation apart, into ``<folder>/rows-<number>/``."""
-    examples = _Flat([work.storage.local_folder(work.place(number)) / "examples.arrow" for number in group.shards])
-    at = np.minimum(np.searchsorted(group.keys, examples.keys), max(0, len(group.keys) - 1))
-    is_used = group.keys[at] == examples.keys if len(group.keys) else np.zeros(len(examples.keys), dtype=bool)
-    is_held_out = group.held_out[at] if len(group.keys) else is_used
-    found = []
     with tempfile.TemporaryDirectory() as temporary:
+        places = [f"{work.place(number)}/{_EXAMPLES}" for number in group.shards]
+        folders = [work.storage.local_folder(place, Path(temporary, "fetched")) for place in places]
+        examples = _Flat([folder / _EXAMPLES_FILE for folder in folders])
+        at = np.minimum(np.searchsorted(group.keys, examples.keys), max(0, len(group.keys) - 1))
+        is_used = group.keys[at] == examples.keys if len(group.keys) else np.zeros(len(examples.keys), dtype=bool)
+        is_held_out = group.held_out[at] if len(group.keys) else is_used
+        found = []
         folder = Path(temporary, "rows")
         folder.mkdir()
         for name, chosen in (("train", is_used & ~is_held_out), ("validation", is_used & is_held_out)):
