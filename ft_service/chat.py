@@ -12,11 +12,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.errors import DataError, ModelError
+from ft_service.words import word_ids
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -73,11 +75,21 @@ class Example:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, in which nothing is special. One call for many texts uses all cores."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return cast(list[list[int]], encoded["input_ids"])
+    """Token ids of each text, in which nothing is special. Many texts in one call are faster."""
+
+    def encode(some: Sequence[str]) -> list[list[int]]:
+        if not some:
+            return []
+        encoded = tokenizer(list(some), add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return cast(list[list[int]], encoded["input_ids"])
+
+    words = word_ids(tokenizer)
+    if words is None:
+        return encode(texts)
+    short = [words.takes(text) for text in texts]
+    from_words = iter(words.encode(list(compress(texts, short)), encode))
+    others = iter(encode([text for text, is_short in zip(texts, short, strict=True) if not is_short]))
+    return [next(from_words if is_short else others) for is_short in short]
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:

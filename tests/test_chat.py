@@ -1,5 +1,6 @@
 """Llama 3's chat format, held token by token against Meta's own code and against stock transformers."""
 
+import json
 from pathlib import Path
 
 import llama_models.llama3.tokenizer as meta_tokenizer
@@ -8,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_models.datatypes import RawMessage, StopReason
 from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from ft_service.chat import ChatFormat, Message, encode_texts, plain_ids, special_id
 from ft_service.errors import DataError, ModelError
 from ft_service.model.scratch import train_tokenizer
+from ft_service.words import word_ids
 
 TEXTS = {
     "one word": "hi",
@@ -271,6 +274,54 @@ def test_a_tokenizer_of_another_family_is_refused_by_name(small: PreTrainedToken
 @given(text=st.text(max_size=40))
 def test_decoding_gives_the_text_back(small: PreTrainedTokenizerFast, text: str) -> None:
     assert ChatFormat(small).decode([special_id(small, "<|eot_id|>"), *plain_ids(small, [text])[0]]) == text
+
+
+# -- words that come again ---------------------------------------------------------------------------------------------
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=60)
+PIECES = st.sampled_from(
+    [
+        "  ",
+        "\n\n ",
+        " \t",
+        "\x0b",
+        "\x1c",
+        "it's",
+        "IT'LL",
+        "'",
+        "12345",
+        "<|eot_id|>",
+        "f(x)=",
+        "Ünder",
+        "\u3000",
+        "日本",
+    ]
+)
+
+
+@settings(deadline=None)
+@given(texts=st.lists(ASCII | st.lists(PIECES | ASCII, max_size=8).map("".join), max_size=5))
+def test_ids_are_the_tokenizers_own(small: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    assert word_ids(small) is not None
+    assert plain_ids(small, texts) == [stock_ids(small, text) for text in texts]
+
+
+def test_a_tokenizer_that_cuts_text_otherwise_is_asked_for_whole_texts(small: PreTrainedTokenizerFast) -> None:
+    told = json.loads(small.backend_tokenizer.to_str())
+    bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    others = [
+        {**told, "normalizer": {"type": "NFC"}},
+        {**told, "pre_tokenizer": bytes_alone},
+        {**told, "added_tokens": [{**told["added_tokens"][0], "special": False}]},
+    ]
+    for other in others:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(other)))
+        assert word_ids(tokenizer) is None
+        assert plain_ids(tokenizer, ["It's  12345"]) == [stock_ids(tokenizer, "It's  12345")]
+
+
+def stock_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 # -- continued pretraining ---------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ def test_a_question_repeated_in_its_answer_is_found() -> None:
     "content",
     [
         "I'm sorry, but I can't help with that.",
+        "I'm not able to help with that.",
         "I’m sorry, but as an AI language model I cannot do so.",
         "As a large language model, I have no opinion.",
         "申し訳ありませんが、その質問にはお答えできません。",

@@ -9,6 +9,7 @@ from ft_service.spec import DataSource
 Conversation = tuple[Message, ...]
 
 _REQUIRED = {"alpaca": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+_COLUMNS = {name: name for name in ("instruction", "input", "output", "system", "messages", "text")}
 _EMPTY = ("form.empty-input", "form.empty-output")
 
 
@@ -25,10 +26,7 @@ class BadRecord(ValueError):
 
 def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str:
     """The conversation (formats alpaca and chat) or text (format text) of a record. Raises `BadRecord`."""
-    column = {
-        name: source.columns.get(name, name)
-        for name in ("instruction", "input", "output", "system", "messages", "text")
-    }
+    column = {**_COLUMNS, **source.columns}
     for name in _REQUIRED[source.format]:
         if column[name] not in record:
             there = ", ".join(map(str, record)) or "none"

@@ -26,7 +26,7 @@ Wants = Callable[[int], bool]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_PREFIX = "hub:"
-SHARD_BYTES = 32 * 2**20
+SHARD_BYTES = 8 * 2**20
 LONGEST_LINE_BYTES = 64 * 2**20
 """Of JSON lines, and of a field of CSV. A book has one or two million bytes."""
 LONGEST_ARRAY_BYTES = 256 * 2**20

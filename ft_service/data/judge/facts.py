@@ -14,6 +14,7 @@ import rensa
 from ft_service.data.judge.records import Record
 from ft_service.data.judge.text import (
     LANGUAGES,
+    all_shingles,
     fold,
     hash32,
     hash64,
@@ -21,7 +22,6 @@ from ft_service.data.judge.text import (
     language,
     numbers,
     opening,
-    shingles,
 )
 
 BANDS, BAND_ROWS = 12, 5
@@ -81,12 +81,12 @@ class FactTable:
     def add(self, record: Record) -> None:
         """Keep the facts of a usable record."""
         prompt, output = fold(record.prompt), fold(record.output)
-        tokens = record.tokens
+        content, tokens = _read_by_the_model(record), record.tokens
         self._rows.append(
             (
                 record.key,
-                hash64(_read_by_the_model(record) + _trained(record)),
-                hash64(_read_by_the_model(record)),
+                hash64(content + _trained(record)),
+                hash64(content),
                 hash64(prompt) if prompt else 0,
                 hash64(output),
                 hash32(numbers(record.prompt)),
@@ -106,7 +106,7 @@ class FactTable:
             )
         )
         prompt, output = prompt[:_COMPARED], output[:_COMPARED]
-        self._shingles += [shingles(prompt), shingles(prompt + output)]
+        self._shingles += [all_shingles(prompt), all_shingles(prompt + output)]
         self._waiting += len(self._shingles[-2]) + len(self._shingles[-1])
         if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
             self._flush()
@@ -251,6 +251,18 @@ _CASUAL = re.compile(
 )
 
 
+_CASUAL_WORDS = {
+    *("u", "gonna", "wanna", "gotta", "kinda", "sorta", "dunno", "lemme", "gimme", "y", "ain", "lol", "lmao", "omg"),
+    *("btw", "tbh", "imo", "idk", "thx", "pls", "plz", "yeah", "yep", "nope", "dude", "cuz", "ya"),
+}
+"""Of `_CASUAL`, cut at apostrophes."""
+_CASUAL_SIGNS = (
+    *("!!", "??", "!?", "?!"),
+    *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
+)
+_NO_LETTERS = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) == "_")}
+
+
 def register(output: str) -> str:
     """The tone: of Japanese polite or plain, by the ends of sentences; of English neutral or casual, by its words."""
     if is_cjk(output):
@@ -260,7 +272,15 @@ def register(output: str) -> str:
         return "none" if polite == plain else "polite" if polite > plain else "plain"
     if len(output) < WHOLE_FROM_LATIN or language(output) != "latin":
         return "none"
-    return "casual" if _CASUAL.search(output[:4000]) else "neutral"
+    return "casual" if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]) else "neutral"
+
+
+def _may_be_casual(text: str) -> bool:
+    """Whether `_CASUAL`, which is slow, can find anything at all."""
+    if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
+        return True
+    lower = text.lower()
+    return not _CASUAL_WORDS.isdisjoint(lower.translate(_NO_LETTERS).split()) or "haha" in lower
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")
@@ -284,7 +304,7 @@ def shape(output: str) -> str:
     text = text[:_LOOKED_AT]
     if "```" in text:
         return "code"
-    if len(_TABLE_LINE.findall(text)) >= _LIST_FROM:
+    if "|" in text and len(_TABLE_LINE.findall(text)) >= _LIST_FROM:
         return "table"
     if len(_LIST_LINE.findall(text)) >= _LIST_FROM:
         return "list"

@@ -168,8 +168,8 @@ _REFUSAL = re.compile(
     r"as an? (?:ai|artificial intelligence|large language|language)[ -](?:language )?(?:model|assistant)"
     r"|as an ai\b"
     r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model)"
-    r"|(?:^|[.!] |sorry,? (?:but )?)i (?:can(?:no|')t|am unable to|'m unable to|am not able to|'m not able to|won't|"
-    r"will not) (?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
+    r"|(?:^|[.!] |sorry,? (?:but )?)i(?: can(?:no|')t|(?: am|'m) (?:unable|not able) to| won't| will not) "
+    r"(?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
     r"|(?:^|。|私は|わたしは)、?(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として[、はの]|なので|ですので)"
     r"|申し訳(?:ありません|ございません|ない).{0,60}(?:できません|できかねます|いたしかねます|わかり(?:ません|かねます))"
     r"|(?:お答え|回答|お手伝い|対応|お応え|提供)(?:する)?(?:ことは|は)?(?:できません|できかねます|いたしかねます|致しかねます)",
@@ -186,6 +186,12 @@ _BOILERPLATE = re.compile(
     r"|お気軽に(?:お尋ね|ご質問|お問い合わせ|お聞き)",
     re.IGNORECASE,
 )
+_REFUSAL_HINTS = ("as a", "i'm ", "i am ", "i can", "i won't", "i will not")
+_BOILERPLATE_HINTS = (
+    *("certainly", "of course", "sure", "absolutely", "great question", "happy to"),
+    *("hope ", "let me know", "feel free", "hesitate", "anything else"),
+)
+"""In English neither says anything without one of these, and the patterns are slow."""
 _CURLY = str.maketrans("’‘", "''")
 
 
@@ -195,13 +201,22 @@ def stock_phrases(record: Record) -> Iterator[Hit]:
         return
     for output in record.outputs:
         output = output.strip().translate(_CURLY)
-        if found := _REFUSAL.search(output[:_STOCK_WITHIN]):
+        start, ending = output[:_STOCK_WITHIN], max(0, len(output) - _STOCK_WITHIN)
+        if found := _may_hold(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
             yield Hit("quality.refusal", record.key, f"says {found[0][:60]!r}", excerpt(output, found.start()))
             return
-        ending = max(0, len(output) - _STOCK_WITHIN)
-        if found := _BOILERPLATE.search(output[:_STOCK_WITHIN]) or _BOILERPLATE.search(output, ending):
+        if not _may_hold(start + output[ending:], _BOILERPLATE_HINTS):
+            continue
+        if found := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
             yield Hit("quality.boilerplate", record.key, f"says {found[0][:60]!r}", excerpt(output, found.start()))
             return
+
+
+def _may_hold(text: str, hints: Sequence[str]) -> bool:
+    if not text.isascii():
+        return True
+    lower = text.lower()
+    return any(hint in lower for hint in hints)
 
 
 def private_data(record: Record) -> Iterator[Hit]:

@@ -14,12 +14,15 @@ LANGUAGES: tuple[Language, ...] = ("none", "latin", "japanese", "chinese", "kore
 _CJK = "\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _KANA = re.compile("[\u3041-\u30fe]")
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
+_TWO_LETTERS = re.compile("[A-Za-z][^A-Za-z]*[A-Za-z]")
 _LATIN_LETTER = re.compile("[A-Za-z\u00c0-\u024f]")
 _HANGUL = re.compile("[\u1100-\u11ff\uac00-\ud7af]")
 _CYRILLIC = re.compile("[\u0400-\u052f]")
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _PUNCTUATION = re.compile(r"""[\s.,!?;:'"“”‘’、。・…「」『』()\[\]{}_~〜—–]+""")
+
+_ASCII_PUNCTUATION = {code: None for code in range(128) if _PUNCTUATION.match(chr(code))}
 
 SHINGLE_LATIN, SHINGLE_CJK = 5, 3
 """Characters. Five are about a word (Broder 1997; the usual choice for English); a Japanese character says more than a
@@ -32,6 +35,8 @@ CHINESE_FROM = 20
 
 def fold(text: str) -> str:
     """Letters, digits and operators alone: width, case, spaces and punctuation make no difference."""
+    if text.isascii():  # the same by another way, ten times as fast
+        return text.lower().translate(_ASCII_PUNCTUATION)
     return _PUNCTUATION.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -47,7 +52,8 @@ def hash32(text: str) -> int:
 
 def numbers(text: str) -> str:
     """The numbers in a text, in order: word problems that differ in them are different problems."""
-    return " ".join(found.replace(",", "") for found in _NUMBER.findall(unicodedata.normalize("NFKC", text)))
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return " ".join(_NUMBER.findall(plain)).replace(",", "")
 
 
 def has_cjk(text: str) -> bool:
@@ -66,7 +72,7 @@ def is_cjk(text: str) -> bool:
 def language(text: str) -> Language:
     """The script family of the larger part of the letters; "none" where there are hardly any."""
     if text.isascii():
-        return "latin" if len(_LATIN_LETTER.findall(text)) >= 2 else "none"
+        return "latin" if _TWO_LETTERS.search(text) else "none"
     weights: dict[Language, float] = {
         "latin": len(_LATIN_LETTER.findall(text)) / LATIN_LETTERS_PER_CJK_CHARACTER,
         "korean": len(_HANGUL.findall(text)),
@@ -90,9 +96,14 @@ def words(text: str) -> list[str]:
 
 def shingles(folded: str) -> np.ndarray:
     """Sorted distinct hashes, uint64, of the character n-grams of a folded text."""
+    return np.unique(all_shingles(folded))
+
+
+def all_shingles(folded: str) -> np.ndarray:
+    """Like `shingles`, as they stand in the text: for MinHash, to which order and repetition are nothing."""
     size = SHINGLE_CJK if is_cjk(folded) else SHINGLE_LATIN
     codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    return np.unique(_rolled(codes, size))
+    return _rolled(codes, size)
 
 
 def grams(text: str, size: int) -> np.ndarray:
