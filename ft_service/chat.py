@@ -76,20 +76,18 @@ class Example:
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, in which nothing is special. Many texts in one call are faster."""
-
-    def encode(some: Sequence[str]) -> list[list[int]]:
-        if not some:
-            return []
-        encoded = tokenizer(list(some), add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return cast(list[list[int]], encoded["input_ids"])
-
     words = word_ids(tokenizer)
-    if words is None:
-        return encode(texts)
-    short = [words.takes(text) for text in texts]
-    from_words = iter(words.encode(list(compress(texts, short)), encode))
-    others = iter(encode([text for text, is_short in zip(texts, short, strict=True) if not is_short]))
-    return [next(from_words if is_short else others) for is_short in short]
+    takes = [words is not None and words.takes(text) for text in texts]
+    from_words = iter(words.encode(list(compress(texts, takes))) if words is not None else [])
+    others = iter(_plain_ids(tokenizer, [text for text, taken in zip(texts, takes, strict=True) if not taken]))
+    return [next(from_words if taken else others) for taken in takes]
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return cast(list[list[int]], encoded["input_ids"])
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
