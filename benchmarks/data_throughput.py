@@ -1,7 +1,7 @@
 """Data to packed rows: ours against TRL's own preparation, on the same records and the same cores.
 
 python benchmarks/data_throughput.py --data gsm8k/train.jsonl [--columns instruction=question,output=answer]
-    [--records 30000] [--rounds 2] [--cores 2]
+    [--records 50000] [--rounds 2] [--cores 2]
 
 All read one file of JSON lines and end with rows of 2,048 tokens of which only answers are trained on, on disk:
 
@@ -182,7 +182,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--columns", default="instruction=question,output=answer")
-    parser.add_argument("--records", type=int, default=30_000)
+    parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
