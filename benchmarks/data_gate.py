@@ -196,7 +196,9 @@ def phone(dice: random.Random) -> str:
 def card(dice: random.Random) -> str:
     number = luhn(dice.choice(["4", "51", "55", "35"]).ljust(5, "2") + digits(10, dice))
     between = dice.choice(["", " ", "-"])
-    return between.join(number[at : at + 4] for at in range(0, 16, 4))
+    parts = between.join(number[at : at + 4] for at in range(0, 16, 4))
+    # An unbroken number may be any: it counts as a card's where one is spoken of.
+    return parts if between else f"{dice.choice(['card', 'VISA', 'カード番号'])} {parts}"
 
 
 def key(dice: random.Random) -> str:

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -299,3 +300,15 @@ def test_counted_tokens_need_no_tokenizer() -> None:
     judgement, _ = judged([replace(one, tokens=tokens) for one in clean_records(20)], max_seq_len=100)
     assert judgement.signal.loss_share == pytest.approx(0.4)
     assert rights_and_size(judgement, "somebody/else", max_seq_len=100, global_batch_size=1).size.steps == 10
+
+
+def test_the_manual_tells_every_code_as_it_is() -> None:
+    manual = (Path(__file__).resolve().parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    told = {row[1]: row[2:5] for row in (line.split("|") for line in manual.splitlines()) if len(row) == 6}
+
+    def share(least: float | None) -> str:
+        return "never" if least is None else "one" if least == 0 else f"{least:.0%}"
+
+    for code in CODES.values():
+        name = f" `{code.id}`{' ✂' if code.leaves_out else ''} "
+        assert [cell.strip() for cell in told[name]] == [share(code.warns_from), share(code.fails_from), code.why]

@@ -115,6 +115,7 @@ def test_other_orders_do_not(turns: tuple[tuple[str, str], ...]) -> None:
         ("### Response:\nIt is so.", "form.special-tokens"),
         ("### 応答：\nそうです。", "form.special-tokens"),
         ("Yes.\nHuman: and then?", "form.special-tokens"),
+        ("It is so.</s> And then it ends.", "form.special-tokens"),
         ("<p>It is so.</p>", "form.html"),
         ("東京&nbsp;タワー", "form.html"),
         ('見て<span class="x">ください', "form.html"),
@@ -138,6 +139,7 @@ def test_leftovers_are_found(content: str, code: str) -> None:
         "Write ```\n<p>code</p>\n``` and `<br>` in HTML.",
         "tab\tand\r\nline ends",
         "AT&T and R&D",
+        "It was <s>good</s> better.",
     ],
 )
 def test_what_only_looks_like_a_leftover_passes(content: str) -> None:

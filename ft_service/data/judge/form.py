@@ -108,11 +108,13 @@ def broken_text(record: Record) -> Iterator[Hit]:
 
 _SPECIAL = re.compile(
     r"<\|[A-Za-z_]\w{1,40}\|>"  # Llama 3, ChatML, GPT
-    r"|<</?SYS>>|\[/?INST\]|</s>(?=\s*(?:<s>\s*)?\[INST\]|\s*\Z)|<s>(?=\s*\[INST\])"  # Llama 2, Mistral
+    r"|<</?SYS>>|\[/?INST\]"  # Llama 2, Mistral
     r"|<(?:start|end)_of_turn>|<｜[^｜>\n]{2,30}｜>"  # Gemma, DeepSeek
     r"|^(?:#{2,3} ?(?:Instruction|Input|Response|指示|入力|応答|回答)\s?[:：])",  # Alpaca and its Japanese editions
     re.MULTILINE,
 )
+_END, _STRUCK_OUT = re.compile("</s>"), re.compile("<s[ >]", re.IGNORECASE)
+"""Llama 2 and Mistral end a turn so; where it is opened before, HTML strikes something out."""
 _ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]", re.MULTILINE)
 """In an answer; a question may well hold a conversation that it is about."""
 _HTML = re.compile(
@@ -135,8 +137,7 @@ def leftovers(record: Record) -> Iterator[Hit]:
     messages = [(record.item, True)] if isinstance(record.item, str) else []
     messages += [(m.content, m.is_trained) for m in record.item or () if not isinstance(m, str)]
     for message, is_trained in messages:
-        found = _SPECIAL.search(message) if any(sign in message for sign in "<[#") else None
-        if found or (found := _ROLE_NAME.search(message) if is_trained else None):
+        if found := _leaked(message, is_trained):
             yield Hit("form.special-tokens", record.key, f"holds {found[0]!r}", excerpt(message, found.start()))
             break
     text = record.text
@@ -144,6 +145,15 @@ def leftovers(record: Record) -> Iterator[Hit]:
         bare = _CODE.sub(lambda code: " " * len(code[0]), text)
         if found := _HTML.search(bare):
             yield Hit("form.html", record.key, f"holds {found[0][:40]!r}", excerpt(text, found.start()))
+
+
+def _leaked(message: str, is_trained: bool) -> re.Match[str] | None:
+    """The first sign of a template in a message."""
+    if any(sign in message for sign in "<[#"):
+        found = _SPECIAL.search(message) or (None if _STRUCK_OUT.search(message) else _END.search(message))
+        if found:
+            return found
+    return _ROLE_NAME.search(message) if is_trained else None
 
 
 # -- what answers say ------------------------------------------------------------------------------------------------
