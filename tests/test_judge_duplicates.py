@@ -149,6 +149,30 @@ def test_what_all_prompts_share_makes_no_two_of_them_the_same(shared: str) -> No
     assert [hit for hit in hits if hit.code in ("quality.contradiction", "quality.near-duplicate")] == []
 
 
+WORDS = (
+    "cat dog river stone bread table window garden summer winter bridge music paper cheese ladder mirror pocket rabbit "
+    "silver thunder village whistle yellow zebra apple button candle dragon engine forest guitar hammer island jacket"
+)
+NOUNS = "犬 猫 川 石 机 窓 庭園 夏休み 冬山 橋 音楽 和紙 銀行 雷雨 村役場 笛 林檎 蝋燭 竜 機関車 森 槌 島 上着 鏡 兎"
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("look", [True, False])
+def test_a_template_filled_with_another_word_is_another_question(language: str, labels: bool, look: bool) -> None:
+    template, fillings = (
+        ("Translate the following English word into French, and say of which gender it is: {}.", WORDS.split())
+        if language == "en"
+        else ("次の名詞をフランス語に訳し、男性名詞か女性名詞かもあわせて答えてください。名詞：{}", NOUNS.split())
+    )
+    answers = [answer for _, answer in clean_pairs(len(fillings), language, seed=9)]
+    records = [
+        record(template.format(word), "masculine" if labels else answers[at], at + 1)
+        for at, word in enumerate(fillings)
+    ]
+    assert repeated(records, look) == {}
+
+
 def test_under_a_shared_prompt_the_same_question_is_still_found() -> None:
     pairs = clean_pairs(40, seed=5)
     records = [record(INSTRUCTION + question, "positive", line) for line, (question, _) in enumerate(pairs, 1)]

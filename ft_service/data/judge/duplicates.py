@@ -26,7 +26,8 @@ and somewhat below `NEAR_SAME_SHORT`."""
 OPEN_ENDED_FROM = 10
 """A question that is given so many different answers asks for ideas (a joke, a name), not for the truth."""
 MOST_LOOKS = 100_000
-"""Records read again at most, 4 KiB each; pairs beyond that are decided by the estimate."""
+"""Records read again at most, 4 KiB each. Of others only those of the very same question are told: a template's filling
+cannot be told from an edit without reading it."""
 LONG_FROM = 500
 """Shingles from which on texts may be near-same although their numbers differ: an article of another day. In shorter
 ones a number is what is asked."""
@@ -132,8 +133,11 @@ class Looks:
         if not (len(rests[0]) and len(rests[1])):
             return one.whole(), other.whole()
         bare = tuple(np.setdiff1d(rest, self._template_shingles(), assume_unique=True) for rest in rests)
-        # Where hardly anything is left, the two differ by an edit and not by what fills a template.
-        return (bare[0], bare[1]) if min(map(len, bare)) >= SHORT_FROM else rests
+        # Where hardly anything is left, it is what fills the template if the two have little of it in common; otherwise
+        # they differ by an edit.
+        least = min(map(len, bare))
+        common = len(np.intersect1d(*bare, assume_unique=True))
+        return (bare[0], bare[1]) if least >= SHORT_FROM or common < NEAR_SAME * least else rests
 
     def _template_shingles(self) -> np.ndarray:
         if self._template is None:
@@ -221,15 +225,16 @@ def _proposed(facts: Facts, column: str, rows: np.ndarray) -> np.ndarray:
         follows = np.flatnonzero(sorted_bucket[1:] == sorted_bucket[:-1]) + 1
         heads = np.searchsorted(sorted_bucket, sorted_bucket[follows])
         chain, star = (sorted_rows[earlier] << np.uint64(32) | sorted_rows[follows] for earlier in (follows - 1, heads))
-        packed = np.unique(np.concatenate([packed, chain, star]))
-    pairs = np.stack([packed >> np.uint64(32), packed & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
-    return pairs[_estimate(facts, column, pairs) >= SUSPECT]
+        new = np.setdiff1d(np.concatenate([chain, star]), packed)
+        # At once: of a million records of one template nearly all pairs are met, and nearly none is alike.
+        alike = [block[_of_block(facts, column, _unpacked(block)) >= SUSPECT] for block in _blocks(new)]
+        packed = np.union1d(packed, np.concatenate(alike)) if alike else packed
+    return _unpacked(packed)
 
 
-def _estimate(facts: Facts, column: str, pairs: np.ndarray) -> np.ndarray:
-    """Jaccard similarity of each pair, estimated from the signatures."""
-    blocks = [_of_block(facts, column, block) for block in _blocks(pairs)]
-    return np.concatenate(blocks) if blocks else np.zeros(0)
+def _unpacked(packed: np.ndarray) -> np.ndarray:
+    """Pairs [P, 2] of rows."""
+    return np.stack([packed >> np.uint64(32), packed & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
 
 
 def _estimated(facts: Facts, column: str, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
@@ -237,6 +242,11 @@ def _estimated(facts: Facts, column: str, pairs: np.ndarray) -> Iterator[tuple[i
     for block in _blocks(pairs):
         estimates = _of_block(facts, column, block)
         yield from zip(*block.T.tolist(), estimates.tolist(), strict=True)
+
+
+def _each(pairs: np.ndarray) -> Iterator[tuple[int, int]]:
+    for block in _blocks(pairs):
+        yield from zip(*block.T.tolist(), strict=True)
 
 
 def _of_block(facts: Facts, column: str, pairs: np.ndarray) -> np.ndarray:
@@ -319,16 +329,16 @@ def _decide(facts: Facts, repeats: Repeats, looks: Looks) -> tuple[set[tuple[int
     near = set()
     for a, b, estimate in _estimated(facts, "whole_signature", repeats.whole_pairs):
         if numbers[a] == numbers[b] or looks.are_long(int(key[a]), int(key[b])):
-            both = same(prompt, looks.same_prompt, a, b), same(output, looks.same_output, a, b)
-            if all(both) or (False not in both and estimate >= NEAR_SAME):
+            same_output = same(output, looks.same_output, a, b)
+            alike = same_output or (same_output is None and estimate >= NEAR_SAME)
+            if alike and same(prompt, looks.same_prompt, a, b):
                 near.add((a, b))
     open_ended = _open_ended(prompt, output)
     disagreeing = set()
-    for a, b, estimate in _estimated(facts, "prompt_signature", repeats.prompt_pairs):
+    for a, b in _each(repeats.prompt_pairs):
         if prompt_numbers[a] != prompt_numbers[b] or prompt[a] in open_ended or prompt[b] in open_ended:
             continue
-        same_prompt = same(prompt, looks.same_question, a, b)
-        if same_prompt or (same_prompt is None and estimate >= NEAR_SAME):
+        if same(prompt, looks.same_question, a, b):
             if numbers[a] == numbers[b] and same(output, looks.same_output, a, b):
                 near.add((a, b))
             elif (a, b) not in near:
