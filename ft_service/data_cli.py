@@ -1,7 +1,7 @@
 """`ft data`: judge the data, look at what is trained on, write a cleaned copy."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,7 +23,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[setting=value]...", help="Such as data.packing=false.")
 ]
 Format = Annotated[
-    Literal["alpaca", "chat", "text"], typer.Option("--format", help="Of a data file: what a record is.")
+    Literal["alpaca", "chat", "text"] | None,
+    typer.Option("--format", help="Of a data file: what a record is (default: as its first record looks)."),
 ]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", help="Of a data file: OUR=FILE'S name, such as instruction=question.")
@@ -39,7 +40,7 @@ REPORT_FILE = "report.html"
 def check(
     what: What,
     overrides: Overrides = None,
-    format: Format = "alpaca",
+    format: Format = None,
     columns: Columns = None,
     source: Annotated[str | None, typer.Option(help="Of a data file: where it comes from.")] = None,
     license: Annotated[str | None, typer.Option(help="Of a data file: SPDX id of its license.")] = None,
@@ -77,7 +78,7 @@ def check(
 def preview(
     what: What,
     overrides: Overrides = None,
-    format: Format = "alpaca",
+    format: Format = None,
     columns: Columns = None,
     base: Base = None,
     records: Annotated[int, typer.Option(min=1, max=1000, help="Of each source.")] = 5,
@@ -107,7 +108,7 @@ def clean(
     what: What,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     overrides: Overrides = None,
-    format: Format = "alpaca",
+    format: Format = None,
     columns: Columns = None,
     as_json: AsJson = False,
 ) -> None:
@@ -136,7 +137,7 @@ _NO_BASE = "none"
 def _spec(
     what: Path,
     overrides: list[str] | None,
-    format: str,
+    format: str | None,
     columns: list[str] | None,
     base: str | None,
     source: str | None = None,
@@ -146,10 +147,31 @@ def _spec(
     if what.suffix in (".yaml", ".yml"):
         return load_run_spec(what, overrides or [])
     names = dict(_pair(column) for column in columns or [])
-    data = {"path": str(what), "format": format, "columns": names, "source": source, "license": license}
+    data = {
+        "path": str(what),
+        "format": format or _format_of(what, names),
+        "columns": names,
+        "source": source,
+        "license": license,
+    }
     name = "".join(c if c.isascii() and c.isalnum() else "-" for c in what.stem.lower()).strip("-")[:40] or "data"
     document = {"name": name, "model": {"base": base or _NO_BASE}, "data": {"train": [data]}, "storage": "."}
     return parse_run_spec(json.dumps(document), overrides or [])
+
+
+def _format_of(what: Path, names: Mapping[str, str]) -> str:
+    """Chat or text where the first record that can be read has their column and not an instruction's."""
+    from ft_service.data.read import Fault, read_shard, scan
+    from ft_service.spec import DataSource
+
+    source = DataSource(path=str(what))
+    raw = (raw for shard in scan(0, source).shards for _, raw in read_shard(shard, source))
+    first = next((record for record in raw if not isinstance(record, Fault)), {})
+    if "instruction" not in names and "instruction" not in first:
+        for format, column in (("chat", "messages"), ("text", "text")):
+            if names.get(column, column) in first:
+                return format
+    return "alpaca"
 
 
 def _pair(column: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from ft_service.data.gate import GateError, check_waivers, enforce, waivers
 from ft_service.data.judge import CODES, Judgement
 from ft_service.data.prepare import judge_dataset
 from ft_service.data.preview import preview
+from ft_service.data_cli import _format_of
 from ft_service.data_report import render_data_report
 from ft_service.errors import SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
@@ -240,3 +241,25 @@ def test_preview_and_clean_from_a_command_line(base: Path, tmp_path: Path) -> No
 
 def test_every_code_says_why_it_hurts_and_what_to_do() -> None:
     assert all(code.why.endswith((".", "?")) and code.cure.endswith((".", ")")) for code in CODES.values())
+
+
+# -- a file alone ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "expected"),
+    [
+        ({"instruction": "q", "output": "a", "text": "both"}, {}, "alpaca"),
+        ({"messages": []}, {}, "chat"),
+        ({"turns": []}, {"messages": "turns"}, "chat"),
+        ({"text": "a book"}, {}, "text"),
+        ({"question": "q", "text": "a"}, {"instruction": "question", "output": "text"}, "alpaca"),
+        ({"other": 1}, {}, "alpaca"),
+    ],
+)
+def test_the_format_of_a_file_is_that_of_its_first_record(
+    tmp_path: Path, record: dict[str, Any], columns: dict[str, str], expected: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"broken\n{json.dumps(record)}\n")
+    assert _format_of(path, columns) == expected

@@ -136,7 +136,7 @@ class Looks:
         # Where hardly anything is left, it is what fills the template if the two have little of it in common; otherwise
         # they differ by an edit.
         least = min(map(len, bare))
-        common = len(np.intersect1d(*bare, assume_unique=True))
+        common = len(np.intersect1d(bare[0], bare[1], assume_unique=True))
         return (bare[0], bare[1]) if least >= SHORT_FROM or common < NEAR_SAME * least else rests
 
     def _template_shingles(self) -> np.ndarray:
