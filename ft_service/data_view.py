@@ -38,8 +38,9 @@ def show_judgement(name: str, judgement: Judgement, waive: Mapping[str, str], co
 def _figures(judgement: Judgement) -> list[str]:
     signal = judgement.signal
     left_out = ", ".join(f"{count:,} {code}" for code, count in judgement.left_out.items())
+    records = f"{judgement.read:,} record{'s' if judgement.read != 1 else ''}"
     sentences = [
-        f"{judgement.read:,} records, {judgement.usable:,} usable" + (f"; left out: {left_out}" if left_out else ""),
+        f"{records}, {judgement.usable:,} usable" + (f"; left out: {left_out}" if left_out else ""),
         judgement.size.text,
     ]
     if signal.records:
