@@ -14,6 +14,7 @@ def found(text: str) -> list[str]:
     return [code for code, _, _ in find_private(text)]
 
 
+PEM = "MIIEpAIBAAKCAQEA0Zx9tQ7LaB3dE0f3a9c5eMIIEpAIBAAKCAQEA0Zx9tQ7LaB3d"
 PRIVATE = {
     "taro.yamada@mail.co.jp": "private.email",
     "j.smith+news@gmail.com": "private.email",
@@ -35,11 +36,12 @@ PRIVATE = {
     "3742 454554 00126": "private.card",
     "４５３９ ５７８７ ６３６２ １４８６": "private.card",
     "AKIAIOSFODNN7ABCDEFG": "private.key",
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U": "private.key",
+    "eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLCJhZG1pbiI6dHJ1ZX0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0T": "private.key",
     "ghp_" + "a1B2" * 9: "private.key",
-    "sk-proj-" + "Zx9_" * 12: "private.key",
+    "sk-proj-" + "Zx9t" * 5 + "_" + "q7L-" + "aB3dE" * 6: "private.key",
+    "sk-" + "0f3a9c5e" * 4: "private.key",
     "hf_" + "AbCd" * 9: "private.key",
-    "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA PRIVATE KEY-----": "private.key",
+    f"-----BEGIN RSA PRIVATE KEY-----\n{PEM}\n{PEM[:20]}==\n-----END RSA PRIVATE KEY-----": "private.key",
 }
 
 
@@ -70,6 +72,11 @@ def test_private_data_is_found_and_masked_in_any_surroundings(secret: str, aroun
         "call 555-0123 or (212) 555-0147",
         "@handle, a@b, foo@bar",
         "sk-learn, AKIA, ghp_short, hf_model",
+        "sk-fading-circle-container-element-large, /sk-slovakia-travel-guide-for-first-time-visitors-2024",
+        "It begins with -----BEGIN PRIVATE KEY----- and nothing else.",
+        "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBg...\n-----END PRIVATE KEY-----",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+        "from 4539 5787 6362 1486 2500 to 2600",  # a row of figures, though the check digit fits
         "100-200-300個",
         "昭和64年1月7日、第123-456号",
     ],
@@ -87,6 +94,7 @@ def test_numbers_and_names_that_are_nobodys_are_not(text: str) -> None:
         "4539 5787 6362 1486 12/29",
         "4539 5787 6362 1486 123",
         "no. 1 4539 5787 6362 1486",
+        "Visa 4539 5787 6362 1486 1229",
     ],
 )
 def test_a_card_is_found_beside_what_stands_beside_cards(text: str) -> None:
@@ -103,6 +111,13 @@ def test_a_long_text_of_any_signs_is_searched_in_linear_time(sign: str) -> None:
         list(find_private(sign * count))
         times.append(time.process_time() - began)
     assert times[1] < 12 * max(times[0], 0.05)  # four times as much; a quadratic search takes sixteen times
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\\n", "\r\n"])
+def test_a_key_that_was_cut_off_before_its_end_is_found_and_masked(line_end: str) -> None:
+    text = line_end.join(["The key:", "-----BEGIN PRIVATE KEY-----", PEM, PEM, PEM[:30]])
+    assert found(text) == ["private.key"]
+    assert PEM[:8] not in mask(text) and mask(text).startswith("The key:")
 
 
 def test_one_changed_digit_makes_a_card_number_invalid() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised whenever a check comes to another result, so that an old judgement is not taken for today's."""
 
 

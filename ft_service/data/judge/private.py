@@ -34,7 +34,9 @@ _CARD_LENGTHS = (14, 15, 16, 19)
 _CARD_BEFORE = re.compile(r"card|visa|master|amex|american express|jcb|diners|カード|クレジット|決済", re.IGNORECASE)
 _CARD_AFTER = re.compile(r"[\s,;/]*(?:exp\w*\s*)?(?:0[1-9]|1[0-2])/\d{2}")
 _NEAR = 40
-"""One in ten unbroken numbers passes the check digit: such a one is a card's where cards are spoken of."""
+_FIGURE_BEFORE, _FIGURE_AFTER = re.compile(r"\d{4} $"), re.compile(r" \d{4}\b")
+"""One in ten numbers passes the check digit: one that is unbroken, or part of a row of figures, is a card's where cards
+are spoken of."""
 _TEST_CARDS = frozenset(
     [
         "4111111111111111",
@@ -56,7 +58,8 @@ _TEST_CARDS = frozenset(
 """What payment services publish for trials."""
 _KEYS = re.compile(
     r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
-    r"(?:(?:(?!-----)[\s\S]){0,8000}-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
+    r"(?:(?:(?!-----)[\s\S]){0,8000}-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
+    r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{40,}){1,200}(?:(?:\s|\\[nr])+[A-Za-z0-9+/=]{1,80})?)?"  # without its end
     r"|(?<![A-Za-z0-9_])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}"  # GitHub
@@ -71,6 +74,13 @@ _KEYS = re.compile(
     r")(?![A-Za-z0-9])",
     re.ASCII,
 )
+_KEY_MATERIAL = {
+    "-----BEGIN": re.compile(r"[A-Za-z0-9+/]{40}"),
+    "sk-": re.compile(r"(?=[A-Za-z]*\d)[A-Za-z0-9]{16}"),
+}
+"""What such a key must have in it: manuals show the frame of one, and `sk-` begins names too (sk-fading-circle)."""
+_KEY_OF_A_MANUAL = re.compile(r"EXAMPLE$|\.eyJzdWIiOiIxMjM0NTY3ODkwI")
+"""AWS's, and the JSON web token of all tutorials, whose subject is 1234567890."""
 _LONG_WORD = re.compile(r"-----BEGIN|[A-Za-z0-9_-]{20}")
 _DIGITS = re.compile(r"\d(?:\D{0,2}\d){8}", re.ASCII)
 """Nine digits are the fewest of a phone number, and two signs the most that stand between two of them. Text without
@@ -124,7 +134,10 @@ def is_card_number(text: str) -> bool:
 
 
 def _is_key(found: re.Match[str], everything: bool) -> bool:
-    return everything or not found[0].endswith("EXAMPLE")  # as AWS writes in its manuals
+    if everything:
+        return True
+    material = next((needed for start, needed in _KEY_MATERIAL.items() if found[0].startswith(start)), None)
+    return (material is None or material.search(found[0]) is not None) and not _KEY_OF_A_MANUAL.search(found[0])
 
 
 def _is_email(found: re.Match[str], everything: bool) -> bool:
@@ -139,10 +152,11 @@ def _is_card(found: re.Match[str], everything: bool) -> bool:
     if "".join(filter(str.isdigit, found[0])) in _TEST_CARDS:
         return False
     text, (start, end) = found.string, found.span()
-    is_unbroken = found[0].isdigit()
+    before = text[max(0, start - _NEAR) : start]
+    is_in_a_row = _FIGURE_BEFORE.search(before) is not None or _FIGURE_AFTER.match(text, end) is not None
     return (
-        not is_unbroken
-        or _CARD_BEFORE.search(text[max(0, start - _NEAR) : start]) is not None
+        not (found[0].isdigit() or is_in_a_row)
+        or _CARD_BEFORE.search(before) is not None
         or _CARD_AFTER.match(text, end) is not None
     )
 
