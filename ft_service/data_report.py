@@ -128,7 +128,7 @@ def _stacked(title: str, rows: Sequence[tuple[str, _Parts]]) -> Chart:
             for size, color, _, _ in parts:
                 axes.barh(at, size, left=left, height=0.6, color=color, linewidth=0)
                 left += size
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], parse_math=False)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", visible=True)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ft_service.data.judge import Finding, Judgement
+from ft_service.data.judge.private import visible
 from ft_service.data.preview import Document, PreviewRow
 from ft_service.page import render
 
@@ -91,17 +92,17 @@ def rows_as_json(rows: Sequence[PreviewRow]) -> list[dict[str, Any]]:
 
 def rows_as_page(name: str, rows: Sequence[PreviewRow]) -> str:
     """The same as one HTML page."""
-    return render("data_preview.html.jinja", name=name, rows=rows, caption=_caption)
+    return render("data_preview.html.jinja", name=name, rows=rows, caption=_caption, visible=visible)
 
 
 def _caption(document: Document) -> str:
     cut = ", cut off" if document.truncated else ""
-    return f"┌ {document.place}  {document.tokens:,} tokens, {document.loss_tokens:,} trained on{cut}"
+    return f"┌ {visible(document.place)}  {document.tokens:,} tokens, {document.loss_tokens:,} trained on{cut}"
 
 
 def _colored(document: Document) -> Text:
     text = Text()
     for span in document.spans:
         style = _SPAN_STYLES.get((span.kind, span.is_special), "reverse dim")
-        text.append(span.text, style=style)
+        text.append(visible(span.text), style=style)
     return text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ft_service.data.judge import Judgement
+from ft_service.data.judge.private import visible
 from ft_service.data.judging import QUARANTINE_FILE
 from ft_service.data.prepare import all_sources, judge_dataset
 from ft_service.data.read import Fault, read_shard, scan
@@ -32,15 +33,17 @@ def clean(spec: RunSpec, out: Path, run: Run = here) -> Judgement:
         made, judged = Path(temporary, "made"), Path(temporary, "judged")
         made.mkdir()
         judged.mkdir()
+        # Before they are judged: a file that changes meanwhile is told, and not copied by the lines it had.
+        scans = [scan(number, source) for number, source in enumerate(all_sources(spec))]
         judgement = judge_dataset(spec, None, judged, run=run)
         left_out = _left_out(judged / QUARANTINE_FILE)
         with _opened(made / DECISIONS_FILE) as decisions:
             for number, source in enumerate(all_sources(spec)):
                 name = f"{number}-{Path(source.path.replace(':', '-')).stem}.jsonl"
                 with _opened(made / name) as kept:
-                    for shard in scan(number, source).shards:
+                    for shard in scans[number].shards:
                         for line, raw in read_shard(shard, source):
-                            told = left_out.get((number, shard.path, line))
+                            told = left_out.get((number, visible(shard.path), line))
                             if told is not None:
                                 record = {} if isinstance(raw, Fault) else {"record": raw}
                                 _write(decisions, {**json.loads(told), **record})

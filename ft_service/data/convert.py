@@ -24,11 +24,14 @@ class BadRecord(ValueError):
         return str(self.args[0])
 
 
-def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str:
-    """The conversation (formats alpaca and chat) or text (format text) of a record. Raises `BadRecord`."""
+def convert(record: Mapping[str, Any], source: DataSource, needs_answer: bool = True) -> Conversation | str:
+    """The conversation (formats alpaca and chat) or text (format text) of a record. Raises `BadRecord`.
+
+    Without `needs_answer` a question is enough, as in a set that is only compared with.
+    """
     column = {**_COLUMNS, **source.columns}
     for name in _REQUIRED[source.format]:
-        if column[name] not in record:
+        if column[name] not in record and (needs_answer or name != "output"):
             there = ", ".join(map(str, record)) or "none"
             raise BadRecord(
                 f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source",
@@ -37,24 +40,26 @@ def convert(record: Mapping[str, Any], source: DataSource) -> Conversation | str
     if source.format == "text":
         return _string(record, column["text"], True)
     if source.format == "chat":
-        return _chat(record[column["messages"]])
-    return _alpaca(record, column)
+        return _chat(record[column["messages"]], needs_answer)
+    return _alpaca(record, column, needs_answer)
 
 
-def _alpaca(record: Mapping[str, Any], column: Mapping[str, str]) -> Conversation:
-    instruction, output = _string(record, column["instruction"]), _string(record, column["output"], True)
+def _alpaca(record: Mapping[str, Any], column: Mapping[str, str], needs_answer: bool) -> Conversation:
+    instruction = _string(record, column["instruction"])
+    read = _string if needs_answer else _optional_string
+    output = read(record, column["output"], True)
     extra = _optional_string(record, column["input"])
     system = _optional_string(record, column["system"])
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    turns = (Message("user", question), Message("assistant", output))
+    turns = (Message("user", question), *([Message("assistant", output)] if output else []))
     return (Message("system", system), *turns) if system else turns
 
 
-def _chat(messages: object) -> Conversation:
+def _chat(messages: object, needs_answer: bool) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise BadRecord("its messages are not a list with at least one message")
     turns = tuple(_message(number, message) for number, message in enumerate(messages, 1))
-    if not any(turn.is_trained for turn in turns):
+    if needs_answer and not any(turn.is_trained for turn in turns):
         raise BadRecord("has no assistant message to train on (or all have weight 0)", "form.no-answer")
     return turns
 
@@ -85,7 +90,7 @@ def _string(record: Mapping[str, Any], column: str, is_output: bool = False) -> 
     return value
 
 
-def _optional_string(record: Mapping[str, Any], column: str) -> str:
+def _optional_string(record: Mapping[str, Any], column: str, is_output: bool = False) -> str:
     value = record.get(column)
     if value is None:
         return ""

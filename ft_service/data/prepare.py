@@ -21,9 +21,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat import CHAT_TEMPLATE
-from ft_service.data.judge import EvaluationSets, Judgement, Source, read_source
+from ft_service.data.judge import EvaluationSets, Judgement, Source
 from ft_service.data.judge.codes import RULES_VERSION
-from ft_service.data.judge.records import place_key
+from ft_service.data.judge.records import place_key, read_questions
 from ft_service.data.judging import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
 from ft_service.data.read import Scan, Shard, scan
 from ft_service.data.stages import ROWS, Group, Packed, Run, Work, here, pack, preparing, tokens_of
@@ -201,7 +201,7 @@ class _Inputs:
         self, storage: Storage, folder: str, tokenizer: PreTrainedTokenizerBase | None, writes_examples: bool = True
     ) -> Work:
         spec, sources = self.spec, all_sources(self.spec)
-        held = [(source.path, read_source(number, source)) for number, source in enumerate(spec.data.evaluation)]
+        held = [(source.path, read_questions(number, source)) for number, source in enumerate(spec.data.evaluation)]
         return Work(
             storage=storage,
             folder=folder,

@@ -242,6 +242,12 @@ _TABLE = (
         "Remove these records from the training data.",
         fails_from=0.01,
     ),
+    Code(
+        "leak.unread-evaluation",
+        "What of an evaluation set cannot be read cannot be looked for in the training data.",
+        "Name its format and columns as those of a training source; answers are not needed.",
+        fails_from=MANY_BROKEN,
+    ),
     # -- private data --------------------------------------------------------------------------------------------------
     Code("private.email", "A model can recite addresses it was trained on.", "Replace them by placeholders."),
     Code("private.phone", "A model can recite phone numbers it was trained on.", "Replace them by placeholders."),

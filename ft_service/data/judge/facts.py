@@ -211,9 +211,10 @@ _FIGURE = 16
 _RESULT = re.compile(r"[\d:：]")
 _TAIL = 100
 _SENTENCE_END = re.compile(
-    r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
+    r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|;$]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
 )
-_OPEN_END = re.compile(r"[,、，;；:：(（\[「『【＜<{\-–—=+&/$×÷@\\^]$")
+_OPEN_END = re.compile(r"[,、，；:：(（\[「『【＜<{\-–—&×÷\\]$")
+"""Not ; / + = and $, in which SQL, addresses, C++, base64 and formulas end as a whole."""
 
 
 def ending(output: str) -> str:

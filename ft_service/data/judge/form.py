@@ -8,7 +8,7 @@ from itertools import pairwise
 import ftfy.badness
 
 from ft_service.data.judge.findings import Finding, Place, of_sources
-from ft_service.data.judge.private import excerpt, find_private, mask
+from ft_service.data.judge.private import detail, excerpt, find_private, visible
 from ft_service.data.judge.records import Record, Source
 from ft_service.data.judge.text import fold, is_cjk
 
@@ -29,7 +29,7 @@ def check_record(record: Record) -> Iterator[Hit]:
     """Everything that can be told of a record by itself."""
     if record.fault is not None:
         values = " ".join(str(value)[:_SHOWN_OF_VALUE] for value in list(record.raw.values())[:5])
-        yield Hit(record.fault.code, record.key, mask(record.fault.reason), excerpt(values))
+        yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(values))
         return
     for check in (
         role_order,
@@ -69,7 +69,7 @@ def judge_files(sources: Sequence[Source], read: Mapping[int, int]) -> list[Find
         for number, source in enumerate(sources)
         if not read.get(number)
     ]
-    foreign = [Place(file=name, line=0) for source in sources for name in source.foreign]
+    foreign = [Place(file=visible(name), line=0) for source in sources for name in source.foreign]
     found = [("form.empty-source", empty), ("form.foreign-file", foreign)]
     return [of_sources(code, places, len(sources)) for code, places in found if places]
 
@@ -144,7 +144,7 @@ def leftovers(record: Record) -> Iterator[Hit]:
     if ("<" in text or "&" in text) and not _ABOUT_MARKUP.search(record.prompt):
         bare = _CODE.sub(lambda code: " " * len(code[0]), text)
         if found := _HTML.search(bare):
-            yield Hit("form.html", record.key, f"holds {found[0][:40]!r}", excerpt(text, found.start()))
+            yield Hit("form.html", record.key, detail(f"holds {found[0]!r}"), excerpt(text, found.start()))
 
 
 def _leaked(message: str, is_trained: bool) -> re.Match[str] | None:
@@ -213,12 +213,12 @@ def stock_phrases(record: Record) -> Iterator[Hit]:
         output = output.strip().translate(_CURLY)
         start, ending = output[:_STOCK_WITHIN], max(0, len(output) - _STOCK_WITHIN)
         if found := _may_hold(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
-            yield Hit("quality.refusal", record.key, f"says {found[0][:60]!r}", excerpt(output, found.start()))
+            yield Hit("quality.refusal", record.key, detail(f"says {found[0]!r}"), excerpt(output, found.start()))
             return
         if not _may_hold(start + output[ending:], _BOILERPLATE_HINTS):
             continue
         if found := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
-            yield Hit("quality.boilerplate", record.key, f"says {found[0][:60]!r}", excerpt(output, found.start()))
+            yield Hit("quality.boilerplate", record.key, detail(f"says {found[0]!r}"), excerpt(output, found.start()))
             return
 
 

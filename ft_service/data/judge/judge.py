@@ -38,7 +38,7 @@ from ft_service.data.judge.findings import (
 )
 from ft_service.data.judge.form import Hit, check_record, judge_files
 from ft_service.data.judge.leakage import EvaluationSets
-from ft_service.data.judge.private import mask
+from ft_service.data.judge.private import detail, visible
 from ft_service.data.judge.records import Record, Source, place_of
 from ft_service.data.judge.rights import base_duties, judge_rights
 from ft_service.data.judge.signal import FEW_LOSS_TOKENS, check_rendering, check_signal, is_rendered
@@ -208,6 +208,7 @@ class Judge:
         findings = [self._finding(code, tally, read) for code in tally.counts]
         findings += judge_rights(self.sources)
         findings += judge_files(self.sources, self._read)
+        findings += self._evaluation.findings() if self._evaluation is not None else []
         if signal.records and signal.loss_share < FEW_LOSS_TOKENS:
             findings.append(
                 _remark("signal.few-loss-tokens", signal.records, f"{signal.loss_share:.1%} are loss tokens.")
@@ -237,7 +238,8 @@ class Judge:
     def place(self, hit: Hit) -> Place:
         """A hit's place, for people and files."""
         source, file, line = place_of(hit.key)
-        return Place(file=self.sources[source].files[file], line=line, detail=mask(hit.detail), excerpt=hit.excerpt)
+        name = visible(self.sources[source].files[file])
+        return Place(file=name, line=line, detail=detail(hit.detail), excerpt=hit.excerpt)
 
     def used(self) -> tuple[np.ndarray, np.ndarray]:
         """Keys uint64 [N] of the records to train and validate on, in order, and which of them are held out, bool [N].

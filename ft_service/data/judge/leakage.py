@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from ft_service.data.judge.codes import CODES
+from ft_service.data.judge.findings import Finding, Place
 from ft_service.data.judge.form import Hit
-from ft_service.data.judge.private import excerpt
+from ft_service.data.judge.private import detail, excerpt, visible
 from ft_service.data.judge.records import Record
-from ft_service.data.judge.text import grams, has_cjk, is_cjk
+from ft_service.data.judge.text import fold, grams, has_cjk, hash64, is_cjk
 
 GRAM_WORDS, GRAM_CJK = 5, 8
 """Words, and characters where there are no spaces. PaLM takes 8 words (arXiv:2204.02311, section 8), GPT-3 13; five
@@ -19,7 +21,8 @@ FEW_GRAMS = 8
 """An item of fewer n-grams counts as seen only if all of them are: short questions differ in a word."""
 TEMPLATE_SHARE, TEMPLATE_FROM = 0.01, 10
 """An n-gram in more than this share of the items, and in so many, belongs to their template and tells nothing."""
-CODE = "leak.evaluation"
+CODE, UNREAD = "leak.evaluation", "leak.unread-evaluation"
+_FIRST_PLACES = 20
 
 
 class EvaluationSets:
@@ -30,16 +33,29 @@ class EvaluationSets:
         hashes, items = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint32)]
         self._names: list[str] = []
         self._starts: list[int] = []
+        self._unread: list[Place] = []
+        self._counts: list[tuple[int, int]] = []  # unread and all records of each set
         self.size = 0
+        distinct: set[int] = set()  # a question that stands there often is no template
         for name, records in sets:
             self._names.append(name)
             self._starts.append(self.size)
+            unread = 0
             for record in records:
-                if record.fault is None:
-                    found = _grams_of_item(record.question or record.output)
+                question = record.question or record.output
+                if record.fault is not None:
+                    unread += 1
+                    self._note_unread(name, record.line, record.fault.reason)
+                elif (known := hash64(fold(question))) not in distinct:
+                    distinct.add(known)
+                    found = _grams_of_item(question)
                     hashes.append(found)
                     items.append(np.full(len(found), self.size, dtype=np.uint32))
-                    self.size += 1
+                self.size += 1
+            if self.size == self._starts[-1]:
+                unread, self.size = 1, self.size + 1
+                self._note_unread(name, 0, "holds no questions")
+            self._counts.append((unread, self.size - self._starts[-1]))
         all_hashes, all_items = np.concatenate(hashes), np.concatenate(items)
         order = np.argsort(all_hashes, kind="stable")
         all_hashes, all_items = all_hashes[order], all_items[order]
@@ -67,6 +83,29 @@ class EvaluationSets:
             at = bisect_right(self._starts, best) - 1
             told = f"{overlap[best]:.0%} of item {best - self._starts[at] + 1} of {self._names[at]}"
             yield Hit(CODE, record.key, told, excerpt(record.text))
+
+    def findings(self) -> list[Finding]:
+        """What of the sets could not be compared with."""
+        count = sum(unread for unread, _ in self._counts)
+        if not count:
+            return []
+        known, share = CODES[UNREAD], max(unread / records for unread, records in self._counts)
+        return [
+            Finding(
+                code=UNREAD,
+                severity=known.severity(share),
+                count=count,
+                share=share,
+                places=self._unread,
+                why=known.why,
+                cure=known.cure,
+                message="Records of evaluation sets; the share is of the set with the most.",
+            )
+        ]
+
+    def _note_unread(self, name: str, line: int, reason: str) -> None:
+        if len(self._unread) < _FIRST_PLACES:
+            self._unread.append(Place(file=visible(name), line=line, detail=detail(reason)))
 
     @staticmethod
     def _grams_of_record(record: Record) -> np.ndarray:

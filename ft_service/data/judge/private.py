@@ -178,17 +178,38 @@ def mask(text: str) -> str:
     return _masked(text, 0)
 
 
+_UNSEEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "␡"}
+_UNSEEN |= {
+    code: f"<U+{code:04X}>"
+    for code in (*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
+}
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text for a terminal, log or page: control characters, which could steer it, and half characters as signs."""
+    if text.isascii() and text.isprintable():
+        return text
+    return _HALF_CHARACTER.sub(lambda half: f"<U+{ord(half[0]):04X}>", text.translate(_UNSEEN))
+
+
+DETAIL_CHARACTERS = 400
 EXCERPT_CHARACTERS = 80
 _WINDOW = 8200
 """Characters masked around an excerpt: what is private may begin well before it, a key's block at most this long."""
 
 
+def detail(text: str) -> str:
+    """What was seen of a record, for people: masked before it is cut to `DETAIL_CHARACTERS`."""
+    shown = visible(mask(text[:_WINDOW]))
+    return shown if len(shown) <= DETAIL_CHARACTERS else shown[: DETAIL_CHARACTERS - 1] + "…"
+
+
 def excerpt(text: str, at: int = 0) -> str:
-    """A short piece of the text around `at`, on one line, masked; half characters, which nothing can print, as ?."""
+    """A short piece of the text around `at`, on one line, masked and `visible`."""
     first = max(0, at - _WINDOW)
     start = max(0, at - EXCERPT_CHARACTERS // 4)
-    shown = " ".join(_masked(text[first : at + _WINDOW], start - first)[: 2 * EXCERPT_CHARACTERS].split())
-    shown = shown.encode("utf-8", "replace").decode()
+    shown = visible(" ".join(_masked(text[first : at + _WINDOW], start - first)[: 2 * EXCERPT_CHARACTERS].split()))
     return ("…" if start else "") + (
         shown if len(shown) <= EXCERPT_CHARACTERS else shown[: EXCERPT_CHARACTERS - 1] + "…"
     )

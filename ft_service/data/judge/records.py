@@ -138,11 +138,27 @@ def read_source(number: int, source: DataSource, split: Split = "train") -> Iter
         yield from records_of(shard, source, split)
 
 
+def read_questions(number: int, source: DataSource) -> Iterator[Record]:
+    """Every record of a set that training data are compared with: it needs no answers. Raises `DataError`."""
+    for shard in scan(number, source).shards:
+        for line, raw in read_shard(shard, source):
+            if isinstance(raw, Fault):
+                yield Record(number, shard.file, line, fault=raw)
+            else:
+                yield to_record(number, shard.file, line, raw, source, needs_answer=False)
+
+
 def to_record(
-    number: int, file: int, line: int, raw: Mapping[str, Any], source: DataSource, split: Split = "train"
+    number: int,
+    file: int,
+    line: int,
+    raw: Mapping[str, Any],
+    source: DataSource,
+    split: Split = "train",
+    needs_answer: bool = True,
 ) -> Record:
     """A raw record converted, or with the reason why it cannot be."""
     try:
-        return Record(number, file, line, convert(raw, source), raw=raw, split=split)
+        return Record(number, file, line, convert(raw, source, needs_answer), raw=raw, split=split)
     except BadRecord as error:
         return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)

@@ -75,6 +75,8 @@ def _cut_off(part: dict[str, np.ndarray]) -> _Found:
     ending = part["ending"]
     whole = ending != ENDINGS.index("short")
     told = ending == ENDINGS.index("open")
+    if told.sum() >= DOMINANT_TONE * whole.sum():
+        told[:] = False  # where most end so, they mean it
     yield "form.cut-off", np.flatnonzero(told), "ends where more must follow"
     for name in ("letter", "digit", "other"):
         unusual = (ending == ENDINGS.index(name)) & (part["shape"] == SHAPES.index("prose"))

@@ -18,8 +18,11 @@ _TWO_LETTERS = re.compile("[A-Za-z][^A-Za-z]*[A-Za-z]")
 _LATIN_LETTER = re.compile("[A-Za-z\u00c0-\u024f]")
 _HANGUL = re.compile("[\u1100-\u11ff\uac00-\ud7af]")
 _CYRILLIC = re.compile("[\u0400-\u052f]")
-_WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
+_WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+|[+*/=<>^%#×÷−≠≤≥√]|(?<!\\S)-(?=[\\d\\s])")
+"""Operators are words: 3 + 4 is not 3 * 4, and C++ not C#."""
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_BRACKETS = re.compile(r"(?<=\w)'{0,2}[(\[{]|[(\[{](?=\w{1,20} ?[-+*/^=×÷])|[-+*/^=×÷] ?[(\[{]|(?<=\w)_(?=\w)")
+"""Calls, indices and derivatives; brackets beside operators; names with underscores. Folding drops all of these."""
 _PUNCTUATION = re.compile(r"""[\s.,!?;:'"“”‘’、。・…「」『』()\[\]{}_~〜—–]+""")
 
 _ASCII_PUNCTUATION = {code: None for code in range(128) if _PUNCTUATION.match(chr(code))}
@@ -51,9 +54,10 @@ def hash32(text: str) -> int:
 
 
 def numbers(text: str) -> str:
-    """The numbers in a text, in order: word problems that differ in them are different problems."""
+    """The numbers in a text and how its formulas are bracketed, in order: what differs in them is another problem."""
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return " ".join(_NUMBER.findall(plain)).replace(",", "")
+    brackets = "".join(_BRACKETS.findall(plain)) if any(sign in plain for sign in "([{_") else ""
+    return " ".join([*_NUMBER.findall(plain), brackets]).replace(",", "")
 
 
 def has_cjk(text: str) -> bool:
