@@ -58,6 +58,10 @@ class MethodSpec(_Section):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
+COLUMNS = ("instruction", "input", "output", "system", "messages", "text")
+OPTIONAL_COLUMNS = ("input", "system")
+
+
 class DataSource(_Section):
     """One file or folder of records, and the right to use them."""
 
@@ -71,6 +75,13 @@ class DataSource(_Section):
     )
     source: str | None = Field(default=None, description="Where the data comes from; kept in the adapter's record.")
     license: str | None = Field(default=None, description="SPDX id of its license; kept in the adapter's record.")
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        if unknown := sorted(set(columns) - set(COLUMNS)):
+            raise ValueError(f"{unknown[0]!r} is none of ours: {', '.join(COLUMNS)}")
+        return columns
 
 
 class ValidationFraction(_Section):
@@ -429,6 +440,9 @@ _SpecLoader.add_implicit_resolver(
 )
 
 
+_WAIVE = "data.waive."
+
+
 def _apply_override(document: dict[str, Any], override: str) -> Problem | None:
     setting, equals, text = override.partition("=")
     if not equals or not setting:
@@ -437,7 +451,7 @@ def _apply_override(document: dict[str, Any], override: str) -> Problem | None:
         value = yaml.load(text, Loader=_SpecLoader)
     except yaml.YAMLError:
         return Problem(setting, text, "is not a YAML value", "Quote it.")
-    *parents, last = setting.split(".")
+    *parents, last = setting.split(".", 2 if setting.startswith(_WAIVE) else -1)  # its keys have dots themselves
     node: Any = document
     for depth, parent in enumerate(parents):
         node = _child(node, parent)
@@ -514,7 +528,8 @@ def _problems_of(error: ValidationError, document: dict[str, Any]) -> list[Probl
     for item in error.errors(include_url=False):
         keys, value = _setting_path(item, document)
         setting = ".".join(str(key) for key in keys) or "SPEC"
-        message = _WANTED.get(item["type"], item["msg"][:1].lower() + item["msg"][1:])
+        message = item["msg"].removeprefix("Value error, ")
+        message = _WANTED.get(item["type"], message[:1].lower() + message[1:])
         if item["type"] == "extra_forbidden":
             section, _ = _field_of(keys[:-1])
             known = list(section.model_fields) if section else []

@@ -16,8 +16,8 @@ from ft_service.errors import UsageError
 from ft_service.spec import RunSpec
 
 DECISIONS_FILE = "left_out.jsonl"
-"""A line for each record that is left out: ``{code, reason, file, line, source, excerpt, record}``, the record whole
-where it could be read."""
+"""A line for each record that is left out: ``{code, reason, file, line, source, excerpt}`` and the whole of it as
+``record``, or as ``text`` where it could not be read."""
 
 
 def clean(spec: RunSpec, out: Path, run: Run = here) -> Judgement:
@@ -45,7 +45,7 @@ def clean(spec: RunSpec, out: Path, run: Run = here) -> Judgement:
                         for line, raw in read_shard(shard, source):
                             told = left_out.get((number, visible(shard.path), line))
                             if told is not None:
-                                record = {} if isinstance(raw, Fault) else {"record": raw}
+                                record = {"text": raw.text} if isinstance(raw, Fault) else {"record": raw}
                                 _write(decisions, {**json.loads(told), **record})
                             elif not isinstance(raw, Fault):
                                 _write(kept, raw)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ft_service.chat import ROLES, Message, Role
-from ft_service.spec import DataSource
+from ft_service.spec import COLUMNS, DataSource
 
 Conversation = tuple[Message, ...]
 
 _REQUIRED = {"alpaca": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
-_COLUMNS = {name: name for name in ("instruction", "input", "output", "system", "messages", "text")}
+_COLUMNS = {name: name for name in COLUMNS}
 _EMPTY = ("form.empty-input", "form.empty-output")
 
 

@@ -313,8 +313,15 @@ def _dataset_digest(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> str:
     evaluation = [scan(number, source) for number, source in enumerate(spec.data.evaluation)]
 
     def identity_of(source: DataSource, found: Scan) -> dict[str, Any]:
-        # The path too, since findings name it.
-        return {"digest": found.digest, "path": source.path, "format": source.format, "columns": source.columns}
+        # The names too, since findings tell them.
+        return {
+            "digest": found.digest,
+            "path": source.path,
+            "files": found.files,
+            "foreign": found.foreign,
+            "format": source.format,
+            "columns": source.columns,
+        }
 
     identity = {
         "version": [_FORMAT_VERSION, RULES_VERSION],
@@ -342,4 +349,5 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         content = tokenizer.get_vocab()
     else:  # without what the last call asked for, which is no part of the tokenizer
         content = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    content = {"tokenizer": content, "special": [tokenizer.bos_token_id, tokenizer.eos_token_id]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,9 +8,11 @@ import csv
 import hashlib
 import io
 import json
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +37,14 @@ _DATASET_ROWS = 50_000
 _BLOCK_BYTES = 2**20
 _END_BYTES = 2**16
 _PARQUET_ROWS = 256  # records that are in memory at a time
-_OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_OTHER_ENCODINGS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""By their byte order marks, the longer ones first."""
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -45,6 +54,8 @@ class Fault:
 
     code: str
     reason: str
+    text: str = ""
+    """What stands there, where it could be got hold of; of bytes that are no UTF-8, these as escapes."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Scan:
     """In the order in which shards and findings number them. A hub dataset is one."""
     shards: tuple[Shard, ...]
     digest: str
-    """SHA-256 over the bytes of the files, whatever their names; of a hub dataset, over its fingerprint."""
+    """SHA-256 over the bytes of the files and their suffixes, which say how they are read; of a hub dataset, over its
+    fingerprint."""
     foreign: tuple[str, ...] = ()
     """Files of the folder that are of no kind that is read."""
 
@@ -100,7 +112,7 @@ def scan(number: int, source: DataSource, shard_bytes: int = SHARD_BYTES) -> Sca
             found, of_file = _cut(number, at, file, shard_bytes)
         except OSError as error:
             raise _unreadable(file, error) from None
-        digest.update(of_file)
+        digest.update(of_file + file.suffix.encode())
         shards += found
     return Scan(tuple(map(str, files)), shards, digest.hexdigest(), tuple(map(str, foreign)))
 
@@ -113,7 +125,7 @@ def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
         files = [file for file in inside if file.suffix in SUFFIXES and _may_be_read(file)]
         if not files:
             raise DataError(f"{path}: a folder without {', '.join(SUFFIXES)} files. Name a folder that has some.")
-        return files, [file for file in inside if file not in files]
+        return files, sorted(set(inside) - set(files))
     if not path.is_file():
         raise DataError(f"{path}: no such file. Mend the path in data (relative paths start at the working directory).")
     if path.suffix not in SUFFIXES:
@@ -173,9 +185,11 @@ def _cut(source: int, number: int, file: Path, shard_bytes: int) -> tuple[tuple[
     cuts: list[tuple[int, int, str]] = []  # start, line before it, digest
     start = position = line = first = 0
     with file.open("rb") as stream:
+        is_cut = kind == "lines" and _other_encoding_of(stream.read(4)) is None
+        stream.seek(0)
         while block := stream.read(_BLOCK_BYTES):
             whole.update(block)
-            while kind == "lines" and position + len(block) - start >= shard_bytes:
+            while is_cut and position + len(block) - start >= shard_bytes:
                 end = block.find(b"\n", max(0, start + shard_bytes - position - 1)) + 1
                 if end == 0:
                     break  # the line goes on in the next block
@@ -236,7 +250,7 @@ def _row_groups(file: Path, shard_bytes: int) -> list[tuple[int, int, int]]:
 def _read_lines(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
     digest = hashlib.sha256()
     with open(shard.path, "rb") as stream:
-        if shard.start == 0 and (encoding := _OTHER_ENCODINGS.get(stream.read(2))):
+        if shard.start == 0 and (encoding := _other_encoding_of(stream.read(4))):
             yield 0, _other_encoding(encoding)
             return
         stream.seek(shard.start)
@@ -268,10 +282,14 @@ def _parsed(line: bytes, number: int) -> Record | Fault:
     try:
         record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        return Fault("form.encoding", f"is not UTF-8 (byte {error.start}: {error.reason})")
+        return Fault("form.encoding", f"is not UTF-8 (byte {error.start}: {error.reason})", _as_text(line))
     except (ValueError, RecursionError) as error:
-        return Fault("form.unreadable", f"is not JSON ({error})")
+        return Fault("form.unreadable", f"is not JSON ({error})", _as_text(line))
     return _if_object(record)
+
+
+def _as_text(line: bytes) -> str:
+    return line.decode("utf-8", "backslashreplace").rstrip("\r\n")
 
 
 def _read_array(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
@@ -302,7 +320,7 @@ def _read_array(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record
 def _read_csv(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
     csv.field_size_limit(LONGEST_LINE_BYTES)
     with open(shard.path, "rb") as file:
-        if encoding := _OTHER_ENCODINGS.get(file.read(2)):
+        if encoding := _other_encoding_of(file.read(4)):
             yield 0, _other_encoding(encoding)
             return
         file.seek(0)
@@ -322,17 +340,24 @@ def _read_csv(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record |
             if record is None:
                 break
             last = reader.line_num
-            yield last, _if_complete(record, len(reader.fieldnames or []))
+            yield last - _line_ends(record), _if_complete(record, len(reader.fieldnames or []))
         _check(shard, hashed.digest.hexdigest())
+
+
+def _line_ends(record: dict[str | None, Any]) -> int:
+    """Inside the values: a record that takes several lines stands where it begins."""
+    values = chain.from_iterable(value if isinstance(value, list) else [value or ""] for value in record.values())
+    return sum(len(_LINE_END.findall(value)) for value in values)
 
 
 def _if_complete(record: dict[str | None, Any], columns: int) -> Record | Fault:
     # DictReader files values beyond the header under None, and gives None to columns beyond the values
     if None in record or None in record.values():
-        return Fault("form.unreadable", f"has not the {columns} columns of the header")
+        told = json.dumps(list(record.values()), ensure_ascii=False)
+        return Fault("form.unreadable", f"has not the {columns} columns of the header", told)
     for value in record.values():
         if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
-            return Fault("form.encoding", "is not UTF-8")
+            return Fault("form.encoding", "is not UTF-8", json.dumps(list(record.values())))
     return dict(record)  # type: ignore[arg-type]
 
 
@@ -359,11 +384,29 @@ def _read_parquet(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Reco
         with pyarrow.parquet.ParquetFile(shard.path) as parquet:
             groups = list(range(shard.start, shard.end))
             for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=groups) if groups else ():
-                for record in batch.to_pylist():
+                for record in _rows(batch):
                     yield number, record
                     number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         yield 0, Fault("form.unreadable-file", f"cannot be read as Parquet ({error}). It may be cut off")
+
+
+def _rows(batch: pyarrow.RecordBatch) -> list[Record]:
+    """The rows as Python values; of a column that holds a date that Python has not (year 10000), as text or numbers."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):
+        columns = [_values(column) for column in batch.columns]
+        return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    for plain in (None, pyarrow.string(), pyarrow.int64(), pyarrow.int32()):
+        try:
+            return (column if plain is None else column.cast(plain)).to_pylist()
+        except (OverflowError, ValueError, NotImplementedError):  # Arrow's own errors are of these kinds
+            continue
+    return ["<values that Python has not>"] * len(column)
 
 
 def _read_dataset(shard: Shard, source: DataSource) -> Iterator[tuple[int, Record | Fault]]:
@@ -371,7 +414,10 @@ def _read_dataset(shard: Shard, source: DataSource) -> Iterator[tuple[int, Recor
     if rows is None or len(rows) < shard.end:
         raise _changed(shard)
     for at in range(shard.start, shard.end):
-        yield at + 1, dict(rows[at])
+        try:
+            yield at + 1, dict(rows[at])
+        except (OverflowError, ValueError) as error:
+            yield at + 1, Fault("form.wrong-type", f"holds a value that Python has not ({error})")
 
 
 def _check(shard: Shard, digest: str) -> None:
@@ -392,7 +438,12 @@ def _digest_of_end(file: Path) -> str:
 def _if_object(record: object) -> Record | Fault:
     if isinstance(record, dict):
         return record
-    return Fault("form.unreadable", f"is a JSON {type(record).__name__}, not an object with columns")
+    told = json.dumps(record, ensure_ascii=False)
+    return Fault("form.unreadable", f"is a JSON {type(record).__name__}, not an object with columns", told)
+
+
+def _other_encoding_of(beginning: bytes) -> str | None:
+    return next((name for mark, name in _OTHER_ENCODINGS.items() if beginning.startswith(mark)), None)
 
 
 def _other_encoding(encoding: str) -> Fault:

@@ -158,7 +158,7 @@ def examine(work: Work, item: tuple[int, Shard]) -> Examined:
         files.close()
         seen = judge.seen()
         np.save(folder / "facts.npy", seen.facts, allow_pickle=False)
-        told = {"read": seen.read, "rendered": seen.rendered, "tokens": tokens}
+        told = {"read": seen.read, "rendered": seen.rendered, "tokens": tokens, "columns": sorted(seen.columns)}
         (folder / _MARKER).write_text(json.dumps(told), encoding="utf-8")
         if examples is not None:
             work.storage.put_folder(beside, f"{place}/{_EXAMPLES}", marker=_EXAMPLES_FILE)
@@ -180,7 +180,8 @@ def seen_of(work: Work, number: int, fetched: Path) -> tuple[Seen, Iterator[list
     told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
     read = {int(source): records for source, records in told["read"].items()}
     facts = np.load(folder / "facts.npy", mmap_mode="r", allow_pickle=False)
-    return Seen(read, told["rendered"], facts), hits_of(folder / "hits.jsonl")
+    columns = frozenset((source, name) for source, name in told["columns"])
+    return Seen(read, told["rendered"], facts, columns), hits_of(folder / "hits.jsonl")
 
 
 def hits_of(file: Path) -> Iterator[list[Hit]]:

@@ -168,7 +168,11 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> Prepared:
         folder.write_gate(judgement.verdict, waivers(judgement, spec.data.waive))
         page = render_data_report(spec.name, judgement, spec.data.waive)
         folder.storage.write_bytes(f"{folder.path}/{DATA_REPORT_FILE}", page.encode())
-        folder.storage.put_folder(findings, f"{folder.path}/data", marker=JUDGEMENT_FILE)
+        data = f"{folder.path}/data"
+        folder.storage.delete(data)  # of an earlier attempt, before the data were mended
+        folder.storage.put_folder(findings, data, marker=JUDGEMENT_FILE)
+        # Again, with the duties of this run's base, which the dataset's own judgement has not.
+        folder.storage.write_bytes(f"{data}/{JUDGEMENT_FILE}", judgement.model_dump_json(indent=2).encode())
         say(f"Data gate: {judgement.verdict}, {folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
         enforce(judgement, spec.data.waive, f"{folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
 

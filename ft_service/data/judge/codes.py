@@ -56,6 +56,12 @@ _TABLE = (
         fails_from=0.0,
     ),
     Code(
+        "form.absent-column",
+        "Without the column that the source names, what stands in it (a context, a system prompt) is not taught.",
+        "Name the column as the file does in the source's `columns`, or leave it out of them.",
+        fails_from=0.0,
+    ),
+    Code(
         "form.foreign-file",
         "A file of a kind that is not read teaches nothing; perhaps it was meant to.",
         "Convert it, or move it out of the folder.",

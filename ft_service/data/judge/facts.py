@@ -245,7 +245,7 @@ _PLAIN = re.compile(
     r"(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
 )
 _CASUAL = re.compile(
-    r"\b(?:r u|u r|(?:do|can|are|if|see|for|to|with|did|will|love|thank) u|"
+    r"\b(?:r u|u r|(?:do|can|are|see|for|to|with|did|will|love|thank) u(?!\.\w)|"
     r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|haha+|"
     r"yeah|yep|nope|dude|cuz|ya)\b|(?<=\w)[!?]{2,}(?=\s|$)|(?:(?<=\s)|^)[:;]-?[)D(P](?!\S)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
     re.IGNORECASE,

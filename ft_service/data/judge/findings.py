@@ -117,9 +117,9 @@ class Judgement(_Said):
         return next((finding for finding in self.findings if finding.code == code), None)
 
 
-def of_sources(code: str, places: list[Place], sources: int) -> Finding:
-    """A finding on sources, not on their records."""
-    known, share = CODES[code], len(places) / sources
+def of_sources(code: str, places: list[Place], share: float) -> Finding:
+    """A finding on this share of the sources, not on their records."""
+    known = CODES[code]
     return Finding(
         code=code,
         severity=known.severity(share),

@@ -1,7 +1,7 @@
 """Checks of one record at a time: its form, and what its answers say. Each yields what it finds, at once."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,7 +28,8 @@ class Hit:
 def check_record(record: Record) -> Iterator[Hit]:
     """Everything that can be told of a record by itself."""
     if record.fault is not None:
-        values = " ".join(str(value)[:_SHOWN_OF_VALUE] for value in list(record.raw.values())[:5])
+        told = list(record.raw.values())[:5] or [record.fault.text]
+        values = " ".join(str(value)[:_SHOWN_OF_VALUE] for value in told)
         yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(values))
         return
     for check in (
@@ -62,16 +63,28 @@ def role_order(record: Record) -> Iterator[Hit]:
         yield Hit("form.role-order", record.key, " → ".join(roles[:12]), excerpt(record.text))
 
 
-def judge_files(sources: Sequence[Source], read: Mapping[int, int]) -> list[Finding]:
-    """Findings on sources that hold nothing, and on files beside theirs that are not read; `read` counts records."""
+def judge_files(
+    sources: Sequence[Source], read: Mapping[int, int], columns: Collection[tuple[int, str]]
+) -> list[Finding]:
+    """Findings on sources that hold nothing, on columns that none of their records has, and on files that are not read.
+
+    `read` counts the records of each source; `columns` are those of its optional columns that were there.
+    """
     empty = [
         Place(file=source.path, line=0, detail="holds no records")
         for number, source in enumerate(sources)
         if not read.get(number)
     ]
+    absent = [
+        Place(file=source.path, line=0, detail=detail(f"no record has the column {name!r}"))
+        for number, source in enumerate(sources)
+        for name in source.optional
+        if read.get(number) and (number, name) not in columns
+    ]
     foreign = [Place(file=visible(name), line=0) for source in sources for name in source.foreign]
-    found = [("form.empty-source", empty), ("form.foreign-file", foreign)]
-    return [of_sources(code, places, len(sources)) for code, places in found if places]
+    found = [("form.empty-source", empty), ("form.absent-column", absent), ("form.foreign-file", foreign)]
+    # A source may have several places.
+    return [of_sources(code, places, min(1.0, len(places) / len(sources))) for code, places in found if places]
 
 
 # -- characters ------------------------------------------------------------------------------------------------------
@@ -119,13 +132,14 @@ _ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタン�
 """In an answer; a question may well hold a conversation that it is about."""
 _HTML = re.compile(
     r"</?(?:p|div|span|br|hr|a|li|ul|ol|table|tbody|tr|td|th|h[1-6]|b|i|u|em|strong|font|img|script|style|body|center|"
-    r"blockquote|iframe|input|button|form|section|article|nav|footer|header)(?:\s[^<>]{0,300})?/?>"
+    r"blockquote|iframe|input|button|form|section|article|nav|footer|header)(?:\s(?=[^<>=]{0,300}=)[^<>]{0,600}|\s{1,9})?/?>"
     r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|mdash|ndash|rsquo|lsquo|rdquo|ldquo|copy|#\d{2,6}|#x[0-9A-Fa-f]{2,5});",
     re.IGNORECASE,
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 _ABOUT_MARKUP = re.compile(
-    r"html|xml|css|svg|markup|web ?page|website|\btags?\b|javascript|react|jsx|php|"
+    r"html|xml|css|svg|markup|web ?page|website|\btags?\b|javascript|\bjsx\b|\bphp\b|"
+    r"\breact(?:\.?js\b| component| app\b| hook)|"
     r"タグ|ウェブ|マークアップ|ホームページ",
     re.IGNORECASE,
 )
@@ -177,7 +191,7 @@ def copied_instruction(record: Record) -> Iterator[Hit]:
 _REFUSAL = re.compile(
     r"as an? (?:ai|artificial intelligence|large language|language)[ -](?:language )?(?:model|assistant)"
     r"|as an ai\b"
-    r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model)"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model)\b"
     r"|(?:^|[.!] |sorry,? (?:but )?)i(?: can(?:no|')t|(?: am|'m) (?:unable|not able) to| won't| will not) "
     r"(?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
     r"|(?:^|。|私は|わたしは)、?(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として[、はの]|なので|ですので)"

@@ -95,6 +95,8 @@ class Seen:
     """Records whose rendering was tried."""
     facts: np.ndarray
     """[usable records] of `FACTS`."""
+    columns: frozenset[tuple[int, str]] = frozenset()
+    """Of each source, its optional columns that were there."""
 
 
 class Judge:
@@ -124,6 +126,7 @@ class Judge:
         self._left_out: Counter[str] = Counter()
         self._left_out_of: Counter[int] = Counter()
         self._rendered = 0
+        self._columns: set[tuple[int, str]] = set()
         self._table = FactTable()
         self._frozen: tuple[Facts, Repeats] | None = None
 
@@ -133,6 +136,9 @@ class Judge:
         """What is wrong with a record. If `is_left_out` of any of it, the record is not to be used."""
         self._frozen = None
         self._read[record.source] += 1
+        self._columns.update(
+            (record.source, name) for name in self.sources[record.source].optional if name in record.raw
+        )
         hits = [*check_record(record), *check_signal(record)]
         if self._evaluation is not None:
             hits += self._evaluation.check(record)
@@ -149,13 +155,14 @@ class Judge:
 
     def seen(self) -> Seen:
         """What was seen until now, for another judge of the same sources to absorb."""
-        return Seen(dict(self._read), self._rendered, self._table.rows())
+        return Seen(dict(self._read), self._rendered, self._table.rows(), frozenset(self._columns))
 
     def absorb(self, seen: Seen, hits: Iterable[Sequence[Hit]]) -> None:
         """Take over what another judge saw, with all the hits that it gave, those of a record together."""
         self._frozen = None
         self._read.update(seen.read)
         self._rendered += seen.rendered
+        self._columns |= seen.columns
         self._table.add_rows(seen.facts)
         for of_record in hits:
             if of_record:
@@ -207,7 +214,7 @@ class Judge:
         size = advise(int(train.sum()), signal.tokens, self._max_seq_len, None)
         findings = [self._finding(code, tally, read) for code in tally.counts]
         findings += judge_rights(self.sources)
-        findings += judge_files(self.sources, self._read)
+        findings += judge_files(self.sources, self._read, self._columns)
         findings += self._evaluation.findings() if self._evaluation is not None else []
         if signal.records and signal.loss_share < FEW_LOSS_TOKENS:
             findings.append(

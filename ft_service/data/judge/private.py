@@ -153,7 +153,12 @@ def _is_card(found: re.Match[str], everything: bool) -> bool:
         return False
     text, (start, end) = found.string, found.span()
     before = text[max(0, start - _NEAR) : start]
-    is_in_a_row = _FIGURE_BEFORE.search(before) is not None or _FIGURE_AFTER.match(text, end) is not None
+    groups = found[0].split()
+    is_in_a_row = (
+        _FIGURE_BEFORE.search(before) is not None
+        or _FIGURE_AFTER.match(text, end) is not None
+        or (len(groups) == 4 and groups in (sorted(groups), sorted(groups, reverse=True)))
+    )
     return (
         not (found[0].isdigit() or is_in_a_row)
         or _CARD_BEFORE.search(before) is not None
@@ -162,7 +167,9 @@ def _is_card(found: re.Match[str], everything: bool) -> bool:
 
 
 def _is_phone_number(found: re.Match[str], everything: bool) -> bool:
-    return 9 <= sum(map(str.isdigit, found[0])) <= 15 and (everything or not _FICTIONAL_PHONE.search(found[0]))
+    # From 0 on it is Japan's or the United Kingdom's, of ten or eleven digits.
+    least = 10 if found[0].lstrip("(").startswith("0") else 9
+    return least <= sum(map(str.isdigit, found[0])) <= 15 and (everything or not _FICTIONAL_PHONE.search(found[0]))
 
 
 _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[re.Match[str], bool], bool]], ...] = (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.read import Fault, Scan, Shard, Wants, read_shard, scan
 from ft_service.errors import DataError
-from ft_service.spec import DataSource
+from ft_service.spec import OPTIONAL_COLUMNS, DataSource
 
 Split = Literal["train", "validation"]
 
@@ -26,11 +26,14 @@ class Source:
     license: str | None = None
     foreign: tuple[str, ...] = ()
     """Files beside them that are of no kind that is read."""
+    optional: tuple[str, ...] = ()
+    """Columns that its spec names, and that a record may lack; not all of them may."""
 
     @classmethod
     def of(cls, source: DataSource, scan: Scan) -> "Source":
         """The gate's view of a spec's source."""
-        return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign)
+        optional = tuple(source.columns[name] for name in OPTIONAL_COLUMNS if name in source.columns)
+        return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign, optional)
 
 
 @dataclass(frozen=True)

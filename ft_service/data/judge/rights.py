@@ -91,7 +91,7 @@ def judge_rights(sources: Sequence[Source]) -> list[Finding]:
         license = source.license or ""
         for kind in sorted(license_kinds(license) - {"free"}):
             add(f"rights.{kind}-license" if kind == "unknown" else f"rights.{kind}", source, license)
-    return [of_sources(code, places, len(sources)) for code, places in by_code.items()]
+    return [of_sources(code, places, len(places) / len(sources)) for code, places in by_code.items()]
 
 
 def base_duties(base: str) -> list[Finding]:
@@ -99,5 +99,5 @@ def base_duties(base: str) -> list[Finding]:
     facts = find(base)
     if facts is None:
         return []
-    finding = of_sources("rights.base-license", [Place(file=facts.id, line=0, detail=facts.license.name)], 1)
+    finding = of_sources("rights.base-license", [Place(file=facts.id, line=0, detail=facts.license.name)], 1.0)
     return [finding.model_copy(update={"message": " ".join(facts.license.duties)})]
