@@ -229,7 +229,7 @@ def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = 
     if status:
         console.print(f"[bold]{run_id}[/bold] {status.state} {status.message}", highlight=False)
     if run.storage.exists(f"{run.path}/plan.json"):
-        for sentence in run.plan().said:
+        for sentence in run.plan().summary:
             console.print(f"  {sentence}", highlight=False)
     if last:
         console.print(f"  At step {last.step}: loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s")

@@ -110,24 +110,26 @@ class RunPlan(BaseModel):
     host_memory_gib: dict[str, float] = Field(
         default_factory=dict, description="GiB of one node's main memory by component, and their total; empty on CPU."
     )
-    gpu_has_gib: float | None = Field(default=None, description="GiB that one GPU has; None: not known.")
-    host_has_gib: float | None = Field(default=None, description="GiB that one node has; None: not known.")
-    checkpointed_gib: float | None = Field(default=None, description="GiB of one GPU with activation checkpointing.")
-    uncheckpointed_gib: float | None = Field(
+    gpu_capacity_gib: float | None = Field(default=None, description="GiB that one GPU has; None: not known.")
+    host_capacity_gib: float | None = Field(default=None, description="GiB that one node has; None: not known.")
+    gpu_gib_with_checkpointing: float | None = Field(
+        default=None, description="GiB of one GPU with activation checkpointing."
+    )
+    gpu_gib_without_checkpointing: float | None = Field(
         default=None, description="GiB of one GPU without activation checkpointing."
     )
     fits: bool | None = Field(default=None, description="None: not known.")
     estimate: Estimate | None = Field(
         default=None, description="Time and cost; None on a CPU, on unknown GPUs, and for what does not fit."
     )
-    said: list[str] = Field(description="The plan in sentences.")
+    summary: list[str] = Field(description="The plan in sentences.")
     reasons: list[str] = Field(default_factory=list, description="Why, for each setting the spec left open.")
     advice: list[str] = Field(default_factory=list, description="What would fit, where this does not.")
     warnings: list[str]
     remarks: list[str]
 
     @property
-    def course(self) -> str:
+    def training_digest(self) -> str:
         """SHA-256 of what decides the course of the training: not where, on how many workers or how cut it runs."""
         layout = {"micro_batch_size", "activation_checkpointing"}
         decides = {
@@ -221,9 +223,9 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
             *_warnings(spec, dataset, decision, machine, num_steps, steps_per_epoch),
             *_warnings_of_fewer(asked, spec, shape, machine, resources),
         ],
-        "said": [],
+        "summary": [],
     }
-    return RunPlan.model_validate({**draft, "said": _sentences(RunPlan.model_validate(draft))})
+    return RunPlan.model_validate({**draft, "summary": _sentences(RunPlan.model_validate(draft))})
 
 
 # -- decisions -------------------------------------------------------------------------------------------------------
@@ -328,10 +330,10 @@ def _memory(spec: RunSpec, shape: ModelShape, choice: Choice, machine: Machine) 
             **{name: size / GIB for name, size in memory.host.items()},
             "total": memory.host_bytes / GIB,
         },
-        "gpu_has_gib": machine.gpu_gib,
-        "host_has_gib": machine.host_gib,
-        "checkpointed_gib": gib_if(True),
-        "uncheckpointed_gib": gib_if(False),
+        "gpu_capacity_gib": machine.gpu_gib,
+        "host_capacity_gib": machine.host_gib,
+        "gpu_gib_with_checkpointing": gib_if(True),
+        "gpu_gib_without_checkpointing": gib_if(False),
     }
 
 
@@ -541,13 +543,13 @@ def _workers_said(plan: RunPlan) -> str:
 
 
 def _memory_said(plan: RunPlan) -> str:
-    total, has, other = plan.memory_gib["total"], plan.gpu_has_gib, plan.uncheckpointed_gib
+    total, has, other = plan.memory_gib["total"], plan.gpu_capacity_gib, plan.gpu_gib_without_checkpointing
     opposite = "without activation checkpointing"
     if not plan.activation_checkpointing:
-        other, opposite = plan.checkpointed_gib, "with activation checkpointing"
+        other, opposite = plan.gpu_gib_with_checkpointing, "with activation checkpointing"
     of = "" if has is None else f" of {has:.1f}"
     host = plan.host_memory_gib["total"]
-    node = "" if plan.host_has_gib is None else f" of {plan.host_has_gib:.0f}"
+    node = "" if plan.host_capacity_gib is None else f" of {plan.host_capacity_gib:.0f}"
     return f"Memory: about {total:.1f}{of} GiB per GPU ({other:.1f} {opposite}); {host:.0f}{node} GiB per node."
 
 

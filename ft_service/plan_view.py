@@ -29,7 +29,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     """The whole plan, from what was decided to what would be better."""
     verdict = {True: "[green]fits[/green]", False: "[red]does not fit[/red]", None: ""}[plan.fits]
     console.print(f"[bold]{plan.spec.name}[/bold]  {verdict}  (nothing is written)")
-    for sentence in plan.said:
+    for sentence in plan.summary:
         subject, _, rest = sentence.partition(": ")
         console.print(_item(Text.assemble((f"{subject}: ", "bold"), rest)))
     if plan.reasons:
@@ -57,8 +57,8 @@ def _item(text: Text) -> Padding:
 
 
 def _memory(plan: RunPlan) -> Group:
-    gpu = _bars("One GPU", plan.memory_gib, plan.gpu_has_gib)
-    host = _bars("One node's main memory", plan.host_memory_gib, plan.host_has_gib)
+    gpu = _bars("One GPU", plan.memory_gib, plan.gpu_capacity_gib)
+    host = _bars("One node's main memory", plan.host_memory_gib, plan.host_capacity_gib)
     return Group(Text(), gpu, Text(), host, Text())
 
 

@@ -166,7 +166,7 @@ def _alerts(run: RunContents) -> list[_Alert]:
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
-_SHOWN_ELSEWHERE = {"spec", "dataset", "said", "warnings", "remarks"}
+_SHOWN_ELSEWHERE = {"spec", "dataset", "summary", "warnings", "remarks"}
 
 
 def _rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -92,7 +92,7 @@ class Outcome(_File):
     validation_loss: float | None = Field(description="Validation loss of exactly these weights.")
     stopped_early: bool
     base_fingerprint: str
-    course: str = Field(description="RunPlan.course of the training that ended so.")
+    training_digest: str = Field(description="RunPlan.training_digest of the training that ended so.")
 
 
 class RunFolder:
@@ -121,7 +121,7 @@ class RunFolder:
         message = f"Ended while {status.state}: {driver}. `ft resume {self.run_id}` goes on."
         return status.model_copy(update={"state": "failed", "message": message})
 
-    def state_said(self) -> State | None:
+    def recorded_state(self) -> State | None:
         """What driver or worker said last, whether or not the driver has been heard of since."""
         found = self._read("status.json")
         return None if found is None else RunStatus.model_validate(found).state
@@ -185,10 +185,10 @@ class RunFolder:
     def outcome(self) -> Outcome:
         return Outcome.model_validate(self.storage.read_json(f"{self.path}/outcome.json"))
 
-    def is_trained(self, course: str) -> bool:
+    def is_trained(self, training_digest: str) -> bool:
         """Whether training of this course has ended, and its weights can be published."""
         found = self._read("outcome.json")
-        return found is not None and found.get("course") == course
+        return found is not None and found.get("training_digest") == training_digest
 
     def spec(self, overrides: Sequence[str] = ()) -> RunSpec:
         """What was asked for. Raises `StorageError` if the run ended before that was written down."""

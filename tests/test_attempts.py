@@ -19,7 +19,7 @@ from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
 from ft_service.train.group import NoRoom, TrainingDied
 
-COURSE = "course"
+DIGEST = "d" * 64
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Played:
 
 
 def complete(run: RunFolder) -> None:
-    run.storage.write_json(f"{run.path}/outcome.json", {"course": COURSE})
+    run.storage.write_json(f"{run.path}/outcome.json", {"training_digest": DIGEST})
 
 
 def die(cause: str) -> Callable[[RunFolder], None]:
@@ -57,7 +57,7 @@ class Plan:
     """What `Attempts` needs of one."""
 
     spec: RunSpec
-    course: str = COURSE
+    training_digest: str = DIGEST
 
 
 @dataclass
@@ -140,7 +140,7 @@ def measured(step: int) -> StepMetrics:
 
 def test_deaths_at_different_steps_are_recovered_from(world: World) -> None:
     world.script = [Played(10, die("A")), Played(12, die("A")), Played(12, die("B")), Played(20, complete)]
-    assert world.train(max_failures=3).course == COURSE
+    assert world.train(max_failures=3).training_digest == DIGEST
     assert world.events() == ["recovering"] * 3
 
 
@@ -246,7 +246,7 @@ def test_a_stop_that_came_between_two_attempts_is_heard(world: World) -> None:
 
 def test_a_run_that_was_trained_and_never_published_needs_no_workers(world: World) -> None:
     complete(world.run)
-    assert world.train().course == COURSE
+    assert world.train().training_digest == DIGEST
 
 
 def test_workers_that_end_unasked_without_a_result_are_a_failure(world: World) -> None:

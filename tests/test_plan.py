@@ -59,7 +59,7 @@ def test_the_batch_arithmetic_holds_and_is_said(workers: int, micro: int, accumu
         f"{decided.micro_batch_size} rows x {workers} workers x {decided.gradient_accumulation_steps} accumulation = "
         f"{batch} rows a step"
     )
-    assert any(said in sentence for sentence in decided.said)
+    assert any(said in sentence for sentence in decided.summary)
 
 
 def test_steps_cover_the_epochs_asked_for_and_max_steps_wins() -> None:
@@ -95,8 +95,10 @@ def test_activations_are_kept_where_there_is_room_and_recomputed_where_not() -> 
     roomy, tight = on("H200", 1), on("L4", 1)
     assert not roomy.activation_checkpointing and tight.activation_checkpointing
     assert roomy.fits and tight.fits
-    assert roomy.memory_gib["total"] == roomy.uncheckpointed_gib
-    assert tight.uncheckpointed_gib is not None and tight.uncheckpointed_gib > GPUS["L4"].memory_gib
+    assert roomy.memory_gib["total"] == roomy.gpu_gib_without_checkpointing
+    assert (
+        tight.gpu_gib_without_checkpointing is not None and tight.gpu_gib_without_checkpointing > GPUS["L4"].memory_gib
+    )
 
 
 def test_offloading_is_for_what_does_not_fit_otherwise_and_nvme_for_those_who_name_a_drive() -> None:
@@ -173,7 +175,7 @@ def test_time_follows_from_speed_and_cost_from_price() -> None:
     assert estimate.seconds_per_epoch == pytest.approx(FACTS.tokens / estimate.tokens_per_second)
     assert estimate.seconds == pytest.approx(decided.num_steps * estimate.seconds_per_step, rel=1e-6)
     assert estimate.cost_usd == pytest.approx(8 * estimate.seconds / 3600 * 3.0)
-    assert f"{estimate.mfu:.0%} of the peak rate of H100" in " ".join(decided.said)
+    assert f"{estimate.mfu:.0%} of the peak rate of H100" in " ".join(decided.summary)
     unpriced = on("H100", 8).estimate
     assert unpriced and unpriced.cost_usd is None
 
@@ -304,4 +306,4 @@ def test_the_global_batch_is_the_same_for_every_number_of_workers_of_a_range() -
         decided = plan("parallel.num_workers={min: 2, max: 8}", num_gpus=count)
         rows = decided.micro_batch_size * decided.gradient_accumulation_steps * count
         assert rows == decided.global_batch_size == 64
-        assert decided.course == plan("parallel.num_workers=8").course
+        assert decided.training_digest == plan("parallel.num_workers=8").training_digest

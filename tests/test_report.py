@@ -52,7 +52,7 @@ def a_plan(**changes: object) -> RunPlan:
         "tokens": 22_800,
         "loss_tokens": 5700,
         "memory_gib": {"weights": 5.9, "total": 33.6},
-        "said": ["Batch: 8 rows x 4 workers x 2 accumulation = 64 rows a step."],
+        "summary": ["Batch: 8 rows x 4 workers x 2 accumulation = 64 rows a step."],
         "warnings": ["7 of 900 examples are cut."],
         "remarks": ["Built with Llama."],
     }
@@ -146,7 +146,7 @@ def test_whatever_a_run_holds_is_shown_as_text() -> None:
         run_id=HOSTILE,
         status=RunStatus(run_id=RUN, state="failed", time=START, message=HOSTILE),
         spec_yaml=HOSTILE,
-        plan=a_plan(said=[HOSTILE], warnings=[HOSTILE], remarks=[HOSTILE], memory_gib={HOSTILE: 1.0}),
+        plan=a_plan(summary=[HOSTILE], warnings=[HOSTILE], remarks=[HOSTILE], memory_gib={HOSTILE: 1.0}),
         sources=[source],
         events=[Event.model_validate({"time": START, "type": HOSTILE, "message": HOSTILE, HOSTILE: HOSTILE})],
         samples=[Sample(prompt=HOSTILE, reference=HOSTILE, base=HOSTILE, adapter=HOSTILE)],

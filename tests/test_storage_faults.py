@@ -276,13 +276,13 @@ def save_as_one_worker(run: RunFolder, step: int, token: str, keep: int = 2) -> 
 def part_of(name: str, content: bytes) -> Part:
     digest = hashlib.sha256(content).hexdigest()
     size = len(content)
-    return Part(file=f"{name}.safetensors", bytes=size, sha256=digest, shards={}, random_at=size, random_bytes={})
+    return Part(file=f"{name}.safetensors", bytes=size, sha256=digest, shards={}, rng_offset=size, rng_bytes={})
 
 
 def manifest_of(step: int, parts: list[Part]) -> Manifest:
     state = asdict(TrainingState(step=step))
     return Manifest(
-        step=step, adam_step=step, state=state, weights="", course="c", created=datetime.now(UTC), parts=parts
+        step=step, adam_step=step, state=state, weights="", training_digest="c", created=datetime.now(UTC), parts=parts
     )
 
 

@@ -89,7 +89,7 @@ class Attempts:
         deaths: list[_Death] = []
         while True:
             plan = self._plan_for(self._choose_workers())
-            if self._run.is_trained(plan.course):  # an earlier driver died before it could publish
+            if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
                 return plan
             _refuse_another_course(self._run, plan)
             began = len(self._trainings())
@@ -105,7 +105,7 @@ class Attempts:
                 continue
             if self._asked is not None and self._asked.kind == "stop":
                 raise RunStopped(f"{self._asked.reason}. {self._how_to_go_on()}")
-            if self._run.is_trained(plan.course):
+            if self._run.is_trained(plan.training_digest):
                 return plan
             if self._asked is None:
                 raise TrainingError(f"run {self._run.run_id}: its workers ended without a result, unasked.")
@@ -188,7 +188,7 @@ class Attempts:
         self._note_leaving(request)
 
     def _note_leaving(self, request: Request) -> None:
-        is_training = self._run.state_said() in _TRAINING
+        is_training = self._run.recorded_state() in _TRAINING
         if request.kind == "stop" and not is_training:
             raise RunStopped(f"{request.reason}. {self._how_to_go_on()}")
         if request.kind == "stop":
@@ -217,7 +217,7 @@ class Attempts:
         self._room_seen = room
 
     def _tell_waiting(self, count: int) -> None:
-        if self._run.state_said() == "queued" and free_slots(self._needs) == 0:  # otherwise they are loading
+        if self._run.recorded_state() == "queued" and free_slots(self._needs) == 0:  # otherwise they are loading
             self._say(f"Waiting for room for {count} workers ({_readable(self._needs)} each).")
 
     def _hang(self) -> str:
@@ -257,7 +257,7 @@ class Attempts:
     def _places(self) -> list[dict[str, str]]:
         """Where the workers of this attempt are; empty before they train."""
         trainings = self._trainings()
-        if self._run.state_said() != "running" or not trainings:
+        if self._run.recorded_state() != "running" or not trainings:
             return []
         workers: list[dict[str, str]] = trainings[-1].model_dump()["workers"]
         return workers
@@ -283,10 +283,10 @@ def _refuse_another_course(run: RunFolder, plan: RunPlan) -> None:
     checkpoints = Checkpoints(run)
     for entry in reversed(checkpoints.entries()):
         try:
-            course = checkpoints.manifest(entry).course
+            training_digest = checkpoints.manifest(entry).training_digest
         except (StorageError, ValueError):
             continue  # damaged: the workers take the one before
-        if course != plan.course:
+        if training_digest != plan.training_digest:
             raise TrainingError(
                 f"--run-id = {run.run_id!r}: its checkpoints are of another model, method, data or schedule than the "
                 "spec. Give another --run-id, or the spec it began with."

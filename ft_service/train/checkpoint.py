@@ -72,8 +72,8 @@ class Part(_File):
     bytes: int
     sha256: str
     shards: dict[str, StoredShard]
-    random_at: int = Field(description="Byte where the worker's random state begins.")
-    random_bytes: dict[str, int] = Field(description="Its generators, in order, and their lengths.")
+    rng_offset: int = Field(description="Byte where the worker's random state begins.")
+    rng_bytes: dict[str, int] = Field(description="Its generators, in order, and their lengths.")
 
 
 class Manifest(_File):
@@ -86,7 +86,9 @@ class Manifest(_File):
     adam_step: int
     state: dict[str, Any] = Field(description="The loop's TrainingState.")
     weights: str = Field(description="The best weights so far, below the run's folder; '' before there are any.")
-    course: str = Field(description="Digest of what decides the course of the training; see RunPlan.course.")
+    training_digest: str = Field(
+        description="Digest of what decides the course of the training; see RunPlan.training_digest."
+    )
     created: datetime
     parts: list[Part]
 
@@ -230,7 +232,7 @@ class Checkpointer:
         self,
         run: RunFolder,
         parallel: "Parallel",
-        course: str,
+        training_digest: str,
         settings: CheckpointSpec,
         flush: Callable[[], None] = lambda: None,
         still_ours: Callable[[], bool] = lambda: True,
@@ -241,7 +243,7 @@ class Checkpointer:
         whether no other driver has taken over the run.
         """
         self._checkpoints = Checkpoints(run)
-        self._parallel, self._course, self._settings = parallel, course, settings
+        self._parallel, self._training_digest, self._settings = parallel, training_digest, settings
         self._flush, self._still_ours = flush, still_ours
         # Where a failure is told, training waits, and the storage may be its reason.
         impatient = RunFolder(run.storage.without_patience(), run.run_id)
@@ -281,7 +283,7 @@ class Checkpointer:
             "adam_step": optimizer.step,
             "state": asdict(state),
             "weights": weights,
-            "course": self._course,
+            "training_digest": self._training_digest,
         }
         self._folder, self._step = folder, state.step
         self._abandoned.clear()
@@ -413,8 +415,8 @@ class Checkpointer:
             bytes=at + sum(generator.nbytes for generator in random.values()),
             sha256=sha256,
             shards=shards,
-            random_at=at,
-            random_bytes={name.removeprefix("random/"): generator.nbytes for name, generator in random.items()},
+            rng_offset=at,
+            rng_bytes={name.removeprefix("random/"): generator.nbytes for name, generator in random.items()},
         )
         storage.write_bytes(f"{path}/{stem}.json", part.model_dump_json().encode())
 
@@ -455,7 +457,7 @@ def _wait_together(
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) -> Manifest | None:
+def resume(run: RunFolder, parallel: "Parallel", training_digest: str, events: EventLog) -> Manifest | None:
     """Restore the newest sound checkpoint, or none if there is none. Every worker calls it, once the model is wrapped.
 
     A damaged one is told as an event, and the one before is taken. Raises `TrainingError` when checkpoints are there
@@ -487,7 +489,7 @@ def resume(run: RunFolder, parallel: "Parallel", course: str, events: EventLog) 
                 told = f"Checkpoint {entry.folder} is damaged, and skipped: {' '.join(problems)}"
                 events.emit("checkpoint_damaged", told, step=entry.step)
             continue
-        if manifest.course != course:
+        if manifest.training_digest != training_digest:
             raise TrainingError(
                 f"run {run.run_id}: its checkpoints are of another model, method, data or schedule than the spec. "
                 "Give another --run-id, or the spec it began with."
@@ -554,8 +556,8 @@ def _restore(checkpoints: Checkpoints, folder: str, manifest: Manifest, parallel
     parallel.optimizer_state().restore(read, manifest.adam_step)
     if len(manifest.parts) == parallel.world_size:  # on another number of workers, dropout is drawn anew
         part = manifest.parts[parallel.rank]
-        at, state = part.random_at, {}
-        for name, length in part.random_bytes.items():
+        at, state = part.rng_offset, {}
+        for name, length in part.rng_bytes.items():
             content = storage.read_range(f"{checkpoints.path}/{folder}/{part.file}", at, length)
             state[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             at += length

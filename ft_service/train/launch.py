@@ -153,7 +153,7 @@ class Prepared:
         """
         plan = make_plan(self.spec.with_workers(num_workers), self.dataset.facts, self.shape, self.resources)
         self.folder.write_plan(self.spec, plan, self.dataset.sources)
-        self.say(f"  {plan.said[0]}" if self._is_told else _as_told(plan))
+        self.say(f"  {plan.summary[0]}" if self._is_told else _as_told(plan))
         self._is_told = True
         return plan
 
@@ -187,7 +187,7 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> Prepared:
 
 def _as_told(plan: RunPlan) -> str:
     kinds = {"Why": plan.reasons, "Remark": plan.remarks, "Warning": plan.warnings, "Advice": plan.advice}
-    lines = [*plan.said, *(f"{kind}: {sentence}" for kind, sentences in kinds.items() for sentence in sentences)]
+    lines = [*plan.summary, *(f"{kind}: {sentence}" for kind, sentences in kinds.items() for sentence in sentences)]
     return "\n".join(f"  {line}" for line in lines)
 
 

@@ -61,13 +61,13 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     model = _build(plan, base_folder, checkpoint, parallel, watchdog)
     events = EventLog(run.storage, run_id)
     watchdog.beat("looking for a checkpoint to resume from")
-    resumed = resume(run, parallel, plan.course, events)
+    resumed = resume(run, parallel, plan.training_digest, events)
     start = resumed.training_state() if resumed else TrainingState()
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", start)
     places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
     log, sinks, leaving = JsonlSink(run.storage, run_id), list[Sink](), threading.Event()
     checkpointer = Checkpointer(
-        run, parallel, plan.course, plan.spec.checkpoint, log.flush, lambda: not driver or holds(run, driver)
+        run, parallel, plan.training_digest, plan.spec.checkpoint, log.flush, lambda: not driver or holds(run, driver)
     )
     if parallel.is_first:
         repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
@@ -132,7 +132,7 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
                 validation_loss=state.best_validation_loss if state.best_step else None,
                 stopped_early=state.stopped_early,
                 base_fingerprint=checkpoint.fingerprint(),
-                course=plan.course,
+                training_digest=plan.training_digest,
             )
         )
         weights.forget_all_but({entry.weights for entry in Checkpoints(run).entries()})
