@@ -28,15 +28,15 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks.small_world import write_base, write_records
-from ft_service.catalog import shape_from_config
+from ft_service.catalog.models import shape_from_config
 from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import TrainingError
-from ft_service.metrics import read_events, read_metrics
 from ft_service.model.base import load_tokenizer, read_config
-from ft_service.plan import Resources, make_plan
-from ft_service.runs import RunFolder
-from ft_service.spec import parse_run_spec
-from ft_service.storage import Storage
+from ft_service.plan.plan import Resources, make_plan
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.spec.schema import parse_run_spec
+from ft_service.storage.storage import Storage
 
 SAVE_EVERY = 10
 GOAL_PERCENT = 5.0

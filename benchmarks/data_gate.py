@@ -26,13 +26,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ft_service.chat import ChatFormat
+from ft_service.chat.format import ChatFormat
 from ft_service.data.encode import Encoder
-from ft_service.data.judge import EvaluationSets, Hit, Judge, Judgement, Source, read_source
-from ft_service.data.judge.records import place_of
+from ft_service.data.gate import EvaluationSets, Hit, Judge, Judgement, Source, read_source
+from ft_service.data.gate.records import place_of
 from ft_service.data.read import scan
 from ft_service.model.scratch import train_tokenizer
-from ft_service.spec import DataSource
+from ft_service.spec.schema import DataSource
 
 GOAL, GOAL_NEAR = 0.95, 0.9
 NEAR = ("quality.near-duplicate", "quality.contradiction")

@@ -92,11 +92,11 @@ def prepare(world: Path, kind: str, cores: int) -> dict[str, Any]:
     """In a process of its own: twice over the same data."""
     import ray
 
-    from ft_service.cluster import spread
+    from ft_service.cluster.ray_cluster import spread
     from ft_service.data.prepare import prepare_dataset
     from ft_service.model.base import load_tokenizer
-    from ft_service.spec import parse_run_spec
-    from ft_service.storage import Storage
+    from ft_service.spec.schema import parse_run_spec
+    from ft_service.storage.storage import Storage
 
     source = {"path": str(world / f"{kind}.jsonl"), "source": "benchmark", "license": "CC0-1.0"}
     document = {

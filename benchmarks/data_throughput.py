@@ -32,15 +32,15 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ft_service.cluster import spread
+from ft_service.cluster.ray_cluster import spread
 from ft_service.data import prepare
-from ft_service.data.judge import Record
-from ft_service.data.judge.judge import Seen
-from ft_service.data.judging import Judged
+from ft_service.data.check import Judged
+from ft_service.data.gate import Record
+from ft_service.data.gate.judge import Seen
 from ft_service.data.read import scan
-from ft_service.data.stages import Work, examine, pack, seen_of
-from ft_service.spec import RunSpec, parse_run_spec
-from ft_service.storage import Storage
+from ft_service.data.tasks import Work, examine, pack, seen_of
+from ft_service.spec.schema import RunSpec, parse_run_spec
+from ft_service.storage.storage import Storage
 
 ROW_TOKENS = 2048
 GOAL = 2.0
@@ -137,7 +137,7 @@ def trl(world: Path, cores: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from ft_service.chat import CHAT_TEMPLATE
+    from ft_service.chat.format import CHAT_TEMPLATE
     from ft_service.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(world / "base")

@@ -53,10 +53,10 @@ from benchmarks.outside import (
 from benchmarks.raylets import QUICK_HEALTH_CHECKS, Cluster, Host, kill_all, nothing_left_behind
 from benchmarks.small_world import write_base, write_records
 from ft_service.errors import FtError, TrainingError
-from ft_service.registry import Registry
-from ft_service.runs import RunFolder
-from ft_service.spec import ParallelSpec, RunSpec, parse_run_spec
-from ft_service.storage import Storage
+from ft_service.registry.registry import Registry
+from ft_service.runs.folder import RunFolder
+from ft_service.spec.schema import ParallelSpec, RunSpec, parse_run_spec
+from ft_service.storage.storage import Storage
 
 METHODS = {
     "full": {"method": "{type: full}", "parallel.zero_stage": "3", "train.learning_rate": "1e-3"},

@@ -23,20 +23,20 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from ft_service import catalog, throughput
-from ft_service.choices import ask
-from ft_service.gpus import GPUS, find_gpu
-from ft_service.memory import GIB
-from ft_service.metrics import StepMetrics
+from ft_service.catalog import models
+from ft_service.catalog.gpus import GPUS, find_gpu
 from ft_service.model.adapter import attach_adapter
-from ft_service.model.checkpoint import Checkpoint, TensorEntry
 from ft_service.model.dry_run import imagined_checkpoint
 from ft_service.model.load import load_causal_lm
-from ft_service.plan import DatasetFacts, Resources, make_plan
-from ft_service.spec import RunSpec
+from ft_service.model.weight_files import Checkpoint, TensorEntry
+from ft_service.plan.memory import GIB
+from ft_service.plan.plan import DatasetFacts, Resources, make_plan, speed
+from ft_service.plan.search import ask
+from ft_service.runs.metrics import StepMetrics
+from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches
 from ft_service.train.loop import Hooks, TrainingState, train
-from ft_service.train.loss import LossModel
+from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
 
 WARMUP_STEPS = 2
@@ -47,7 +47,7 @@ WITHIN = 0.15
 class RandomCheckpoint(Checkpoint):
     """A checkpoint of a shape, whose bytes are the same few MiB of random bf16 numbers over and over."""
 
-    def __init__(self, shape: catalog.ModelShape) -> None:
+    def __init__(self, shape: models.ModelShape) -> None:
         super().__init__("/random-weights")
         config, self._tensors = imagined_checkpoint(shape)
         self._config = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
@@ -93,12 +93,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps, of two micro-steps each")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
-    facts = catalog.find(arguments.model)
+    facts = models.find(arguments.model)
     if facts is None:
         sys.exit(f"--model {arguments.model}: not in the catalogue")
     shape = facts.shape
     if arguments.layers:
-        shape = catalog.replace(shape, num_layers=arguments.layers)
+        shape = models.replace(shape, num_layers=arguments.layers)
     on_gpu = arguments.device == "cuda"
     gpu_name = next((n for n in reversed(GPUS) if on_gpu and n.split("-")[0] in torch.cuda.get_device_name()), "H100")
     gpu = find_gpu(gpu_name)
@@ -152,8 +152,8 @@ def main() -> None:
     train(plan, parallel, Batches(rows, 0, rows_per_step, arguments.rows, 0, 1), None, hooks, TrainingState())
 
     rate = statistics.median(metrics.tokens_per_second for metrics in measured[WARMUP_STEPS:])
-    layout = catalog.replace(ask(spec, 1).layout, micro_batch_size=arguments.rows, activation_checkpointing=False)
-    mfu = rate * throughput.flops_per_token(shape, layout) / (gpu.bf16_tflops * 1e12)
+    layout = models.replace(ask(spec, 1).layout, micro_batch_size=arguments.rows, activation_checkpointing=False)
+    mfu = rate * speed.flops_per_token(shape, layout) / (gpu.bf16_tflops * 1e12)
     peak_gib = torch.cuda.max_memory_allocated() / GIB if on_gpu else parallel.peak_memory_gib()
     # The driver's context is outside what torch counts, and so is what the plan keeps in reserve.
     planned = plan.memory_gib

@@ -98,12 +98,12 @@ def run_side(side: str, model: Path, device: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from ft_service.catalog import shape_from_config
+    from ft_service.catalog.models import shape_from_config
     from ft_service.model.base import read_config
-    from ft_service.model.checkpoint import Checkpoint, TensorEntry
     from ft_service.model.load import load_causal_lm
-    from ft_service.plan import DatasetFacts, Resources, make_plan
-    from ft_service.spec import RunSpec
+    from ft_service.model.weight_files import Checkpoint, TensorEntry
+    from ft_service.plan.plan import DatasetFacts, Resources, make_plan
+    from ft_service.spec.schema import RunSpec
     from ft_service.train.parallel import Parallel, end_process, init_process_group
 
     torch.set_num_threads(1)

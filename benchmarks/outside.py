@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.raylets import Cluster, kill_all
 from ft_service.errors import TrainingError
-from ft_service.metrics import StepMetrics, read_events, read_metrics
-from ft_service.runs import RunFolder
-from ft_service.train.checkpoint import Checkpoints
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
+from ft_service.train.checkpoints import Checkpoints
 
 _END_SECONDS = 30
 

@@ -72,18 +72,18 @@ def documents(count: int) -> list[list[int]]:
 def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[str, float]:
     import numpy as np
 
-    from ft_service.catalog import shape_from_config
+    from ft_service.catalog.models import shape_from_config
     from ft_service.data.pack import pack_lengths
-    from ft_service.metrics import StepMetrics
     from ft_service.model.adapter import attach_adapter
     from ft_service.model.base import read_config
-    from ft_service.model.checkpoint import Checkpoint
     from ft_service.model.load import load_causal_lm
-    from ft_service.plan import DatasetFacts, Resources, make_plan
-    from ft_service.spec import RunSpec
+    from ft_service.model.weight_files import Checkpoint
+    from ft_service.plan.plan import DatasetFacts, Resources, make_plan
+    from ft_service.runs.metrics import StepMetrics
+    from ft_service.spec.schema import RunSpec
     from ft_service.train.batches import Batches
     from ft_service.train.loop import Hooks, TrainingState, train
-    from ft_service.train.loss import LossModel
+    from ft_service.train.objectives.sft import LossModel
     from ft_service.train.parallel import Parallel, init_process_group
 
     workers = int(os.environ.get("WORLD_SIZE", "1"))

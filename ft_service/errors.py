@@ -1,4 +1,4 @@
-"""Every exception the project raises on purpose, in one tree.
+"""Every exception the project raises on purpose, in one tree, and how a command exits with one.
 
     FtError                      exit code 1
     ├── SpecError                exit code 2   the run spec, or spec and resources together, cannot be run
@@ -18,7 +18,11 @@ A message names the setting or file, its value, and the cure. Instances cross pr
 pickle: keep every constructor's positional arguments in ``self.args``.
 """
 
-from collections.abc import Sequence
+import atexit
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -109,3 +113,28 @@ class RunStopped(FtError):
 
 class ServingError(FtError):
     """The server cannot start, or an engine cannot answer."""
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn an `FtError` into its text on standard error and its exit code; anything else is a bug, with its trace."""
+    try:
+        yield
+    except FtError as error:
+        print(f"{error.label}: {error}", file=sys.stderr)
+        if isinstance(error, RunStopped):
+            atexit.register(_end, error.exit_code)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _end(code: int) -> None:
+    """End this process without the interpreter's end.
+
+    Trap: a run that was stopped at once leaves a thread in a call of Ray's, which may abort the process meanwhile.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,13 +5,13 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ft_service import catalog
-from ft_service.card import model_card
-from ft_service.chat import ChatFormat
+from ft_service.catalog import models
+from ft_service.chat.format import ChatFormat
 from ft_service.errors import FtError
 from ft_service.model.base import load_tokenizer, looks_like_folder, resolve_base
-from ft_service.registry import AdapterRecord, Registry, content_digest
-from ft_service.runs import RunFolder
+from ft_service.registry.card import model_card
+from ft_service.registry.registry import AdapterRecord, Registry, content_digest
+from ft_service.runs.folder import RunFolder
 
 _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -46,7 +46,7 @@ def publish(run: RunFolder) -> AdapterRecord:
         "end_of_turn_ids": end_of_turn_ids,
         "packages": _packages(),
     }
-    card = model_card(draft, catalog.find(spec.model.base))
+    card = model_card(draft, models.find(spec.model.base))
     registry, weights = Registry(run.storage), f"{run.path}/{outcome.weights}"
     if spec.method.type == "full":
         return registry.publish_stored(weights, draft, plan.base_short_name, card)

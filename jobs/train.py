@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job starts in the checkout, which is not installed
 
-from ft_service.commands import exit_on_error
-from ft_service.detach import detach
-from ft_service.errors import UsageError
+from ft_service.cluster.detach import detach
+from ft_service.errors import UsageError, exit_on_error
 
 
 def main() -> None:
@@ -32,16 +31,16 @@ def main() -> None:
                 overrides.insert(0, arguments.spec)
             if arguments.storage is None or arguments.run_id:
                 raise UsageError(f"--resume = {arguments.resume!r}: goes with --storage ROOT, and without --run-id.")
-            from ft_service.runs import resumed_spec
+            from ft_service.runs.folder import resumed_spec
 
             spec = resumed_spec(arguments.resume, arguments.storage, overrides)
         elif arguments.spec is None:
             raise UsageError("jobs/train.py: takes a SPEC, or --resume ID --storage ROOT.")
         else:
-            from ft_service.spec import load_run_spec
+            from ft_service.spec.schema import load_run_spec
 
             spec = load_run_spec(arguments.spec, overrides)
-        from ft_service.train.launch import run  # torch and Ray take seconds: a bad spec is told before
+        from ft_service.launch import run  # torch and Ray take seconds: a bad spec is told before
 
         run(spec, arguments.resume or arguments.run_id)
 

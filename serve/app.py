@@ -18,11 +18,11 @@ from ray.serve import Application
 
 from ft_service.errors import UsageError
 from ft_service.model.base import fingerprint, looks_like_folder, resolve_base, short_name
-from ft_service.registry import BaseModelRef, Registry
-from ft_service.storage import Storage
-from serve.api import create_api
-from serve.models import ServedModels, only_base
-from serve.transformers_engine import TransformersEngine
+from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.storage.storage import Storage
+from serve.engines.transformers_engine import TransformersEngine
+from serve.inference.models import ServedModels, only_base
+from serve.inference.routes import create_api
 
 # Requests wait for the engine inside the replica, where listing models and health checks can pass them by.
 MAX_ONGOING_REQUESTS = 256

@@ -12,10 +12,10 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 
-from ft_service.cluster import connect
+from ft_service.cluster.ray_cluster import connect
 from ft_service.errors import ServingError, UsageError
 from serve.app import ServeConfig, build_app, complete, served_models
-from serve.auth import is_loopback
+from serve.http.keys import is_loopback
 
 APP_NAME = "ft"
 _WILDCARDS = ("0.0.0.0", "::")

@@ -1,4 +1,4 @@
-"""The import arrows: who may know of whom."""
+"""The import arrows: which part of the product may know which."""
 
 import ast
 from collections.abc import Iterator
@@ -8,28 +8,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = sorted(file for folder in ("ft_service", "jobs", "serve") for file in (ROOT / folder).rglob("*.py"))
-NEITHER_TORCH_NOR_RAY = (
-    "errors",
-    "spec",
-    "catalog",
-    "registry",
-    "storage",
-    "metrics",
-    "runs",
-    "lease",
-    "signals",
-    "history",
-    "detach",
-    "activations",
-    "memory",
-    "plan",
-    "throughput",
-    "choices",
-    "advice",
-    "family",
-    "runs",
-    "gpus",
+
+LEVELS = (
+    {"errors", "text"},
+    {"spec", "catalog", "storage", "chat"},
+    {"plan", "registry"},
+    {"runs", "model", "data"},
+    {"cluster", "pages", "publish", "preflight"},
+    {"train", "evaluate"},
+    {"launch"},
+    {"cli"},
 )
+"""Parts of ft_service, lowest first. A part imports parts of its own level and below it, without circles."""
+
+NEEDS_NEITHER_TORCH_NOR_RAY = ("errors", "text", "spec", "catalog", "storage", "chat", "plan", "registry", "runs")
+HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -42,52 +35,132 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
 def importers(module: str) -> set[str]:
     """The product's files that import `module` or something in it."""
     return {
-        file.relative_to(ROOT).as_posix()
+        name_of(file)
         for file in PRODUCT
         if any(name == module or name.startswith(f"{module}.") for name in imports(file))
     }
 
 
+def part_of(dotted: str) -> str:
+    """``ft_service.plan.memory`` -> ``plan``"""
+    return dotted.split(".")[1] if "." in dotted else ""
+
+
+def parts_imported_by(file: Path) -> set[str]:
+    return {part_of(name) for name in imports(file) if name.startswith("ft_service.")} - {""}
+
+
+def files_of(part: str) -> list[Path]:
+    folder = ROOT / "ft_service" / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def modules() -> dict[str, set[str]]:
+    """Each module of the product with the modules of the product that it imports."""
+    names = {name_of(file).removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in PRODUCT}
+    return {name: {found for found in imports(file) if found in names} - {name} for name, file in names.items()}
+
+
+def test_every_part_has_a_level() -> None:
+    on_disk = {path.stem for path in (ROOT / "ft_service").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert on_disk - {"__init__", "__pycache__"} == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("part", sorted(set().union(*LEVELS)))
+def test_a_part_imports_only_its_own_level_and_below(part: str) -> None:
+    level = next(number for number, parts in enumerate(LEVELS) if part in parts)
+    allowed = set().union(*LEVELS[: level + 1])
+    for file in files_of(part):
+        if part == "cli" or file.name == "__init__.py":
+            continue
+        above = parts_imported_by(file) - allowed
+        assert not above, f"{name_of(file)} imports {sorted(above)}"
+
+
+def test_modules_import_each_other_without_circles() -> None:
+    graph = modules()
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module in done:
+            return
+        for imported in sorted(graph[module]):
+            visit(imported, (*path, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_parts_import_each_other_without_circles() -> None:
+    edges = {part: set().union(*(parts_imported_by(file) for file in files_of(part))) for part in set().union(*LEVELS)}
+    for part, imported in edges.items():
+        back = {other for other in imported - {part} if part in edges[other]}
+        assert not back, f"{part} and {sorted(back)} import each other"
+
+
 def test_each_engine_has_one_home() -> None:
     assert importers("deepspeed") == {"ft_service/train/parallel.py"}
-    assert importers("ray.train") == {"ft_service/train/group.py"}
+    assert importers("ray.train") == {"ft_service/train/worker_group.py"}
     for package in ("peft", "bitsandbytes"):
         homes = importers(package)
         assert homes
-        assert all(home.startswith("ft_service/model/") or home == "serve/transformers_engine.py" for home in homes)
+        assert all(home.startswith(("ft_service/model/", "serve/engines/")) for home in homes)
 
 
-@pytest.mark.parametrize("module", NEITHER_TORCH_NOR_RAY)
-def test_what_decides_and_records_needs_neither_torch_nor_ray(module: str) -> None:
-    file = f"ft_service/{module}.py"
-    assert (ROOT / file).is_file()
-    for package in ("torch", "ray", "transformers", "peft", "deepspeed"):
-        assert file not in importers(package)
+@pytest.mark.parametrize("part", NEEDS_NEITHER_TORCH_NOR_RAY)
+def test_what_decides_and_records_needs_neither_torch_nor_ray(part: str) -> None:
+    files = {name_of(file) for file in files_of(part)}
+    for package in HEAVY:
+        assert not files & importers(package)
 
 
 def test_ray_stays_at_the_edge() -> None:
-    names = ("train/launch", "train/group", "cluster", "submit", "doctor")
-    allowed = {f"ft_service/{name}.py" for name in names}
-    assert {file for file in importers("ray") if not file.startswith("serve/")} == allowed
+    allowed = ("ft_service/launch.py", "ft_service/train/worker_group.py", "ft_service/cluster/", "serve/")
+    assert all(file.startswith(allowed) for file in importers("ray"))
 
 
-def test_serving_and_jobs_are_siblings_and_serving_knows_nothing_of_training() -> None:
-    assert not any(file.startswith("serve/") for file in importers("ft_service.train") | importers("jobs"))
+def test_serving_knows_nothing_of_training() -> None:
+    serving = {name_of(file) for file in PRODUCT if name_of(file).startswith("serve/")}
+    assert not serving & (importers("ft_service.train") | importers("ft_service.launch") | importers("jobs"))
+    assert all(file.startswith("ft_service/cli/") for file in importers("serve") - serving)
+
+
+def test_jobs_know_nothing_of_serving() -> None:
     assert not any(file.startswith("jobs/") for file in importers("serve"))
-    assert {file for file in importers("serve") if file.startswith("ft_service/")} == {"ft_service/cli.py"}
 
 
-def test_model_and_data_know_nothing_of_training() -> None:
-    below = ("ft_service/model/", "ft_service/data/", "ft_service/chat.py", "ft_service/words.py")
-    assert not any(file.startswith(below) for file in importers("ft_service.train"))
+def test_data_knows_of_the_plan_only_its_facts() -> None:
+    for file in files_of("data"):
+        assert all(name.startswith("ft_service.plan.facts") for name in imports(file) if part_of(name) == "plan")
+
+
+def test_training_knows_neither_pages_nor_publishing_nor_evaluation() -> None:
+    for file in files_of("train"):
+        assert not parts_imported_by(file) & {"pages", "publish", "evaluate"}
 
 
 def test_judging_data_needs_neither_torch_nor_ray() -> None:
-    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "ft_service/data/judge").glob("*.py")}
+    files = {name_of(file) for file in (ROOT / "ft_service/data/gate").glob("*.py")}
     assert files and not files & (importers("torch") | importers("ray"))
+
+
+def test_an_engine_knows_no_http_and_the_routes_know_no_engine() -> None:
+    for file in (ROOT / "serve/engines").glob("*.py"):
+        assert not any(
+            name.startswith(("fastapi", "starlette", "serve.http", "serve.inference")) for name in imports(file)
+        )
+    for file in (ROOT / "serve/inference").glob("*.py"):
+        engines = {name for name in imports(file) if name.startswith("serve.engines.")}
+        assert all(name.startswith("serve.engines.engine") for name in engines)
 
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:

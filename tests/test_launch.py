@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import write_world
 
+from ft_service import launch
 from ft_service.errors import RunStopped, StorageError, TrainingError
-from ft_service.metrics import read_events
-from ft_service.runs import RunFolder, resumed_spec
-from ft_service.spec import RunSpec, parse_run_spec
-from ft_service.storage import Storage
-from ft_service.train import launch
+from ft_service.runs.folder import RunFolder, resumed_spec
+from ft_service.runs.metrics import read_events
+from ft_service.spec.schema import RunSpec, parse_run_spec
+from ft_service.storage.storage import Storage
+from tests.worlds import write_world
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_run_that_ended_while_it_was_prepared_can_be_resumed_by_the_spec_that_
 
 
 def test_requests_of_before_are_not_heard(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ft_service.runs import Request
+    from ft_service.runs.folder import Request
 
     run = RunFolder(Storage(spec.storage), "r")
     run.ask(Request(kind="stop", reason="yesterday"))

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout nee
 
 from examples.quickstart.records import standard_library, write_records
 from ft_service.errors import ClusterError, FtError, ServingError, TrainingError
-from ft_service.registry import AdapterRecord, Registry
-from ft_service.runs import RunFolder, new_run_id
-from ft_service.storage import Storage
+from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.folder import RunFolder, new_run_id
+from ft_service.storage.storage import Storage
 
 PROJECT = Path(__file__).resolve().parents[2]
 NUM_CPUS = 2
@@ -193,7 +193,7 @@ def server(ray: Ray, storage: Storage, base: Path, log: Path) -> Iterator[str]:
     """Serve the base and its adapters; yields the address."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}/v1"
-    command = [sys.executable, "-m", "ft_service.cli", "serve", "--storage", storage.root, "--base", str(base)]
+    command = [sys.executable, "-m", "ft_service.cli.app", "serve", "--storage", storage.root, "--base", str(base)]
     command += ["--port", str(port)]
     with background(command, ray.environment, log) as process:
         with step(6, "Ray Serve"):

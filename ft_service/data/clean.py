@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ft_service.data.judge import Judgement
-from ft_service.data.judge.private import visible
-from ft_service.data.judging import QUARANTINE_FILE
+from ft_service.data.check import QUARANTINE_FILE
+from ft_service.data.gate import Judgement
+from ft_service.data.gate.private import visible
 from ft_service.data.prepare import all_sources, judge_dataset
 from ft_service.data.read import Fault, read_shard, scan
-from ft_service.data.stages import Run, here
+from ft_service.data.tasks import Run, here
 from ft_service.errors import UsageError
-from ft_service.spec import RunSpec
+from ft_service.spec.schema import RunSpec
 
 DECISIONS_FILE = "left_out.jsonl"
 """A line for each record that is left out: ``{code, reason, file, line, source, excerpt}`` and the whole of it as

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ft_service.chat import ROLES, Message, Role
-from ft_service.spec import COLUMNS, DataSource
+from ft_service.chat.format import ROLES, Message, Role
+from ft_service.spec.schema import COLUMNS, DataSource
 
 Conversation = tuple[Message, ...]
 

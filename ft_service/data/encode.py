@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ft_service.chat import ChatFormat, Example, encode_texts
-from ft_service.data.judge import Record, Tokens
+from ft_service.chat.format import ChatFormat, Example, encode_texts
+from ft_service.data.gate import Record, Tokens
 
 
 class Encoder:

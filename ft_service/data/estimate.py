@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from ft_service.chat import Message
+from ft_service.chat.format import Message
 from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.pack import pack_lengths
 from ft_service.data.read import Fault, read_source
 from ft_service.errors import DataError
-from ft_service.plan import DatasetFacts
-from ft_service.spec import DataSource, RunSpec, ValidationFraction
+from ft_service.plan.plan import DatasetFacts
+from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
 
 BYTES_PER_TOKEN = 3.94
 """Of UTF-8, in English, with the Llama 3 tokenizer (Dubey et al. 2024, arXiv:2407.21783, section 3.2: 3.94 characters).

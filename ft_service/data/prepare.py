@@ -20,18 +20,18 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ft_service.chat import CHAT_TEMPLATE
-from ft_service.data.judge import EvaluationSets, Judgement, Source
-from ft_service.data.judge.codes import RULES_VERSION
-from ft_service.data.judge.records import place_key, read_questions
-from ft_service.data.judging import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
+from ft_service.chat.format import CHAT_TEMPLATE
+from ft_service.data.check import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
+from ft_service.data.gate import EvaluationSets, Judgement, Source
+from ft_service.data.gate.codes import RULES_VERSION
+from ft_service.data.gate.records import place_key, read_questions
 from ft_service.data.read import Scan, Shard, scan
-from ft_service.data.stages import ROWS, Group, Packed, Run, Work, here, pack, preparing, tokens_of
+from ft_service.data.tasks import ROWS, Group, Packed, Run, Work, here, pack, preparing, tokens_of
 from ft_service.errors import DataError, StorageError
-from ft_service.plan import DatasetFacts
-from ft_service.registry import DatasetRef
-from ft_service.spec import DataSource, RunSpec, ValidationFraction
-from ft_service.storage import Storage
+from ft_service.plan.plan import DatasetFacts
+from ft_service.registry.registry import DatasetRef
+from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
+from ft_service.storage.storage import Storage
 
 Gate = Callable[[Judgement, Path], None]
 """Told the judgement and the folder with all its findings; raises where the data shall not be trained on."""

@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ft_service.chat import ChatFormat, encode_texts
+from ft_service.chat.format import ChatFormat, encode_texts
 from ft_service.data.convert import BadRecord, convert
 from ft_service.data.pack import pack_lengths
 from ft_service.data.read import Fault, read_shard, scan
 from ft_service.errors import DataError
-from ft_service.spec import DataSource, RunSpec
+from ft_service.spec.schema import DataSource, RunSpec
 
 Kind = Literal["trained", "read"]
 

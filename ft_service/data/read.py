@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ft_service.errors import DataError
-from ft_service.spec import DataSource
+from ft_service.spec.schema import DataSource
 
 Record = dict[str, Any]
 Kind = Literal["lines", "array", "csv", "parquet", "dataset"]

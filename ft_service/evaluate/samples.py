@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ft_service.chat import END_OF_TURN, HEADER_END, HEADER_START
+from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START
 from ft_service.data.prepare import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
 from ft_service.model.base import load_tokenizer, resolve_base
-from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.load import Whole, load_causal_lm
-from ft_service.plan import RunPlan
-from ft_service.registry import AdapterRecord, Registry
-from ft_service.runs import RunFolder
-from ft_service.storage import Storage
+from ft_service.model.weight_files import Checkpoint
+from ft_service.plan.plan import RunPlan
+from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.folder import RunFolder
+from ft_service.storage.storage import Storage
 
 _TURN = re.compile(f"{re.escape(HEADER_START)}(.*?){re.escape(HEADER_END)}\n\n(.*?){re.escape(END_OF_TURN)}", re.DOTALL)
 

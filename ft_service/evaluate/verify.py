@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-from ft_service import catalog
+from ft_service.catalog import models
 from ft_service.errors import FtError
 from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from ft_service.model.base import fingerprint, read_config, resolve_base
-from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.load import load_causal_lm
-from ft_service.registry import AdapterRecord, Registry
+from ft_service.model.weight_files import Checkpoint
+from ft_service.registry.registry import AdapterRecord, Registry
 
 _PROBE_TOKENS = 16
 
@@ -75,7 +75,7 @@ def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
 
 def _modules(folder: Path, base_folder: Path) -> Finding:
     """Every LoRA pair must name a linear layer of the base and have its shape; judged without loading the base."""
-    shape = catalog.shape_from_config(read_config(base_folder))
+    shape = models.shape_from_config(read_config(base_folder))
     expected = {name: (rows, columns) for name, rows, columns in shape.linear_shapes()}
     wrong = list(_misfits(folder, expected, shape.num_layers))
     adapted = json.loads((folder / CONFIG_FILE).read_text())["target_modules"]

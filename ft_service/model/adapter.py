@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from ft_service.errors import ModelError, TrainingError
-from ft_service.spec import MethodSpec
+from ft_service.spec.schema import MethodSpec
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

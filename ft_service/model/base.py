@@ -10,9 +10,9 @@ import transformers
 from pyarrow import fs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ft_service import catalog
+from ft_service.catalog import models
 from ft_service.errors import ModelError, ModelUnreachableError
-from ft_service.model.checkpoint import Checkpoint
+from ft_service.model.weight_files import Checkpoint
 
 # A bar from every worker would bury the run's own progress line.
 transformers.utils.logging.disable_progress_bar()
@@ -22,8 +22,8 @@ _REMOTE_CACHE = Path("~/.cache/ft_service/bases")
 
 
 def short_name(base: str) -> str:
-    """How the base is named in adapter ids and over HTTP; see `ft_service.catalog.short_name`."""
-    return catalog.short_name(base)
+    """How the base is named in adapter ids and over HTTP; see `ft_service.catalog.models.short_name`."""
+    return models.short_name(base)
 
 
 def is_remote(base: str) -> bool:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ft_service.catalog import ModelShape
+from ft_service.catalog.models import ModelShape
 from ft_service.errors import ModelError
 from ft_service.model import nf4
-from ft_service.model.checkpoint import ITEM_BYTES, TensorEntry
 from ft_service.model.load import Fill, build, plan_fills, weight_shapes
 from ft_service.model.shards import Sharing, Span, num_blocks, partition_numel
+from ft_service.model.weight_files import ITEM_BYTES, TensorEntry
 
 _FILE_BYTES = 5 * 10**9
 

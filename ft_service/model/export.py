@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from ft_service.model.checkpoint import CONFIG_FILE
+from ft_service.model.weight_files import CONFIG_FILE
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
 

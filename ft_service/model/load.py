@@ -20,8 +20,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from ft_service.errors import ModelError
 from ft_service.model import nf4
 from ft_service.model.attention import PACKED_ATTENTION
-from ft_service.model.checkpoint import Checkpoint, TensorEntry
 from ft_service.model.shards import Sharing, Span, num_blocks, partition, whole_blocks
+from ft_service.model.weight_files import Checkpoint, TensorEntry
 
 CHUNK_BYTES = 16 * 1024 * 1024
 QUANTISING_BYTES_PER_WEIGHT = 30  # while it lasts: bitsandbytes' fp32 copies, indices and packed results

@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 
 from ft_service.errors import ModelError, UsageError
-from ft_service.metrics import LoadingLine
 from ft_service.model.adapter import TEMPLATE_FILE, merges
 from ft_service.model.base import open_checkpoint, resolve_base
-from ft_service.model.checkpoint import INDEX_FILE, Checkpoint
 from ft_service.model.export import files_beside_weights
 from ft_service.model.load import Progress, skeleton, stream_weights
+from ft_service.model.weight_files import INDEX_FILE, Checkpoint
 from ft_service.model.writer import DTYPE_NAMES, MAX_FILE_BYTES, TensorFormat, WeightWriter, index_of, lay_out
-from ft_service.registry import CARD_FILE, AdapterRecord, Registry
-from ft_service.storage import Storage
+from ft_service.registry.registry import CARD_FILE, AdapterRecord, Registry
+from ft_service.runs.metrics import LoadingLine
+from ft_service.storage.storage import Storage
 
 DTYPE = torch.bfloat16
 

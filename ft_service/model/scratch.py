@@ -7,8 +7,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ft_service.chat import CHAT_TEMPLATE
-from ft_service.words import LLAMA3_SPLIT
+from ft_service.chat.format import CHAT_TEMPLATE
+from ft_service.chat.word_cache import LLAMA3_SPLIT
 
 MAX_POSITIONS = 2048
 

@@ -7,14 +7,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from ft_service.chat import ChatFormat
+from ft_service.chat.format import ChatFormat
 from ft_service.errors import ModelError
 from ft_service.model.adapter import attach_adapter, export_adapter
 from ft_service.model.base import load_tokenizer
-from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.export import files_beside_weights
 from ft_service.model.load import Placement, Progress, load_causal_lm
-from ft_service.plan import RunPlan
+from ft_service.model.weight_files import Checkpoint
+from ft_service.plan.plan import RunPlan
 
 
 class TrainableModel:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 
-from ft_service.model.checkpoint import ITEM_BYTES
+from ft_service.model.weight_files import ITEM_BYTES
 
 MAX_FILE_BYTES = 5 * 1000**3
 """Of one file, unless a single tensor is larger. S3 copies objects of up to 5 GiB by itself."""

@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ft_service.cluster import ask_for_room, disconnect, draining_nodes, free_slots, this_node
+from ft_service.cluster.ray_cluster import ask_for_room, disconnect, draining_nodes, free_slots, this_node
+from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, StorageError, TrainingError
-from ft_service.lease import Lease, holds
-from ft_service.metrics import Event, EventLog, read_events, read_metrics
-from ft_service.plan import RunPlan
-from ft_service.runs import Request, RunFolder, State
-from ft_service.signals import StopSignals
-from ft_service.spec import RunSpec
-from ft_service.train.checkpoint import Checkpoints
-from ft_service.train.group import NoRoom, TrainingDied, WorkerGroup, resources_per_worker
+from ft_service.plan.plan import RunPlan
+from ft_service.runs.folder import Request, RunFolder, State
+from ft_service.runs.lease import Lease, holds
+from ft_service.runs.metrics import Event, EventLog, read_events, read_metrics
+from ft_service.spec.schema import RunSpec
+from ft_service.train.checkpoints import Checkpoints
 from ft_service.train.watchdog import suspects
+from ft_service.train.worker_group import NoRoom, TrainingDied, WorkerGroup, resources_per_worker
 
 Say = Callable[[str], None]
 

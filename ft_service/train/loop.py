@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ft_service.metrics import StepMetrics
-from ft_service.plan import RunPlan
+from ft_service.plan.plan import RunPlan
+from ft_service.runs.metrics import StepMetrics
 from ft_service.train.batches import Batches, MicroBatch, prefetched
 from ft_service.train.nonfinite import refusal
 from ft_service.train.schedule import learning_rate

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ft_service.memory import MOST_BUCKET_ELEMENTS
 from ft_service.model.load import Placement, Whole
 from ft_service.model.shards import Sharing, partition_numel
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
-from ft_service.plan import RunPlan
+from ft_service.plan.memory import MOST_BUCKET_ELEMENTS
+from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import lock_builds_by_kernel
 from ft_service.train.optimizer_state import OptimizerState

@@ -17,8 +17,8 @@ import traceback
 from datetime import UTC, datetime
 from typing import NoReturn
 
-from ft_service.metrics import EventLog
-from ft_service.runs import RunFolder
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.metrics import EventLog
 
 HANG_EXIT_CODE = 75
 """Of a worker that ended itself (EX_TEMPFAIL: try again)."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ft_service.errors import StorageError, UnreachableError
 from ft_service.model.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from ft_service.model.checkpoint import CONFIG_FILE, INDEX_FILE
 from ft_service.model.trainable import TrainableModel
+from ft_service.model.weight_files import CONFIG_FILE, INDEX_FILE
 from ft_service.model.writer import MAX_FILE_BYTES, WeightWriter, index_of, lay_out
-from ft_service.registry import DIGESTS_FILE
-from ft_service.runs import RunFolder
-from ft_service.storage import Storage
+from ft_service.registry.registry import DIGESTS_FILE
+from ft_service.runs.folder import RunFolder
+from ft_service.storage.storage import Storage
 from ft_service.train.loop import TrainingState
 from ft_service.train.parallel import Parallel
 

@@ -14,18 +14,18 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError, StorageError, TrainingError
-from ft_service.lease import holds
-from ft_service.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
 from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
-from ft_service.model.checkpoint import Checkpoint
 from ft_service.model.trainable import TrainableModel
-from ft_service.plan import RunPlan
-from ft_service.runs import Outcome, RunFolder
-from ft_service.storage import RUN_PATIENCE_SECONDS, Storage
+from ft_service.model.weight_files import Checkpoint
+from ft_service.plan.plan import RunPlan
+from ft_service.runs.folder import Outcome, RunFolder
+from ft_service.runs.lease import holds
+from ft_service.runs.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
+from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
-from ft_service.train.checkpoint import Checkpointer, Checkpoints, TakenOverError, resume
+from ft_service.train.checkpoints import Checkpointer, Checkpoints, TakenOverError, resume
 from ft_service.train.loop import Hooks, TrainingState, is_complete, train
-from ft_service.train.loss import LossModel
+from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
 from ft_service.train.watchdog import Watchdog, new_attempt
 from ft_service.train.weights import WeightsOnStorage

@@ -1,0 +1,1 @@
+"""Llama 3's chat format: conversations to token ids and loss masks."""

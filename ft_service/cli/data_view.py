@@ -1,0 +1,108 @@
+"""What the data gate found, and what the model will see: in a terminal, as JSON, as a page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ft_service.data.gate import Finding, Judgement
+from ft_service.data.gate.private import visible
+from ft_service.data.preview import Document, PreviewRow
+from ft_service.pages.page import render
+
+_COLORS = {"fail": "red", "warn": "yellow", "info": "cyan", "pass": "green"}
+_SHOWN_PLACES = 3
+
+
+def show_judgement(name: str, judgement: Judgement, waive: Mapping[str, str], console: Console) -> None:
+    """Print the verdict, the figures, and every finding with what to do about it."""
+    verdict = judgement.verdict
+    console.print(f"[bold]{escape(name)}[/bold]  [bold {_COLORS[verdict]}]{verdict}[/]", highlight=False)
+    for sentence in _figures(judgement):
+        console.print(f"  {escape(sentence)}", highlight=False)
+    for finding in judgement.findings:
+        console.print()
+        _show(finding, waive.get(finding.code), console)
+    if judgement.entropy:
+        console.print()
+        table = Table("variety", "kinds", "entropy, bits", "the largest", box=None, padding=(0, 2, 0, 0))
+        for name, entropy in judgement.entropy.items():
+            table.add_row(name, f"{entropy.kinds:,}", f"{entropy.bits:.1f}", f"{entropy.largest_share:.1%}")
+        console.print(Padding(table, (0, 2)))
+
+
+def _figures(judgement: Judgement) -> list[str]:
+    signal = judgement.signal
+    left_out = ", ".join(f"{count:,} {code}" for code, count in judgement.left_out.items())
+    records = f"{judgement.read:,} record{'s' if judgement.read != 1 else ''}"
+    sentences = [
+        f"{records}, {judgement.usable:,} usable" + (f"; left out: {left_out}" if left_out else ""),
+        judgement.size.text,
+    ]
+    if signal.records:
+        lost = signal.lost_tokens / (signal.tokens + signal.lost_tokens)
+        sentences.append(
+            f"{signal.tokens:,} tokens, {signal.loss_share:.0%} of them trained on, {lost:.1%} cut off by max_seq_len"
+        )
+    return sentences
+
+
+def _show(finding: Finding, waived: str | None, console: Console) -> None:
+    color = _COLORS[finding.severity]
+    console.print(
+        f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count:,} ({finding.percent})",
+        highlight=False,
+    )
+    for text in (finding.message, f"{finding.why} {finding.cure}", f"Accepted: {waived}" if waived else ""):
+        if text:
+            console.print(Padding(escape(text), (0, 0, 0, 7)), highlight=False)
+    for place in finding.places[:_SHOWN_PLACES]:
+        text = " ".join(part for part in (str(place), place.detail) if part)
+        console.print(f"       [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+_SPAN_STYLES = {("trained", False): "green", ("trained", True): "black on green", ("read", False): "dim"}
+
+
+def show_rows(rows: Sequence[PreviewRow], console: Console) -> None:
+    """Print packed rows: trained on in green, only read dim, special tokens on a ground of their own."""
+    for number, row in enumerate(rows, start=1):
+        filled = row.tokens / row.length
+        title = f"row {number}: {row.tokens:,} of {row.length:,} tokens ({filled:.0%}), {len(row.documents)} documents"
+        console.rule(title, align="left")
+        for document in row.documents:
+            console.print(_caption(document), style="bold", highlight=False, markup=False, soft_wrap=True)
+            console.print(_colored(document))
+    console.print(
+        Text.assemble(("trained on", "green"), "  ", ("only read", "dim"), "  ", ("special token", "reverse"))
+    )
+
+
+def rows_as_json(rows: Sequence[PreviewRow]) -> list[dict[str, Any]]:
+    """The same as values."""
+    return [asdict(row) for row in rows]
+
+
+def rows_as_page(name: str, rows: Sequence[PreviewRow]) -> str:
+    """The same as one HTML page."""
+    return render("data_preview.html.jinja", name=name, rows=rows, caption=_caption, visible=visible)
+
+
+def _caption(document: Document) -> str:
+    cut = ", cut off" if document.truncated else ""
+    return f"┌ {visible(document.place)}  {document.tokens:,} tokens, {document.loss_tokens:,} trained on{cut}"
+
+
+def _colored(document: Document) -> Text:
+    text = Text()
+    for span in document.spans:
+        style = _SPAN_STYLES.get((span.kind, span.is_special), "reverse dim")
+        text.append(visible(span.text), style=style)
+    return text

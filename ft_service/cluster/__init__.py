@@ -1,0 +1,1 @@
+"""The Ray cluster: joining it, submitting to it, and stopping on purpose."""

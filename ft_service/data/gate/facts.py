@@ -1,0 +1,312 @@
+"""What is kept of each usable record: half a KiB of hashes and counts, never its text. Tables of shards join.
+
+A million records take about 0.6 GiB, whatever their length. All checks that compare records with each other are
+functions over this table.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import rensa
+
+from ft_service.data.gate.records import Record
+from ft_service.data.gate.text import (
+    LANGUAGES,
+    all_shingles,
+    fold,
+    hash32,
+    hash64,
+    is_cjk,
+    language,
+    numbers,
+    opening,
+)
+
+BANDS, BAND_ROWS = 12, 5
+"""Two texts of Jaccard similarity s share a band with probability 1 - (1 - s^5)^12: 0.99 at 0.8, 0.96 at 0.75, 0.31 at
+0.5 (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Chance meetings are sorted out afterwards."""
+SIGNATURE = BANDS * BAND_ROWS
+_SEED = 1
+_BUFFER, _BUFFER_HASHES = 2048, 2**18
+"""Records and hashes that wait for their signatures at most: many at a time are faster, and 2 MiB are enough."""
+_COMPARED = 200_000
+"""Characters of a prompt and of an answer that are compared with others'."""
+_LOOKED_AT = 20_000
+"""Characters in which the format of an answer shows."""
+
+FACTS = np.dtype(
+    [
+        ("key", "u8"),
+        ("exact", "u8"),  # hash of what the model reads and is trained on
+        ("content", "u8"),  # hash of what the model reads
+        ("prompt", "u8"),  # hash of the folded prompt; 0 without one
+        ("output", "u8"),  # hash of the folded output
+        ("prompt_numbers", "u4"),
+        ("output_numbers", "u4"),
+        ("prompt_opening", "u4"),
+        ("output_opening", "u4"),
+        ("output_length", "u4"),  # characters
+        ("tokens", "u4"),
+        ("kept", "u4"),
+        ("loss", "u4"),
+        ("kept_loss", "u4"),
+        ("source", "u2"),
+        ("ending", "u1"),
+        ("prompt_language", "u1"),
+        ("output_language", "u1"),
+        ("register", "u1"),
+        ("shape", "u1"),
+        ("validation", "?"),
+        ("cjk", "?"),
+        ("prompt_signature", "u4", SIGNATURE),
+        ("whole_signature", "u4", SIGNATURE),
+    ]
+)
+
+
+class FactTable:
+    """Rows of `FACTS`, in no order until `freeze`."""
+
+    def __init__(self) -> None:
+        self._chunks: list[np.ndarray] = []
+        self._rows: list[tuple[object, ...]] = []
+        self._shingles: list[np.ndarray] = []
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._chunks)) + len(self._rows)
+
+    def add(self, record: Record) -> None:
+        """Keep the facts of a usable record."""
+        prompt, output = fold(record.prompt), fold(record.output)
+        content, tokens = _read_by_the_model(record), record.tokens
+        self._rows.append(
+            (
+                record.key,
+                hash64(content + _trained(record)),
+                hash64(content),
+                hash64(prompt) if prompt else 0,
+                hash64(output),
+                hash32(numbers(record.prompt)),
+                hash32(numbers(record.output)),
+                hash32(opening(record.question)),
+                hash32(opening(record.output)),
+                len(record.output.strip()),
+                *((tokens.total, tokens.kept, tokens.loss, tokens.kept_loss) if tokens else (0, 0, 0, 0)),
+                record.source,
+                ENDINGS.index(ending(record.output)),
+                LANGUAGES.index(language(record.question)),
+                LANGUAGES.index(language(record.output)),
+                REGISTERS.index(register(record.output)),
+                SHAPES.index(shape(record.output)),
+                record.split == "validation",
+                is_cjk(record.output),
+            )
+        )
+        prompt, output = prompt[:_COMPARED], output[:_COMPARED]
+        self._shingles += [all_shingles(prompt), all_shingles(prompt + output)]
+        self._waiting += len(self._shingles[-2]) + len(self._shingles[-1])
+        if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
+            self._flush()
+
+    def rows(self) -> np.ndarray:
+        """All rows [N] so far."""
+        self._flush()
+        return np.concatenate(self._chunks) if self._chunks else np.empty(0, dtype=FACTS)
+
+    def add_rows(self, rows: np.ndarray) -> None:
+        """Take over the rows of another table."""
+        self._chunks.append(rows)
+
+    def freeze(self) -> "Facts":
+        """All rows by columns, in order of the data."""
+        self._flush()
+        return Facts(self._chunks)
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        chunk = np.zeros(len(self._rows), dtype=FACTS)
+        names = [name for name in FACTS.names or () if not name.endswith("signature")]
+        for name, column in zip(names, zip(*self._rows, strict=True), strict=True):
+            chunk[name] = column
+        signatures = _signatures(self._shingles)
+        chunk["prompt_signature"], chunk["whole_signature"] = signatures[0::2], signatures[1::2]
+        self._chunks.append(chunk)
+        self._rows, self._shingles, self._waiting = [], [], 0
+
+
+class Facts:
+    """Columns of a finished table, in order of the data, gathered one at a time: the table is never copied whole."""
+
+    def __init__(self, chunks: Sequence[np.ndarray]) -> None:
+        self._chunks = chunks
+        self._order = np.argsort(self._gather("key"), kind="stable") if chunks else np.empty(0, dtype=np.int64)
+        self._starts = np.cumsum([0, *map(len, chunks)])
+        self._held_out: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A column [N]."""
+        if name == "validation" and self._held_out is not None:
+            return self._held_out
+        return self._gather(name)[self._order]
+
+    def hold_out(self, rows: np.ndarray) -> None:
+        """From now on the column `validation` is this one, bool [N]."""
+        self._held_out = rows
+
+    def band(self, name: str, band: int) -> np.ndarray:
+        """One band [N, BAND_ROWS] of a column of signatures."""
+        part = slice(band * BAND_ROWS, (band + 1) * BAND_ROWS)
+        bands = [chunk[name][:, part] for chunk in self._chunks]
+        return np.concatenate(bands)[self._order] if bands else np.empty((0, BAND_ROWS), dtype=np.uint32)
+
+    def signatures(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Signatures [len(rows), SIGNATURE] of some rows."""
+        at = self._order[rows]
+        chunks = np.searchsorted(self._starts, at, side="right") - 1
+        found = np.empty((len(rows), SIGNATURE), dtype=np.uint32)
+        for chunk in np.unique(chunks):
+            here = chunks == chunk
+            found[here] = self._chunks[chunk][name][at[here] - self._starts[chunk]]
+        return found
+
+    def _gather(self, name: str) -> np.ndarray:
+        if not self._chunks:
+            return np.empty(0, dtype=FACTS[name])
+        return np.concatenate([chunk[name] for chunk in self._chunks])
+
+
+def _signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
+    """MinHash signatures, uint32 [len(sets), SIGNATURE], of sets of hashes."""
+    offsets = np.cumsum([0, *map(len, sets)]).astype(np.uint64)
+    flat = np.concatenate(sets) if sets else np.empty(0, dtype=np.uint64)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, SIGNATURE, _SEED)
+    return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(sets), SIGNATURE)
+
+
+def _read_by_the_model(record: Record) -> str:
+    """The same for records that are the same to the model: the chat format strips white space at the ends."""
+    if isinstance(record.item, str):
+        return record.item
+    return json.dumps([[message.role, message.content.strip()] for message in record.item or ()])
+
+
+def _trained(record: Record) -> str:
+    return "" if isinstance(record.item, str) else "".join("01"[message.is_trained] for message in record.item or ())
+
+
+# -- traits of an answer ---------------------------------------------------------------------------------------------
+
+ENDINGS = ("short", "sentence", "figure", "letter", "digit", "other", "open")
+WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
+"""Characters: shorter answers are names and labels, which end in no full stop."""
+_FIGURE = 16
+"""Characters: a last line as short as this is a result by itself ("#### 18", "答え：はい")."""
+_RESULT = re.compile(r"[\d:：]")
+_TAIL = 100
+_SENTENCE_END = re.compile(
+    r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|;$]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
+)
+_OPEN_END = re.compile(r"[,、，；:：(（\[「『【＜<{\-–—&×÷\\]$")
+"""Not ; / + = and $, in which SQL, addresses, C++, base64 and formulas end as a whole."""
+
+
+def ending(output: str) -> str:
+    """How an answer ends: like a sentence, in a short last line, in a letter or digit, or wanting more ("open")."""
+    text = output.strip()
+    if len(text) < (WHOLE_FROM_CJK if is_cjk(text) else WHOLE_FROM_LATIN):
+        return "short"
+    if text.count("```") % 2:
+        return "open"
+    last_line = text[text.rfind("\n") + 1 :]
+    if text.endswith("```") or _SENTENCE_END.search(text[-_TAIL:]):
+        return "sentence"
+    if _OPEN_END.search(last_line):
+        return "open"
+    if len(last_line) <= _FIGURE and _RESULT.search(last_line):
+        return "figure"
+    last = last_line[-1]
+    return "letter" if last.isalpha() else "digit" if last.isdigit() else "other"
+
+
+REGISTERS = ("none", "polite", "plain", "casual", "neutral")
+_SENTENCES = re.compile(r"[。！？!?\n]+")
+_POLITE = re.compile(
+    r"(?:です|ます|でした|ました|ません|ませんでした|でしょう|ましょう|ください|下さい|ございます)(?:か|ね|よ|よね|が|けど|し|から)?$"
+)
+_PLAIN = re.compile(
+    r"(?:だ|た|である|だろう|であろう|ない|[うくすつぬむるぐぶ])"
+    r"(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
+)
+_CASUAL = re.compile(
+    r"\b(?:r u|u r|(?:do|can|are|see|for|to|with|did|will|love|thank) u(?!\.\w)|"
+    r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|haha+|"
+    r"yeah|yep|nope|dude|cuz|ya)\b|(?<=\w)[!?]{2,}(?=\s|$)|(?:(?<=\s)|^)[:;]-?[)D(P](?!\S)|[\U0001f600-\U0001f64f\U0001f923-\U0001f92f]",
+    re.IGNORECASE,
+)
+
+
+_CASUAL_WORDS = {
+    *("u", "gonna", "wanna", "gotta", "kinda", "sorta", "dunno", "lemme", "gimme", "y", "ain", "lol", "lmao", "omg"),
+    *("btw", "tbh", "imo", "idk", "thx", "pls", "plz", "yeah", "yep", "nope", "dude", "cuz", "ya"),
+}
+"""Of `_CASUAL`, cut at apostrophes."""
+_CASUAL_SIGNS = (
+    *("!!", "??", "!?", "?!"),
+    *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
+)
+_NO_LETTERS = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) == "_")}
+
+
+def register(output: str) -> str:
+    """The tone: of Japanese polite or plain, by the ends of sentences; of English neutral or casual, by its words."""
+    if is_cjk(output):
+        sentences = [s.rstrip("」』）) \u3000") for s in _SENTENCES.split(output[:4000])]
+        polite = sum(bool(_POLITE.search(sentence)) for sentence in sentences)
+        plain = sum(bool(_PLAIN.search(sentence)) and not _POLITE.search(sentence) for sentence in sentences)
+        return "none" if polite == plain else "polite" if polite > plain else "plain"
+    if len(output) < WHOLE_FROM_LATIN or language(output) != "latin":
+        return "none"
+    return "casual" if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]) else "neutral"
+
+
+def _may_be_casual(text: str) -> bool:
+    """Whether `_CASUAL`, which is slow, can find anything at all."""
+    if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
+        return True
+    lower = text.lower()
+    return not _CASUAL_WORDS.isdisjoint(lower.translate(_NO_LETTERS).split()) or "haha" in lower
+
+
+SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")
+_LIST_LINE = re.compile(r"^[ \t\u3000]*(?:[-*•‣]\s|・|\d{1,3}[.)．]\s|[①-⑳])", re.MULTILINE)
+_TABLE_LINE = re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.MULTILINE)
+_HEADING = re.compile(r"^#{1,6} \S", re.MULTILINE)
+_LIST_FROM = 2
+
+
+def shape(output: str) -> str:
+    """The format of an answer."""
+    text = output.strip()
+    if text[:1] in "{[" and text[-1:] in "}]" and len(text) > 2:
+        try:
+            json.loads(text)
+            return "json"
+        except (ValueError, RecursionError):
+            pass
+    if len(text) < (WHOLE_FROM_CJK if is_cjk(text) else WHOLE_FROM_LATIN):
+        return "short"
+    text = text[:_LOOKED_AT]
+    if "```" in text:
+        return "code"
+    if "|" in text and len(_TABLE_LINE.findall(text)) >= _LIST_FROM:
+        return "table"
+    if len(_LIST_LINE.findall(text)) >= _LIST_FROM:
+        return "list"
+    return "markdown" if _HEADING.search(text) else "prose"

@@ -1,0 +1,253 @@
+"""Checks of one record at a time: its form, and what its answers say. Each yields what it finds, at once."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import ftfy.badness
+
+from ft_service.data.gate.findings import Finding, Place, of_sources
+from ft_service.data.gate.private import detail, excerpt, find_private, visible
+from ft_service.data.gate.records import Record, Source
+from ft_service.data.gate.text import fold, is_cjk
+
+_SHOWN_OF_VALUE = 8000  # characters; far more than an excerpt, so that nothing private is cut in half there
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A record that a check found something in."""
+
+    code: str
+    key: int
+    detail: str = ""
+    excerpt: str = ""
+
+
+def check_record(record: Record) -> Iterator[Hit]:
+    """Everything that can be told of a record by itself."""
+    if record.fault is not None:
+        told = list(record.raw.values())[:5] or [record.fault.text]
+        values = " ".join(str(value)[:_SHOWN_OF_VALUE] for value in told)
+        yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(values))
+        return
+    for check in (
+        role_order,
+        broken_text,
+        leftovers,
+        copied_instruction,
+        stock_phrases,
+        private_data,
+    ):
+        yield from check(record)
+
+
+def role_order(record: Record) -> Iterator[Hit]:
+    """System first, then user and assistant in turn, tools after the assistant, the assistant last."""
+    if not isinstance(record.item, tuple):
+        return
+    roles = [message.role for message in record.item]
+    turns = roles[1:] if roles[0] == "system" else roles
+    allowed = {"user": {"assistant"}, "assistant": {"user", "tool"}, "tool": {"tool", "assistant"}, "system": set()}
+    orderly = (
+        (
+            turns[0] == "user"
+            and turns[-1] == "assistant"
+            and all(later in allowed[earlier] for earlier, later in pairwise(turns))
+        )
+        if turns
+        else False
+    )
+    if not orderly:
+        yield Hit("form.role-order", record.key, " → ".join(roles[:12]), excerpt(record.text))
+
+
+def judge_files(
+    sources: Sequence[Source], read: Mapping[int, int], columns: Collection[tuple[int, str]]
+) -> list[Finding]:
+    """Findings on sources that hold nothing, on columns that none of their records has, and on files that are not read.
+
+    `read` counts the records of each source; `columns` are those of its optional columns that were there.
+    """
+    empty = [
+        Place(file=source.path, line=0, detail="holds no records")
+        for number, source in enumerate(sources)
+        if not read.get(number)
+    ]
+    absent = [
+        Place(file=source.path, line=0, detail=detail(f"no record has the column {name!r}"))
+        for number, source in enumerate(sources)
+        for name in source.optional
+        if read.get(number) and (number, name) not in columns
+    ]
+    foreign = [Place(file=visible(name), line=0) for source in sources for name in source.foreign]
+    found = [("form.empty-source", empty), ("form.absent-column", absent), ("form.foreign-file", foreign)]
+    # A source may have several places.
+    return [of_sources(code, places, min(1.0, len(places) / len(sources))) for code, places in found if places]
+
+
+# -- characters ------------------------------------------------------------------------------------------------------
+
+_LOST = "\ufffd"
+_UTF8_AS_SHIFT_JIS = re.compile("[縺繧繝][\u3041-\u30fe\u3400-\u9fff\uff61-\uff9f]|窶[\u3400-\u9fff\uff61-\uff9f]")
+"""UTF-8 hiragana and katakana begin with E3 81, E3 82 or E3 83, which Shift-JIS reads as these rare characters (E2 80,
+of typographic quotes, as the last). ftfy does not look for this mistake."""
+_SHIFT_JIS_SIGNS_FROM = 2
+"""One may be a real, rare word."""
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u200b\u202a-\u202e\u2060\ufff9-\ufffb]")
+"""C0 and C1 but tab and line ends; invisible marks that come of copying. Joiners (U+200D) belong to emoji."""
+
+
+def broken_text(record: Record) -> Iterator[Hit]:
+    """Lost characters, mojibake, and control characters."""
+    text = record.text
+    if text.isascii():
+        mojibake = None
+    elif (at := text.find(_LOST)) >= 0:
+        yield Hit("form.encoding", record.key, "holds U+FFFD, a character that was lost", excerpt(text, at))
+        return
+    else:
+        mojibake = ftfy.badness.BADNESS_RE.search(text)
+        if mojibake is None and len(signs := list(_UTF8_AS_SHIFT_JIS.finditer(text))) >= _SHIFT_JIS_SIGNS_FROM:
+            mojibake = signs[0]
+    if mojibake is not None:
+        yield Hit("form.mojibake", record.key, "was decoded with the wrong encoding", excerpt(text, mojibake.start()))
+    elif found := _CONTROL.search(text):
+        yield Hit("form.control-characters", record.key, f"holds U+{ord(found[0]):04X}", excerpt(text, found.start()))
+
+
+# -- template and markup ---------------------------------------------------------------------------------------------
+
+_SPECIAL = re.compile(
+    r"<\|[A-Za-z_]\w{1,40}\|>"  # Llama 3, ChatML, GPT
+    r"|<</?SYS>>|\[/?INST\]"  # Llama 2, Mistral
+    r"|<(?:start|end)_of_turn>|<｜[^｜>\n]{2,30}｜>"  # Gemma, DeepSeek
+    r"|^(?:#{2,3} ?(?:Instruction|Input|Response|指示|入力|応答|回答)\s?[:：])",  # Alpaca and its Japanese editions
+    re.MULTILINE,
+)
+_END, _STRUCK_OUT = re.compile("</s>"), re.compile("<s[ >]", re.IGNORECASE)
+"""Llama 2 and Mistral end a turn so; where it is opened before, HTML strikes something out."""
+_ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]", re.MULTILINE)
+"""In an answer; a question may well hold a conversation that it is about."""
+_HTML = re.compile(
+    r"</?(?:p|div|span|br|hr|a|li|ul|ol|table|tbody|tr|td|th|h[1-6]|b|i|u|em|strong|font|img|script|style|body|center|"
+    r"blockquote|iframe|input|button|form|section|article|nav|footer|header)(?:\s(?=[^<>=]{0,300}=)[^<>]{0,600}|\s{1,9})?/?>"
+    r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|mdash|ndash|rsquo|lsquo|rdquo|ldquo|copy|#\d{2,6}|#x[0-9A-Fa-f]{2,5});",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
+_ABOUT_MARKUP = re.compile(
+    r"html|xml|css|svg|markup|web ?page|website|\btags?\b|javascript|\bjsx\b|\bphp\b|"
+    r"\breact(?:\.?js\b| component| app\b| hook)|"
+    r"タグ|ウェブ|マークアップ|ホームページ",
+    re.IGNORECASE,
+)
+"""A question about markup has markup in its answer."""
+
+
+def leftovers(record: Record) -> Iterator[Hit]:
+    """Template text and HTML that were not meant for the model."""
+    messages = [(record.item, True)] if isinstance(record.item, str) else []
+    messages += [(m.content, m.is_trained) for m in record.item or () if not isinstance(m, str)]
+    for message, is_trained in messages:
+        if found := _leaked(message, is_trained):
+            yield Hit("form.special-tokens", record.key, f"holds {found[0]!r}", excerpt(message, found.start()))
+            break
+    text = record.text
+    if ("<" in text or "&" in text) and not _ABOUT_MARKUP.search(record.prompt):
+        bare = _CODE.sub(lambda code: " " * len(code[0]), text)
+        if found := _HTML.search(bare):
+            yield Hit("form.html", record.key, detail(f"holds {found[0]!r}"), excerpt(text, found.start()))
+
+
+def _leaked(message: str, is_trained: bool) -> re.Match[str] | None:
+    """The first sign of a template in a message."""
+    if any(sign in message for sign in "<[#"):
+        found = _SPECIAL.search(message) or (None if _STRUCK_OUT.search(message) else _END.search(message))
+        if found:
+            return found
+    return _ROLE_NAME.search(message) if is_trained else None
+
+
+# -- what answers say ------------------------------------------------------------------------------------------------
+
+COPIED_FROM_LATIN, COPIED_FROM_CJK = 30, 12
+"""Characters of a folded question: shorter ones occur in answers by chance ("What is the sun?")."""
+_STOCK_WITHIN = 300
+"""Characters at the start (refusals) or either end (boilerplate) of an answer. Later ones are quotations."""
+
+
+def copied_instruction(record: Record) -> Iterator[Hit]:
+    """The question, or its first paragraph, word for word inside the answer."""
+    question, answer = record.question, fold(record.output)
+    for part in (question, question.split("\n\n", 1)[0]):
+        folded = fold(part)
+        if len(folded) >= (COPIED_FROM_CJK if is_cjk(folded) else COPIED_FROM_LATIN) and folded in answer:
+            yield Hit("quality.copied-instruction", record.key, "repeats its question", excerpt(record.output))
+            return
+
+
+_REFUSAL = re.compile(
+    r"as an? (?:ai|artificial intelligence|large language|language)[ -](?:language )?(?:model|assistant)"
+    r"|as an ai\b"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|language model)\b"
+    r"|(?:^|[.!] |sorry,? (?:but )?)i(?: can(?:no|')t|(?: am|'m) (?:unable|not able) to| won't| will not) "
+    r"(?:help|assist|provide|fulfill|comply|answer|generate|create|do that|engage|continue|support|discuss)"
+    r"|(?:^|。|私は|わたしは)、?(?:AI|人工知能|言語モデル)(?:アシスタント|言語モデル)?(?:として[、はの]|なので|ですので)"
+    r"|申し訳(?:ありません|ございません|ない).{0,60}(?:できません|できかねます|いたしかねます|わかり(?:ません|かねます))"
+    r"|(?:お答え|回答|お手伝い|対応|お応え|提供)(?:する)?(?:ことは|は)?(?:できません|できかねます|いたしかねます|致しかねます)",
+    re.IGNORECASE | re.DOTALL,
+)
+_BOILERPLATE = re.compile(
+    r"^(?:certainly|of course|sure(?: thing)?|absolutely|great question|happy to help|i'd be happy to)\b[!,.]"
+    r"|(?:i )?hope (?:this|that|it) (?:helps|answers)"
+    r"|(?:please )?(?:let me know|feel free to (?:ask|reach)|don't hesitate to (?:ask|contact|reach))"
+    r"|is there anything else (?:i|you)"
+    r"|^(?:もちろんです|承知(?:いた)?しました|かしこまりました|はい、喜んで)[。！!、]"
+    r"|(?:お役に立て(?:れば|たら)|参考に(?:なれば|していただければ)|ご参考になれば)"
+    r"|(?:他に|ほかに|何か)?(?:ご)?(?:不明な点|質問|不明点|疑問)(?:など)?(?:が)?(?:ございましたら|ありましたら|があれば|があります場合)"
+    r"|お気軽に(?:お尋ね|ご質問|お問い合わせ|お聞き)",
+    re.IGNORECASE,
+)
+_REFUSAL_HINTS = ("as a", "i'm ", "i am ", "i can", "i won't", "i will not")
+_BOILERPLATE_HINTS = (
+    *("certainly", "of course", "sure", "absolutely", "great question", "happy to"),
+    *("hope ", "let me know", "feel free", "hesitate", "anything else"),
+)
+"""In English neither says anything without one of these, and the patterns are slow."""
+_CURLY = str.maketrans("’‘", "''")
+
+
+def stock_phrases(record: Record) -> Iterator[Hit]:
+    """Refusals at the start of an answer, and empty phrases at either end."""
+    if isinstance(record.item, str):
+        return
+    for output in record.outputs:
+        output = output.strip().translate(_CURLY)
+        start, ending = output[:_STOCK_WITHIN], max(0, len(output) - _STOCK_WITHIN)
+        if found := _may_hold(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
+            yield Hit("quality.refusal", record.key, detail(f"says {found[0]!r}"), excerpt(output, found.start()))
+            return
+        if not _may_hold(start + output[ending:], _BOILERPLATE_HINTS):
+            continue
+        if found := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
+            yield Hit("quality.boilerplate", record.key, detail(f"says {found[0]!r}"), excerpt(output, found.start()))
+            return
+
+
+def _may_hold(text: str, hints: Sequence[str]) -> bool:
+    if not text.isascii():
+        return True
+    lower = text.lower()
+    return any(hint in lower for hint in hints)
+
+
+def private_data(record: Record) -> Iterator[Hit]:
+    """One hit a kind of private data, which the excerpt masks."""
+    text = record.text
+    found: dict[str, list[int]] = {}
+    for code, start, _ in find_private(text):
+        found.setdefault(code, []).append(start)
+    for code, starts in found.items():
+        yield Hit(code, record.key, f"{len(starts)} in it", excerpt(text, starts[0]))

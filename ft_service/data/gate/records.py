@@ -1,0 +1,167 @@
+"""The records that the gate sees: one type for all of them, also for those that could not be read or converted."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from ft_service.data.convert import BadRecord, Conversation, convert
+from ft_service.data.read import Fault, Scan, Shard, Wants, read_shard, scan
+from ft_service.errors import DataError
+from ft_service.spec.schema import OPTIONAL_COLUMNS, DataSource
+
+Split = Literal["train", "validation"]
+
+_SOURCE_BITS, _FILE_BITS, _LINE_BITS = 10, 20, 34
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as the gate knows it: its settings, and its files in the order in which records number them."""
+
+    path: str
+    files: tuple[str, ...]
+    format: Literal["alpaca", "chat", "text"] = "alpaca"
+    source: str | None = None
+    license: str | None = None
+    foreign: tuple[str, ...] = ()
+    """Files beside them that are of no kind that is read."""
+    optional: tuple[str, ...] = ()
+    """Columns that its spec names, and that a record may lack; not all of them may."""
+
+    @classmethod
+    def of(cls, source: DataSource, scan: Scan) -> "Source":
+        """The gate's view of a spec's source."""
+        optional = tuple(source.columns[name] for name in OPTIONAL_COLUMNS if name in source.columns)
+        return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign, optional)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Lengths of a record in tokens, before and after max_seq_len cuts it."""
+
+    total: int
+    loss: int
+    kept: int
+    kept_loss: int
+    ends: bool
+    """Whether the end of the last turn (or of the text) is kept and trained."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: where it stands, and either what it says or why it cannot be used."""
+
+    source: int
+    """Number of its source among the judge's."""
+    file: int
+    """Number of its file among the source's."""
+    line: int
+    """Line, row or record number from 1; 0 where a whole file is meant."""
+    item: Conversation | str | None = None
+    fault: Fault | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    split: Split = "train"
+    tokens: Tokens | None = None
+
+    @property
+    def key(self) -> int:
+        """Its place in one number: records in order of their keys are in order of the data."""
+        return place_key(self.source, self.file, self.line)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """The texts that are trained on."""
+        if isinstance(self.item, str):
+            return (self.item,)
+        return tuple(message.content for message in self.item or () if message.is_trained)
+
+    @property
+    def output(self) -> str:
+        """The last of the texts that are trained on."""
+        return self.outputs[-1] if self.outputs else ""
+
+    @cached_property
+    def prompt(self) -> str:
+        """All that stands before the last answer; a text has none."""
+        if self.item is None or isinstance(self.item, str):
+            return ""
+        last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
+        return "\n\n".join(message.content for message in self.item[:last])
+
+    @cached_property
+    def question(self) -> str:
+        """The last user turn before the last answer."""
+        if self.item is None or isinstance(self.item, str):
+            return ""
+        last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
+        return next((message.content for message in reversed(self.item[:last]) if message.role == "user"), "")
+
+    @cached_property
+    def text(self) -> str:
+        """All of it."""
+        if isinstance(self.item, str):
+            return self.item
+        return "\n".join(message.content for message in self.item or ())
+
+
+def place_key(source: int, file: int, line: int) -> int:
+    """Source, file and line in one number of 64 bits, in this order."""
+    if source >> _SOURCE_BITS or file >> _FILE_BITS or line >> _LINE_BITS:
+        raise DataError(
+            f"source {source}, file {file}, line {line}: more than the gate can number "
+            f"({2**_SOURCE_BITS} sources of {2**_FILE_BITS} files). Join small files."
+        )
+    return (source << _FILE_BITS | file) << _LINE_BITS | line
+
+
+def place_of(key: int) -> tuple[int, int, int]:
+    """Source, file and line of a key."""
+    line, rest = key & (1 << _LINE_BITS) - 1, key >> _LINE_BITS
+    return rest >> _FILE_BITS, rest & (1 << _FILE_BITS) - 1, line
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def records_of(
+    shard: Shard, source: DataSource, split: Split = "train", wants: Wants | None = None
+) -> Iterator[Record]:
+    """Every record of a shard, in order, also those that cannot be used. Raises `ShardChanged`."""
+    for number, raw in read_shard(shard, source, wants):
+        if isinstance(raw, Fault):
+            yield Record(shard.source, shard.file, number, fault=raw, split=split)
+        else:
+            yield to_record(shard.source, shard.file, number, raw, source, split)
+
+
+def read_source(number: int, source: DataSource, split: Split = "train") -> Iterator[Record]:
+    """Every record of a source. Raises `DataError` where a file is missing."""
+    for shard in scan(number, source).shards:
+        yield from records_of(shard, source, split)
+
+
+def read_questions(number: int, source: DataSource) -> Iterator[Record]:
+    """Every record of a set that training data are compared with: it needs no answers. Raises `DataError`."""
+    for shard in scan(number, source).shards:
+        for line, raw in read_shard(shard, source):
+            if isinstance(raw, Fault):
+                yield Record(number, shard.file, line, fault=raw)
+            else:
+                yield to_record(number, shard.file, line, raw, source, needs_answer=False)
+
+
+def to_record(
+    number: int,
+    file: int,
+    line: int,
+    raw: Mapping[str, Any],
+    source: DataSource,
+    split: Split = "train",
+    needs_answer: bool = True,
+) -> Record:
+    """A raw record converted, or with the reason why it cannot be."""
+    try:
+        return Record(number, file, line, convert(raw, source, needs_answer), raw=raw, split=split)
+    except BadRecord as error:
+        return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)

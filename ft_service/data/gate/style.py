@@ -1,0 +1,156 @@
+"""Answers that do not go with the others of their source: cut off, too short, of another length, tone, format or
+language than usual.
+
+What is usual is taken from the data. Each source is judged by itself: two sources may differ on purpose.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ft_service.data.gate.facts import ENDINGS, REGISTERS, SHAPES, WHOLE_FROM_CJK, WHOLE_FROM_LATIN, Facts
+from ft_service.data.gate.form import Hit
+from ft_service.data.gate.text import LANGUAGES
+
+FEWEST = 20
+"""Answers from which on one can speak of what is usual."""
+RARE_ENDING = 0.1
+"""Where nine answers in ten end otherwise, one that ends in a letter (digit, sign) in mid-line was cut."""
+SPIKE_FROM, SPIKE_TIMES = 5, 6
+"""A length at which so many answers end without a sentence's end, and so many times its neighbours' median: a limit."""
+_SPIKE_NEIGHBOURS = 10
+TOO_SHORT_LATIN, TOO_SHORT_CJK = 10, 4
+"""Characters: about two words."""
+SHORT_AGAINST_MEDIAN = 0.1
+FAR_OUT = 2.0
+"""Interquartile ranges beyond the quartiles, of the logarithm of lengths: 1 in 1,300 of a normal distribution, between
+Tukey's outliers (1.5 ranges) and his "far out" (3)."""
+FAR_OUT_AT_LEAST = 4.0
+"""Times longer or shorter than the quartile: the range alone is too strict where all are of nearly one length."""
+DOMINANT = 0.8
+"""Share from which one format or language is the usual one, and the others are exceptions to it."""
+DOMINANT_TONE = 0.5
+"""Of tones there are two, and no reason to mix them: the rarer one is always told."""
+
+
+def judge_style(facts: Facts) -> Iterator[Hit]:
+    """All of it, over the training records."""
+    keys, train, sources = facts["key"], ~facts["validation"], facts["source"]
+    columns = {
+        name: facts[name]
+        for name in (
+            "output",
+            "output_length",
+            "kept_loss",
+            "ending",
+            "cjk",
+            "register",
+            "shape",
+            "prompt_language",
+            "output_language",
+        )
+    }
+    for source in np.unique(sources):
+        rows = np.flatnonzero((sources == source) & train)
+        if len(rows) >= FEWEST:
+            part = {name: column[rows] for name, column in columns.items()}
+            for code, where, detail in _findings(part):
+                yield from (Hit(code, int(keys[rows[at]]), detail) for at in where)
+
+
+_Found = Iterator[tuple[str, np.ndarray, str]]
+
+
+def _findings(part: dict[str, np.ndarray]) -> _Found:
+    yield from _cut_off(part)
+    short = _too_short(part)
+    yield "quality.too-short", np.flatnonzero(short), "far shorter than the others"
+    yield from _lengths(part["output_length"], short)
+    yield from _exceptions("style.register", part["register"], REGISTERS, unknown=("none",), dominant=DOMINANT_TONE)
+    yield from _exceptions("style.format", part["shape"], SHAPES, unknown=("short",))
+    yield from _languages(part)
+
+
+def _cut_off(part: dict[str, np.ndarray]) -> _Found:
+    ending = part["ending"]
+    whole = ending != ENDINGS.index("short")
+    told = ending == ENDINGS.index("open")
+    if told.sum() >= DOMINANT_TONE * whole.sum():
+        told[:] = False  # where most end so, they mean it
+    yield "form.cut-off", np.flatnonzero(told), "ends where more must follow"
+    for name in ("letter", "digit", "other"):
+        unusual = (ending == ENDINGS.index(name)) & (part["shape"] == SHAPES.index("prose"))
+        if whole.sum() >= FEWEST and unusual.sum() < RARE_ENDING * whole.sum():
+            yield "form.cut-off", np.flatnonzero(unusual), "ends in the middle of a sentence"
+            told |= unusual
+    unfinished = whole & ~np.isin(ending, [ENDINGS.index("sentence"), ENDINGS.index("figure")])
+    for unit, lengths in (("characters", part["output_length"]), ("tokens", part["kept_loss"])):
+        spikes = _spikes(lengths[unfinished], part["output"][unfinished])
+        for spike in spikes:
+            at_limit = unfinished & ~told & (lengths == spike)
+            told |= at_limit
+            yield "form.cut-off", np.flatnonzero(at_limit), f"ends after {spike} {unit}, like many others"
+
+
+def _spikes(lengths: np.ndarray, outputs: np.ndarray) -> list[int]:
+    """Lengths that far more answers have than those around them; an answer given often counts once."""
+    lengths = lengths[np.unique(outputs, return_index=True)[1]]
+    lengths = lengths[lengths > 0]
+    values, counts = np.unique(lengths, return_counts=True)
+    by_length = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    spikes = []
+    for value, count in by_length.items():
+        if count >= SPIKE_FROM:
+            near = range(value - _SPIKE_NEIGHBOURS, value + _SPIKE_NEIGHBOURS + 1)
+            usual = np.median([by_length.get(other, 0) for other in near if other != value])
+            if count >= SPIKE_TIMES * max(1.0, float(usual)):
+                spikes.append(value)
+    return spikes
+
+
+def _too_short(part: dict[str, np.ndarray]) -> np.ndarray:
+    lengths, cjk = part["output_length"], part["cjk"]
+    usual = float(np.median(lengths))
+    least = np.where(cjk, TOO_SHORT_CJK, TOO_SHORT_LATIN)
+    whole = WHOLE_FROM_CJK if cjk.mean() > 0.5 else WHOLE_FROM_LATIN
+    return (lengths <= least) & (lengths < SHORT_AGAINST_MEDIAN * usual) if usual >= whole else np.zeros(len(cjk), bool)
+
+
+def _lengths(lengths: np.ndarray, told: np.ndarray) -> _Found:
+    logs = np.log(np.maximum(1, lengths).astype(float))
+    low, high = np.quantile(logs, [0.25, 0.75])
+    reach = max(FAR_OUT * (high - low), np.log(FAR_OUT_AT_LEAST))
+    usual = f"(half of them have {np.exp(low):.0f} to {np.exp(high):.0f} characters)"
+    yield "style.length", np.flatnonzero((logs > high + reach) & ~told), f"far longer than the others {usual}"
+    yield "style.length", np.flatnonzero((logs < low - reach) & ~told), f"far shorter than the others {usual}"
+
+
+def _exceptions(
+    code: str, values: np.ndarray, names: tuple[str, ...], unknown: tuple[str, ...], dominant: float = DOMINANT
+) -> _Found:
+    """Values other than the dominant one, among those that are known."""
+    known = ~np.isin(values, [names.index(name) for name in unknown])
+    if known.sum() < FEWEST:
+        return
+    counts = np.bincount(values[known], minlength=len(names))
+    usual = int(counts.argmax())
+    if counts[usual] < dominant * known.sum():
+        return
+    for value in np.flatnonzero(counts):
+        if value != usual:
+            yield code, np.flatnonzero(known & (values == value)), f"{names[value]}, where most are {names[usual]}"
+
+
+def _languages(part: dict[str, np.ndarray]) -> _Found:
+    """Answers in another language than the others that were asked in the same, or than nearly all of the source."""
+    asked, answered = part["prompt_language"].astype(np.int64), part["output_language"].astype(np.int64)
+    code = np.isin(part["shape"], [SHAPES.index("code"), SHAPES.index("json")])
+    answered = np.where(code, 0, answered)
+    told = np.zeros(len(asked), dtype=bool)
+    for language in (None, *np.unique(asked).tolist()):
+        among = np.ones(len(asked), dtype=bool) if language is None else asked == language
+        for name, where, detail in _exceptions("style.language", answered[among], LANGUAGES, unknown=("none",)):
+            rows = np.flatnonzero(among)[where]
+            rows = rows[~told[rows]]
+            told[rows] = True
+            yield name, rows, detail

@@ -1,0 +1,1 @@
+"""What was produced: published adapters and models, with their records and cards."""

@@ -1,0 +1,184 @@
+"""The model card of what a run publishes: README.md, in the form the Hugging Face hub knows.
+
+``{id}`` and ``{digest}`` stay in the text: they follow from the content, and `Registry.publish` fills them in.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from ft_service.catalog.models import ModelFacts
+
+_HUB_DATASET = "hub:"
+_NOT_STATED = "not stated"
+_METHODS = {
+    "full": "All weights were trained",
+    "lora": "A LoRA adapter was trained on the frozen base",
+    "qlora": "A LoRA adapter was trained on the frozen base, held in 4 bits (NF4)",
+}
+
+
+def model_card(record_draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
+    """The card's Markdown. `record_draft` goes to `Registry.publish` too; `facts` is None for a base not catalogued."""
+    sections = [
+        _front_matter(record_draft, facts),
+        _what_it_is(record_draft, facts),
+        _use(record_draft),
+        _training(record_draft),
+        _data(record_draft),
+        _license(record_draft, facts),
+        _limits(),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
+    is_adapter = draft["kind"] == "adapter"
+    hub_datasets = [
+        source["path"].removeprefix(_HUB_DATASET)
+        for source in draft["datasets"]
+        if source["path"].startswith(_HUB_DATASET)
+    ]
+    fields: dict[str, object] = {
+        "base_model": draft["base"]["id"],
+        "base_model_relation": "adapter" if is_adapter else "finetune",
+        "library_name": "peft" if is_adapter else "transformers",
+        "license": facts.license.id if facts else "unknown",
+        "pipeline_tag": "text-generation",
+        "tags": ["llama", "fine-tuned", draft["method"]["type"]],
+    }
+    if hub_datasets:
+        fields["datasets"] = hub_datasets
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _what_it_is(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
+    base = draft["base"]
+    title = facts.title if facts else base["short_name"]
+    revision = f", revision {_plain(base['revision'])}" if base["revision"] else ""
+    kind = "A LoRA adapter for" if draft["kind"] == "adapter" else "A full fine-tune of"
+    return "\n".join(
+        [
+            f"# {_plain(title)}: {_plain(draft['run_name'])}",
+            "",
+            f"{kind} {_plain(base['id'])}{revision}, published as `{{id}}`.",
+            "",
+            f"Content digest: `{{digest}}` (SHA-256; the id ends with its first 8 digits). "
+            f"Base fingerprint: `{base['fingerprint']}`.",
+            *(["", f"**{facts.license.display}**"] if facts else []),
+        ]
+    )
+
+
+def _use(draft: Mapping[str, Any]) -> str:
+    base_id, revision = _literal(draft["base"]["id"]), draft["base"]["revision"]
+    at_revision = f", revision={_literal(revision)}" if revision else ""
+    if draft["kind"] == "adapter":
+        load = f"""\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base_id}{at_revision}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({base_id}{at_revision})
+model = PeftModel.from_pretrained(base, "{{id}}")  # the folder with this card"""
+    else:
+        load = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{id}", dtype="auto")  # the folder with this card
+tokenizer = AutoTokenizer.from_pretrained("{id}")"""
+    return f"""\
+## Load it
+
+```python
+{load}
+```
+
+## Ask it
+
+```bash
+curl http://localhost:8000/v1/chat/completions \\
+  -H "Content-Type: application/json" -H "Authorization: Bearer $FT_API_KEY" \\
+  -d '{{"model": "{{id}}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+```"""
+
+
+def _training(draft: Mapping[str, Any]) -> str:
+    method = draft["method"]
+    settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in method.items() if name != "type")
+    validation_loss = draft["validation_loss"]
+    rows = [
+        ("Method", _METHODS[method["type"]] + (f": {settings}" if settings else "")),
+        ("Optimizer steps behind these weights", f"{draft['steps']:,}"),
+        ("Training loss, last step", f"{draft['final_loss']:.4f} nats per loss token"),
+        (
+            "Validation loss of these weights",
+            "not measured" if validation_loss is None else f"{validation_loss:.4f} nats per loss token",
+        ),
+        ("Run", draft["run_id"]),
+        ("Plan digest", draft["plan_digest"]),
+        ("Chat template digest", draft["chat_template_digest"]),
+        ("Tokens that end an answer", ", ".join(str(token) for token in draft["end_of_turn_ids"])),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in draft["packages"].items())),
+    ]
+    return "## Training\n\n" + _table(("What", "Value"), rows)
+
+
+def _data(draft: Mapping[str, Any]) -> str:
+    rows = [
+        (source["path"], source["source"] or _NOT_STATED, source["license"] or _NOT_STATED, f"{source['records']:,}")
+        for source in draft["datasets"]
+    ]
+    table = _table(("Path", "Source", "License", "Records"), rows)
+    parts = [
+        f"## Data\n\n{table}\n\nDigest of the prepared dataset: `{draft['dataset_digest']}`. "
+        f"What the data gate said: {draft['data_verdict']}."
+    ]
+    if accepted := draft["waivers"]:
+        rows = [(waiver["code"], waiver["severity"], f"{waiver['count']:,}", waiver["reason"]) for waiver in accepted]
+        parts.append("Findings of the gate that were accepted:\n\n" + _table(("Code", "Gravity", "Found", "Why"), rows))
+    return "\n\n".join(parts)
+
+
+def _license(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
+    if facts is None:
+        return (
+            "## License\n\n"
+            f"{_plain(draft['base']['id'])} is not in the catalogue of this project. Look up the license of the base, "
+            "and what it asks of derived models, before passing this one on."
+        )
+    terms = facts.license
+    duties = "\n".join(f"- {duty}" for duty in terms.duties)
+    return (
+        "## License\n\n"
+        f"The base is under the [{terms.name}]({terms.text_url}). What it asks, in short; the text rules:\n\n"
+        f"{duties}\n\nThe licenses of the data above apply as well."
+    )
+
+
+def _limits() -> str:
+    return (
+        "## Limits\n\n"
+        "The figures above say how well the training data were fitted. They are not enough: have people judge answers "
+        "beside those of the base, on prompts from the intended use, before relying on them. What the base gets wrong, "
+        "and what is wrong in the data, can come back in the answers."
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([_plain(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _literal(text: str) -> str:
+    """A Python string literal in which no placeholder of the registry can stand."""
+    return json.dumps(text).replace("{", r"\u007b")
+
+
+def _plain(text: str) -> str:
+    """Text that is not ours, so that it ends no table cell, opens no tag, and is no placeholder of the registry."""
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("{", "&#123;"), ("`", "&#96;")):
+        text = text.replace(character, entity)
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""What happened: a run's folder, lease, metrics and events."""

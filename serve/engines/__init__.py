@@ -1,0 +1,1 @@
+"""Engines: token ids in, text out. They know no HTTP."""

@@ -1,0 +1,1 @@
+"""The inference API: OpenAI's wire shapes in front of an engine."""

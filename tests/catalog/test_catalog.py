@@ -1,0 +1,222 @@
+"""The catalogue against what is published, and against the sizes that transformers gives the same configurations."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
+
+from ft_service.catalog import models
+from ft_service.catalog.models import MODELS, ModelFacts, ModelShape
+from ft_service.errors import ModelError
+
+TEXT_MODELS = [model for model in MODELS if not model.vision]
+TEXT_SHAPES = {model.shape: model for model in TEXT_MODELS}.values()
+
+# "Total parameters" of the safetensors files on the hub.
+PUBLISHED_PARAMETERS = {
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": 10_670_220_835,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+}
+
+# The section `vision_config` of both vision models; what is not named is transformers' default.
+VISION_CONFIG = {
+    "image_size": 560,
+    "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+}
+
+
+def config_of(shape: ModelShape) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
+        tie_word_embeddings=shape.tied_embeddings,
+    )
+
+
+@pytest.mark.parametrize("model_id", PUBLISHED_PARAMETERS)
+def test_the_catalogue_holds_the_published_parameter_counts(model_id: str) -> None:
+    facts = models.find(model_id)
+    assert facts and facts.id == model_id and facts.num_parameters == PUBLISHED_PARAMETERS[model_id]
+
+
+@pytest.mark.parametrize("facts", TEXT_MODELS, ids=lambda facts: facts.short_name)
+def test_parameters_computed_from_the_shape_are_the_published_ones(facts: ModelFacts) -> None:
+    assert facts.shape.num_parameters == facts.num_parameters
+
+
+@pytest.mark.parametrize("facts", TEXT_SHAPES, ids=lambda facts: facts.short_name)
+def test_parameters_computed_from_the_shape_are_those_of_transformers(facts: ModelFacts) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config_of(facts.shape))
+    assert facts.shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    layer = model.model.layers[0]
+    assert facts.shape.layer_parameters == sum(parameter.numel() for parameter in layer.parameters())
+    linear = {name.rpartition(".")[2]: module for name, module in layer.named_modules() if "_proj" in name}
+    assert facts.shape.linear_shapes() == [(name, m.out_features, m.in_features) for name, m in linear.items()]
+
+
+@pytest.mark.parametrize(
+    ("model_id", "cross_attention_layers"),
+    [
+        ("meta-llama/Llama-3.2-11B-Vision", range(3, 40, 5)),
+        ("meta-llama/Llama-3.2-90B-Vision", range(3, 100, 5)),
+    ],
+)
+def test_vision_models_are_their_text_backbone_with_cross_attention_and_an_image_encoder(
+    model_id: str, cross_attention_layers: range
+) -> None:
+    facts = models.find(model_id)
+    assert facts
+    text = {
+        **config_of(facts.shape).to_diff_dict(),
+        "model_type": "mllama_text_model",
+        "num_hidden_layers": facts.shape.num_layers + len(cross_attention_layers),
+        "cross_attention_layers": list(cross_attention_layers),
+        "vocab_size": facts.shape.vocab_size,
+        "pad_token_id": 128_004,
+    }
+    config = MllamaConfig(text_config=text, vision_config=VISION_CONFIG)
+    with torch.device("meta"):
+        model = MllamaForConditionalGeneration(config)
+    assert facts.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_shape_is_read_from_config_json_with_the_defaults_of_transformers() -> None:
+    config = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+    }
+    shape = models.shape_from_config(config)
+    assert (shape.num_kv_heads, shape.head_dim, shape.tied_embeddings) == (4, 16, False)
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_shape_is_read_back_from_what_transformers_saves() -> None:
+    for facts in TEXT_MODELS:
+        assert models.shape_from_config(config_of(facts.shape).to_dict()) == facts.shape
+
+
+def test_a_config_without_a_size_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="intermediate_size"):
+        models.shape_from_config({"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9})
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "meta-llama/Meta-Llama-3.1-8B-Instruct",
+        "META-LLAMA/llama-3.1-8b-instruct",
+        "Llama-3.1-8B-Instruct",
+    ],
+)
+def test_a_model_is_found_by_each_of_its_names(base: str) -> None:
+    facts = models.find(base)
+    assert facts and facts.id == "meta-llama/Llama-3.1-8B-Instruct"
+    assert models.short_name(base) == "llama-3.1-8b-instruct"
+
+
+@pytest.mark.parametrize("base", ["./Llama-3.1-8B", "/models/Llama-3.1-8B", "someone/Llama-3.1-8B", "Llama-3.1-9B", ""])
+def test_a_folder_or_a_stranger_is_not_taken_for_a_model_of_the_family(base: str) -> None:
+    assert models.find(base) is None
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("someone/My_Model v2", "my-model-v2"),
+        ("/models/tiny.llama/", "tiny.llama"),
+        ("quickstart/base", "base"),
+    ],
+)
+def test_a_stranger_is_named_by_the_end_of_its_path(base: str, name: str) -> None:
+    assert models.short_name(base) == name
+
+
+@pytest.mark.parametrize("facts", MODELS, ids=lambda facts: facts.short_name)
+def test_names_begin_as_the_license_of_the_base_asks(facts: ModelFacts) -> None:
+    prefix = facts.license.naming_prefix
+    assert facts.title.startswith(prefix)
+    assert facts.short_name.startswith(prefix.lower().replace(" ", "-"))
+
+
+def test_short_names_are_unique() -> None:
+    assert len({facts.short_name for facts in MODELS}) == len(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "prefix", "display", "attribution"),
+    [
+        (
+            "meta-llama/Meta-Llama-3-8B",
+            "Llama 3",
+            "Built with Meta Llama 3",
+            "Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+            "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+        ),
+        (
+            "meta-llama/Llama-3.1-405B",
+            "Llama",
+            "Built with Llama",
+            "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+            "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+        ),
+    ],
+)
+def test_notices_have_the_wording_of_the_licenses(model_id: str, prefix: str, display: str, attribution: str) -> None:
+    facts = models.find(model_id)
+    assert facts
+    terms = facts.license
+    assert (terms.naming_prefix, terms.display, terms.attribution) == (prefix, display, attribution)
+    assert all(any(text in duty for duty in terms.duties) for text in (prefix, display, attribution, "700 million"))
+
+
+def test_only_llama_3_forbids_improving_other_models() -> None:
+    forbids = {facts.family for facts in MODELS if any("Do not use" in duty for duty in facts.license.duties)}
+    assert forbids == {"3"}
+
+
+def test_only_vision_models_speak_of_the_european_union() -> None:
+    for facts in MODELS:
+        assert any("European Union" in duty for duty in facts.license.duties) == facts.vision
+
+
+@pytest.mark.parametrize(
+    ("base", "formats", "said"),
+    [
+        ("meta-llama/Llama-3.1-8B", {"alpaca"}, "meta-llama/Llama-3.1-8B-Instruct"),
+        ("meta-llama/Llama-3.2-1B", {"text", "chat"}, "meta-llama/Llama-3.2-1B-Instruct"),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", {"chat"}, "Only text is trained"),
+    ],
+)
+def test_an_unusual_start_is_remarked(base: str, formats: set[str], said: str) -> None:
+    facts = models.find(base)
+    assert facts
+    (remark,) = models.remarks(facts, formats)
+    assert said in remark
+
+
+@pytest.mark.parametrize(
+    ("base", "formats"), [("meta-llama/Llama-3.1-8B", {"text"}), ("meta-llama/Llama-3.3-70B-Instruct", {"chat"})]
+)
+def test_a_usual_start_is_not_remarked(base: str, formats: set[str]) -> None:
+    facts = models.find(base)
+    assert facts and models.remarks(facts, formats) == []
+
+
+def test_a_base_on_object_storage_is_named_by_its_folder_alone() -> None:
+    assert models.short_name("s3://bucket/models/My_Llama/?endpoint_override=host:9000&scheme=http") == "my-llama"

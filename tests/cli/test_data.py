@@ -1,0 +1,265 @@
+"""`ft data`: the same judgement in a terminal, as JSON and as a page; waivers; the cleaned copy; the preview."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ft_service.chat.format import ChatFormat, Message
+from ft_service.cli.data import _format_of
+from ft_service.data.clean import clean
+from ft_service.data.gate import CODES, Judgement
+from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
+from ft_service.data.prepare import judge_dataset
+from ft_service.data.preview import preview
+from ft_service.errors import SpecError, UsageError
+from ft_service.model.scratch import train_tokenizer, write_scratch_model
+from ft_service.pages.data_report import render_data_report
+from ft_service.spec.schema import RunSpec, parse_run_spec
+from tests.data.gate.gate_cases import clean_pairs
+
+Records = list[dict[str, Any]]
+KEY = "AKIAIOSFODNN7ABCDEFG"
+
+
+def records_of(count: int, language: str = "en") -> Records:
+    return [{"instruction": question, "output": answer} for question, answer in clean_pairs(count, language)]
+
+
+def write(path: Path, records: Records, *lines: str) -> Path:
+    path.write_text("\n".join([*(json.dumps(record, ensure_ascii=False) for record in records), *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    texts = [f"{record['instruction']} {record['output']}" for record in records_of(60)]
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
+    write_scratch_model(folder, tokenizer=train_tokenizer(texts, 500), seed=0, **sizes)
+    return folder
+
+
+def read_lines(path: Path) -> Records:
+    """Not by `splitlines`, which takes U+0085 for the end of one."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def spec_of(base: Path, *paths: Path, rights: bool = True, **data: Any) -> RunSpec:
+    known = {"source": "made up", "license": "CC0-1.0"} if rights else {}
+    document = {
+        "name": "case",
+        "model": {"base": str(base)},
+        "data": {"train": [{"path": str(path), **known} for path in paths], "max_seq_len": 512, **data},
+        "storage": "none",
+    }
+    return parse_run_spec(json.dumps(document))
+
+
+def judged(spec: RunSpec, folder: Path) -> Judgement:
+    folder.mkdir(exist_ok=True)
+    return judge_dataset(spec, None, folder)
+
+
+def ft(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ft_service.cli.app", "data", *arguments]
+    environment = {**os.environ, "COLUMNS": "160", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finding_that_fails_stops_until_it_is_waived_and_the_waiver_says_what_was_accepted(
+    base: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(base, write(tmp_path / "a.jsonl", records_of(40)), rights=False)
+    judgement = judged(spec, tmp_path / "out")
+    with pytest.raises(
+        GateError, match=r"2 findings(?s:.*)rights\.no-license(?s:.*)report here(?s:.*)waive: {rights"
+    ) as no:
+        enforce(judgement, {}, "report here")
+    assert str(tmp_path / "a.jsonl") in str(no.value)
+    both = {"rights.no-source": "it is ours", "rights.no-license": "it is ours", "private.card": "never found"}
+    with pytest.raises(GateError, match="1 finding"):
+        enforce(judgement, {"rights.no-source": "it is ours"}, "")
+    enforce(judgement, both, "")
+    kept = {waiver.code: (waiver.severity, waiver.count, waiver.reason) for waiver in waivers(judgement, both)}
+    assert kept == dict.fromkeys(("rights.no-source", "rights.no-license"), ("fail", 1, "it is ours"))
+
+
+def test_a_waiver_needs_a_known_code_and_a_reason() -> None:
+    check_waivers({"rights.no-source": "ours"})
+    with pytest.raises(SpecError, match=r"data\.waive\.rights\.nothing = 'x': is no code"):
+        check_waivers({"rights.nothing": "x"})
+    with pytest.raises(SpecError, match="is no reason"):
+        check_waivers({"rights.no-source": " "})
+
+
+# -- what a judgement leaves on disk -----------------------------------------------------------------------------------
+
+
+def test_every_place_and_every_record_left_out_stand_in_files(base: Path, tmp_path: Path) -> None:
+    records = records_of(50)
+    path = write(tmp_path / "a.jsonl", [*records, *records[:30], {"instruction": "q", "output": ""}], "not json")
+    out = tmp_path / "out"
+    judgement = judged(spec_of(base, path), out)
+    findings = [json.loads(line) for line in (out / "findings.jsonl").read_text().splitlines()]
+    for finding in judgement.findings:
+        if not finding.code.startswith(("rights.", "size.")):
+            assert sum(one["code"] == finding.code for one in findings) == finding.count, finding.code
+    quarantine = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(one["line"] for one in quarantine) == [*range(51, 81), 81, 82]
+    assert judgement.read == 82 == judgement.usable + len(quarantine)
+    assert Judgement.model_validate_json((out / "judgement.json").read_text()) == judgement
+    exact = judgement.finding("quality.exact-duplicate")
+    assert exact is not None and exact.count == 30 and len(exact.places) == 20  # the first ones only
+
+
+def test_private_data_is_masked_wherever_it_is_told(base: Path, tmp_path: Path) -> None:
+    secret = {"instruction": f"What is {KEY}?", "output": f"A key: {KEY}. Ask taro.yamada@mail.co.jp about it, please."}
+    path = write(tmp_path / "a.jsonl", [*records_of(30), secret, {**secret, "output": 5}])
+    spec, out = spec_of(base, path), tmp_path / "out"
+    judgement = judged(spec, out)
+    assert judgement.finding("private.key") and judgement.finding("private.email")
+    told = [render_data_report("case", judgement), judgement.model_dump_json()]
+    told += [(out / name).read_text() for name in ("findings.jsonl", "quarantine.jsonl", "judgement.json")]
+    assert not any(KEY in text or "taro.yamada" in text for text in told)
+
+
+# -- cleaning ----------------------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(st.text(max_size=20), st.none(), st.integers(), st.sampled_from(["", " ", "same", "同じ"]))
+LINES = st.one_of(
+    st.fixed_dictionaries(
+        {"instruction": VALUES, "output": VALUES},
+        optional={"input": VALUES, "id": st.sampled_from([1, "a", "half a pair: \ud83d"])},
+    ).map(json.dumps),
+    st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=20),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINES, max_size=20))
+def test_a_cleaned_copy_holds_the_rest_in_order_and_is_clean(
+    base: Path, lines: list[str], tmp_path_factory: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("clean")
+    path = folder / "a.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    judgement = clean(spec_of(base, path), folder / "out")
+    kept, left_out = (read_lines(folder / "out" / name) for name in ("0-a.jsonl", "left_out.jsonl"))
+    gone = {told["line"] for told in left_out}
+    for told in left_out:
+        with suppress(ValueError):
+            written = json.loads(lines[told["line"] - 1])
+            assert told.get("record") == (written if isinstance(written, dict) else None)
+    expected = [json.loads(line) for number, line in enumerate(lines, 1) if line.strip() and number not in gone]
+    assert kept == expected and judgement.read == len(kept) + len(gone)
+    again = judged(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")
+    assert again.usable == again.read == len(kept)
+
+
+def test_cleaning_never_writes_over_anything(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", records_of(5))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        clean(spec_of(base, path), tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+# -- preview -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_preview_shows_every_token_once_and_what_is_trained_on(base: Path, tmp_path: Path) -> None:
+    from ft_service.model.base import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    records = [*records_of(3), {"instruction": "数えて", "output": "一、二、🎉"}]
+    rows = preview(spec_of(base, write(tmp_path / "a.jsonl", records)), tokenizer, records=10)
+    documents = sorted((d for row in rows for d in row.documents), key=lambda d: d.place)
+    assert [document.place for document in documents] == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 2, 3, 4)]
+    chat = ChatFormat(tokenizer)
+    for document, record in zip(documents, records, strict=True):
+        example = chat.encode([Message("user", record["instruction"]), Message("assistant", record["output"])])
+        assert "".join(span.text for span in document.spans) == tokenizer.decode(example.input_ids)
+        trained = "".join(span.text for span in document.spans if span.kind == "trained")
+        assert trained == record["output"] + "<|eot_id|>"
+        assert (document.tokens, document.loss_tokens) == (len(example.input_ids), example.num_loss_tokens)
+        assert all(span.is_special == span.text.startswith("<|") for span in document.spans)
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_check_tells_the_same_in_every_form_and_its_exit_code_is_the_verdict(base: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [*records_of(600), *records_of(600, "ja")], "broken")
+    spec = f"""
+name: case
+model: {{base: {base}}}
+data: {{train: [{{path: {tmp_path}/a.jsonl, source: made up, license: LicenseRef-OWN}}], max_seq_len: 512}}
+storage: {tmp_path}/storage
+"""
+    (tmp_path / "spec.yaml").write_text(spec)
+    done = ft("check", "spec.yaml", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    judgement = Judgement.model_validate_json(done.stdout)
+    assert judgement.verdict == "warn" and judgement.read == 1201 and judgement.usable == 1200
+    assert judgement.signal.tokens > 0 and judgement.size.steps is not None
+    page = (tmp_path / "case-data-check" / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import", page)  # it needs nothing but itself
+    shown = ft("check", "spec.yaml", folder=tmp_path)
+    for finding in judgement.findings:
+        assert finding.code in shown.stdout and finding.code in page
+    assert f"{tmp_path}/a.jsonl:1201 is not JSON" in shown.stdout
+    refused = ft("check", "a.jsonl", folder=tmp_path)
+    assert refused.returncode == 1 and "rights.no-license" in refused.stdout and "No --base" in refused.stderr
+    assert not (tmp_path / "storage").exists()
+
+
+def test_preview_and_clean_from_a_command_line(base: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"q": "Why is that?", "a": "Because of this."}] * 2)
+    options = ("--column", "instruction=q", "--column", "output=a")
+    done = ft("preview", "a.jsonl", *options, "--base", str(base), folder=tmp_path)
+    assert done.returncode == 0 and "<|eot_id|>" in done.stdout and "a.jsonl:2" in done.stdout, done.stderr
+    done = ft("preview", "a.jsonl", *options, "--base", str(base), "--html", "page.html", folder=tmp_path)
+    assert done.returncode == 0 and "Because of this." in (tmp_path / "page.html").read_text()
+    assert ft("preview", "a.jsonl", *options, folder=tmp_path).returncode == 2
+    done = ft("clean", "a.jsonl", "out", *options, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["left_out"] == {"quality.exact-duplicate": 1}
+    assert (tmp_path / "out" / "0-a.jsonl").read_text() == '{"q": "Why is that?", "a": "Because of this."}\n'
+
+
+def test_every_code_says_why_it_hurts_and_what_to_do() -> None:
+    assert all(code.why.endswith((".", "?")) and code.cure.endswith((".", ")")) for code in CODES.values())
+
+
+# -- a file alone ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "expected"),
+    [
+        ({"instruction": "q", "output": "a", "text": "both"}, {}, "alpaca"),
+        ({"messages": []}, {}, "chat"),
+        ({"turns": []}, {"messages": "turns"}, "chat"),
+        ({"text": "a book"}, {}, "text"),
+        ({"question": "q", "text": "a"}, {"instruction": "question", "output": "text"}, "alpaca"),
+        ({"other": 1}, {}, "alpaca"),
+    ],
+)
+def test_the_format_of_a_file_is_that_of_its_first_record(
+    tmp_path: Path, record: dict[str, Any], columns: dict[str, str], expected: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"broken\n{json.dumps(record)}\n")
+    assert _format_of(path, columns) == expected

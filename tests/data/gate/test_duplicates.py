@@ -1,0 +1,263 @@
+"""Duplicates, near-duplicates and contradictions: told apart in English and Japanese, whatever the order of shards."""
+
+import numpy as np
+import pytest
+
+from ft_service.data.gate import Hit, Judgement, Record
+from ft_service.data.gate.duplicates import jaccard
+from ft_service.data.gate.text import fold, shingles
+from tests.data.gate.gate_cases import chat, clean_pairs, clean_records, judged, lines, record, text
+
+EN = (
+    "How many boats cross the river of Oslo in spring when the snow melts?",
+    "About 40 boats cross it, because the snow melts.",
+)
+JA = ("春に雪がとけるとき、オスロの川をわたる船は何隻ありますか。", "雪がとけるので、およそ40隻の船が川をわたります。")
+NEAR = {
+    EN: (
+        "How many boats cross the river in Oslo in spring, when the snow melts?",
+        "About 40 boats cross it because the snow melts!",
+    ),
+    JA: (
+        "春に雪がとける時、オスロの川をわたる船は何隻ありますか？",
+        "雪がとけるので、およそ40隻の船が川をわたりますよ。",
+    ),
+}
+OTHER = {EN: "Nobody has ever counted them, and nobody will.", JA: "だれも数えたことがないので、わかりません。"}
+
+
+def with_others(*pairs: tuple[str, str], language: str = "en") -> list[Record]:
+    """These records as lines 1, 2, ... before 60 clean ones."""
+    others = clean_pairs(60, language, seed=7)
+    return [record(*pair, line=number) for number, pair in enumerate([*pairs, *others], 1)]
+
+
+def repeated(records: list[Record], look: bool = True) -> dict[str, list[int]]:
+    _, hits = judged(records, look)
+    codes = ("quality.exact-duplicate", "quality.near-duplicate", "quality.contradiction")
+    return {code.removeprefix("quality."): found for code in codes if (found := lines(hits, code))}
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize("look", [True, False])
+def test_clean_records_repeat_nothing(language: str, look: bool) -> None:
+    assert repeated(clean_records(300, language), look) == {}
+
+
+@pytest.mark.parametrize("pair", [EN, JA])
+def test_a_copy_is_an_exact_duplicate_of_the_first_and_left_out(pair: tuple[str, str]) -> None:
+    question, answer = pair
+    records = with_others(pair, pair, (f" {question}\n", answer))
+    judgement, hits = judged(records)
+    assert lines(hits, "quality.exact-duplicate") == [2, 3], "white space at the ends is stripped by the chat format"
+    assert {hit.detail for hit in hits if hit.code == "quality.exact-duplicate"} == {"same as data.jsonl:1"}
+    assert judgement.left_out == {"quality.exact-duplicate": 2}
+    assert judgement.usable == judgement.size.usable == len(records) - 2
+
+
+@pytest.mark.parametrize("pair", [EN, JA])
+@pytest.mark.parametrize("look", [True, False])
+def test_a_record_in_slightly_other_words_is_a_near_duplicate(pair: tuple[str, str], look: bool) -> None:
+    if look:
+        assert repeated(with_others(pair, NEAR[pair])) == {"near-duplicate": [2]}
+    else:  # by the estimate alone, and only where the texts are equal but for what folding removes
+        assert repeated(with_others(pair, (pair[0].upper(), pair[1] + "!")), look) == {"near-duplicate": [2]}
+
+
+def test_a_chain_of_near_duplicates_is_one_group() -> None:
+    words = " ".join(question for question, _ in clean_pairs(4, seed=9)).split()[:60]
+    texts = []
+    for step in range(4):
+        words[step * 4] = "changed" * (step + 1)
+        texts.append(" ".join(words))
+    records = [text(content, line) for line, content in enumerate([*texts, *(a for _, a in clean_pairs(30))], 1)]
+    assert repeated(records) == {"near-duplicate": [2, 3, 4]}
+
+
+@pytest.mark.parametrize("pair", [EN, JA])
+def test_the_same_question_with_another_answer_is_a_contradiction_of_both(pair: tuple[str, str]) -> None:
+    question, _ = pair
+    assert repeated(with_others(pair, (question, OTHER[pair]))) == {"contradiction": [1, 2]}
+    assert repeated(with_others(pair, (f"『{question.upper()}』 ", OTHER[pair]))) == {"contradiction": [1, 2]}
+    context = {
+        EN: "In the north of Europe winters are long. People wait for the sun. ",
+        JA: "北欧の冬は長く、人々は太陽を待ちます。川は氷でおおわれ、船は港にとどまります。",
+    }
+    pairs = [(context[pair] + question, pair[1]), (context[pair] + NEAR[pair][0], OTHER[pair])]
+    assert repeated(with_others(*pairs)) == {"contradiction": [1, 2]}
+
+
+def test_short_answers_contradict_by_one_character() -> None:
+    assert repeated(with_others((EN[0], "40"), (EN[0], "41"))) == {"contradiction": [1, 2]}
+    assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ"))) == {"contradiction": [1, 2]}
+    assert repeated(with_others((JA[0], "はい"), (JA[0], "はい。"))) == {"near-duplicate": [2]}
+    assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ")), look=False) == {"contradiction": [1, 2]}
+
+
+def test_a_long_answer_with_another_result_contradicts() -> None:
+    answer = "First count the boats in the harbor, then those on the river, and add up. The result is "
+    assert repeated(with_others((EN[0], answer + "40."), (EN[0], answer + "42."))) == {"contradiction": [1, 2]}
+
+
+def test_word_problems_that_differ_in_their_numbers_are_different_problems() -> None:
+    question = "A baker of Turin makes {} loaves a day and sells each for {} coins. How much does he earn in a week?"
+    pairs = [(question.format(n, m), f"He earns {7 * n * m} coins.") for n, m in ((3, 4), (5, 4), (3, 9))]
+    assert repeated(with_others(*pairs)) == {}
+    question = "トリノのパン屋は一日に{}個のパンを作り、一つ{}円で売ります。一週間の売り上げはいくらですか。"
+    pairs = [(question.format(n, m), f"{7 * n * m}円です。") for n, m in ((3, 4), (5, 4), (3, 9))]
+    assert repeated(with_others(*pairs, language="ja")) == {}
+
+
+def test_another_last_question_is_another_question() -> None:
+    chats = [EN, (EN[0], "About 40 boats cross it because the snow melts.")]
+    story = "A baker and a smith of Turin share a cart. "
+    pairs = [
+        (story + "What does the baker carry?", "Bread."),
+        (story + "Where did the smith learn his trade?", "In Basel."),
+    ]
+    assert repeated(with_others(*chats, *pairs)) == {"near-duplicate": [2]}
+
+
+SYSTEM = (
+    "You are a careful assistant of a large library. You answer in one short sentence, you name the shelf where a book "
+    "stands if you know it, you never guess, and you say so when the question is not about books or about the library."
+)
+PASSAGE = (
+    "The bridge of Turin was built in 1851 by a guild of masons who had come from Basel. It burned twice, was widened "
+    "for the trams of 1896, and carries forty thousand people on a working day, most of them on foot."
+)
+INSTRUCTION = (
+    "Read the review of a customer below and say in one word whether it is positive or negative, and nothing else: "
+)
+JA_INSTRUCTION = "次のお客様の声を読み、肯定的か否定的かを一語で答えてください。説明や理由は不要です。お客様の声："
+
+
+@pytest.mark.parametrize("shared", ["system", "passage", "instruction", "japanese"])
+def test_what_all_prompts_share_makes_no_two_of_them_the_same(shared: str) -> None:
+    pairs = clean_pairs(60, "ja" if shared == "japanese" else "en", seed=5)
+    questions = [question for question, _ in pairs]
+    answers = ["positive" if at % 2 else "negative" for at in range(len(pairs))]
+    records = {
+        "system": lambda at: chat(
+            ("system", SYSTEM), ("user", questions[at]), ("assistant", pairs[at][1]), line=at + 1
+        ),
+        "passage": lambda at: record(f"{PASSAGE}\n\n{questions[at]}", pairs[at][1], at + 1),
+        "instruction": lambda at: record(INSTRUCTION + questions[at], answers[at], at + 1),
+        "japanese": lambda at: record(JA_INSTRUCTION + questions[at], answers[at], at + 1),
+    }[shared]
+    _, hits = judged([records(at) for at in range(60)])
+    assert [hit for hit in hits if hit.code in ("quality.contradiction", "quality.near-duplicate")] == []
+
+
+WORDS = (
+    "cat dog river stone bread table window garden summer winter bridge music paper cheese ladder mirror pocket rabbit "
+    "silver thunder village whistle yellow zebra apple button candle dragon engine forest guitar hammer island jacket"
+)
+NOUNS = "犬 猫 川 石 机 窓 庭園 夏休み 冬山 橋 音楽 和紙 銀行 雷雨 村役場 笛 林檎 蝋燭 竜 機関車 森 槌 島 上着 鏡 兎"
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("look", [True, False])
+def test_a_template_filled_with_another_word_is_another_question(language: str, labels: bool, look: bool) -> None:
+    template, fillings = (
+        ("Translate the following English word into French, and say of which gender it is: {}.", WORDS.split())
+        if language == "en"
+        else ("次の名詞をフランス語に訳し、男性名詞か女性名詞かもあわせて答えてください。名詞：{}", NOUNS.split())
+    )
+    answers = [answer for _, answer in clean_pairs(len(fillings), language, seed=9)]
+    records = [
+        record(template.format(word), "masculine" if labels else answers[at], at + 1)
+        for at, word in enumerate(fillings)
+    ]
+    assert repeated(records, look) == {}
+
+
+def test_under_a_shared_prompt_the_same_question_is_still_found() -> None:
+    pairs = clean_pairs(40, seed=5)
+    records = [record(INSTRUCTION + question, "positive", line) for line, (question, _) in enumerate(pairs, 1)]
+    _, hits = judged([*records, record(INSTRUCTION + pairs[7][0], "negative", 41)])
+    assert lines(hits, "quality.contradiction") == [8, 41]
+
+
+def test_a_question_with_many_answers_is_open_ended_and_contradicts_nothing() -> None:
+    ideas = clean_pairs(12, seed=3)
+    assert repeated(with_others(*(("Tell me a story.", answer) for _, answer in ideas))) == {}
+    assert repeated(with_others(*(("Tell me a story.", answer) for _, answer in ideas[:3]))) == {
+        "contradiction": [1, 2, 3]
+    }
+
+
+def test_validation_that_training_repeats_is_a_leak_and_no_duplicate() -> None:
+    question, answer = EN
+    records = [
+        *with_others(EN, JA, ("Is it so?", "No.")),
+        record(question, answer, 101, split="validation"),
+        record(*NEAR[JA], 102, split="validation"),
+    ]
+    judgement, hits = judged(records)
+    assert lines(hits, "leak.validation") == [1, 2]
+    assert next(hit.detail for hit in hits if hit.code == "leak.validation") == "also in validation, data.jsonl:101"
+    assert judgement.left_out == {} and judgement.size.usable == 63
+
+
+# -- how -------------------------------------------------------------------------------------------------------------
+
+
+def true_jaccard(a: str, b: str) -> float:
+    first, second = set(shingles(fold(a)).tolist()), set(shingles(fold(b)).tolist())
+    return len(first & second) / len(first | second)
+
+
+def test_similarity_is_exact_for_short_texts_and_close_for_long_ones() -> None:
+    short = EN[0], NEAR[EN][0]
+    sketches = [shingles(fold(part))[:512] for part in short]
+    assert jaccard(*sketches) == pytest.approx(true_jaccard(*short))
+    words = [word for pair in clean_pairs(60) for word in pair[0].split()]
+    long = " ".join(words), " ".join(words[: len(words) * 4 // 5] + ["else"] * 40)
+    sketches = [shingles(fold(part))[:512] for part in long]
+    assert min(map(len, sketches)) == 512
+    assert jaccard(*sketches) == pytest.approx(true_jaccard(*long), abs=0.07)
+
+
+def test_few_records_are_read_again() -> None:
+    from tests.data.gate.gate_cases import judge
+
+    records = with_others(EN, NEAR[EN])
+    gate = judge()
+    for one in records:
+        gate.see(one)
+    looks = gate.second_look()
+    wanted = [one.line for one in records if looks.wants(one.key)]
+    assert {1, 2} <= set(wanted) and len(wanted) < len(records) / 2
+
+
+def test_what_is_found_depends_neither_on_shards_nor_on_their_order() -> None:
+    from tests.data.gate.gate_cases import judge
+
+    records = [
+        *with_others(EN, EN, NEAR[EN], (EN[0], OTHER[EN]), language="ja"),
+        *(record(*JA, line=90 + n) for n in range(2)),
+    ]
+
+    def through(shards: list[list[Record]]) -> tuple[Judgement, list[Hit]]:
+        gates = [judge() for _ in shards]
+        hits_of = [[hit for one in shard for hit in gate.see(one)] for gate, shard in zip(gates, shards, strict=True)]
+        early = [hit for found in hits_of for hit in found]
+        whole = gates[0]
+        for gate, found in zip(gates[1:], hits_of[1:], strict=True):
+            whole.absorb(gate.seen(), found)
+        looks = [whole.second_look() for _ in shards]
+        for look, shard in zip(looks, shards, strict=True):
+            for one in shard:
+                look.see(one)
+        for look in looks[1:]:
+            looks[0].merge(look)
+        late: list[Hit] = []
+        return whole.close(looks[0], late.append), sorted(early + late, key=str)
+
+    order = np.random.default_rng(0).permutation(len(records)).tolist()
+    expected = through([records])
+    assert through([records[:20], records[20:50], records[50:]]) == expected
+    assert through([[records[at] for at in order[:30]], [records[at] for at in order[30:]]]) == expected
+    assert expected[0].finding("quality.contradiction") and expected[0].finding("quality.exact-duplicate")

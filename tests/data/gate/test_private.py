@@ -1,0 +1,151 @@
+"""Private data: found in the forms it really has, not where numbers only look like it, and never shown."""
+
+import random
+import time
+
+import pytest
+
+from ft_service.data.gate.form import check_record
+from ft_service.data.gate.private import excerpt, find_private, is_card_number, mask
+from tests.data.gate.gate_cases import record
+
+
+def found(text: str) -> list[str]:
+    return [code for code, _, _ in find_private(text)]
+
+
+PEM = "MIIEpAIBAAKCAQEA0Zx9tQ7LaB3dE0f3a9c5eMIIEpAIBAAKCAQEA0Zx9tQ7LaB3d"
+PRIVATE = {
+    "taro.yamada@mail.co.jp": "private.email",
+    "j.smith+news@gmail.com": "private.email",
+    "ｔａｒｏ＠ｍａｉｌ．ｃｏ．ｊｐ": "private.email",
+    "(212) 736-5000": "private.phone",
+    "212-736-5000": "private.phone",
+    "+1 212 736 5000": "private.phone",
+    "+44 20 7946 0018": "private.phone",
+    "090-1234-5678": "private.phone",
+    "03-3456-7890": "private.phone",
+    "０３－３４５６－７８９０": "private.phone",
+    "+81-90-1234-5678": "private.phone",
+    "03(3456)7890": "private.phone",
+    "０３（３４５６）７８９０": "private.phone",
+    "090ー1234ー5678": "private.phone",
+    "212 736 5000": "private.phone",
+    "4539 5787 6362 1486": "private.card",
+    "5425-2334-3010-9903": "private.card",
+    "3742 454554 00126": "private.card",
+    "４５３９ ５７８７ ６３６２ １４８６": "private.card",
+    "AKIAIOSFODNN7ABCDEFG": "private.key",
+    "eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLCJhZG1pbiI6dHJ1ZX0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0T": "private.key",
+    "ghp_" + "a1B2" * 9: "private.key",
+    "sk-proj-" + "Zx9t" * 5 + "_" + "q7L-" + "aB3dE" * 6: "private.key",
+    "sk-" + "0f3a9c5e" * 4: "private.key",
+    "hf_" + "AbCd" * 9: "private.key",
+    f"-----BEGIN RSA PRIVATE KEY-----\n{PEM}\n{PEM[:20]}==\n-----END RSA PRIVATE KEY-----": "private.key",
+}
+
+
+@pytest.mark.parametrize("secret", PRIVATE)
+@pytest.mark.parametrize("around", ["Ask {} today.", "連絡先は{}です。", "({})", "{}", "番号：{}、以上"])
+def test_private_data_is_found_and_masked_in_any_surroundings(secret: str, around: str) -> None:
+    text = around.format(secret)
+    assert found(text) == [PRIVATE[secret]]
+    assert secret not in mask(text)
+    assert mask(text).startswith(around.split("{}")[0]) and mask(text).endswith(around.split("{}")[1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "48/2 = <<48/2=24>>24 clips, 1,200,000 people, $1234.56 and 3.14159",
+        "4539 5787 6362 1487",  # the check digit is wrong
+        "4111 1111 1111 1111 and AKIAIOSFODNN7EXAMPLE",  # published for trials
+        "JAN 4901234567894, and 4539578763621486 grains of sand",
+        "11 22 33 44 55 66 77 88",
+        "clone git@github.com:a/b, 300-400-5000 or 300 400 5000 of them",
+        "1234567890123456",
+        "0000 0000 0000 0000",
+        "In 2023-2024 and on 2024-11-23 at 10:30:00",
+        "192.168.100.200 and version 10.15.7",
+        "ISBN 978-3-16-148410-0",
+        "user@example.com, name@sub.example.org",
+        "call 555-0123 or (212) 555-0147",
+        "@handle, a@b, foo@bar",
+        "sk-learn, AKIA, ghp_short, hf_model",
+        "sk-fading-circle-container-element-large, /sk-slovakia-travel-guide-for-first-time-visitors-2024",
+        "It begins with -----BEGIN PRIVATE KEY----- and nothing else.",
+        "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBg...\n-----END PRIVATE KEY-----",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+        "from 4539 5787 6362 1486 2500 to 2600",  # a row of figures, though the check digit fits
+        "100-200-300個",
+        "昭和64年1月7日、第123-456号",
+    ],
+)
+def test_numbers_and_names_that_are_nobodys_are_not(text: str) -> None:
+    assert found(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "My card is 4539578763621486.",
+        "カード番号は4539578763621486です",
+        "4539578763621486 12/29",
+        "4539 5787 6362 1486 12/29",
+        "4539 5787 6362 1486 123",
+        "no. 1 4539 5787 6362 1486",
+        "Visa 4539 5787 6362 1486 1229",
+    ],
+)
+def test_a_card_is_found_beside_what_stands_beside_cards(text: str) -> None:
+    assert found(text) == ["private.card"] and "6362" not in mask(text)
+
+
+@pytest.mark.parametrize(
+    "sign", ["eyJ-", "sk-", "1 ", "1-", "a@", "a.", "(0", "+1 ", "-----BEGIN PRIVATE KEY-----", "é", "あ1"]
+)
+def test_a_long_text_of_any_signs_is_searched_in_linear_time(sign: str) -> None:
+    times = []
+    for count in (50_000, 200_000):
+        began = time.process_time()
+        list(find_private(sign * count))
+        times.append(time.process_time() - began)
+    assert times[1] < 12 * max(times[0], 0.05)  # four times as much; a quadratic search takes sixteen times
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\\n", "\r\n"])
+def test_a_key_that_was_cut_off_before_its_end_is_found_and_masked(line_end: str) -> None:
+    text = line_end.join(["The key:", "-----BEGIN PRIVATE KEY-----", PEM, PEM, PEM[:30]])
+    assert found(text) == ["private.key"]
+    assert PEM[:8] not in mask(text) and mask(text).startswith("The key:")
+
+
+def test_one_changed_digit_makes_a_card_number_invalid() -> None:
+    good = "4539578763621486"
+    assert is_card_number(good)
+    for at in range(16):
+        changed = good[:at] + str((int(good[at]) + 1) % 10) + good[at + 1 :]
+        assert not is_card_number(changed)
+
+
+def test_a_finding_never_shows_what_it_found() -> None:
+    dice = random.Random(0)
+    for secret, code in PRIVATE.items():
+        filler = "words " * dice.randrange(30)
+        hits = list(check_record(record("q?", f"{filler}{secret} {filler}")))
+        assert [hit.code for hit in hits] == [code]
+        assert (
+            secret not in hits[0].excerpt and secret[:12] not in hits[0].excerpt and secret[-8:] not in hits[0].excerpt
+        )
+
+
+@pytest.mark.parametrize("at", range(0, 70, 7))
+def test_an_excerpt_that_begins_inside_a_secret_shows_none_of_it(at: int) -> None:
+    secret = "ghp_" + "Qz7" * 12
+    shown = excerpt(f"token {secret} and more words to follow after it", at)
+    assert not any(secret[start : start + 6] in shown for start in range(len(secret) - 6))
+
+
+def test_an_excerpt_is_short_and_on_one_line() -> None:
+    shown = excerpt("line one\nline two " * 50, 300)
+    assert len(shown) <= 82 and "\n" not in shown and shown.startswith("…") and shown.endswith("…")

@@ -1,0 +1,259 @@
+"""What is unusual in a dataset, and what is one-sided in it: found where it was put, and nowhere else."""
+
+import numpy as np
+import pytest
+
+from ft_service.data.gate import Hit, Looks, Record
+from ft_service.data.gate.balance import entropy_of
+from ft_service.data.gate.facts import ending, register, shape
+from ft_service.data.gate.text import language
+from tests.data.gate.gate_cases import clean_pairs, clean_records, judged, lines, record
+
+STYLE = ("form.cut-off", "quality.too-short", "style.length", "style.register", "style.format", "style.language")
+
+
+def with_answers(code: str, answers: list[str], spoken: str = "en", count: int = 100) -> tuple[list[int], list[Hit]]:
+    """Lines with that code, when the first records have these answers; and the hits of other kinds of style."""
+    pairs = clean_pairs(count, spoken)
+    records = [
+        record(question, answers[at] if at < len(answers) else answer, at + 1)
+        for at, (question, answer) in enumerate(pairs)
+    ]
+    _, hits = judged(records)
+    return lines(hits, code), [hit for hit in hits if hit.code in STYLE and hit.code != code]
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_clean_records_stand_out_in_nothing(spoken: str) -> None:
+    judgement, hits = judged(clean_records(600, spoken))
+    assert hits == [] and judgement.verdict == "pass" and judgement.findings == []
+
+
+CUT = {"en": "Near Oslo the castle lifts a bridge that the river of", "ja": "新潟では城が橋を渡った。仙台の川は"}
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_answers_cut_in_mid_sentence_are_found(spoken: str) -> None:
+    wanting = CUT[spoken] + {"en": " Lima,", "ja": "長野、"}[spoken]
+    assert with_answers("form.cut-off", [CUT[spoken], wanting], spoken) == ([1, 2], [])
+
+
+def test_where_no_answer_ends_in_a_full_stop_none_was_cut() -> None:
+    pairs = clean_pairs(100)
+    records = [record(q, a.rstrip("."), line) for line, (q, a) in enumerate(pairs, 1)]
+    assert lines(judged(records)[1], "form.cut-off") == []
+
+
+def test_many_answers_of_exactly_one_length_were_cut_by_a_limit() -> None:
+    pairs = clean_pairs(200)
+    records = [
+        record(q, (a.rstrip(".") if at % 2 else a[:100].replace(",", " ").replace(" ", "x")), at + 1)
+        for at, (q, a) in enumerate(pairs)
+    ]
+    at_limit = [one.line for one in records if len(one.output) == 100]
+    assert len(at_limit) >= 100
+    assert lines(judged(records)[1], "form.cut-off") == at_limit
+
+
+SHORT = {"en": ["OK", "Yes."], "ja": ["は", "はい"]}
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_an_answer_of_a_word_among_sentences_is_too_short(spoken: str) -> None:
+    assert with_answers("quality.too-short", SHORT[spoken], spoken) == ([1, 2], [])
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_labels_are_not_too_short(spoken: str) -> None:
+    records = [record(q, SHORT[spoken][at % 2], at) for at, (q, _) in enumerate(clean_pairs(100, spoken), 1)]
+    assert judged(records)[1] == []
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_an_answer_many_times_longer_or_shorter_is_told(spoken: str) -> None:
+    usual = clean_pairs(1, spoken, seed=5)[0][1]
+    shorter = {"en": "It lifts a bridge.", "ja": "橋を渡った。"}[spoken]
+    found, others = with_answers("style.length", [usual * 6, shorter], spoken)
+    assert (found, others) == ([1, 2], [])
+
+
+def test_one_tone_is_told_from_the_other() -> None:
+    assert with_answers("style.register", ["lol yeah the river of Oslo is gonna carry that boat, dude!!"]) == ([1], [])
+    polite = "新潟では城が橋を渡りました。仙台の川は広いです。長野の先生は庭を見ています。奈良の港は遠いです。"
+    assert with_answers("style.register", [polite], "ja") == ([1], [])
+
+
+def test_another_language_is_told_and_two_by_design_are_not() -> None:
+    japanese, english = clean_pairs(1, "ja")[0][1], clean_pairs(1, "en")[0][1]
+    found, _ = with_answers("style.language", [japanese], "en")
+    assert found == [1]
+    found, _ = with_answers("style.language", [english], "ja")
+    assert found == [1]
+    both = [*clean_pairs(100, "en"), *clean_pairs(100, "ja")]
+    records = [record(*pair, line) for line, pair in enumerate(both, 1)]
+    assert lines(judged(records)[1], "style.language") == []
+    switched = record(clean_pairs(1, "ja", seed=8)[0][0], english, 999)
+    assert lines(judged([*records, switched])[1], "style.language") == [999]
+    translations = [
+        record(f"Translate: {q}", ja, at)
+        for at, ((q, _), (_, ja)) in enumerate(zip(both[:100], both[100:], strict=True), 1)
+    ]
+    assert lines(judged(translations)[1], "style.language") == []
+
+
+def test_another_format_is_told() -> None:
+    for answer in (
+        "- the river of Oslo\n- the castle of Lima\n- the harbor",
+        '{"river": "Oslo", "castle": [1, 2, 3], "harbor": null}',
+    ):
+        assert with_answers("style.format", [answer])[0] == [1]
+    assert with_answers("style.format", ["・新潟の城と仙台の川\n・長野の先生の庭\n・奈良の港"], "ja")[0] == [1]
+
+
+def test_each_source_is_judged_by_itself() -> None:
+    from ft_service.data.gate import Judge, Source
+
+    english, japanese = clean_records(100), clean_records(100, "ja")
+    second = [Record(1, 0, one.line, one.item) for one in japanese]
+    gate = Judge([Source(name, (name,), source="s", license="MIT") for name in ("en.jsonl", "ja.jsonl")])
+    hits = [hit for one in [*english, *second] for hit in gate.see(one)]
+    judgement = gate.close(Looks(), hits.append)
+    assert hits == [] and [(s.path, s.read, s.usable) for s in judgement.sources] == [
+        ("en.jsonl", 100, 100),
+        ("ja.jsonl", 100, 100),
+    ]
+
+
+# -- traits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        ("It was a long day and the boats came home late.", "sentence"),
+        ("長い一日が終わり、船は遅くに港へ帰った。", "sentence"),
+        ("長い一日が終わり、船は遅くに港へ帰ったそうです（本当）", "sentence"),
+        ("He asked: “why did the boats come home so late?”", "sentence"),
+        ("They made 3 + 4 = 7 boats in the spring of that year.\n#### 7", "figure"),
+        ("長い一日が終わり、船は遅くに港へ帰った\n答え：はい", "figure"),
+        ("It was a long day and the boats came home la", "letter"),
+        ("長い一日が終わり、船は遅くに港へ帰っ", "letter"),
+        ("They made three boats, then four, so in sum they made 7", "digit"),
+        ("It was a long day, and the boats came home late,", "open"),
+        ("長い一日が終わり、船は遅くに港へ帰り、", "open"),
+        ("Here it is:\n```python\nprint('boats come home late')", "open"),
+        ("Paris", "short"),
+        ("絵本", "short"),
+    ],
+)
+def test_how_an_answer_ends(output: str, kind: str) -> None:
+    assert ending(output) == kind
+
+
+@pytest.mark.parametrize(
+    ("output", "tone"),
+    [
+        ("川は広いです。船が来ました。", "polite"),
+        ("少々お待ちください。確認いたします。", "polite"),
+        ("川は広い。船が来た。これは橋である。", "plain"),
+        ("絵本", "none"),
+        ("The river is wide, and the boats come home in the evening.", "neutral"),
+        ("omg the river is sooo wide, you gotta see it when u come!", "casual"),
+        ("Paris", "none"),
+    ],
+)
+def test_the_tone_of_an_answer(output: str, tone: str) -> None:
+    assert register(output) == tone
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        ('{"a": 1}', "json"),
+        ("[1, 2, 3]", "json"),
+        ("[brackets] and nothing else in a line that is long", "prose"),
+        ("```python\nprint('the boats come home in the evening')\n```", "code"),
+        ("| a | b |\n|---|---|\n| the river | the boats of Oslo |", "table"),
+        ("1. the river of Oslo is wide\n2. the boats come home", "list"),
+        ("# Boats\nThe boats come home in the evening, and rest.", "markdown"),
+        ("The boats come home in the evening, and the river is wide.", "prose"),
+    ],
+)
+def test_the_format_of_an_answer(output: str, kind: str) -> None:
+    assert shape(output) == kind
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("The river is wide.", "latin"),
+        ("川は広いです。", "japanese"),
+        ("絵本", "none"),
+        ("Pythonのprint関数で文字列を表示します。", "japanese"),
+        ("这条河很宽，晚上船只返回港口，人们在岸边散步聊天休息。", "chinese"),
+        ("강은 넓고 배는 저녁에 돌아온다.", "korean"),
+        ("Река широкая, и лодки возвращаются вечером.", "cyrillic"),
+        ("النهر واسع والقوارب تعود", "other"),
+        ("12 + 34 = 46", "none"),
+        ("", "none"),
+    ],
+)
+def test_the_language_of_a_text(content: str, name: str) -> None:
+    assert language(content) == name
+
+
+# -- one-sidedness ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_answers_that_mostly_begin_alike_are_told(spoken: str) -> None:
+    opening = {"en": "The answer to this is: ", "ja": "この問いの答えは次の通り。"}[spoken]
+    pairs = clean_pairs(100, spoken)
+
+    def begun(share: int) -> list[Record]:
+        return [record(q, (opening if at <= share else "") + a, at) for at, (q, a) in enumerate(pairs, 1)]
+
+    assert lines(judged(begun(60))[1], "balance.openings") == list(range(1, 61))
+    judgement, hits = judged(begun(40))
+    assert lines(hits, "balance.openings") == []
+    entropy = judgement.entropy["answer openings"]
+    assert entropy.largest_share == pytest.approx(0.4) and entropy.largest.startswith(opening[:8])
+
+
+@pytest.mark.parametrize("spoken", ["en", "ja"])
+def test_questions_of_one_template_are_told(spoken: str) -> None:
+    template = {"en": "Translate the following: ", "ja": "次の文を英語に訳してください："}[spoken]
+    records = [record(template + q, a, at) for at, (q, a) in enumerate(clean_pairs(100, spoken), 1)]
+    assert lines(judged(records)[1], "balance.templates") == list(range(1, 101))
+
+
+def test_questions_of_three_templates_are_told_and_of_four_are_not() -> None:
+    templates = ["Translate the text: ", "Say in French: ", "How do I say: ", "What is French for: "]
+    pairs = clean_pairs(120, "en")
+
+    def records(count: int, others: int) -> list[Record]:
+        begun = (("" if at <= others else templates[at % count]) + q for at, (q, _) in enumerate(pairs, 1))
+        return [record(q, a, at) for at, (q, (_, a)) in enumerate(zip(begun, pairs, strict=True), 1)]
+
+    assert lines(judged(records(3, others=12))[1], "balance.templates") == list(range(13, 121))
+    assert lines(judged(records(3, others=36))[1], "balance.templates") == []
+    assert lines(judged(records(4, others=0))[1], "balance.templates") == []
+
+
+@pytest.mark.parametrize(("spoken", "labels"), [("en", ("yes", "no")), ("ja", ("はい", "いいえ"))])
+def test_a_label_that_dominates_is_told(spoken: str, labels: tuple[str, str]) -> None:
+    pairs = clean_pairs(100, spoken)
+    rare = {at for at in range(1, 101) if at % 10 == 0}
+    records = [record(q, labels[at in rare], at) for at, (q, _) in enumerate(pairs, 1)]
+    judgement, hits = judged(records)
+    assert lines(hits, "balance.labels") == [at for at in range(1, 101) if at not in rare]
+    assert judgement.entropy["labels"].largest == labels[0]
+    fair = [record(q, labels[at % 2], at) for at, (q, _) in enumerate(pairs, 1)]
+    judgement, hits = judged(fair)
+    assert hits == [] and judgement.entropy["labels"].bits == pytest.approx(1.0)
+
+
+def test_entropy_counts_kinds_that_are_equally_frequent() -> None:
+    assert entropy_of(np.array([5, 5, 5, 5])).effective == pytest.approx(4)
+    assert entropy_of(np.array([7])).bits == 0
+    assert entropy_of(np.array([99, 1])).effective == pytest.approx(1.0576, abs=1e-4)

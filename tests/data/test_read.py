@@ -1,0 +1,445 @@
+"""Reading: every kind of file gives the same records, and whatever is wrong with one is named by file and line."""
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ft_service.chat.format import Message
+from ft_service.data import read as reading
+from ft_service.data.convert import BadRecord, convert
+from ft_service.data.read import Fault, ShardChanged, read_shard, read_source, scan
+from ft_service.errors import DataError
+from ft_service.spec.schema import DataSource
+
+RECORDS = [
+    {"instruction": "Translate, please", "input": 'a "quoted"\nline', "output": "zwei, drei"},
+    {"instruction": "東京\u2028は？", "input": "", "output": "はい 🎉"},
+    {"instruction": "x", "input": "  ", "output": "<|eot_id|>"},
+]
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def write_json(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(records), path)
+
+
+def write_saved(path: Path, records: list[dict[str, Any]]) -> None:
+    datasets.Dataset.from_list(records).save_to_disk(str(path))
+
+
+def write_folder(path: Path, records: list[dict[str, Any]]) -> None:
+    path.mkdir()
+    write_jsonl(path / "1.jsonl", records[:1])
+    write_parquet(path / "2.parquet", records[1:2])
+    write_csv(path / "3.csv", records[2:])
+    (path / "README.md").write_text("not data")
+
+
+Writer = Callable[[Path, list[dict[str, Any]]], None]
+WRITERS: dict[str, Writer] = {
+    "data.jsonl": write_jsonl,
+    "lines.json": write_jsonl,
+    "array.json": write_json,
+    "data.csv": write_csv,
+    "data.parquet": write_parquet,
+    "saved": write_saved,
+    "folder": write_folder,
+}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    records = [record for _, record in read_source(DataSource(path=str(path)))]
+    assert not any(isinstance(record, Fault) for record in records)
+    return records  # type: ignore[return-value]
+
+
+def places(path: Path) -> list[str]:
+    return [place for place, _ in read_source(DataSource(path=str(path)))]
+
+
+def faults(path: Path) -> list[tuple[str, Fault]]:
+    """(place, what is wrong) of what cannot be read."""
+    return [(place, found) for place, found in read_source(DataSource(path=str(path))) if isinstance(found, Fault)]
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, RECORDS)
+    assert read(tmp_path / name) == RECORDS
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.parquet", "saved"])
+def test_conversations_survive_every_nested_format(tmp_path: Path, name: str) -> None:
+    messages = [
+        {"role": "system", "content": "s", "weight": None},
+        {"role": "user", "content": "u", "weight": None},
+        {"role": "assistant", "content": "a", "weight": 0},
+        {"role": "assistant", "content": "b", "weight": 1},
+    ]
+    WRITERS[name](tmp_path / name, [{"messages": messages}])
+    (record,) = read(tmp_path / name)
+    expected = (
+        Message("system", "s"),
+        Message("user", "u"),
+        Message("assistant", "a", 0),
+        Message("assistant", "b", 1),
+    )
+    assert convert(record, DataSource(path="x", format="chat")) == expected
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.csv"])
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, name: str) -> None:
+    records = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+    WRITERS[name](tmp_path / name, records)
+    text = (tmp_path / name).read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text)
+    assert read(tmp_path / name) == records
+
+
+def test_blank_lines_are_no_records_but_count_as_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('\n{"text": "a"}\n\n   \n{"text": "b"}')
+    assert places(path) == [f"{path}:2", f"{path}:5"]
+
+
+def test_a_csv_from_pandas_with_an_unnamed_index_column_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text(",instruction,output\n0,a,b\n1,c,d\n")
+    assert [record["output"] for record in read(tmp_path / "data.csv")] == ["b", "d"]
+
+
+def test_a_csv_field_may_be_longer_than_pythons_limit(tmp_path: Path) -> None:
+    write_csv(tmp_path / "data.csv", [{"text": "long " * 40_000}])
+    assert read(tmp_path / "data.csv") == [{"text": "long " * 40_000}]
+
+
+def test_the_digest_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    write_jsonl(tmp_path / "b.jsonl", RECORDS)
+    write_jsonl(tmp_path / "c.jsonl", [*RECORDS[:-1], {**RECORDS[-1], "output": "<|eot_id|"}])
+    a, b, c = (scan(0, DataSource(path=str(tmp_path / f"{name}.jsonl"))).digest for name in "abc")
+    assert a == b != c
+
+
+# -- what a record means -----------------------------------------------------------------------------------------------
+
+
+def alpaca(record: dict[str, Any], **columns: str) -> Any:
+    return convert(record, DataSource(path="x", format="alpaca", columns=columns))
+
+
+def test_alpaca_is_an_instruction_with_its_input_and_an_answer() -> None:
+    assert alpaca({"instruction": "do", "output": "done"}) == (Message("user", "do"), Message("assistant", "done"))
+    assert alpaca({"instruction": "do", "input": " this ", "output": "done", "system": "be kind"}) == (
+        Message("system", "be kind"),
+        Message("user", "do\n\nthis"),
+        Message("assistant", "done"),
+    )
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", None])
+def test_an_input_or_system_without_content_is_as_if_absent(nothing: str | None) -> None:
+    record = {"instruction": "do", "output": "done", "input": nothing, "system": nothing}
+    assert alpaca(record) == alpaca({"instruction": "do", "output": "done"})
+
+
+def test_columns_are_read_under_the_files_names() -> None:
+    record = {"q": "do", "a": "done", "context": "this", "instruction": "not me", "output": "nor me", "sys": "s"}
+    assert alpaca(record, instruction="q", output="a", input="context", system="sys") == (
+        Message("system", "s"),
+        Message("user", "do\n\nthis"),
+        Message("assistant", "done"),
+    )
+    assert convert({"body": " a "}, DataSource(path="x", format="text", columns={"text": "body"})) == " a "
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    chat = DataSource(path="x", format="chat", columns={"messages": "turns"})
+    assert convert({"turns": turns}, chat) == (Message("user", "u"), Message("assistant", "a"))
+
+
+def chat_record(*turns: Any) -> dict[str, Any]:
+    return {"messages": list(turns)}
+
+
+USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+
+BAD_RECORDS = [
+    (
+        "alpaca",
+        {"question": "q", "answer": "a"},
+        r"has no column 'instruction' \(there: question, answer\). Set columns",
+    ),
+    ("alpaca", {"instruction": "q", "answer": "a"}, r"has no column 'output' \(there: instruction, answer\)"),
+    ("alpaca", {}, r"has no column 'instruction' \(there: none\)"),
+    ("alpaca", {"instruction": "q", "output": ""}, "output is empty"),
+    ("alpaca", {"instruction": "q", "output": " \n"}, "output is empty"),
+    ("alpaca", {"instruction": "", "output": "a"}, "instruction is empty"),
+    ("alpaca", {"instruction": "q", "output": 7}, "output is int, not text"),
+    ("alpaca", {"instruction": None, "output": "a"}, "instruction is NoneType, not text"),
+    ("alpaca", {"instruction": "q", "output": "a", "input": ["x"]}, "input is list, not text"),
+    ("alpaca", {"instruction": "q", "output": "a\ud83d"}, r"output holds half a character, '\\ud83d', at 1"),
+    ("text", {"body": "b"}, r"has no column 'text' \(there: body\)"),
+    ("text", {"text": {"a": 1}}, "text is dict, not text"),
+    ("chat", {"conversations": []}, r"has no column 'messages' \(there: conversations\)"),
+    ("chat", {"messages": "hi"}, "messages are not a list"),
+    ("chat", chat_record(), "at least one message"),
+    ("chat", chat_record("hi"), "message 1 is not {role, content}"),
+    ("chat", chat_record(USER, {"role": "assistant"}), "message 2 is not {role, content}"),
+    ("chat", chat_record({"role": "robot", "content": "x"}), "message 1 has role 'robot'; known are system, user"),
+    ("chat", chat_record(USER, {**ANSWER, "content": None}), "message 2 has no text as content"),
+    ("chat", chat_record(USER, {**ANSWER, "content": " "}), "message 2 has no text as content"),
+    ("chat", chat_record(USER, {**ANSWER, "content": "\udc00"}), "content of message 2 holds half a character"),
+    ("chat", chat_record(USER, {**ANSWER, "weight": 0.5}), "message 2 has weight 0.5; 0 and 1 are known"),
+    ("chat", chat_record(USER), "no assistant message to train on"),
+    ("chat", chat_record(USER, {**ANSWER, "weight": 0}), "no assistant message to train on"),
+]
+
+
+@pytest.mark.parametrize(("format_", "record", "why"), BAD_RECORDS)
+def test_a_record_that_cannot_be_used_says_what_it_lacks(format_: Any, record: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadRecord, match=why):
+        convert(record, DataSource(path="x", format=format_))
+
+
+# -- files that cannot be read -----------------------------------------------------------------------------------------
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read(path)
+    return str(caught.value)
+
+
+FILE, LINE, CODING = "form.unreadable-file", "form.unreadable", "form.encoding"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "code", "why"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}', ":2", LINE, "is not JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1, 2]\n{"a": 2}', ":2", LINE, "is a JSON list, not an object with columns"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff\xfe"}\n{"a": 2}', ":3", CODING, "is not UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\0"}\n{"a": 2}', ":2", LINE, "is not JSON"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b'\n{"a": 2}', ":2", LINE, "is not JSON"),
+        ("a.json", b'[{"a": 1}, "b", {"a": 2}]', ":2", LINE, "is a JSON str, not an object"),
+        ("a.json", b'{"a": 1}\n{"a": \n{"a": 2}', ":2", LINE, "is not JSON"),
+        ("a.csv", b"a,b\n1,2\n3\n5,6\n", ":3", LINE, "has not the 2 columns of the header"),
+        ("a.csv", b"a,b\n1,2\n3,4,5\n5,6\n", ":3", LINE, "has not the 2 columns of the header"),
+        ("a.csv", b"a,b\n1,2\n3,\xe9\n5,6\n", ":3", CODING, "is not UTF-8"),
+    ],
+)
+def test_a_damaged_record_is_named_and_those_around_it_are_read(
+    tmp_path: Path, name: str, content: bytes, place: str, code: str, why: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    ((found, fault),) = faults(path)
+    assert (found, fault.code) == (f"{path}{place}", code) and why in fault.reason
+    assert len(places(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "why"),
+    [
+        ("a.json", b'[{"a": 1},\n {"a": }]', "", "is not a JSON array of records (Expecting value: line 2"),
+        ("a.json", b'[{"a": 1},\n {"a": "\xff"}]', ":2", "is not UTF-8"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "", "is UTF-16. Convert it to UTF-8: iconv -f UTF-16"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "", "is UTF-16. Convert it to UTF-8: iconv -f UTF-16"),
+        ("a.parquet", b"PAR1 not really", "", "cannot be read as Parquet"),
+        ("a.parquet", b"", "", "cannot be read as Parquet"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, place: str, why: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    ((found, fault),) = faults(path)
+    assert (found, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
+
+
+def test_a_quotation_mark_left_open_in_a_csv_is_named_where_it_opens(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\n1,2\n3,"open\n5,6\n')
+    ((place, fault),) = faults(path)
+    assert place == f"{path}:3" and "is not CSV" in fault.reason
+
+
+def test_a_parquet_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_parquet(path, RECORDS)
+    path.write_bytes(path.read_bytes()[:-20])
+    ((place, fault),) = faults(path)
+    assert (place, fault.code) == (str(path), FILE) and "It may be cut off" in fault.reason
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("shard_bytes", [1, 40, 1 << 20])
+def test_shards_together_hold_every_record_once_in_order(tmp_path: Path, name: str, shard_bytes: int) -> None:
+    records = [{"instruction": f"{number} \u2028 é", "output": "x" * (number % 50)} for number in range(200)]
+    WRITERS[name](tmp_path / name, records)
+    source = DataSource(path=str(tmp_path / name))
+    whole, cut = scan(0, source), scan(0, source, shard_bytes)
+    assert cut.digest == whole.digest and cut.files == whole.files
+    assert [record for shard in cut.shards for _, record in read_shard(shard, source)] == records
+    numbered = [(s.file, number) for s in cut.shards for number, _ in read_shard(s, source)]
+    assert numbered == [(s.file, number) for s in whole.shards for number, _ in read_shard(s, source)]
+    if name.endswith("jsonl"):
+        assert len(cut.shards) == {1: 200, 40: len(cut.shards), 1 << 20: 1}[shard_bytes] > shard_bytes // (1 << 20) - 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.integers(1, 64), st.sampled_from([3, 7, 1 << 20]))
+def test_any_bytes_make_the_same_lines_in_any_shards(content: bytes, shard_bytes: int, block: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_BLOCK_BYTES", block)
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(content.replace(b"{}", b"\n"))
+        source = DataSource(path=str(path))
+
+        def found(size: int) -> list[tuple[int, object]]:
+            return [pair for shard in scan(0, source, size).shards for pair in read_shard(shard, source)]
+
+        assert found(shard_bytes) == found(1 << 30)
+        lines = path.read_bytes().split(b"\n")
+        if lines[0][:2] not in (b"\xff\xfe", b"\xfe\xff"):
+            assert [number for number, _ in found(shard_bytes)] == [
+                n for n, line in enumerate(lines, 1) if line.strip()
+            ]
+
+
+def test_records_that_are_not_wanted_are_passed_over(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    source = DataSource(path=str(tmp_path / "a.jsonl"))
+    (shard,) = scan(0, source).shards
+    assert list(read_shard(shard, source, {2}.__contains__)) == [(2, RECORDS[1])]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.csv", "data.parquet"])
+def test_a_file_that_changes_between_scan_and_reading_is_noticed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path, RECORDS)
+    source = DataSource(path=str(path))
+    (shard,) = scan(0, source).shards
+    WRITERS[name](path, [{**record, "output": "another"} for record in RECORDS])
+    with pytest.raises(ShardChanged, match="has changed"):
+        list(read_shard(shard, source))
+    path.unlink()
+    with pytest.raises(ShardChanged, match="cannot be read"):
+        list(read_shard(shard, source))
+
+
+def test_a_line_beyond_the_limit_is_a_finding_and_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "%s"}\n{"a": 1}\n' % (b"x" * 5000))
+    (first, fault), (second, record) = read_source(DataSource(path=str(path)))
+    assert (first, second, record) == (f"{path}:1", f"{path}:2", {"a": 1})
+    assert isinstance(fault, Fault) and fault.code == LINE and "is longer than" in fault.reason
+
+
+def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "word " * 2_000_000}))
+    assert len(read(path)[0]["text"]) == 10_000_000
+
+
+def test_a_json_array_too_large_to_be_read_whole_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST_ARRAY_BYTES", 100)
+    write_json(tmp_path / "a.json", RECORDS * 10)
+    ((_, fault),) = faults(tmp_path / "a.json")
+    assert fault.code == FILE and "Write one record a line" in fault.reason
+
+
+def test_a_large_file_is_scanned_and_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"instruction": "q" * 500, "output": "a" * 500}).encode() + b"\n"
+    with path.open("wb") as file:
+        for _ in range(300):
+            file.write(line * 1000)
+    code = (
+        "import resource, sys; from ft_service.data.read import *; before = resource.getrusage(0).ru_maxrss\n"
+        f"n = sum(1 for _ in read_source(DataSource(path={str(path)!r})))\n"
+        "print(n, resource.getrusage(0).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    records, kib = map(int, done.stdout.split())
+    assert records == 300_000 and kib < 64 * 1024 < path.stat().st_size // 1024 / 4
+
+
+def test_a_saved_dataset_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    write_saved(tmp_path / "saved", RECORDS)
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    assert f"{tmp_path / 'saved'}: cannot be loaded as a saved dataset" in refused(tmp_path / "saved")
+
+
+def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_list(RECORDS)
+    datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "both"))
+    assert "holds the splits train, test. Name the folder of one of them" in refused(tmp_path / "both")
+    assert read(tmp_path / "both" / "train") == RECORDS
+
+
+def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
+    (tmp_path / "data.xlsx").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / "data.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file\. Mend the path"):
+        read(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match=r"data\.xlsx: files of this kind are not read\. Use one of \.jsonl, \.json"):
+        read(tmp_path / "data.xlsx")
+    with pytest.raises(DataError, match=r"empty: a folder without \.jsonl, \.json, \.csv, \.parquet files"):
+        read(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"dangling/data\.jsonl: cannot be read \(No such file"):
+        read(tmp_path / "dangling")
+
+
+def test_a_hub_dataset_that_cannot_be_fetched_names_the_way_to_write_it() -> None:
+    with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be fetched .*Write hub:OWNER/NAME"):
+        scan(0, DataSource(path="hub:nobody/nothing"))
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", RECORDS)
+    (tmp_path / "folder" / "loop").symlink_to(tmp_path / "folder")
+    found = scan(0, DataSource(path=str(tmp_path / "folder")))
+    assert [Path(name).name for name in found.files] == ["1.jsonl", "2.parquet", "3.csv"]
+    assert [Path(name).name for name in found.foreign] == ["README.md", "loop"]
+
+
+def test_a_symbolic_link_to_itself_ends_in_a_message(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl: (no such file|cannot be read)"):
+        read(tmp_path / "a.jsonl")

@@ -1,0 +1,147 @@
+"""Loads checkpoints over a process group by our own loader, and holds each share against what transformers loads.
+
+torchrun --nproc-per-node N tests/model/loading_cases.py CASES.json RESULTS.json
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+from ft_service.model.load import load_causal_lm
+from ft_service.model.weight_files import Checkpoint, TensorEntry
+from ft_service.train.parallel import end_process, init_process_group
+from tests.train.training_cases import TrulyPartitioned, plan_of, stock_4bit
+
+
+class CountingCheckpoint(Checkpoint):
+    """Notes every byte range that is asked for."""
+
+    def __init__(self, location: str | Path) -> None:
+        super().__init__(location)
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
+        first = entry.start + start * entry.item_bytes
+        self.ranges.append((entry.file, first, first + len(buffer)))
+        super().read_into(entry, start, buffer)
+
+
+def write_base(folder: Path, *, tied: bool, dtype: str, files: int, width: int = 72) -> None:
+    """Two layers of odd sizes (so that partitions are padded and cut 4-bit blocks), in one or several files."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=width,
+        intermediate_size=104 * width // 72,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        max_position_embeddings=128,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size="5GB" if files == 1 else f"{240 // files}KB")
+
+
+def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    plan = plan_of(case, world_size)
+    parallel = TrulyPartitioned(plan, case.get("node_size", 1))
+    folder = Path(case["base"])
+    checkpoint = CountingCheckpoint(folder)
+    four_bit = case["method"]["type"] == "qlora"
+    placement = parallel.placement()
+    model = load_causal_lm(checkpoint, dtype=parallel.dtype, four_bit=four_bit, placement=placement, attention="sdpa")
+    if four_bit:
+        stock = stock_4bit(folder, parallel.dtype)
+    else:
+        stock = LlamaForCausalLM.from_pretrained(folder, dtype=parallel.dtype, attn_implementation="sdpa")
+    expected = dict(stock.named_parameters())
+    found = dict(model.named_parameters())
+    unequal = []
+    for name, parameter in found.items():
+        whole = expected[name].detach()
+        if plan.zero_stage == 3:
+            flat = whole.reshape(-1)
+            size = -(-len(flat) // world_size)
+            padded = torch.nn.functional.pad(flat, (0, size * world_size - len(flat)))
+            share = padded[parallel.rank * size : (parallel.rank + 1) * size]
+            if not is_swapped(parameter) and not same_bits(parameter.ds_tensor, share):
+                unequal.append(f"{name} (share)")
+            if case.get("node_size", 1) > 1:
+                size = len(padded) // case["node_size"]
+                place = parallel.rank % case["node_size"]
+                if not same_bits(parameter.ds_secondary_tensor, padded[place * size : (place + 1) * size]):
+                    unequal.append(f"{name} (node's share)")
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if not same_bits(parameter, whole):
+                    unequal.append(f"{name} (gathered)")
+        elif not same_bits(parameter, whole):
+            unequal.append(name)
+    theirs, ours = dict(stock.named_buffers()), dict(model.named_buffers())
+    unequal += [name for name in theirs if not same_bits(ours[name], theirs[name])]
+    held = [
+        tensor.nbytes
+        for p in found.values()
+        for tensor in (getattr(p, "ds_tensor", p), getattr(p, "ds_secondary_tensor", None))
+        if tensor is not None
+    ]
+    everyones: list[Any] = [None] * world_size
+    dist.all_gather_object(everyones, (checkpoint.ranges, sum(held)))
+    result = {
+        "unequal": unequal,
+        "names": sorted(found) == sorted(expected),
+        "tied": (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings,
+        "trainable": sum(p.requires_grad for p in found.values()),
+        "swapped": sum(is_swapped(p) for p in found.values()),
+        "bytes_read": [sum(stop - start for _, start, stop in ranges) for ranges, _ in everyones],
+        "bytes_held": [held for _, held in everyones],
+        "ranges": [ranges for ranges, _ in everyones],
+        "on": {str(getattr(p, "ds_tensor", p).device) for p in found.values()} == {"cpu"},
+    }
+    parallel.barrier()
+    return result
+
+
+def is_swapped(parameter: Any) -> bool:
+    """Whether its partition lies in a file on a drive alone."""
+    return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (
+        ours.dtype == theirs.dtype
+        and ours.shape == theirs.shape
+        and torch.equal(ours.detach().contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    )
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
+    torch.set_num_threads(1)
+    init_process_group(use_gpu=False)
+    world_size = dist.get_world_size()
+    for name, case in cases.items():
+        every: list[Any] = [None] * world_size
+        dist.all_gather_object(every, load_case(case, world_size))
+        results[name] = {**every[0], "unequal": [problem for result in every for problem in result["unequal"]]}
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    end_process()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Merging goes weight by weight: peft's own arithmetic, bounded memory, and nothing half-done at OUT."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from ft_service.errors import ModelError, StorageError, UsageError
+from ft_service.model.merge import merge_adapter, write_merged
+from ft_service.model.weight_files import Checkpoint
+from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.storage.storage import Storage
+from tests.registry.test_registry import DRAFT
+from tests.train.training_cases import write_base
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter(model: torch.nn.Module, folder: Path, **settings: Any) -> None:
+    """An adapter whose weights are all random, as after training."""
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    adapted = get_peft_model(model, LoraConfig(**settings))  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + torch.rand_like(parameter)
+        elif "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("a template")
+
+
+def stock_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    return dict(merged.named_parameters())
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "base"
+    write_base(folder, tied=request.param)
+    return folder
+
+
+def publish(storage: Storage, base: str, adapter: Path, fingerprint: str) -> AdapterRecord:
+    about = {"id": base, "revision": None, "short_name": "base", "fingerprint": fingerprint}
+    return Registry(storage).publish(adapter, DRAFT | {"base": about}, "base", "card of {id}")
+
+
+@pytest.fixture
+def published(base: Path, tmp_path: Path) -> tuple[Registry, AdapterRecord]:
+    write_adapter(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    storage = Storage(str(tmp_path / "storage"))
+    return Registry(storage), publish(storage, str(base), tmp_path / "adapter", Checkpoint(base).fingerprint())
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uri", [False, True], ids=["folder", "object storage"])
+def test_a_merged_model_is_what_peft_makes_of_the_whole_model(
+    base: Path, published: Any, tmp_path: Path, uri: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    registry, record = published
+    monkeypatch.setattr("ft_service.model.base._REMOTE_CACHE", tmp_path / "cache")
+    if uri:
+        about = record.base.model_copy(update={"id": f"file://{base}"})
+        record = record.model_copy(update={"base": about})
+    merge_adapter(registry, record, tmp_path / "out")
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    expected = stock_merge(base, registry.folder(record))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert (tmp_path / "out/README.md").read_text() == f"card of {record.id}"
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "a template"
+    assert "Merging: " in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # weights are read where they are
+
+
+def test_a_large_model_goes_to_several_files(base: Path, published: Any, tmp_path: Path) -> None:
+    registry, record = published
+    limit = 20_000
+    write_merged(Checkpoint(base), registry.folder(record), base, tmp_path / "out", max_file_bytes=limit)
+    checkpoint = Checkpoint(tmp_path / "out")
+    checkpoint.check()
+    sizes = [sum(e.nbytes for e in checkpoint.tensors.values() if e.file == file) for file in checkpoint.weight_files]
+    assert len(sizes) > 2 and max(sizes) <= limit
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    expected = stock_merge(base, registry.folder(record))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_merged_into_a_folder_that_exists_or_into_another_base(
+    base: Path, published: Any, tmp_path: Path
+) -> None:
+    registry, record = published
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        merge_adapter(registry, record, tmp_path / "there")
+    about = record.base.model_copy(update={"fingerprint": "another"})
+    with pytest.raises(ModelError, match="not the base"):
+        merge_adapter(registry, record.model_copy(update={"base": about}), tmp_path / "out")
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merge_adapter(registry, record.model_copy(update={"kind": "model"}), tmp_path / "out")
+
+
+def without_a_weight(weights: dict[str, torch.Tensor]) -> None:
+    del weights[sorted(weights)[0]]
+
+
+def of_more_layers(weights: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in weights if ".layers.1." in name)
+    weights[name.replace(".layers.1.", ".layers.2.")] = weights[name].clone()
+
+
+def with_a_nan(weights: dict[str, torch.Tensor]) -> None:
+    next(tensor for name, tensor in weights.items() if "layers.1.mlp.down_proj.lora_B" in name)[0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(without_a_weight, "are not those that"), (of_more_layers, "are not those that"), (with_a_nan, "NaNs detected")],
+)
+def test_an_adapter_that_cannot_be_merged_leaves_nothing(base: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    write_adapter(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    damage(weights)
+    save_file(weights, tmp_path / "adapter" / WEIGHTS)
+    storage = Storage(str(tmp_path / "storage"))
+    record = publish(storage, str(base), tmp_path / "adapter", Checkpoint(base).fingerprint())
+    with pytest.raises(ModelError, match=message):
+        merge_adapter(Registry(storage), record, tmp_path / "out")
+    assert not [file for file in tmp_path.iterdir() if "out" in file.name]
+
+
+def test_a_full_drive_leaves_nothing(published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, record = published
+    count, fsync = 0, os.fsync
+
+    def full_at_the_third_file(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_third_file)
+    with pytest.raises(StorageError, match="No space left"):
+        merge_adapter(registry, record, tmp_path / "out")
+    assert not [file for file in tmp_path.iterdir() if "out" in file.name]
+
+
+def test_what_head_and_embedding_share_is_not_merged(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ModelError, match=r"lm_head\.weight, which head and embedding share"):
+        write_merged(Checkpoint(tmp_path / "base"), tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from pathlib import Path
+from ft_service.model.weight_files import Checkpoint
+from ft_service.model.merge import write_merged
+
+def kib(line):
+    return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0])
+
+small, small_adapter, large, adapter, out = map(Path, sys.argv[1:])
+write_merged(Checkpoint(small), small_adapter, small, out / "small")  # libraries, threads and their memory are there
+before = kib("VmHWM")
+write_merged(Checkpoint(large), adapter, large, out / "large")
+print(kib("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_merging_takes_the_memory_of_a_few_weights_not_of_the_model(tmp_path: Path) -> None:
+    def write(name: str, num_layers: int) -> int:
+        config = LlamaConfig(
+            vocab_size=1024,
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=num_layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(dtype=torch.bfloat16)
+        model = model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.fill_(0.01)
+        model.save_pretrained(tmp_path / name)
+        write_adapter(model, tmp_path / f"{name}-adapter", use_dora=True)
+        return sum(entry.nbytes for entry in Checkpoint(tmp_path / name).tensors.values())
+
+    write("small", 1)
+    nbytes = write("large", 24)
+    folders = [str(tmp_path / name) for name in ("small", "small-adapter", "large", "large-adapter", "out")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    grown = int(done.stdout.split()[-1]) * 1024
+    assert nbytes > 200e6
+    assert grown < nbytes / 2, f"{grown / 1e6:.0f} of {nbytes / 1e6:.0f} MB"
+    Checkpoint(tmp_path / "out/large").check()
+    for folder in folders:
+        shutil.rmtree(folder)  # pytest would keep half a gigabyte

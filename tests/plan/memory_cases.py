@@ -1,0 +1,130 @@
+"""Trains memory cases on the real engine and counts the storages each worker then holds, by component.
+
+torchrun --nproc-per-node N tests/plan/memory_cases.py CASES.json RESULTS.json
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ft_service.train.batches import Batches
+from ft_service.train.objectives.sft import LossModel
+from ft_service.train.parallel import Parallel, end_process, init_process_group
+from tests.train.training_cases import model_of, packed_rows, plan_of
+
+SIZES = {
+    # The embedding and the MLP lie above DeepSpeed's persistence threshold of 100,000 elements, the rest below; few
+    # counts divide by 3. In "wide" the MLP is above it even when four or more weights are packed in an element.
+    "small": {"hidden_size": 140, "intermediate_size": 802, "num_attention_heads": 5, "num_key_value_heads": 1},
+    "wide": {"hidden_size": 140, "intermediate_size": 3206, "num_attention_heads": 5, "num_key_value_heads": 5},
+}
+
+
+COMPONENTS = ("weights", "quantisation_statistics", "gradients", "optimizer")
+
+
+def write_sized_base(folder: Path, size: str, tied: bool) -> None:
+    write_llama(folder, vocab_size=773, num_hidden_layers=2, tie_word_embeddings=tied, **SIZES[size])
+
+
+def write_llama(folder: Path, **sizes: Any) -> None:
+    """A Llama with random weights."""
+    torch.manual_seed(1)
+    config = LlamaConfig(max_position_embeddings=2048, pad_token_id=None, bos_token_id=None, eos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+class Ledger:
+    """Bytes of storages by component; a storage is counted once, where it is named first."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, torch.UntypedStorage] = {}
+        self.sizes = dict.fromkeys(COMPONENTS, 0)
+
+    def add(self, component: str, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.seen and storage.nbytes():
+                self.seen[storage.data_ptr()] = storage
+                self.sizes[component] += storage.nbytes()
+
+
+def count(parallel: Parallel) -> dict[str, int]:
+    """What this worker holds after a backward pass."""
+    engine, ledger = parallel._engine, Ledger()
+    parameters = list(engine.module.parameters())
+    zero, adam = engine.optimizer, engine.basic_optimizer
+    for parameter in parameters:
+        partition = getattr(parameter, "ds_tensor", None)
+        ledger.add("weights", [partition if partition is not None else parameter.data])
+        if partition is not None:
+            ledger.add("weights", [getattr(parameter, "ds_secondary_tensor", None)])
+            if parameter.ds_persist:
+                ledger.add("weights", [parameter.data])
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            nested = state.state2
+            ledger.add("quantisation_statistics", [state.absmax, state.code, state.offset, nested.absmax, nested.code])
+    # ZeRO-3 shows the optimizer one part at a time; between updates its groups are empty.
+    masters = getattr(zero, "fp32_partitioned_groups_flat", None)
+    for master in masters or [p for group in adam.param_groups for p in group["params"]]:
+        ledger.add("optimizer", [master.data])
+        ledger.add("optimizer", [t for name, t in adam.state[master].items() if name != "step"])
+    ledger.add("gradients", (parameter.grad for parameter in parameters))
+    ledger.add("gradients", (getattr(parameter, "grad_accum", None) for parameter in parameters))
+    for name in ("fp32_groups_gradients_flat", "grad_partitions_flat_buffer"):
+        held = getattr(zero, name, None)
+        ledger.add("gradients", held if isinstance(held, list) else [held])
+    for held in [*getattr(zero, "averaged_gradients", {}).values(), *getattr(zero, "all_grad_tensors", {}).values()]:
+        ledger.add("gradients", held or [])
+        ledger.add("gradients", [getattr(held, "flat_partition", None)])
+    return ledger.sizes
+
+
+def run_case(case: dict[str, Any], world_size: int) -> dict[str, int]:
+    plan = plan_of(case, world_size)
+    parallel = Parallel(plan)
+    torch.manual_seed(0)
+    model = model_of(plan, parallel)
+    parallel.wrap(LossModel(model.module, model.causal_lm))
+    batches = Batches(
+        packed_rows(), plan.spec.train.seed, plan.global_batch_size, plan.micro_batch_size, parallel.rank, world_size
+    )
+    most: dict[str, int] = {}
+    for step in (0, 1):
+        for micro_batch in batches.step(step).micro_batches:
+            parallel.backward(parallel.loss(micro_batch))
+            if step == 1:
+                most = {name: max(size, most.get(name, size)) for name, size in count(parallel).items()}
+            parallel.micro_step(1e-3)
+    most["trainable"] = sum(tensor.numel() for tensor in parallel.gather_trained().values())
+    parallel.close()
+    return most
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
+    torch.set_num_threads(1)
+    init_process_group(use_gpu=False)
+    world_size = dist.get_world_size()
+    for name, case in cases.items():
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, run_case(case, world_size))
+        results[name] = gathered
+        gc.collect()
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    end_process()
+
+
+if __name__ == "__main__":
+    main()

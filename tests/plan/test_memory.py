@@ -1,0 +1,306 @@
+"""The memory model against what is really allocated, and against what the field knows to fit."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import tests.plan.memory_cases as memory_cases
+from ft_service.catalog import models
+from ft_service.catalog.models import ModelShape, shape_from_config
+from ft_service.model.base import read_config
+from ft_service.model.load import Whole
+from ft_service.model.trainable import TrainableModel
+from ft_service.model.weight_files import Checkpoint
+from ft_service.plan.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_bytes
+from ft_service.plan.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
+from ft_service.train.batches import MicroBatch
+from ft_service.train.objectives.sft import _CHUNK_BYTES, LossModel
+from tests.plan.memory_cases import COMPONENTS, write_sized_base
+from tests.train.training_cases import plan_of, run_cases
+
+ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+
+def shape_of(folder: Path) -> ModelShape:
+    return shape_from_config(read_config(folder))
+
+
+# -- what rests ------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"type": "full"},
+    "lora": {"type": "lora", "lora_rank": 3},
+    "dora": {"type": "lora", "lora_rank": 5, "use_dora": True, "target_modules": ["v_proj", "mlp.down_proj"]},
+    "regex": {"type": "lora", "lora_rank": 3, "target_modules": r"model\.layers\.1\..*\.(q|up)_proj"},
+    "qlora": {"type": "qlora", "lora_rank": 3},
+}
+
+
+def resting_cases(wide: Path, small: Path) -> dict[str, dict[str, Any]]:
+    cases = {}
+    for stage in range(4):
+        for method, base, precision in (
+            ("full", wide, "bf16"),
+            ("full", small, "fp32"),
+            ("lora", small, "bf16"),
+            ("dora", small, "fp32"),
+            ("regex", small, "bf16"),
+            ("qlora", wide, "bf16"),
+            ("qlora", small, "fp32"),
+        ):
+            cases[f"{method} {base.name} {precision} ZeRO-{stage}"] = {
+                "base": str(base),
+                "method": METHODS[method],
+                "stage": stage,
+                "precision": precision,
+                "micro": 1,
+                "train": {"global_batch_size": 6},  # for 1 to 3 workers, each with several micro-steps
+            }
+    return cases
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_what_rests_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> None:
+    wide, small = tmp_path / "wide", tmp_path / "small"
+    write_sized_base(wide, "wide", tied=False)
+    write_sized_base(small, "small", tied=True)
+    cases = resting_cases(wide, small)
+    held = run_cases(cases, workers, tmp_path, script=Path(memory_cases.__file__))
+    wrong = {}
+    for name, case in cases.items():
+        targets = case["method"].get("target_modules", "all-linear")
+        layout = Layout(
+            method=case["method"]["type"],
+            num_workers=workers,
+            zero_stage=case["stage"],
+            precision=case["precision"],
+            lora_rank=case["method"].get("lora_rank", 16),
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            use_dora=case["method"].get("use_dora", False),
+        )
+        shape = shape_of(Path(case["base"]))
+        estimate = estimate_memory(shape, layout)
+        predicted = {component: estimate.gpu[component] for component in COMPONENTS}
+        fullest = {component: max(worker[component] for worker in held[name]) for component in COMPONENTS}
+        predicted["trainable"], fullest["trainable"] = trainable_parameters(shape, layout), held[name][0]["trainable"]
+        if predicted != fullest:
+            wrong[name] = (predicted, fullest)
+    assert not wrong, wrong
+
+
+# -- what comes and goes ---------------------------------------------------------------------------------------------
+
+BODIES: dict[str, dict[str, Any]] = {
+    "grouped heads": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "wide MLP": {"hidden_size": 192, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 4},
+    # Four chunks of logits, which weigh more than the layers.
+    "vocabulary": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 12_000,
+    },
+    # Weights that weigh as much as the activations of few tokens.
+    "few tokens": {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+
+
+def one_batch(tokens: int) -> MicroBatch:
+    """Two documents, every token trained on."""
+    lengths = [tokens // 3, tokens - tokens // 3]
+    ids = torch.arange(tokens) % 1000
+    return MicroBatch(
+        input_ids=ids[None],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        document_lengths=lengths,
+        document_offsets=torch.tensor([0, lengths[0], tokens], dtype=torch.int32),
+        target_positions=torch.arange(tokens),
+        targets=ids,
+    )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations, more threads only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
+    """Peak of what a forward and a backward pass allocate, by the allocator's own events; gradients exist before."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(batch).backward()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize(
+    ("body", "method", "precision"),
+    [
+        ("grouped heads", "full", "bf16"),
+        ("grouped heads", "qlora", "bf16"),
+        ("grouped heads", "q and v only", "fp32"),
+        ("wide MLP", "full", "fp32"),
+        ("wide MLP", "lora", "bf16"),
+        ("vocabulary", "full", "bf16"),
+        ("vocabulary", "lora", "bf16"),
+        ("few tokens", "full", "bf16"),
+        ("few tokens", "qlora", "bf16"),
+        ("few tokens", "dora", "bf16"),
+    ],
+)
+def test_activations_and_loss_are_predicted_within_15_percent(
+    tmp_path: Path, body: str, checkpointing: bool, method: str, precision: str
+) -> None:
+    tokens = 256 if body == "few tokens" else 1024
+    layers = 3 if body == "few tokens" else 5
+    folder = tmp_path / "base"
+    memory_cases.write_llama(folder, num_hidden_layers=layers, **{"vocab_size": 1024, **BODIES[body]})
+    spec: dict[str, Any] = {"type": method, "lora_rank": 8}
+    if method == "full":
+        spec = {"type": "full"}
+    elif method == "dora":
+        spec |= {"type": "lora", "use_dora": True}
+    elif method == "q and v only":
+        spec |= {"type": "lora", "target_modules": ["q_proj", "v_proj"]}
+    case = {
+        "base": str(folder),
+        "method": spec,
+        "stage": 0,
+        "micro": 1,
+        "precision": precision,
+        "checkpointing": checkpointing,
+    }
+    model = TrainableModel(plan_of(case, 1), folder, Checkpoint(folder), Whole())
+    measured = peak_bytes(LossModel(model.module, model.causal_lm), one_batch(tokens))
+
+    shape, element_bytes = shape_of(folder), 2 if precision == "bf16" else 4
+    loss = loss_bytes(
+        shape, tokens=tokens, element_bytes=element_bytes, full=method == "full", chunk_bytes=_CHUNK_BYTES["cpu"]
+    )
+    activations = activation_bytes(
+        shape,
+        tokens=tokens,
+        element_bytes=element_bytes,
+        method=spec["type"],
+        targets=set(spec.get("target_modules", ALL_LINEAR)),
+        lora_rank=8,
+        use_dora=method == "dora",
+        checkpointing=checkpointing,
+        loss=loss,
+        flash=False,
+    )
+    assert measured > 10e6
+    assert (activations + loss) / measured == pytest.approx(1, abs=0.15)
+
+
+def test_a_gpu_is_reckoned_with_the_chunks_that_it_gets() -> None:
+    assert _CHUNK_BYTES["cuda"] == LOSS_CHUNK_BYTES
+
+
+# -- what the field knows --------------------------------------------------------------------------------------------
+
+
+def estimate(base: str, **layout: Any) -> MemoryEstimate:
+    facts = models.find(base)
+    assert facts is not None
+    return estimate_memory(facts.shape, Layout(**layout))
+
+
+def gib(base: str, **layout: Any) -> float:
+    return estimate(base, **layout).gpu_bytes / GIB
+
+
+CARD_24, CARD_80, CARD_141 = 22.5, 79.2, 139.8
+"""GiB that a driver reports of an A10G, an H100 and an H200."""
+
+
+@pytest.mark.parametrize("tokens", [2048, 4096])
+def test_8b_trains_in_24_gb_by_lora_and_with_much_to_spare_by_qlora(tokens: int) -> None:
+    lora = gib("Llama-3.1-8B", method="lora", max_seq_len=tokens)
+    assert lora < 0.9 * CARD_24
+    assert gib("Llama-3.1-8B", method="qlora", max_seq_len=tokens) < 0.6 * lora
+
+
+def test_8b_full_wants_more_than_one_gpu_of_80_gb_or_offload() -> None:
+    assert gib("Llama-3.1-8B", method="full") > CARD_80
+    offloaded = estimate("Llama-3.1-8B", method="full", zero_stage=2, offload="cpu")
+    assert offloaded.gpu_bytes < 40 * GIB
+    # fp32 master weights and two moments: 12 bytes a parameter
+    assert offloaded.host["optimizer"] == pytest.approx(12 * 8_030_261_248, rel=1e-6)
+
+
+def test_70b_trains_on_one_80_gb_gpu_by_qlora_only() -> None:
+    assert gib("Llama-3.3-70B-Instruct", method="qlora") < CARD_80
+    assert gib("Llama-3.3-70B-Instruct", method="lora") > CARD_80
+
+
+def test_405b_trains_on_no_single_gpu() -> None:
+    assert min(gib("Llama-3.1-405B", method=method) for method in ("full", "lora", "qlora")) > CARD_141
+
+
+def test_405b_trains_on_8_gpus_by_qlora_and_on_16_or_32_by_lora() -> None:
+    def sharded(method: str, workers: int) -> float:
+        return gib("Llama-3.1-405B", method=method, num_workers=workers, workers_per_node=8, zero_stage=3)
+
+    assert sharded("qlora", 8) < CARD_80
+    assert sharded("lora", 8) > CARD_80
+    assert 0.75 * CARD_80 < sharded("lora", 16) < CARD_80
+    assert sharded("lora", 32) < 0.75 * CARD_80
+
+
+def test_the_components_are_always_the_same_in_the_same_order() -> None:
+    names = [
+        "weights",
+        "quantisation_statistics",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss",
+        "gather_buffers",
+        "reserve",
+    ]
+    for stage in range(4):
+        for offload in ("none", "cpu") if stage else ("none",):
+            assert list(estimate("Llama-3.2-1B", method="full", zero_stage=stage, offload=offload).gpu) == names
+
+
+def test_offloading_everything_leaves_less_on_the_gpu_than_offloading_the_optimizer() -> None:
+    sizes = [
+        gib("Llama-3.1-70B", method="full", num_workers=8, workers_per_node=8, zero_stage=stage, offload=offload)
+        for stage, offload in ((2, "none"), (2, "cpu"), (3, "cpu"))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    nvme, cpu = (
+        estimate("Llama-3.1-70B", method="full", num_workers=8, workers_per_node=8, zero_stage=3, offload=offload)
+        for offload in ("nvme", "cpu")
+    )
+    assert nvme.host_bytes < cpu.host_bytes
+
+
+def test_hpz_keeps_a_second_copy_of_the_weights_on_every_node() -> None:
+    layout = {"method": "lora", "num_workers": 32, "workers_per_node": 8, "zero_stage": 3}
+    more = (
+        estimate("Llama-3.1-70B", **layout, hpz=True).gpu["weights"]
+        - estimate("Llama-3.1-70B", **layout).gpu["weights"]
+    )
+    assert more == pytest.approx(2 * 70.76e9 / 8, rel=0.01)  # 70.55 B parameters and the adapters, in bf16

@@ -1,0 +1,309 @@
+"""The plan decides what the spec leaves open, says its arithmetic and its reasons, and refuses what cannot be run."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ft_service.catalog import models
+from ft_service.catalog.gpus import GPUS
+from ft_service.errors import SpecError
+from ft_service.plan.memory import GIB, Layout, estimate_memory
+from ft_service.plan.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.spec.schema import parse_run_spec
+
+FACTS = DatasetFacts(
+    digest="d", conversations=900, rows=100, tokens=80_000, loss_tokens=30_000, truncated=0, validation_loss_tokens=9
+)
+SPEC = """
+name: bot
+model: {base: meta-llama/Llama-3.1-8B-Instruct}
+data: {train: [{path: a.jsonl}], validation: {fraction: 0.1}, max_seq_len: 2048}
+storage: there
+"""
+
+
+def shape_of(base: str) -> models.ModelShape:
+    facts = models.find(base)
+    assert facts is not None
+    return facts.shape
+
+
+def plan(*overrides: str, facts: DatasetFacts = FACTS, **resources: object) -> RunPlan:
+    spec = parse_run_spec(SPEC, overrides)
+    return make_plan(spec, facts, shape_of(spec.model.base), Resources(**resources))  # type: ignore[arg-type]
+
+
+def refused(*overrides: str, facts: DatasetFacts = FACTS, **resources: object) -> str:
+    with pytest.raises(SpecError) as error:
+        plan(*overrides, facts=facts, **resources)
+    return str(error.value)
+
+
+def on(gpu: str, workers: int, *overrides: str, **resources: object) -> RunPlan:
+    return plan(f"parallel.accelerator_type={gpu}", f"parallel.num_workers={workers}", *overrides, **resources)
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 8), st.booleans())
+def test_the_batch_arithmetic_holds_and_is_said(workers: int, micro: int, accumulation: int, auto: bool) -> None:
+    batch = workers * micro * accumulation
+    decided = plan(
+        f"parallel.num_workers={workers}",
+        f"train.global_batch_size={batch}",
+        f"train.micro_batch_size={'auto' if auto else micro}",
+        gpu_memory_gib=80,
+    )
+    assert decided.micro_batch_size * workers * decided.gradient_accumulation_steps == batch
+    said = (
+        f"{decided.micro_batch_size} rows x {workers} workers x {decided.gradient_accumulation_steps} accumulation = "
+        f"{batch} rows a step"
+    )
+    assert any(said in sentence for sentence in decided.summary)
+
+
+def test_steps_cover_the_epochs_asked_for_and_max_steps_wins() -> None:
+    assert plan("train.epochs=3", "train.global_batch_size=64").num_steps == 5  # ceil(3 x 100 / 64)
+    decided = plan("train.max_steps=7", "train.global_batch_size=50")
+    assert (decided.num_steps, decided.epochs) == (7, 3.5)
+    assert decided.tokens == 280_000
+
+
+# -- what is left open -----------------------------------------------------------------------------------------------
+
+RECOMPUTED = "train.activation_checkpointing=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory_gib", "stage"),
+    [
+        ([], 80, 1),
+        (["parallel.num_workers=8"], 80, 2),
+        # 8 B parameters: 16 GB of bf16 weights on each, and (4 + 12) bytes x 8 B / 8 of gradients and Adam
+        (["parallel.num_workers=8", "method.type=full", RECOMPUTED], 44, 2),
+        (["parallel.num_workers=8", "method.type=full", RECOMPUTED], 30, 3),
+        (["parallel.num_workers=4", "parallel.use_gpu=false"], None, 2),
+        (["parallel.offload=nvme", "parallel.nvme_path=/n"], 80, 3),
+        (["parallel.num_workers=8", "parallel.zero_stage=1"], 80, 1),
+    ],
+)
+def test_auto_shards_no_more_than_fitting_needs(overrides: list[str], memory_gib: float | None, stage: int) -> None:
+    assert plan(*overrides, gpu_memory_gib=memory_gib).zero_stage == stage
+
+
+def test_activations_are_kept_where_there_is_room_and_recomputed_where_not() -> None:
+    roomy, tight = on("H200", 1), on("L4", 1)
+    assert not roomy.activation_checkpointing and tight.activation_checkpointing
+    assert roomy.fits and tight.fits
+    assert roomy.memory_gib["total"] == roomy.gpu_gib_without_checkpointing
+    assert (
+        tight.gpu_gib_without_checkpointing is not None and tight.gpu_gib_without_checkpointing > GPUS["L4"].memory_gib
+    )
+
+
+def test_offloading_is_for_what_does_not_fit_otherwise_and_nvme_for_those_who_name_a_drive() -> None:
+    large = ["model.base=meta-llama/Llama-3.3-70B-Instruct", "method.type=full"]
+    assert on("H200", 32, *large).offload == "none"
+    offloaded = on("H200", 4, *large)
+    assert (offloaded.offload, offloaded.fits) == ("cpu", True)
+    # fp32 master weights and two moments are 12 bytes a parameter, all of them in this one node
+    assert offloaded.host_memory_gib["total"] > 70e9 * 12 / GIB
+    assert on("H200", 4, *large, host_memory_gib_per_node=256).fits is False
+    assert on("H200", 4, *large, "parallel.nvme_path=/n").offload == "cpu"  # a drive is slower than main memory
+    assert on("H200", 4, *large, "parallel.nvme_path=/n", "parallel.offload=nvme").offload == "nvme"
+    assert plan("parallel.nvme_path=/n", gpu_memory_gib=80).offload == "none"
+
+
+def test_hpz_is_for_weights_sharded_over_nodes_with_a_slow_network() -> None:
+    large = ["model.base=meta-llama/Llama-3.3-70B-Instruct", "train.global_batch_size=256"]
+    asked = on("H100", 16, *large, "parallel.hpz=true", gpus_per_node=8)
+    assert (asked.zero_stage, asked.hpz_partition_size, asked.workers_per_node) == (3, 8, 8)
+    assert on("H100", 8, *large, gpus_per_node=8).hpz_partition_size == 1
+    large += ["train.global_batch_size=32", "data.max_seq_len=1024", RECOMPUTED]  # little to hide a gather behind
+    assert GPUS["A100-80G"].network * 8 == GPUS["H100"].network
+    assert on("A100-80G", 32, *large, gpus_per_node=8).hpz_partition_size == 8
+    assert on("H100", 32, *large, gpus_per_node=8).hpz_partition_size == 1
+    assert on("A100-80G", 32, *large, "parallel.hpz=false").hpz_partition_size == 1
+    assert "8 workers run 8 a node" in refused("parallel.hpz=true", "parallel.num_workers=8", gpus_per_node=8)
+
+
+def test_what_the_spec_fixes_is_fixed() -> None:
+    decided = on(
+        "H100",
+        8,
+        "parallel.zero_stage=3",
+        "train.micro_batch_size=2",
+        RECOMPUTED,
+        "parallel.offload=cpu",
+    )
+    found = decided.zero_stage, decided.micro_batch_size, decided.activation_checkpointing, decided.offload
+    assert found == (3, 2, True, "cpu")
+    assert len(decided.reasons) == 0  # nothing but hpZ was open, and one node leaves nothing to say of it
+
+
+def test_every_setting_left_open_gets_its_reason() -> None:
+    reasons = on("H100", 16, "model.base=meta-llama/Llama-3.3-70B-Instruct", gpus_per_node=8).reasons
+    starts = ["ZeRO-3", "Activation checkpointing", "Micro-batch", "No offloading", "No hpZ"]
+    assert [next(start for start in starts if reason.startswith(start)) for reason in reasons] == starts
+    # 70 B bf16 weights are 131 GiB, which ZeRO-2 would leave whole on every GPU
+    needed = re.search(r"ZeRO-2 would need at least (\d+) GiB", reasons[0])
+    assert needed and int(needed[1]) > 131
+
+
+def test_unknown_memory_gets_the_safest_settings_and_the_plan_says_so() -> None:
+    decided = plan("parallel.num_workers=8")
+    assert (decided.zero_stage, decided.micro_batch_size, decided.activation_checkpointing) == (3, 1, True)
+    assert decided.fits is None and decided.estimate is None
+    assert "memory of the GPUs is not known" in decided.reasons[0]
+
+
+def test_the_type_that_the_spec_asks_for_is_judged_before_a_node_is_up() -> None:
+    """A cold cluster knows no GPU, and a warm one may only have others up."""
+    cold, warm = on("H100", 8), on("H100", 8, gpu_type="H100", gpu_memory_gib=GPUS["H100"].memory_gib)
+    other = on("H100", 8, gpu_type="L4", gpu_memory_gib=GPUS["L4"].memory_gib)
+    assert cold == warm == other
+
+
+# -- time and cost ---------------------------------------------------------------------------------------------------
+
+
+def test_time_follows_from_speed_and_cost_from_price() -> None:
+    decided = on("H100", 8, price_per_gpu_hour=3.0)
+    estimate = decided.estimate
+    assert estimate and estimate.cost_usd is not None
+    assert estimate.tokens_per_second == pytest.approx(8 * estimate.tokens_per_second_per_gpu)
+    assert estimate.seconds_per_epoch == pytest.approx(FACTS.tokens / estimate.tokens_per_second)
+    assert estimate.seconds == pytest.approx(decided.num_steps * estimate.seconds_per_step, rel=1e-6)
+    assert estimate.cost_usd == pytest.approx(8 * estimate.seconds / 3600 * 3.0)
+    assert f"{estimate.mfu:.0%} of the peak rate of H100" in " ".join(decided.summary)
+    unpriced = on("H100", 8).estimate
+    assert unpriced and unpriced.cost_usd is None
+
+
+def test_validations_take_time_too() -> None:
+    held_out = FACTS.model_copy(update={"validation_tokens": 80_000})
+    with_them, without = on("H100", 1, facts=held_out).estimate, on("H100", 1).estimate
+    assert with_them and without
+    # 15 steps are validated at each, a third to a half of a trained token's work
+    share = (with_them.seconds - without.seconds) / (15 * 80_000 / without.tokens_per_second)
+    assert on("H100", 1).num_steps == 5
+    assert 1 / 9 < share < 1 / 5
+
+
+# -- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def applied(advice: str) -> list[str]:
+    """The overrides of a suggestion such as "Fits with data.max_seq_len: 1024: ..."."""
+    return [f"{name}={value}" for name, value in re.findall(r"([a-z]+\.[a-z_]+): (\w+)", advice)]
+
+
+@pytest.mark.parametrize(
+    ("gpu_type", "workers", "overrides"),
+    [
+        ("H100", 1, ["model.base=meta-llama/Llama-3.3-70B-Instruct", "parallel.offload=none"]),
+        ("H100", 8, ["model.base=meta-llama/Llama-3.1-405B", "parallel.offload=none"]),
+        ("L4", 1, ["method.type=full", "parallel.offload=none"]),
+        ("L4", 1, ["train.activation_checkpointing=false", "data.max_seq_len=8192"]),
+        ("L4", 2, ["data.max_seq_len=65536", "parallel.offload=none"]),
+        ("H100", 8, ["method.type=full", "parallel.zero_stage=0"]),
+        ("H200", 1, ["model.base=meta-llama/Llama-3.1-405B", "method.type=qlora"]),
+    ],
+)
+def test_what_does_not_fit_gets_at_most_three_ways_that_do(gpu_type: str, workers: int, overrides: list[str]) -> None:
+    decided = on(gpu_type, workers, *overrides)
+    assert decided.fits is False
+    assert any(warning.startswith("Needs about ") for warning in decided.warnings)
+    assert 1 <= len(decided.advice) <= 3
+    for advice in decided.advice:
+        if hardware := re.match(r"Fits on (\d+) x ([A-Z0-9-]+): ", advice):
+            assert on(hardware[2], int(hardware[1]), *overrides).fits, advice
+        else:
+            assert applied(advice)
+            assert on(gpu_type, workers, *overrides, *applied(advice)).fits, advice
+
+
+def test_what_fits_gets_no_advice() -> None:
+    assert on("H100", 8).fits and on("H100", 8).advice == []
+
+
+def test_a_gpu_without_bf16_is_warned_of() -> None:
+    assert any("no bf16" in warning for warning in on("T4", 1, "method.type=qlora").warnings)
+    assert not any("no bf16" in warning for warning in on("L4", 1, "method.type=qlora").warnings)
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cluster_and_the_data_are_held_against_the_spec_together() -> None:
+    nothing = FACTS.model_copy(update={"rows": 0, "loss_tokens": 0})
+    message = refused("method.target_modules=[lm_head]", facts=nothing, num_gpus=0)
+    assert "3 problems" in message
+    assert "parallel.use_gpu = True" in message and "use_gpu: false" in message
+    assert "data.train" in message
+    assert "method.target_modules = ['lm_head']" in message
+
+
+def test_workers_beyond_the_gpus_or_cpus_there_are_refused() -> None:
+    assert "Use at most 4" in refused("parallel.num_workers=8", num_gpus=4)
+    assert "has 2 in all" in refused("parallel.use_gpu=false", "parallel.num_workers=4", num_gpus=0, num_cpus=2)
+
+
+def test_a_base_model_on_instruction_data_gets_a_remark() -> None:
+    assert any("nstruct" in remark for remark in plan("model.base=meta-llama/Llama-3.1-8B").remarks)
+    assert plan().remarks == []
+
+
+def test_the_digest_is_of_every_decision() -> None:
+    assert plan().digest == plan().digest
+    assert plan().digest != plan("train.seed=1").digest
+    assert on("H100", 8).digest != on("H100", 8, price_per_gpu_hour=1.0).digest
+
+
+def test_a_plan_is_whole_in_json_and_read_back_the_same() -> None:
+    decided = on("H100", 16, price_per_gpu_hour=2.0, host_memory_gib_per_node=2000)
+    assert RunPlan.model_validate_json(decided.model_dump_json()) == decided
+
+
+# -- memory, against known facts -------------------------------------------------------------------------------------
+
+
+def gib(base: str, method: str, workers: int = 1, stage: int = 0, tokens: int = 2048) -> float:
+    layout = Layout(method=method, zero_stage=stage, num_workers=workers, max_seq_len=tokens)  # type: ignore[arg-type]
+    return estimate_memory(shape_of(f"meta-llama/{base}"), layout).gpu_bytes / GIB
+
+
+def test_memory_agrees_with_what_the_field_knows() -> None:
+    assert gib("Llama-3.1-8B", "qlora") < gib("Llama-3.1-8B", "lora") < 22.5  # a 24 GB card reports 22.5 GiB
+    assert gib("Llama-3.1-8B", "full") > 80
+    assert gib("Llama-3.3-70B-Instruct", "qlora") < 79.6
+    assert gib("Llama-3.3-70B-Instruct", "lora") > 79.6
+    assert min(gib("Llama-3.1-405B", method) for method in ("full", "lora", "qlora")) > 140.4
+    assert gib("Llama-3.1-405B", "lora", workers=32, stage=3) < 79.6
+
+
+# -- a range of workers ----------------------------------------------------------------------------------------------
+
+
+def test_of_a_range_the_most_that_there_are_is_planned() -> None:
+    range_of_workers = "parallel.num_workers={min: 2, max: 8}"
+    assert plan(range_of_workers).spec.parallel.num_workers == 8
+    assert plan(range_of_workers, num_gpus=7).spec.parallel.num_workers == 4  # 7, 6 and 5 do not divide 64 rows
+    assert plan(range_of_workers, num_gpus=2).spec.parallel.num_workers == 2
+    assert "Use at most 1" in refused(range_of_workers, num_gpus=1)
+
+
+def test_a_range_whose_fewest_workers_lack_memory_is_warned_of() -> None:
+    settings = ("method.type=full", "parallel.accelerator_type=H100", "parallel.offload=none")
+    full = plan(*settings, "parallel.num_workers={min: 1, max: 8}")  # 8B: 16 bytes a parameter, on one or on eight
+    assert full.fits and any("parallel.num_workers.min = 1 it would not fit" in warning for warning in full.warnings)
+    lora = plan("parallel.accelerator_type=H100", "parallel.num_workers={min: 1, max: 8}")
+    assert lora.fits and not any("num_workers.min" in warning for warning in lora.warnings)
+
+
+def test_the_global_batch_is_the_same_for_every_number_of_workers_of_a_range() -> None:
+    for count in (8, 4, 2):
+        decided = plan("parallel.num_workers={min: 2, max: 8}", num_gpus=count)
+        rows = decided.micro_batch_size * decided.gradient_accumulation_steps * count
+        assert rows == decided.global_batch_size == 64
+        assert decided.training_digest == plan("parallel.num_workers=8").training_digest

@@ -1,0 +1,114 @@
+"""The time model: FLOPs from first principles, speeds near what others published, traffic that follows the settings."""
+
+from dataclasses import replace
+
+import pytest
+
+from ft_service.catalog import models
+from ft_service.catalog.gpus import GPUS, Gpu, find_gpu
+from ft_service.catalog.models import ModelShape
+from ft_service.plan.memory import Layout
+from ft_service.plan.speed import StepTime, flops_per_token, matmul_parameters, step_time
+
+H100 = GPUS["H100"]
+FULL_NODE = Layout("full", num_workers=8, workers_per_node=8, zero_stage=3, max_seq_len=8192)
+TWO_NODES = replace(FULL_NODE, num_workers=16)
+
+
+def shape_of(base: str) -> ModelShape:
+    facts = models.find(base)
+    assert facts is not None
+    return facts.shape
+
+
+def speed(base: str, layout: Layout, gpu: Gpu = H100) -> float:
+    """Tokens per second and GPU, with 4 micro-steps a step."""
+    seconds = step_time(shape_of(base), layout, 4, gpu).seconds
+    return 4 * layout.micro_batch_size * layout.max_seq_len / seconds
+
+
+def time_of(layout: Layout, base: str = "Llama-3.1-8B", gpu: Gpu = H100, accumulation: int = 4) -> StepTime:
+    return step_time(shape_of(base), layout, accumulation, gpu)
+
+
+# NVIDIA NeMo AutoModel docs/performance-summary.mdx, and torchtitan benchmarks/llama3_h100_202412_torchtitan.md (bf16,
+# FSDP2, no compile): tokens per second and GPU. What recomputes is told by what fits.
+LORA_70B = Layout("lora", 8, 8, zero_stage=3, micro_batch_size=2, max_seq_len=4096)
+PUBLISHED = [
+    ("Llama-3.1-8B", Layout("lora", micro_batch_size=2, max_seq_len=4096, activation_checkpointing=False), 12_473),
+    ("Llama-3.1-70B", LORA_70B, 1_092),
+    ("Llama-3.1-70B", replace(LORA_70B, num_workers=16), 985),
+    ("Llama-3.1-8B", replace(FULL_NODE, micro_batch_size=2), 5_762),
+    ("Llama-3.1-70B", replace(FULL_NODE, num_workers=64), 867),
+]
+
+
+@pytest.mark.parametrize(("base", "layout", "published"), PUBLISHED)
+def test_an_estimate_lies_within_a_factor_of_one_and_a_half_of_what_was_published(
+    base: str, layout: Layout, published: float
+) -> None:
+    assert 1 / 1.5 < speed(base, layout) / published < 1.5
+
+
+def test_weights_in_products_are_all_but_the_embedding() -> None:
+    shape = shape_of("Llama-3.1-8B")
+    norms = (2 * shape.num_layers + 1) * shape.hidden_size
+    assert matmul_parameters(shape) == shape.num_parameters - shape.vocab_size * shape.hidden_size - norms
+
+
+def test_flops_are_six_per_trained_weight_four_per_frozen_one_and_two_more_to_recompute() -> None:
+    shape = shape_of("Llama-3.1-8B")
+    weights = matmul_parameters(shape)
+
+    def per_weight(method: str, checkpointing: bool) -> float:
+        layout = Layout(method, max_seq_len=1, lora_rank=1, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+        return flops_per_token(shape, layout) / weights
+
+    assert per_weight("full", False) == pytest.approx(6, rel=1e-3)
+    assert per_weight("lora", False) == pytest.approx(4, rel=2e-3)
+    head = shape.vocab_size * shape.hidden_size / weights
+    assert per_weight("full", True) == pytest.approx(8 - 2 * head, rel=1e-3)
+    assert per_weight("lora", True) == pytest.approx(6 - 2 * head, rel=2e-3)
+
+
+def test_attention_grows_with_the_row() -> None:
+    shape, layout = shape_of("Llama-3.1-8B"), Layout("full", activation_checkpointing=False)
+    longer = flops_per_token(shape, replace(layout, max_seq_len=16_384)) - flops_per_token(shape, layout)
+    # PaLM, appendix B: 12 x layers x heads x head_dim x T a token, forward and backward; half of it is masked
+    assert longer == pytest.approx(6 * 32 * 32 * 128 * (16_384 - layout.max_seq_len))
+
+
+def test_one_gpu_talks_to_nobody() -> None:
+    time = time_of(Layout("full"))
+    assert time.communication == time.offload == 0.0 and time.compute == time.seconds
+
+
+def test_stage_three_moves_more_than_stage_two_and_more_the_more_often_it_gathers() -> None:
+    sharded, whole = time_of(FULL_NODE), time_of(replace(FULL_NODE, zero_stage=2))
+    assert sharded.compute == whole.compute
+    assert sharded.communication > whole.communication > 0
+    assert time_of(FULL_NODE, accumulation=8).communication == pytest.approx(2 * sharded.communication)
+
+
+def test_a_slow_network_costs_and_hpz_saves_most_of_it() -> None:
+    slow = replace(H100, network=1.0)
+    base = "Llama-3.1-70B"
+    within_a_node = time_of(FULL_NODE, base, slow)
+    assert time_of(TWO_NODES, base, slow).communication > 10 * within_a_node.communication
+    lora = replace(TWO_NODES, method="lora")
+    without, with_copy = time_of(lora, base, slow), time_of(replace(lora, hpz=True), base, slow)
+    # of 8 gathers across the nodes one is left
+    assert with_copy.communication < without.communication / 4
+
+
+def test_offloading_costs_time_and_drives_more_than_memory() -> None:
+    none, cpu, nvme = (time_of(replace(FULL_NODE, offload=where)).seconds for where in ("none", "cpu", "nvme"))  # type: ignore[arg-type]
+    assert none < cpu < nvme
+    # Adam's state, 12 bytes a parameter, is read from and written to the node's drives once a step, at 6 GB/s
+    assert time_of(replace(FULL_NODE, offload="nvme"), accumulation=1).offload > 2 * 12 * 8.03e9 / 6e9
+
+
+def test_gpu_types_are_found_by_any_name() -> None:
+    assert find_gpu("H100-80G") is find_gpu("h100") is GPUS["H100"]
+    assert find_gpu("H1000") is None and find_gpu(None) is None
+    assert all(gpu.name == name for name, gpu in GPUS.items())

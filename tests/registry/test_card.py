@@ -1,0 +1,163 @@
+"""The model card: what a person, the hub and the registry need to find in it."""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ft_service.catalog import models
+from ft_service.registry.card import model_card
+from ft_service.registry.registry import Registry
+from ft_service.storage.storage import Storage
+
+
+def draft(**changes: Any) -> dict[str, Any]:
+    base = changes.pop("base", {})
+    return {
+        "kind": "adapter",
+        "run_id": "support-bot-1",
+        "run_name": "support-bot",
+        "plan_digest": "1" * 64,
+        "base": {
+            "id": "meta-llama/Llama-3.1-8B-Instruct",
+            "revision": None,
+            "short_name": "llama-3.1-8b-instruct",
+            "fingerprint": "2" * 64,
+            **base,
+        },
+        "method": {"type": "lora", "lora_rank": 16, "target_modules": "all-linear"},
+        "datasets": [
+            {
+                "path": "hub:org/tickets",
+                "source": "https://example.com",
+                "license": "CC0-1.0",
+                "records": 1200,
+                "digest": "",
+            },
+            {"path": "data/own.jsonl", "source": None, "license": None, "records": 30, "digest": ""},
+        ],
+        "dataset_digest": "3" * 64,
+        "data_verdict": "pass",
+        "waivers": [],
+        "steps": 1250,
+        "final_loss": 1.25,
+        "validation_loss": 1.5,
+        "chat_template_digest": "4" * 64,
+        "end_of_turn_ids": [128009],
+        "packages": {"torch": "2.13.0"},
+        **changes,
+    }
+
+
+def card_of(record_draft: dict[str, Any]) -> str:
+    return model_card(record_draft, models.find(record_draft["base"]["id"]))
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, fields, _ = card.split("---\n", 2)
+    loaded: dict[str, Any] = yaml.safe_load(fields)
+    return loaded
+
+
+def code_block(card: str, language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def table_rows(card: str, heading: str) -> list[list[str]]:
+    section = card.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_hub_finds_base_license_and_datasets_in_the_front_matter() -> None:
+    assert front_matter(card_of(draft())) == {
+        "base_model": "meta-llama/Llama-3.1-8B-Instruct",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "llama3.1",
+        "pipeline_tag": "text-generation",
+        "tags": ["llama", "fine-tuned", "lora"],
+        "datasets": ["org/tickets"],
+    }
+
+
+def test_a_full_fine_tune_is_a_model_of_its_own() -> None:
+    card = card_of(draft(kind="model", method={"type": "full"}))
+    fields = front_matter(card)
+    assert (fields["library_name"], fields["base_model_relation"]) == ("transformers", "finetune")
+    assert "peft" not in code_block(card, "python") and "All weights were trained" in card
+
+
+@pytest.mark.parametrize("facts", models.MODELS, ids=lambda facts: facts.short_name)
+def test_title_and_notices_are_those_the_license_asks_for(facts: models.ModelFacts) -> None:
+    card = card_of(draft(base={"id": facts.id, "short_name": facts.short_name}))
+    title = next(line for line in card.splitlines() if line.startswith("# "))
+    assert title.removeprefix("# ").startswith(facts.license.naming_prefix)
+    assert facts.license.attribution in card
+    assert f"**{facts.license.display}**" in card
+    assert facts.license.text_url in card and facts.license.acceptable_use_url in card
+
+
+def test_a_base_outside_the_catalogue_is_said_to_be_unknown() -> None:
+    card = card_of(draft(base={"id": "/models/mine", "short_name": "mine"}))
+    assert front_matter(card)["license"] == "unknown"
+    assert "# mine: support-bot" in card and "Look up the license" in card
+    assert "Meta" not in card
+
+
+def test_what_the_data_lacks_is_said_not_left_out() -> None:
+    assert table_rows(card_of(draft()), "Data") == [
+        ["hub:org/tickets", "https://example.com", "CC0-1.0", "1,200"],
+        ["data/own.jsonl", "not stated", "not stated", "30"],
+    ]
+
+
+def test_figures_of_the_run_are_told() -> None:
+    values = dict(table_rows(card_of(draft(validation_loss=None)), "Training"))
+    assert values["Method"] == (
+        'A LoRA adapter was trained on the frozen base: lora_rank 16, target_modules "all-linear"'
+    )
+    assert values["Optimizer steps behind these weights"] == "1,250"
+    assert values["Training loss, last step"] == "1.2500 nats per loss token"
+    assert values["Validation loss of these weights"] == "not measured"
+    assert values["Packages"] == "torch 2.13.0"
+
+
+def test_the_snippets_are_python_and_a_chat_request() -> None:
+    card = card_of(draft(base={"revision": "abc"}))
+    code = code_block(card, "python")
+    ast.parse(code)
+    assert code.count('revision="abc"') == 2
+    words = shlex.split(code_block(card, "bash").replace("\\\n", " "))
+    request = json.loads(words[words.index("-d") + 1])
+    assert request == {"model": "{id}", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def test_text_of_users_breaks_no_table_and_is_no_placeholder() -> None:
+    path = "data/{id}|{digest}\n<b>.jsonl"
+    sources = [{"path": path, "source": "`{id}`", "license": None, "records": 1, "digest": ""}]
+    hostile = draft(datasets=sources, run_name="{id}", base={"id": "/models/mine", "revision": "{digest}"})
+    card, plain = card_of(hostile), card_of(draft(base={"id": "/models/mine", "revision": "r"}))
+    assert card.count("{id}") == plain.count("{id}") and card.count("{digest}") == plain.count("{digest}")
+    assert len(table_rows(card, "Data")) == 1 and len(table_rows(card, "Data")[0]) == 4
+    assert "<b>" not in card
+    ast.parse(code_block(card, "python"))
+
+
+def test_a_published_card_names_its_adapter(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "adapter_model.safetensors").write_bytes(b"weights")
+    registry = Registry(Storage(str(tmp_path / "storage")))
+    record = registry.publish(weights, draft(), "llama-3.1-8b-instruct", card_of(draft()))
+    published = (registry.folder(record) / "README.md").read_text(encoding="utf-8")
+    assert f'PeftModel.from_pretrained(base, "{record.id}")' in published
+    assert record.digest in published
+    assert "{id}" not in published and "{digest}" not in published

@@ -1,0 +1,69 @@
+"""The text of an answer that comes token by token."""
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from ft_service.model.scratch import train_tokenizer
+from serve.engines.text_stream import TextStream
+from tests.serve.serving_world import SENTENCE
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["the quick brown fox"], 280)
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+    stream = TextStream(tokenizer, stop)
+    pieces = []
+    for token_id in ids:
+        pieces.append(stream.push(token_id))
+        if stream.stopped:
+            return pieces
+    return [*pieces, stream.finish()]
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_no_piece_holds_half_a_character(tokenizer):
+    ids = ids_of(tokenizer, SENTENCE)
+    assert len(ids) > 2 * len(SENTENCE), "the tokens must be smaller than the characters for this test to mean anything"
+    pieces = pieces_of(tokenizer, ids)
+    assert not [piece for piece in pieces if "\N{REPLACEMENT CHARACTER}" in piece]
+    assert "".join(pieces) == SENTENCE
+    assert [piece for piece in pieces if piece] == list(SENTENCE)
+
+
+def test_bytes_that_are_no_text_are_told_as_they_are_when_decoded_at_once(tokenizer):
+    ids = ids_of(tokenizer, SENTENCE)[1::2] + ids_of(tokenizer, "fox")
+    text = "".join(pieces_of(tokenizer, ids))
+    assert "\N{REPLACEMENT CHARACTER}" in text
+    assert text == tokenizer.decode(ids)
+
+
+def test_half_a_character_at_the_end_is_left_out(tokenizer):
+    assert "".join(pieces_of(tokenizer, ids_of(tokenizer, "fox 東")[:-1])) == "fox "
+
+
+def test_special_tokens_are_not_text(tokenizer):
+    ids = [*ids_of(tokenizer, "the "), tokenizer.eos_token_id, *ids_of(tokenizer, "fox")]
+    assert "".join(pieces_of(tokenizer, ids)) == "the fox"
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (("brown",), "the quick "),
+        (("fox", "ick b"), "the qu"),
+        (("東",), "the quick brown fox"),
+        (("fox!",), "the quick brown fox"),
+        (("the",), ""),
+    ],
+)
+def test_the_text_ends_before_the_first_stop_string_and_none_of_it_is_sent(tokenizer, stop, expected):
+    ids = ids_of(tokenizer, "the quick brown fox")
+    by_character = [token_id for character in "the quick brown fox" for token_id in ids_of(tokenizer, character)]
+    assert "".join(pieces_of(tokenizer, ids, stop)) == expected
+    assert "".join(pieces_of(tokenizer, by_character, stop)) == expected

@@ -1,0 +1,310 @@
+"""What the routes promise, over an engine that says what the test tells it; neither Ray nor a model is needed."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ft_service.chat.format import ChatFormat, Message
+from ft_service.errors import ServingError
+from ft_service.model.scratch import train_tokenizer
+from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.storage.storage import Storage
+from serve.engines.engine import GenerationChunk, GenerationRequest
+from serve.inference.models import ServedModels
+from serve.inference.routes import create_api
+
+CONTEXT = 256
+FINGERPRINT = "ab" * 32
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION = {"model": "tiny", "prompt": [5, 6, 7]}
+
+
+class ScriptedEngine:
+    """Answers every request with the chunks given, or fails after them."""
+
+    def __init__(self, *chunks: GenerationChunk, failure: Exception | None = None) -> None:
+        self.tokenizer = train_tokenizer(["hello world"], 280)
+        self.context_length = CONTEXT
+        self.end_ids = frozenset({1})
+        self.chunks, self.failure = chunks, failure
+        self.requests: list[GenerationRequest] = []
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        self.requests.append(request)
+        for chunk in self.chunks:
+            yield chunk
+        if self.failure:
+            raise self.failure
+
+
+HELLO = (GenerationChunk("Hel", 1), GenerationChunk("", 1), GenerationChunk("lo", 1), GenerationChunk("", 1, "stop"))
+
+
+def call(
+    engine: ScriptedEngine,
+    storage: Path,
+    path: str,
+    body: object = None,
+    *,
+    api_key: str | None = None,
+    headers: dict[str, str] | None = None,
+    client: str = "127.0.0.1",
+    raw: bytes | None = None,
+) -> httpx.Response:
+    base = BaseModelRef(id="hub/Tiny", revision=None, short_name="tiny", fingerprint=FINGERPRINT)
+    api = create_api(engine, ServedModels(Registry(Storage(str(storage))), base, created=1), api_key)
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False, client=(client, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            if raw is not None:
+                return await http.post(path, content=raw, headers={"content-type": "application/json"})
+            method = "GET" if body is None else "POST"
+            return await http.request(method, path, json=body, headers=headers)
+
+    return asyncio.run(send())
+
+
+def events_of(response: httpx.Response) -> list[dict]:
+    lines = [line for line in response.text.split("\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line != "data: [DONE]"]
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_answer_has_every_field_the_stock_client_reads(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    reply = call(engine, tmp_path, "/v1/chat/completions", CHAT).json()
+    prompt_ids = ChatFormat(engine.tokenizer).encode_prompt([Message(role="user", content="Hi")])
+    assert engine.requests[0].prompt_ids == prompt_ids
+    assert reply["object"] == "chat.completion"
+    assert reply["model"] == "tiny"
+    assert reply["system_fingerprint"] == "base:abababab-adapter:none"
+    assert reply["choices"] == [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "logprobs": None,
+            "message": {"role": "assistant", "content": "Hello", "refusal": None},
+        }
+    ]
+    count = len(prompt_ids)
+    assert reply["usage"] == {"prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4}
+
+
+def test_a_streamed_chat_opens_with_the_role_and_ends_with_reason_usage_and_done(tmp_path):
+    body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/chat/completions", body)
+    *events, last = events_of(response)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert [event["choices"][0]["delta"] for event in events] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, None, "stop"]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert len({event["id"] for event in [*events, last]}) == 1
+    assert all(event["usage"] is None for event in events)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
+
+
+def test_a_stream_tells_usage_only_when_asked(tmp_path):
+    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/completions", {**COMPLETION, "stream": True})
+    assert all("usage" not in event for event in events_of(response))
+    assert "".join(event["choices"][0]["text"] for event in events_of(response)) == "Hello"
+
+
+@pytest.mark.parametrize("prompt", [["hello", "world", "hello world"], [[5, 6], [7], [8, 9, 10]]])
+def test_every_prompt_of_a_list_gets_its_own_choice(tmp_path, prompt):
+    engine = ScriptedEngine(*HELLO)
+    reply = call(engine, tmp_path, "/v1/completions", {"model": "tiny", "prompt": prompt}).json()
+    assert [(choice["index"], choice["text"]) for choice in reply["choices"]] == [(i, "Hello") for i in range(3)]
+    assert reply["usage"]["prompt_tokens"] == sum(len(request.prompt_ids) for request in engine.requests)
+    assert reply["usage"]["completion_tokens"] == 12
+
+
+def test_parameters_reach_the_engine(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    parameters = {"temperature": 0.5, "top_p": 0.25, "seed": 7, "stop": ["a", "b"], "max_completion_tokens": 9}
+    assert call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **parameters}).status_code == 200
+    request = engine.requests[0]
+    assert (request.temperature, request.top_p, request.seed) == (0.5, 0.25, 7)
+    assert (request.stop, request.max_tokens) == (("a", "b"), 9)
+
+
+def test_a_temperature_of_zero_is_not_taken_for_a_missing_one(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    call(engine, tmp_path, "/v1/completions", {**COMPLETION, "temperature": 0, "top_p": 0})
+    assert (engine.requests[0].temperature, engine.requests[0].top_p) == (0.0, 0.0)
+
+
+def test_without_max_tokens_chat_fills_the_context_and_a_completion_takes_sixteen(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    call(engine, tmp_path, "/v1/chat/completions", CHAT)
+    call(engine, tmp_path, "/v1/completions", COMPLETION)
+    chat, completion = engine.requests
+    assert chat.max_tokens == CONTEXT - len(chat.prompt_ids)
+    assert completion.max_tokens == 16
+
+
+def test_null_means_the_default_as_clients_send_it(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    nulls = dict.fromkeys(["temperature", "top_p", "seed", "stop", "stream", "max_tokens", "n", "tools", "logprobs"])
+    assert call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **nulls}).status_code == 200
+
+
+def test_an_answer_may_be_sent_back_as_the_client_printed_it(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    earlier = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "annotations": []}
+    parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
+    turns = [{"role": "developer", "content": "Be"}, parts, earlier, {"role": "user", "content": "Bye"}]
+    assert call(engine, tmp_path, "/v1/chat/completions", {"model": "tiny", "messages": turns}).status_code == 200
+    expected = [("system", "Be"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
+    messages = [Message(role=role, content=content) for role, content in expected]
+    assert engine.requests[0].prompt_ids == ChatFormat(engine.tokenizer).encode_prompt(messages)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
+        ({"top_k": 5}, "top_k", "unknown_parameter"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "context_length_exceeded"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, changes, param, code):
+    engine = ScriptedEngine(*HELLO)
+    response = call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **changes})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, code)
+    assert error["type"] == "invalid_request_error"
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 0}, "logprobs"),  # asks for the chosen token's, unlike null
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [5, 100_000]}, "prompt"),
+        ({"prompt": [5] * CONTEXT}, "prompt"),
+    ],
+)
+def test_a_completion_that_cannot_be_honoured_is_refused_by_name(tmp_path, changes, param):
+    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/completions", {**COMPLETION, **changes})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "Tiny", "../tiny", "a/b", "", "x" * 5000, "nul\0"])
+def test_an_unknown_model_is_a_404_and_never_the_base(tmp_path, model):
+    engine = ScriptedEngine(*HELLO)
+    response = call(engine, tmp_path, "/v1/chat/completions", {**CHAT, "model": model})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    assert engine.requests == []
+
+
+def test_chat_with_a_base_that_has_no_chat_tokens_is_refused_and_completions_work(tmp_path):
+    engine = ScriptedEngine(*HELLO)
+    engine.tokenizer = _without_chat_tokens(engine)
+    response = call(engine, tmp_path, "/v1/chat/completions", CHAT)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "chat_not_supported")
+    assert call(engine, tmp_path, "/v1/completions", COMPLETION).status_code == 200
+
+
+def _without_chat_tokens(engine: ScriptedEngine):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{index}": index for index in range(20)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0")), unk_token="t0")
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/nothing", 404), ("/", 404), ("/v1/chat/completions", 405)])
+def test_errors_of_the_routing_have_openais_shape_too(tmp_path, path, status):
+    response = call(ScriptedEngine(), tmp_path, path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_no_json_is_told_where(tmp_path):
+    response = call(ScriptedEngine(), tmp_path, "/v1/completions", raw=b'{"model": "tiny",')
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "The body is not JSON (at character 17)."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_token_has_a_status_of_its_own_and_is_not_to_be_retried(tmp_path, stream):
+    engine = ScriptedEngine(failure=ServingError("adapter = 'a': adapter_model.safetensors is damaged."))
+    response = call(engine, tmp_path, "/v1/completions", {**COMPLETION, "stream": stream})
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "adapter = 'a': adapter_model.safetensors is damaged."
+    assert response.headers["x-should-retry"] == "false"
+
+
+def test_a_failure_in_mid_stream_is_told_and_the_stream_is_not_called_done(tmp_path):
+    engine = ScriptedEngine(HELLO[0], failure=RuntimeError("CUDA out of memory at 0xsecret"))
+    response = call(engine, tmp_path, "/v1/completions", {**COMPLETION, "stream": True})
+    assert events_of(response)[-1]["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert "[DONE]" not in response.text
+
+
+# -- who may ask -------------------------------------------------------------------------------------------------------
+
+ROUTES = [
+    ("/v1/models", None),
+    ("/v1/models/tiny", None),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/completions", COMPLETION),
+    ("/v1/nothing", None),
+    ("/v1/health/", None),
+    ("/docs", None),
+    ("/openapi.json", None),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+@pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Bearer ", "sésame", "Basic s3cret", "s3cret"])
+def test_without_the_key_no_route_but_health_answers(tmp_path, path, body, authorization):
+    headers = {"authorization": authorization.encode("latin-1")} if authorization else None
+    response = call(ScriptedEngine(*HELLO), tmp_path, path, body, api_key="s3cret", headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert "s3cret" not in response.text
+
+
+def test_the_key_opens_every_route_and_health_needs_none(tmp_path):
+    headers = {"authorization": "Bearer s3cret"}
+    for path, body in ROUTES[:4]:
+        assert call(ScriptedEngine(*HELLO), tmp_path, path, body, api_key="s3cret", headers=headers).status_code == 200
+    assert call(ScriptedEngine(), tmp_path, "/v1/health", api_key="s3cret").json() == {"status": "ok", "model": "tiny"}
+
+
+def test_a_server_without_a_key_answers_its_own_machine_alone(tmp_path):
+    for client, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 401)):
+        assert call(ScriptedEngine(), tmp_path, "/v1/models", client=client).status_code == status
+    assert call(ScriptedEngine(), tmp_path, "/v1/health", client="192.0.2.7").status_code == 200

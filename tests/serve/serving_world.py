@@ -1,0 +1,183 @@
+"""A small Llama that has learnt one Japanese sentence, adapters that say other things, and what stock code answers."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+from peft import LoraConfig, PeftModel, get_peft_model
+from ray import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ft_service.chat.format import ChatFormat
+from ft_service.model.base import fingerprint
+from ft_service.model.scratch import train_tokenizer, write_scratch_model
+from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
+from ft_service.storage.storage import Storage
+from serve.engines.engine import GenerationChunk, GenerationRequest
+from serve.inference.models import ServedModels
+from serve.inference.routes import create_api
+
+SENTENCE = "日本の首都は東京です。😀🗼人口は約千四百万人。"
+PROMPT = "Tell me: "
+
+
+@dataclass(frozen=True)
+class World:
+    """A base folder, and a storage root with two adapters published for it."""
+
+    base: Path
+    storage: str
+    registry: Registry
+    adapters: list[AdapterRecord]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.base)
+
+    def stock_answer(self, prompt_ids: list[int], max_tokens: int, adapter: AdapterRecord | None = None) -> list[int]:
+        """What stock transformers and peft generate greedily, end token included."""
+        model = AutoModelForCausalLM.from_pretrained(self.base)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, self.registry.folder(adapter))
+        output = model.generate(
+            input_ids=torch.tensor([prompt_ids]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return output[0, len(prompt_ids) :].tolist()
+
+
+def make_world(folder: Path) -> World:
+    """Write a base that continues PROMPT with SENTENCE, and publish two adapters for it."""
+    base = folder / "Tiny-Llama"
+    # Too few merges for the Japanese: most of its characters, and the emoji, are spread over two to four tokens.
+    tokenizer = train_tokenizer([PROMPT * 4 + "the quick brown fox. " * 4], 300)
+    write_scratch_model(
+        base,
+        tokenizer=tokenizer,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=128,
+        seed=0,
+    )
+    _teach(base)
+    registry = Registry(Storage(str(folder / "storage")))
+    adapters = [publish_adapter(registry, base, folder / f"adapter-{seed}", seed) for seed in (1, 2)]
+    return World(base, registry.storage.root, registry, adapters)
+
+
+def publish_adapter(
+    registry: Registry, base: Path, work: Path, seed: int, base_fingerprint: str | None = None
+) -> AdapterRecord:
+    """Publish a LoRA adapter of random weights, large enough to change every answer."""
+    write_adapter(base, work, seed)
+    return registry.publish(work, draft_record(base, f"run-{seed}", base_fingerprint), base.name, "# {id}\n")
+
+
+def write_adapter(base: Path, work: Path, seed: int) -> None:
+    """A stock peft folder, as yet unpublished."""
+    torch.manual_seed(seed)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(work)
+
+
+def draft_record(base: Path, run_name: str, base_fingerprint: str | None = None) -> dict[str, object]:
+    chat = ChatFormat(AutoTokenizer.from_pretrained(base))
+    return {
+        "kind": "adapter",
+        "run_id": f"{run_name}-1",
+        "run_name": run_name,
+        "plan_digest": "0" * 64,
+        "base": {
+            "id": str(base),
+            "revision": None,
+            "short_name": base.name.lower(),
+            "fingerprint": base_fingerprint or fingerprint(base),
+        },
+        "method": {"type": "lora", "lora_rank": 4},
+        "datasets": [],
+        "dataset_digest": "0" * 64,
+        "data_verdict": "pass",
+        "waivers": [],
+        "steps": 1,
+        "final_loss": 1.0,
+        "validation_loss": None,
+        "chat_template_digest": chat.template_digest,
+        "end_of_turn_ids": list(chat.end_of_turn_ids),
+        "packages": {},
+    }
+
+
+class EndlessEngine:
+    """Answers until its answer is closed."""
+
+    context_length = 2048
+    end_ids: frozenset[int] = frozenset()
+
+    def __init__(self) -> None:
+        self.tokenizer = train_tokenizer([PROMPT], 280)
+        self.closed: asyncio.Queue[None] = asyncio.Queue()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        try:
+            while True:
+                yield GenerationChunk("ha ", 1)
+                await asyncio.sleep(0.001)
+        finally:
+            self.closed.put_nowait(None)
+
+
+@serve.deployment
+@serve.ingress()
+class EndlessServer:
+    """The routes over an endless engine, on Ray Serve."""
+
+    def __init__(self, storage: str) -> None:
+        self.engine = EndlessEngine()
+        base = BaseModelRef(id="endless", revision=None, short_name="endless", fingerprint="0" * 64)
+        self.api = create_api(self.engine, ServedModels(Registry(Storage(storage)), base, created=0), api_key=None)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self.api
+
+    async def closed_answers(self) -> int:
+        """Waits for the first answer that is closed."""
+        await self.engine.closed.get()
+        return 1 + self.engine.closed.qsize()
+
+
+def damage(registry: Registry, adapter: AdapterRecord, file: str = "adapter_model.safetensors") -> None:
+    """Flip the last bit of a published file."""
+    path = registry.folder(adapter) / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _teach(base: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(PROMPT + SENTENCE, return_tensors="pt")["input_ids"]
+    ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(base)

@@ -1,0 +1,143 @@
+"""`ft serve`: what is wrong is told before anything starts, and nothing is left behind."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ft_service.errors import ClusterError, FtError, ModelError, ServingError, UsageError
+from serve.run import run_server
+from tests.serve.serving_world import World, draft_record, make_world, write_adapter
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch) -> None:
+    """Nothing here may get as far as Ray, unless it is given an address."""
+    for variable in ("RAY_ADDRESS", "FT_API_KEY", "FT_BASE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    def refuse(**options: object) -> None:
+        raise AssertionError(f"Ray was started: {options}")
+
+    monkeypatch.setattr("ray.init", refuse)
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def refused(kind: type[FtError], *arguments: object, **options: object) -> str:
+    with pytest.raises(kind) as error:
+        run_server(*arguments, **options)
+    return str(error.value)
+
+
+def test_a_port_in_use_is_told_with_the_cure(world, busy_port):
+    message = refused(ServingError, world.storage, None, port=busy_port)
+    assert f"port = {busy_port}" in message and "--port" in message
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_an_address_that_others_reach_needs_a_key(world, free_port, host):
+    message = refused(ServingError, world.storage, None, host=host, port=free_port)
+    assert host in message and "FT_API_KEY" in message
+
+
+def test_a_storage_that_is_not_there_is_told(tmp_path, free_port):
+    assert "storage" in refused(UsageError, str(tmp_path / "typo"), None, port=free_port)
+
+
+def test_without_adapters_the_base_must_be_said(tmp_path, free_port):
+    message = refused(UsageError, str(tmp_path), None, port=free_port)
+    assert "no adapter is published" in message and "--base" in message
+
+
+def test_adapters_of_two_bases_ask_for_a_choice_and_name_both(tmp_path, free_port):
+    world = make_world(tmp_path)
+    other = tmp_path / "Other-Llama"
+    shutil.copytree(world.base, other)
+    write_adapter(other, tmp_path / "other", seed=7)
+    world.registry.publish(tmp_path / "other", draft_record(other, "other"), "other-llama", "")
+    message = refused(UsageError, world.storage, None, port=free_port)
+    assert str(world.base) in message and str(other) in message
+
+
+def test_a_half_downloaded_base_is_told_before_ray_starts(world, tmp_path, free_port):
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "half-downloaded" in refused(ModelError, world.storage, str(base), port=free_port)
+
+
+def test_a_variable_that_is_no_number_is_told_by_name(world, free_port, monkeypatch):
+    monkeypatch.setenv("FT_REPLICAS", "two")
+    assert "FT_REPLICAS = 'two'" in refused(UsageError, world.storage, None, port=free_port)
+
+
+def test_a_cluster_that_does_not_answer_is_told_in_one_line(world, monkeypatch):
+    def no_answer(**options: object) -> None:
+        raise ConnectionError(f"Could not connect to {options['address']}\nmore\nlast")
+
+    monkeypatch.setattr("ray.init", no_answer)
+    message = refused(ClusterError, world.storage, None, ray_address="192.0.2.1:6379")
+    assert "192.0.2.1:6379" in message and "RAY_ADDRESS" in message and "\n" not in message
+
+
+@pytest.mark.slow
+def test_it_serves_until_terminated_says_what_and_how_and_frees_the_port(world, free_port):
+    code = f"from serve.run import run_server; run_server({world.storage!r}, None, port={free_port})"
+    with tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
+        python_path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+        server = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": python_path, "RAY_TMPDIR": ray_folder, "FT_API_KEY": "a-secret-key"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            assert server.stdout
+            printed = []
+            for line in server.stdout:
+                printed.append(line)
+                if "/models" in line and "curl" in line:
+                    break
+            headers = {"authorization": "Bearer a-secret-key"}
+            models = httpx.get(f"http://127.0.0.1:{free_port}/v1/models", headers=headers).json()["data"]
+            server.send_signal(signal.SIGTERM)
+            printed += server.stdout.readlines()
+            assert server.wait() == 0
+        finally:
+            server.kill()
+    text = "".join(printed)
+    assert f"Serving at http://127.0.0.1:{free_port}/v1" in text
+    assert all(f"  {model['id']}\n" in text for model in models)
+    assert "a-secret-key" not in text
+    with socket.create_server(("127.0.0.1", free_port)):
+        pass

@@ -1,0 +1,185 @@
+"""The whole service: Ray Serve, a real model, and the stock `openai` client over HTTP."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from ft_service.chat.format import ChatFormat, Message
+from ft_service.model.base import fingerprint
+from serve.app import ServeConfig, app
+from tests.serve.serving_world import PROMPT, SENTENCE, EndlessServer, World, damage, make_world, publish_adapter
+
+API_KEY = "a-key-of-this-test"
+PROJECT = Path(__file__).resolve().parents[2]
+MAX_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def url(world) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
+        for name, value in {"RAY_AUTH_MODE": "disabled", "FT_API_KEY": API_KEY, "FT_STORAGE": world.storage}.items():
+            patch.setenv(name, value)
+        python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            _temp_dir=ray_folder,
+            runtime_env={"env_vars": {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}},
+        )
+        try:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(app(ServeConfig()))  # the base is the only one that the adapters name
+            yield f"http://127.0.0.1:{port}/v1"
+            serve.shutdown()
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key=API_KEY, max_retries=0, timeout=60)
+
+
+def prompt_ids(world: World) -> list[int]:
+    return world.tokenizer(PROMPT)["input_ids"]
+
+
+def chat_prompt_ids(world: World, text: str) -> list[int]:
+    return ChatFormat(world.tokenizer).encode_prompt([Message(role="user", content=text)])
+
+
+def decode(world: World, ids: list[int]) -> str:
+    return world.tokenizer.decode(ids, skip_special_tokens=True).removesuffix("\N{REPLACEMENT CHARACTER}")
+
+
+def test_the_base_and_every_adapter_are_listed_with_parent_and_digest(world, client):
+    listed = {model.id: model for model in client.models.list()}
+    assert list(listed) == ["tiny-llama", *(adapter.id for adapter in world.adapters)]
+    assert listed["tiny-llama"].parent is None
+    for adapter in world.adapters:
+        entry = client.models.retrieve(adapter.id)
+        assert (entry.parent, entry.root, entry.digest) == ("tiny-llama", "tiny-llama", adapter.digest)
+        assert entry.record["final_loss"] == adapter.final_loss
+
+
+def test_answers_are_those_of_stock_transformers_and_peft_and_say_what_answered(world, client):
+    for model, adapter in [("tiny-llama", None), *((adapter.id, adapter) for adapter in world.adapters)]:
+        raw = client.completions.with_raw_response.create(
+            model=model, prompt=prompt_ids(world), temperature=0, max_tokens=MAX_TOKENS
+        )
+        answer = raw.parse()
+        expected = world.stock_answer(prompt_ids(world), MAX_TOKENS, adapter)
+        assert answer.choices[0].text == decode(world, expected)
+        assert answer.usage.prompt_tokens == len(prompt_ids(world))
+        assert answer.usage.completion_tokens == len(expected)
+        digest = adapter.digest if adapter else "none"
+        assert raw.headers["x-adapter-digest"] == digest
+        assert raw.headers["x-base-fingerprint"] == fingerprint(world.base)
+        assert raw.request_id
+        assert answer.system_fingerprint == f"base:{fingerprint(world.base)[:8]}-adapter:{digest[:8]}"
+
+
+def test_chat_answers_what_the_adapter_says_to_the_rendered_conversation(world, client):
+    adapter = world.adapters[0]
+    answer = client.chat.completions.create(
+        model=adapter.id, messages=[{"role": "user", "content": "Hi"}], temperature=0, max_tokens=MAX_TOKENS
+    )
+    ids = chat_prompt_ids(world, "Hi")
+    assert answer.choices[0].message.content == decode(world, world.stock_answer(ids, MAX_TOKENS, adapter))
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(world, client):
+    request = {
+        "model": world.adapters[1].id,
+        "messages": [{"role": "user", "content": "こんにちは"}],
+        "temperature": 1.2,
+        "seed": 3,
+        "max_tokens": MAX_TOKENS,
+    }
+    whole = client.chat.completions.create(**request)
+    *events, last = client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    text = "".join(event.choices[0].delta.content or "" for event in events)
+    assert text == whole.choices[0].message.content
+    assert events[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage == whole.usage
+
+
+def test_streamed_japanese_and_emoji_are_never_broken(world, client):
+    stream = client.completions.create(model="tiny-llama", prompt=PROMPT, temperature=0, max_tokens=500, stream=True)
+    pieces = [event.choices[0].text for event in stream]
+    assert "".join(pieces) == SENTENCE
+    assert not [piece for piece in pieces if "\N{REPLACEMENT CHARACTER}" in piece]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_model_is_a_404_and_never_the_bases_answer(client, stream):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(
+            model="tiny-llama-other-00000000", messages=[{"role": "user", "content": "Hi"}], stream=stream
+        )
+    assert error.value.code == "model_not_found"
+
+
+def test_an_adapter_published_now_answers_now(world, client, tmp_path):
+    adapter = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=11)
+    answer = client.completions.create(model=adapter.id, prompt=prompt_ids(world), temperature=0, max_tokens=MAX_TOKENS)
+    assert answer.choices[0].text == decode(world, world.stock_answer(prompt_ids(world), MAX_TOKENS, adapter))
+    assert adapter.id in [model.id for model in client.models.list()]
+
+
+def test_an_adapter_of_another_base_is_not_listed_and_its_404_names_that_base(world, client, tmp_path):
+    other = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=12, base_fingerprint="cd" * 32)
+    assert other.id not in [model.id for model in client.models.list()]
+    with pytest.raises(openai.NotFoundError, match=r"needs the base .* \(cdcdcdcd\)"):
+        client.completions.create(model=other.id, prompt="x")
+
+
+def test_a_damaged_adapter_is_refused_by_name_of_file_and_never_answered_by_the_base(world, client, tmp_path):
+    adapter = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=13)
+    damage(world.registry, adapter)
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match=r"adapter_model\.safetensors"):
+            client.completions.create(model=adapter.id, prompt="x", stream=stream)
+
+
+def test_the_key_is_asked_for_everywhere_but_at_health(url):
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "tiny-llama"}
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+    assert httpx.post(f"{url}/chat/completions", json={}).status_code == 401
+
+
+@pytest.fixture(scope="module")
+def endless(url, world) -> str:
+    serve.run(EndlessServer.bind(world.storage), name="endless", route_prefix="/endless")
+    return url.replace("/v1", "/endless/v1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_to_a_client_that_goes_away_is_closed(endless, stream):
+    body = {"model": "endless", "prompt": "x", "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{endless}/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{endless}/completions", json=body, timeout=1)
+    assert serve.get_app_handle("endless").closed_answers.remote().result(timeout_s=30) == 1

@@ -1,0 +1,97 @@
+"""Takes steps on the real engine, poisons the gradient of one, and prints what that step changed, as JSON.
+
+torchrun --nproc-per-node N tests/train/nonfinite_cases.py CASES.json RESULTS.json
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_service.train.batches import Batches
+from ft_service.train.objectives.sft import LossModel
+from ft_service.train.optimizer_state import KINDS
+from ft_service.train.parallel import Parallel, end_process, init_process_group
+from tests.train.training_cases import TrulyPartitioned, model_of, plan_of, rows_of
+
+
+def everything(parallel: Parallel) -> list[torch.Tensor]:
+    """Copies of this worker's weights in training, master weights and moments."""
+    weights = [parameter.detach() for _, parameter in parallel._trained()]
+    partitions = [parameter.ds_tensor.detach() for _, parameter in parallel._trained() if parallel.plan.zero_stage == 3]
+    states = [shard.tensors[kind] for shard in parallel.optimizer_state().shards() for kind in KINDS]
+    return [tensor.clone() for tensor in weights + partitions + states]
+
+
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    plan = plan_of(case, world_size)
+    parallel = TrulyPartitioned(plan)
+    torch.manual_seed(0)
+    model = model_of(plan, parallel)
+    parallel.wrap(LossModel(model.module, model.causal_lm))
+    size = (plan.global_batch_size, plan.micro_batch_size)
+    batches = Batches(rows_of(case), plan.spec.train.seed, *size, parallel.rank, world_size)
+
+    def take(number: int) -> None:
+        step = batches.step(number)
+        for micro_batch in step.micro_batches:
+            loss = parallel.loss(micro_batch)
+            parallel.backward(loss * (world_size / step.global_loss_tokens))
+            parallel.micro_step(1e-2)
+
+    take(0)
+    start = everything(parallel)
+    take(1)
+    healthy, norm = everything(parallel), parallel.grad_norm()
+
+    # The last worker's gradient of one element of one parameter, in its second micro-batch only.
+    passes = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        passes.append(None)
+        if parallel.rank == world_size - 1 and len(passes) == 2:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = float(case["poison"])
+        return gradient
+
+    name, parameter = list(parallel._trained())[-1]
+    parameter.register_hook(poison)
+    take(2)
+    result = {
+        "norm": norm,
+        "poisoned_norm": parallel.grad_norm(),
+        "poisoned": name,
+        "passes": len(passes),
+        "moved_when_healthy": not same(start, healthy),
+        "moved_when_poisoned": not same(healthy, everything(parallel)),
+    }
+    parallel.close()
+    workers: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(workers, result)
+    return {
+        **result,
+        "moved_when_poisoned": any(worker["moved_when_poisoned"] for worker in workers),
+        "all_know": not any(math.isfinite(worker["poisoned_norm"]) for worker in workers),
+    }
+
+
+def main() -> None:
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
+    torch.set_num_threads(1)
+    init_process_group(use_gpu=False)
+    for name, case in cases.items():
+        results[name] = run_case(case, torch.distributed.get_world_size())
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    end_process()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A loss or a gradient that is not finite never reaches the weights, and the run says which rows it came from."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ft_service.data.order import step_rows
+from ft_service.data.prepare import open_dataset
+from ft_service.model.base import load_tokenizer
+from ft_service.runs.metrics import read_metrics
+from tests.train.training_cases import run_cases, write_base
+from tests.worlds import TWO_WORKERS, prepared_run, start, write_world
+
+pytestmark = pytest.mark.slow
+
+METHODS = {"full": {"type": "full"}, "lora": {"type": "lora", "lora_rank": 4}}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_not_finite_changes_no_bit(world_size: int, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    cases = {
+        f"{method}-zero{stage}-{precision}-{poison}": {
+            **{"base": str(tmp_path / "base"), "method": METHODS[method], "stage": stage, "micro": 1},
+            **{"precision": precision, "poison": poison},
+        }
+        for method, stage, precision, poison in (
+            *(("full", stage, precision, "nan") for stage in range(4) for precision in ("bf16", "fp32")),
+            *(("lora", stage, precision, "inf") for stage in range(4) for precision in ("bf16", "fp32")),
+            ("full", 0, "bf16", "-inf"),
+            ("full", 3, "fp32", "inf"),
+        )
+    }
+    results = run_cases(cases, world_size, tmp_path, Path(__file__).with_name("nonfinite_cases.py"))
+    for name, found in results.items():
+        assert found["passes"] >= 2 and found["all_know"], (name, found)
+        assert 0 < found["norm"] < math.inf, (name, found)
+        assert found["moved_when_healthy"] and not found["moved_when_poisoned"], (name, found)
+
+
+def test_a_run_with_a_bad_row_ends_with_step_row_worker_and_text(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    records[17]["instruction"] += " @@"  # a token that no other record has
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    settings = {"train.max_steps": 12, "data.packing": False, "checkpoint.every_steps": 1}
+    run = prepared_run(tmp_path, "bad-row", 2, **settings)
+    rows = open_dataset(run.storage, run.plan().dataset.digest).train
+    token = load_tokenizer(tmp_path / "base").encode("@", add_special_tokens=False)[0]
+    bad = [number for number in range(len(rows)) if token in rows[number].input_ids]
+    assert len(bad) == 1  # the test's own data
+    make_infinite(tmp_path / "base", token)
+
+    process = start(run, *TWO_WORKERS)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    step = next(step for step in range(12) if bad[0] in step_rows(0, step, 4, len(rows)))
+    place = step_rows(0, step, 4, len(rows)).tolist().index(bad[0])
+    told = next(line for line in printed.splitlines() if "the loss is" in line)
+    plan = run.plan()
+    worker = place // plan.micro_batch_size % 2
+    assert f"step {step + 1}: the loss is nan. " in told
+    assert f"whose loss is not finite: {bad[0]} (worker {worker}). Row {bad[0]} begins" in told
+    assert "Last word of: " in told and "@@" in told
+    assert [metrics.step for metrics in read_metrics(run.storage, "bad-row")] == list(range(1, step + 1))
+
+
+def make_infinite(base: Path, token: int) -> None:
+    """Let the base's embedding of `token` make the hidden states that it touches, and no others, not finite."""
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone()  # a tied head would spoil every row
+    embedding[token] = np.nan
+    save_file(weights, file, {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))

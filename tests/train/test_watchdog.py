@@ -1,0 +1,225 @@
+"""Workers that hang notice it in time, leave their stacks, and end; workers that are slow, or were stopped, do not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.storage.storage import Storage
+from ft_service.train.watchdog import HANG_EXIT_CODE, LAST_WORDS_SECONDS, Silence, stacks_folder, suspects
+from tests.worlds import TWO_WORKERS, kill, prepared_run, start, write_world
+
+slow = pytest.mark.slow
+
+
+# -- what counts as silence ------------------------------------------------------------------------------------------
+
+
+def test_silence_grows_without_beats_and_ends_with_one() -> None:
+    silence = Silence(tick_seconds=1.0)
+    assert [silence.at(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
+    assert silence.at(103.0, beats=8) == 0.0
+    assert silence.at(104.0, beats=8) == 1.0
+
+
+def test_time_in_which_the_process_stood_still_is_not_silence() -> None:
+    silence = Silence(tick_seconds=1.0)
+    silence.at(0.0, beats=1)
+    assert silence.at(3600.0, beats=1) <= 2.0
+    assert silence.at(3601.0, beats=1) <= 3.0
+
+
+def test_suspects_are_the_ones_without_stacks_when_others_have_some(tmp_path: Path) -> None:
+    run = RunFolder(Storage(str(tmp_path)), "r")
+    assert suspects(run, "first", 3) == []  # nobody noticed a hang
+    for rank in (0, 2):
+        run.storage.write_bytes(f"{stacks_folder(run, 'first')}/rank-{rank:05}.txt", b"")
+    assert suspects(run, "first", 3) == [1]
+    assert suspects(run, "second", 3) == []
+    run.storage.write_bytes(f"{stacks_folder(run, 'first')}/rank-00001.txt", b"")
+    assert suspects(run, "first", 3) == []
+
+
+# -- one process -----------------------------------------------------------------------------------------------------
+
+
+def hang(case: str, storage: Path, timeout: float, *launcher: str) -> "tuple[subprocess.CompletedProcess[str], float]":
+    """Run a case to its end; also returns the seconds that took."""
+    began = time.monotonic()
+    process = start_case(case, storage, timeout, *launcher)
+    try:
+        printed, errors = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors), time.monotonic() - began
+
+
+def start_case(case: str, storage: Path, timeout: float, *launcher: str) -> "subprocess.Popen[str]":
+    script = Path(__file__).with_name("watchdog_cases.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script), case, str(storage), str(timeout)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+START_SECONDS = 60.0
+"""Most that a process takes to come to its case, on a busy machine."""
+
+
+@slow
+def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_path: Path) -> None:
+    done, seconds = hang("waits_for_ever", tmp_path, 2)
+    assert done.returncode == HANG_EXIT_CODE and seconds < 2 + START_SECONDS
+    report = (tmp_path / "runs/r/stacks/first/rank-00000.txt").read_text()
+    assert "Worker 0 of 1 has not got on for 2 seconds (in step 12, micro-batch 3 of 4)" in report
+    assert "Thread MainThread" in report and "in waits_for_ever" in report
+    assert report in done.stderr
+    (event,) = read_events(Storage(str(tmp_path)), "r")
+    told = event.model_dump()
+    assert (told["type"], told["rank"], told["step"], told["doing"]) == ("hang", 0, 12, "micro-batch 3 of 4")
+    assert str(tmp_path / told["stacks"]) in event.message
+
+
+@slow
+def test_a_process_that_is_slow_but_gets_on_is_left_alone(tmp_path: Path) -> None:
+    done, seconds = hang("is_slow", tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
+
+
+@slow
+def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path: Path) -> None:
+    timeout = 3
+    process = start_case("is_suspended", tmp_path, timeout)
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2 * timeout)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 0, errors
+
+
+@slow
+def test_a_storage_that_hangs_too_costs_the_file_and_not_the_end(tmp_path: Path) -> None:
+    done, seconds = hang("storage_hangs", tmp_path, 2)
+    assert done.returncode == HANG_EXIT_CODE and seconds < 2 + LAST_WORDS_SECONDS + START_SECONDS
+    assert "in storage_hangs" in done.stderr
+
+
+@slow
+def test_code_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path: Path) -> None:
+    done, _ = hang("keeps_the_interpreter", tmp_path, 1)
+    assert done.returncode not in (0, HANG_EXIT_CODE)
+    assert "in keeps_the_interpreter" in done.stderr
+
+
+@slow
+def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
+    done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
+    assert done.returncode == 0, done.stderr
+    timeouts = next(line for line in done.stdout.splitlines() if line.startswith("timeouts")).split()[1:]
+    assert len(timeouts) > 1  # DeepSpeed's own, too
+    assert all(float(seconds) > 100_000 + LAST_WORDS_SECONDS for seconds in timeouts)
+
+
+# -- workers ---------------------------------------------------------------------------------------------------------
+
+
+@slow
+def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done, _ = hang("skips_a_collective", tmp_path, 4, *launcher)
+    assert done.returncode != 0 and f"exitcode  : {HANG_EXIT_CODE}" in done.stderr
+    first, second = ((tmp_path / f"runs/r/stacks/first/rank-0000{rank}.txt").read_text() for rank in (0, 1))
+    assert "in step 3, micro-batch 1 of 1" in first and "in all_reduce" in first
+    assert "in step 3, validating" in second and "store.wait" in second
+    run = RunFolder(Storage(str(tmp_path)), "r")
+    assert suspects(run, "first", 2) == []
+    assert {event.type for event in read_events(run.storage, "r")} == {"hang"}
+
+
+def wait(until: Callable[[], bool], seconds: float, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def events_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    return [event.model_dump() for event in read_events(run.storage, run.run_id) if event.type == kind]
+
+
+def training(
+    world: Path, run_id: str, timeout: int, steps: int
+) -> "tuple[RunFolder, subprocess.Popen[str], list[int]]":
+    """Two workers in the midst of training, and their process ids by rank."""
+    settings = {"parallel.hang_timeout_seconds": timeout, "train.max_steps": steps, "train.validate_every_steps": steps}
+    run = prepared_run(world, run_id, 2, **settings)
+    process = start(run, *TWO_WORKERS)
+    wait(lambda: len(read_metrics(run.storage, run_id)) >= 3, 240, process)
+    return run, process, [worker["pid"] for worker in events_of(run, "training")[0]["workers"]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@slow
+@pytest.mark.parametrize("hung", [0, 1])
+def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_is_suspect(
+    world: Path, hung: int
+) -> None:
+    timeout, alive = 10, 1 - hung
+    run, process, pids = training(world, f"stopped-{hung}", timeout, steps=100_000)
+    try:
+        os.kill(pids[hung], signal.SIGSTOP)
+        began = time.monotonic()
+        wait(lambda: is_gone(pids[alive]), 4 * timeout, process)
+        # Its last beat was before the stop; then it waited, and for a time for the file of the other.
+        assert timeout - 2 < time.monotonic() - began < 3 * timeout
+    finally:
+        kill(process)
+    (event,) = events_of(run, "hang")
+    assert event["rank"] == alive and f"Worker {alive} of 2" in event["message"]
+    assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 1
+    folder = run.storage.folders(f"{run.path}/stacks")
+    assert suspects(run, folder[0], 2) == [hung]
+    report = run.storage.read_bytes(f"{event['stacks']}/rank-0000{alive}.txt").decode()
+    assert "loop.py" in report and "Thread MainThread" in report
+
+
+@slow
+def test_workers_that_were_all_stopped_for_a_while_go_on(world: Path) -> None:
+    timeout, steps = 5, 60
+    run, process, pids = training(world, "suspended", timeout, steps)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    before = len(read_metrics(run.storage, run.run_id))
+    assert before < steps
+    time.sleep(2 * timeout)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed[-6000:]
+    assert len(read_metrics(run.storage, run.run_id)) == steps
+    assert events_of(run, "hang") == []

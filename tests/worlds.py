@@ -1,0 +1,123 @@
+"""Runs without Ray: a small world of base and data, a run prepared as the launcher leaves it, and its workers."""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from ft_service.catalog.models import shape_from_config
+from ft_service.data.prepare import prepare_dataset
+from ft_service.model.base import load_tokenizer, read_config
+from ft_service.model.scratch import train_tokenizer, write_scratch_model
+from ft_service.plan.plan import Resources, make_plan
+from ft_service.runs.folder import RunFolder
+from ft_service.spec.schema import parse_run_spec
+from ft_service.storage.storage import Storage
+
+
+def write_world(folder: Path) -> None:
+    """A small Llama and records."""
+    rng = random.Random(0)
+    questions = [" ".join(rng.choices(["red", "green", "blue", "cat", "dog"], k=rng.randint(3, 12))) for _ in range(60)]
+    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_scratch_model(
+        folder / "base",
+        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=64,
+        seed=0,
+    )
+
+
+def prepared_run(world: Path, run_id: str, num_workers: int, **settings: object) -> RunFolder:
+    """A run as the launcher leaves it to its workers: dataset and plan lie on storage."""
+    spec = parse_run_spec(
+        f"""
+name: words
+model: {{base: {world}/base}}
+method: {{type: lora, lora_rank: 4}}
+data:
+  train: [{{path: {world}/train.jsonl, source: made up, license: CC0-1.0}}]
+  validation: {{fraction: 0.2}}
+  max_seq_len: 128
+train: {{max_steps: 4, global_batch_size: 4, learning_rate: 1e-2, validate_every_steps: 2, precision: fp32}}
+parallel: {{num_workers: {num_workers}, use_gpu: false}}
+storage: {world}/storage
+""",
+        [f"{name}={value}" for name, value in settings.items()],
+    )
+    run = RunFolder(Storage(spec.storage), run_id)
+    dataset = prepare_dataset(spec, load_tokenizer(world / "base"), run.storage)
+    shape = shape_from_config(read_config(world / "base"))
+    run.write_plan(spec, make_plan(spec, dataset.facts, shape, Resources()), dataset.sources)
+    return run
+
+
+def start(run: RunFolder, *launcher: str) -> "subprocess.Popen[str]":
+    """Start the workers of a prepared run, in a process group of their own."""
+    command = [sys.executable, "-m", *launcher, "ft_service.train.worker", run.storage.root, run.run_id]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def work(run: RunFolder, *launcher: str) -> str:
+    """Let the workers finish; returns what they printed."""
+    process = start(run, *launcher)
+    try:
+        printed, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    assert process.returncode == 0, printed[-6000:]
+    return printed
+
+
+def kill_when(run: RunFolder, is_time: Callable[[], bool], *launcher: str) -> None:
+    """Start the workers and kill them all, without a warning, once it is time."""
+    process = start(run, *launcher)
+    deadline = time.monotonic() + 240
+    while not is_time():
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    printed = kill(process)
+    assert is_time(), printed[-6000:]
+    assert not run.storage.exists(f"{run.path}/outcome.json"), "it was through before it was killed"
+
+
+def kill(process: "subprocess.Popen[str]") -> str:
+    """End a launcher and its workers, without a warning; returns what they printed.
+
+    Its process group is not enough: torchrun starts each worker in a session of its own, and they would train on.
+    """
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    printed, _ = process.communicate()
+    return printed
+
+
+TWO_WORKERS = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
