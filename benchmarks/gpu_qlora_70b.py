@@ -29,15 +29,17 @@ from ft_service.model.adapter import attach_adapter
 from ft_service.model.dry_run import imagined_checkpoint
 from ft_service.model.load import load_causal_lm
 from ft_service.model.weight_files import Checkpoint, TensorEntry
+from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB
-from ft_service.plan.plan import DatasetFacts, Resources, make_plan, speed
+from ft_service.plan.plan import make_plan, speed
 from ft_service.plan.search import ask
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches
-from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loop import train
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.protocol import Hooks, TrainingState
 
 WARMUP_STEPS = 2
 WITHIN = 0.15

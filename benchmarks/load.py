@@ -102,7 +102,8 @@ def run_side(side: str, model: Path, device: str) -> None:
     from ft_service.model.base import read_config
     from ft_service.model.load import load_causal_lm
     from ft_service.model.weight_files import Checkpoint, TensorEntry
-    from ft_service.plan.plan import DatasetFacts, Resources, make_plan
+    from ft_service.plan.facts import DatasetFacts, Resources
+    from ft_service.plan.plan import make_plan
     from ft_service.spec.schema import RunSpec
     from ft_service.train.parallel import Parallel, end_process, init_process_group
 

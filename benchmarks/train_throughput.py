@@ -78,13 +78,15 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
     from ft_service.model.base import read_config
     from ft_service.model.load import load_causal_lm
     from ft_service.model.weight_files import Checkpoint
-    from ft_service.plan.plan import DatasetFacts, Resources, make_plan
+    from ft_service.plan.facts import DatasetFacts, Resources
+    from ft_service.plan.plan import make_plan
     from ft_service.runs.metrics import StepMetrics
     from ft_service.spec.schema import RunSpec
     from ft_service.train.batches import Batches
-    from ft_service.train.loop import Hooks, TrainingState, train
+    from ft_service.train.loop import train
     from ft_service.train.objectives.sft import LossModel
     from ft_service.train.parallel import Parallel, init_process_group
+    from ft_service.train.protocol import Hooks, TrainingState
 
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     spec = RunSpec.model_validate(

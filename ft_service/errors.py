@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ft_service.text import counted
+
 
 class FtError(Exception):
     """Base of all errors of this project; a command prints its text, no traceback, and exits with `exit_code`."""
@@ -62,7 +64,7 @@ class SpecError(FtError):
 
     def __str__(self) -> str:
         count = len(self.problems)
-        head = f"{self.where}: {count} problem{'s' if count != 1 else ''}"
+        head = f"{self.where}: {counted(count, 'problem')}"
         return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
 
 

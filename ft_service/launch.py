@@ -27,7 +27,8 @@ from ft_service.evaluate.samples import write_samples
 from ft_service.model.base import load_tokenizer, read_config, resolve_base
 from ft_service.pages.data_report import render_data_report
 from ft_service.pages.run_report import write_report
-from ft_service.plan.plan import Resources, RunPlan, make_plan
+from ft_service.plan.facts import Resources
+from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.publish import publish
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder, State, new_run_id

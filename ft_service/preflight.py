@@ -17,7 +17,8 @@ from ft_service.errors import ModelError, UsageError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
 from ft_service.model.dry_run import DryRun, dry_run, imagined_checkpoint
 from ft_service.model.weight_files import Checkpoint
-from ft_service.plan.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.plan.table import shape_of
 from ft_service.spec.schema import RunSpec
 

@@ -14,6 +14,7 @@ from ray import serve
 
 from ft_service.cluster.ray_cluster import connect
 from ft_service.errors import ServingError, UsageError
+from ft_service.text import last_line
 from serve.app import ServeConfig, build_app, complete, served_models
 from serve.http.keys import is_loopback
 
@@ -89,7 +90,7 @@ def _deploy(config: ServeConfig) -> None:
         serve.run(build_app(config), name=APP_NAME)
     except RuntimeError:  # it names the deployment; why a replica failed is in the status
         deployments = serve.status().applications[APP_NAME].deployments.values()
-        reasons = "; ".join(_last_line(deployment.message) for deployment in deployments)
+        reasons = "; ".join(last_line(deployment.message) for deployment in deployments)
         raise ServingError(f"the server did not start: {reasons}") from None
 
 
@@ -111,7 +112,3 @@ def _announce(config: ServeConfig, host: str, port: int, local: bool) -> None:
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1].strip()

@@ -103,7 +103,7 @@ def plan(
     if max_seq_len is not None:
         raise UsageError(f"--max-seq-len = {max_seq_len}: goes with --table. With a SPEC write data.max_seq_len=...")
     spec = load_run_spec(spec_path, overrides or [])
-    from ft_service.plan.plan import Resources
+    from ft_service.plan.facts import Resources
     from ft_service.preflight import plan_without_writing
 
     if nodes is not None:

@@ -14,6 +14,7 @@ from ft_service.data.gate import Finding, Judgement
 from ft_service.data.gate.private import visible
 from ft_service.data.preview import Document, PreviewRow
 from ft_service.pages.page import render
+from ft_service.text import counted
 
 _COLORS = {"fail": "red", "warn": "yellow", "info": "cyan", "pass": "green"}
 _SHOWN_PLACES = 3
@@ -39,7 +40,7 @@ def show_judgement(name: str, judgement: Judgement, waive: Mapping[str, str], co
 def _figures(judgement: Judgement) -> list[str]:
     signal = judgement.signal
     left_out = ", ".join(f"{count:,} {code}" for code, count in judgement.left_out.items())
-    records = f"{judgement.read:,} record{'s' if judgement.read != 1 else ''}"
+    records = counted(judgement.read, "record")
     sentences = [
         f"{records}, {judgement.usable:,} usable" + (f"; left out: {left_out}" if left_out else ""),
         judgement.size.text,

@@ -14,6 +14,7 @@ import ray
 
 from ft_service.data.read import ShardChanged
 from ft_service.errors import ClusterError, FtError
+from ft_service.text import last_line
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONNECT_SECONDS = 10
@@ -44,7 +45,7 @@ def connect(address: str | None = None) -> None:
         )
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, and Ray's own when a token is refused
         raise ClusterError(
-            f"RAY_ADDRESS = {address or 'local'!r}: cannot be joined ({type(error).__name__}: {_last_line(error)}). "
+            f"RAY_ADDRESS = {address or 'local'!r}: cannot be joined ({type(error).__name__}: {last_line(error)}). "
             "Check that the cluster is up, and that RAY_AUTH_MODE and the token are those of its head."
         ) from None
 
@@ -146,7 +147,3 @@ def _check_that_somebody_listens(address: str) -> None:
             f"RAY_ADDRESS = {address!r}: nobody answers there ({error}). Start the cluster, correct the address, or "
             "unset RAY_ADDRESS to use this machine alone."
         ) from None
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[-1].strip()

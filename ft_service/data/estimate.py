@@ -7,7 +7,7 @@ from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.pack import pack_lengths
 from ft_service.data.read import Fault, read_source
 from ft_service.errors import DataError
-from ft_service.plan.plan import DatasetFacts
+from ft_service.plan.facts import DatasetFacts
 from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
 
 BYTES_PER_TOKEN = 3.94

@@ -28,10 +28,11 @@ from ft_service.data.gate.records import place_key, read_questions
 from ft_service.data.read import Scan, Shard, scan
 from ft_service.data.tasks import ROWS, Group, Packed, Run, Work, here, pack, preparing, tokens_of
 from ft_service.errors import DataError, StorageError
-from ft_service.plan.plan import DatasetFacts
+from ft_service.plan.facts import DatasetFacts
 from ft_service.registry.registry import DatasetRef
 from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
 from ft_service.storage.storage import Storage
+from ft_service.text import counted
 
 Gate = Callable[[Judgement, Path], None]
 """Told the judgement and the folder with all its findings; raises where the data shall not be trained on."""
@@ -227,7 +228,7 @@ def _prepare(
     gate: Gate,
 ) -> DatasetFacts:
     spec, shards = inputs.spec, inputs.shards
-    say(f"Data: reading, judging and tokenising, {len(shards)} shard{'s' if len(shards) != 1 else ''}")
+    say(f"Data: reading, judging and tokenising, {counted(len(shards), 'shard')}")
     work = inputs.work(storage, place, tokenizer)
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
         folder = Path(temporary, _JUDGED)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ft_service.catalog import models
 from ft_service.errors import ModelError, ModelUnreachableError
 from ft_service.model.weight_files import Checkpoint
+from ft_service.text import first_line
 
 # A bar from every worker would bury the run's own progress line.
 transformers.utils.logging.disable_progress_bar()
@@ -66,7 +67,7 @@ def _download(base: str, revision: str | None, weights: bool) -> Path:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and OS errors: all mean "not fetched"
         raise ModelUnreachableError(
-            f"model.base = {base!r}: cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)}). "
+            f"model.base = {base!r}: cannot be fetched from the hub ({type(error).__name__}: {first_line(error)}). "
             "Check the id and revision, accept the license on the hub, set HF_TOKEN, or name a local folder."
         ) from None
 
@@ -120,8 +121,4 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.base = {str(folder)!r}: has no usable tokenizer ({_first_line(error)}).") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model.base = {str(folder)!r}: has no usable tokenizer ({first_line(error)}).") from None

@@ -7,7 +7,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ft_service.data.gate import Finding, Judgement
 from ft_service.pages.page import OTHER, TICK_STEPS, TRAIN, VALIDATION, WARNING, Chart, Tile, render, svg
-from ft_service.runs.metrics import format_count
+from ft_service.text import counted, format_count
 
 _DUPLICATES = ("quality.exact-duplicate", "quality.near-duplicate", "quality.contradiction")
 
@@ -38,7 +38,7 @@ def _tiles(judgement: Judgement) -> list[Tile]:
         Tile(
             "Records",
             f"{judgement.read:,}",
-            f"of {len(judgement.sources)} source" + "s" * (len(judgement.sources) != 1),
+            f"of {counted(len(judgement.sources), 'source')}",
         ),
         Tile("Usable", f"{judgement.usable:,}", f"{left_out:,} left out"),
         Tile("Enough for", judgement.size.level, f"begin with {judgement.size.epochs:g} epochs"),

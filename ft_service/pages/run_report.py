@@ -22,13 +22,12 @@ from ft_service.runs.metrics import (
     Event,
     StepMetrics,
     find_overfitting,
-    format_count,
-    format_duration,
     read_events,
     read_metrics,
     validations,
 )
 from ft_service.storage.storage import Storage
+from ft_service.text import format_count, format_duration
 
 REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.json"

@@ -8,6 +8,7 @@ from ft_service.catalog.models import ModelShape
 from ft_service.plan.memory import GIB
 from ft_service.plan.search import Choice, Machine, Question, ask, best, gib, judge_all, unlike, why_not
 from ft_service.spec.schema import RunSpec
+from ft_service.text import counted
 
 MOST_SUGGESTIONS = 3
 _MOST_WORKERS = 1024
@@ -66,7 +67,7 @@ def _zero_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
 
 def _micro_batch_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
     size = chosen.layout.micro_batch_size
-    rows = f"{size} row{'s' if size > 1 else ''}"
+    rows = counted(size, "row")
     head = f"Micro-batch of {rows}, {size * chosen.layout.max_seq_len:,} tokens"
     others = unlike(choices, chosen, lambda layout: layout.micro_batch_size)
     larger = [choice for choice in others if choice.layout.micro_batch_size > size]

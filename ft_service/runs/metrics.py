@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ft_service.errors import Problem, SpecError, StorageError
 from ft_service.storage.storage import Storage
+from ft_service.text import format_count, format_duration
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -371,27 +372,6 @@ def format_progress(
         "" if seconds_left is None else f"eta {format_duration(seconds_left)}",
     ]
     return "  ".join(part for part in parts if part)
-
-
-def format_count(value: float) -> str:
-    """Three or four digits: 980, 41.2k, 3.1M, 1.3G."""
-    for power, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= power:
-            return f"{value / power:.1f}{unit}"
-    return f"{value:.0f}"
-
-
-def format_duration(seconds: float) -> str:
-    """The two largest units: 45s, 12m03s, 3h07m, 2d04h."""
-    whole = round(seconds)
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d{hour:02d}h"
-    if hours:
-        return f"{hours}h{minute:02d}m"
-    return f"{minutes}m{second:02d}s" if minutes else f"{second}s"
 
 
 # -- overfitting -------------------------------------------------------------------------------------------------------

@@ -33,11 +33,12 @@ from ft_service.errors import FtError, StorageError, TrainingError, UnreachableE
 from ft_service.model.shards import Span
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat, WeightFile, WeightWriter
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog, format_duration
+from ft_service.runs.metrics import EventLog
 from ft_service.spec.schema import CheckpointSpec
 from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
-from ft_service.train.loop import TrainingState
+from ft_service.text import format_duration
 from ft_service.train.optimizer_state import KINDS
+from ft_service.train.protocol import TrainingState
 
 if TYPE_CHECKING:  # the driver looks checkpoints up too, and has no use for deepspeed
     from ft_service.train.parallel import Parallel

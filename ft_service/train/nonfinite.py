@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ft_service.errors import TrainingError
 from ft_service.train.batches import Batches, Step, collate
-
-if TYPE_CHECKING:
-    from ft_service.train.loop import Workers
+from ft_service.train.protocol import Workers
 
 _MOST_NUMBERS, _MOST_TEXTS = 20, 5
 
@@ -17,7 +14,7 @@ def refusal(
     problem: str,
     step: Step,
     batches: Batches,
-    parallel: "Workers",
+    parallel: Workers,
     text_of_row: Callable[[int], str],
 ) -> TrainingError:
     """The error that ends the run, the same on all workers; every worker must call it, before the weights change.

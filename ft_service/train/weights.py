@@ -16,8 +16,8 @@ from ft_service.model.writer import MAX_FILE_BYTES, WeightWriter, index_of, lay_
 from ft_service.registry.registry import DIGESTS_FILE
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
-from ft_service.train.loop import TrainingState
 from ft_service.train.parallel import Parallel
+from ft_service.train.protocol import TrainingState
 
 
 class WeightsOnStorage:

@@ -24,9 +24,10 @@ from ft_service.runs.metrics import EventLog, JsonlSink, LoadingLine, ProgressLi
 from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoints import Checkpointer, Checkpoints, TakenOverError, resume
-from ft_service.train.loop import Hooks, TrainingState, is_complete, train
+from ft_service.train.loop import is_complete, train
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
+from ft_service.train.protocol import Hooks, TrainingState
 from ft_service.train.watchdog import Watchdog, new_attempt
 from ft_service.train.weights import WeightsOnStorage
 

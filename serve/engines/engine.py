@@ -6,12 +6,13 @@ vLLM, takes the place of another without a change to routes or wire types.
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.registry.registry import AdapterRecord
-from serve.inference.wire import FinishReason
+
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.inference.wire import ApiError
+from serve.http.errors import ApiError
 
 HEALTH_PATH = "/v1/health"
 

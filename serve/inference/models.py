@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ft_service.errors import NotPublishedError, UsageError
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
-from serve.inference.wire import ApiError, ModelEntry
+from serve.http.errors import ApiError
+from serve.inference.wire import ModelEntry
 
 DIGEST_HEADER = "x-adapter-digest"
 BASE_HEADER = "x-base-fingerprint"

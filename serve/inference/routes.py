@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 
 from ft_service.chat.format import ChatFormat, Message
 from ft_service.errors import FtError, StorageError
-from serve.engines.engine import Engine, GenerationChunk, GenerationRequest
+from serve.engines.engine import Engine, FinishReason, GenerationChunk, GenerationRequest
+from serve.http.errors import ApiError
 from serve.http.keys import HEALTH_PATH, RequireKey
 from serve.inference.models import ServedModel, ServedModels
 from serve.inference.wire import (
-    ApiError,
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -30,7 +30,6 @@ from serve.inference.wire import (
     Choice,
     CompletionChoice,
     CompletionRequest,
-    FinishReason,
     GenerationParameters,
     ModelEntry,
     ModelList,

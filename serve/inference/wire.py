@@ -6,26 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-from ft_service.errors import ServingError
-
-FinishReason = Literal["stop", "length"]
-
-
-class ApiError(ServingError):
-    """A request answered with an error: HTTP status and the fields of OpenAI's error body."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(status, message, code, param)
-        self.status, self.message, self.code, self.param = status, message, code, param
-
-    def __str__(self) -> str:
-        return self.message
-
-    def body(self) -> dict[str, Any]:
-        kind = {401: "authentication_error"}.get(self.status, "invalid_request_error")
-        if self.status >= 500:
-            kind = "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+from serve.engines.engine import FinishReason
+from serve.http.errors import ApiError
 
 
 class _FromClient(BaseModel):

@@ -9,7 +9,8 @@ import pytest
 
 from ft_service.errors import NotPublishedError
 from ft_service.pages.run_report import RunContents, Sample, render_report, write_report
-from ft_service.plan.plan import DatasetFacts, RunPlan
+from ft_service.plan.facts import DatasetFacts
+from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import DatasetRef
 from ft_service.runs.folder import RunFolder, RunStatus
 from ft_service.runs.lease import Lease

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS
 from ft_service.errors import SpecError
+from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB, Layout, estimate_memory
-from ft_service.plan.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.spec.schema import parse_run_spec
 
 FACTS = DatasetFacts(

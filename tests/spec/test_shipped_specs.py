@@ -7,7 +7,8 @@ import pytest
 
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS
-from ft_service.plan.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.spec.schema import RunSpec, load_run_spec
 
 SPECS = sorted(Path(__file__).resolve().parents[2].glob("jobs/specs/*.yaml"))

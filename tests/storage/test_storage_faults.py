@@ -36,7 +36,7 @@ from ft_service.spec.schema import CheckpointSpec
 from ft_service.storage.storage import Storage, is_transient
 from ft_service.train import checkpoints as checkpoint_module
 from ft_service.train.checkpoints import Checkpointer, Checkpoints, Manifest, Part, resume
-from ft_service.train.loop import TrainingState
+from ft_service.train.protocol import TrainingState
 from ft_service.train.weights import WeightsOnStorage, write_model
 from tests.worlds import TWO_WORKERS, prepared_run, start, work, write_world
 

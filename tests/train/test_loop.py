@@ -14,11 +14,13 @@ import torch
 from ft_service.catalog.models import ModelShape
 from ft_service.data.order import step_rows
 from ft_service.errors import TrainingError
-from ft_service.plan.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches, MicroBatch, prefetched
-from ft_service.train.loop import Hooks, TrainingState, is_complete, train
+from ft_service.train.loop import is_complete, train
+from ft_service.train.protocol import Hooks, TrainingState
 
 LENGTHS = [3, 4, 5, 6, 7, 8, 9, 10]
 

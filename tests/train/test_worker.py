@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
-from ft_service.train.loop import TrainingState
+from ft_service.train.protocol import TrainingState
 from ft_service.train.weights import WeightsOnStorage
 
 

@@ -20,14 +20,16 @@ from ft_service.data.order import step_rows
 from ft_service.model.base import read_config
 from ft_service.model.trainable import TrainableModel
 from ft_service.model.weight_files import Checkpoint
-from ft_service.plan.plan import DatasetFacts, Resources, RunPlan, make_plan
+from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
-from ft_service.train.loop import Hooks, TrainingState, mean_loss, train
+from ft_service.train.loop import mean_loss, train
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, end_process, init_process_group
+from ft_service.train.protocol import Hooks, TrainingState
 from ft_service.train.weights import write_adapter, write_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,9 +19,10 @@ from ft_service.model.weight_files import Checkpoint
 from ft_service.model.writer import lay_out
 from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
-from ft_service.train.loop import Hooks, TrainingState, train
+from ft_service.train.loop import train
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, end_process, init_process_group
+from ft_service.train.protocol import Hooks, TrainingState
 from ft_service.train.weights import write_model
 from tests.train.training_cases import TrulyPartitioned, packed_rows, plan_of
 

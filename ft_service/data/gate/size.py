@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ft_service.data.gate.findings import SizeAdvice
+from ft_service.text import counted
 
 TOO_FEW = 10
 NARROW, NARROW_END = 500, 3_000
@@ -32,7 +33,7 @@ def advise(usable: int, kept_tokens: int, max_seq_len: int | None, global_batch_
     if kept_tokens and max_seq_len and global_batch_size and epochs:
         rows = -(-kept_tokens // max_seq_len)
         steps = max(1, round(epochs * rows / global_batch_size))
-    text = f"{usable:,} usable record{'s' if usable != 1 else ''}: {meaning}"
+    text = f"{counted(usable, 'usable record')}: {meaning}"
     if epochs:
         text += f" Begin with {epochs:g} epoch{'s' if epochs != 1 else ''}"
         text += f", {steps:,} steps of {global_batch_size} rows." if steps else "."

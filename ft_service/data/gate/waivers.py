@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ft_service.data.gate import CODES, Finding, Judgement
 from ft_service.errors import DataError, Problem, SpecError
 from ft_service.registry.registry import Waiver
+from ft_service.text import counted
 
 _SHOWN_PLACES = 3
 
@@ -44,7 +45,7 @@ def enforce(judgement: Judgement, waive: Mapping[str, str], report: str) -> None
     if not failing:
         return
     raise GateError(
-        f"The data gate refuses the data: {len(failing)} finding{'s' if len(failing) > 1 else ''}.\n"
+        f"The data gate refuses the data: {counted(len(failing), 'finding')}.\n"
         + "\n".join(_told(finding) for finding in failing)
         + f"\nAll of it: {report}\nTo accept one, give its reason in the spec, which the adapter's record keeps: "
         f"data: {{waive: {{{failing[0].code}: why}}}}"

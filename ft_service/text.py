@@ -1,0 +1,44 @@
+"""Numbers and messages as people read them. Formatted here, once for terminal, pages and logs."""
+
+from collections.abc import Iterator
+
+_LARGE = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def format_count(value: float) -> str:
+    """Three or four digits: 980, 41.2k, 3.1M, 1.3G."""
+    for power, unit in _LARGE:
+        if abs(value) >= power:
+            return f"{value / power:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units: 45s, 12m03s, 3h07m, 2d04h."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02d}h"
+    if hours:
+        return f"{hours}h{minute:02d}m"
+    return f"{minutes}m{second:02d}s" if minutes else f"{second}s"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """``1 record``, ``3,229 records``; `plural` where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text that says something; of one without text, its type."""
+    return next(_lines(error), type(error).__name__)
+
+
+def last_line(error: object) -> str:
+    """The last line of a long text, which is where a traceback says what happened."""
+    return ([*_lines(error)] or ["no reason given"])[-1]
+
+
+def _lines(text: object) -> Iterator[str]:
+    return (line.strip() for line in str(text).splitlines() if line.strip())

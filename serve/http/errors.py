@@ -1,0 +1,22 @@
+"""Errors as OpenAI's clients read them, shared by all HTTP APIs."""
+
+from typing import Any
+
+from ft_service.errors import ServingError
+
+
+class ApiError(ServingError):
+    """A request answered with an error: HTTP status and the fields of OpenAI's error body."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(status, message, code, param)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error"}.get(self.status, "invalid_request_error")
+        if self.status >= 500:
+            kind = "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
