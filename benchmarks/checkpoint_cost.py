@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.small_world import write_base, write_records
 from ft_service.catalog.models import shape_from_config
 from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import TrainingError
@@ -38,6 +37,7 @@ from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_events, read_metrics
 from ft_service.spec.schema import parse_run_spec
 from ft_service.storage.storage import Storage
+from tests.worlds import made_up_texts, write_base, write_records
 
 SAVE_EVERY = 10
 GOAL_PERCENT = 5.0
@@ -148,8 +148,8 @@ def measure(name: str, rounds: int, num_steps: int) -> Figures:
     saving: list[Side] = []
     with tempfile.TemporaryDirectory(prefix="ft-cost-") as temporary:
         world = Path(temporary)
-        write_base(world / "base", VOCAB_SIZE, subject.sizes)
-        write_records(world / "train.jsonl", 1000, words=(40, 120))
+        write_base(world / "base", made_up_texts(), VOCAB_SIZE, subject.sizes)
+        write_records(world / "train.jsonl", 1000, num_words=(40, 120))
         for number in range(rounds):
             sides = [("never", None, never), ("saving", SAVE_EVERY, saving)]
             for side, every, found in sides if number % 2 == 0 else reversed(sides):

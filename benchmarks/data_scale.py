@@ -136,14 +136,13 @@ def main() -> int:
     if arguments.world:
         print(json.dumps(prepare(arguments.world, arguments.kinds, arguments.cores)))
         return 0
-    from ft_service.model.scratch import train_tokenizer, write_scratch_model
+    from tests.worlds import TINY, write_base
 
     figures = {}
     with tempfile.TemporaryDirectory(prefix="ft-scale-") as temporary:
         world = Path(temporary)
         texts = [record["output"] for record in records("mixed", 3000)]
-        sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16}
-        write_scratch_model(world / "base", tokenizer=train_tokenizer(texts, VOCAB_SIZE), seed=0, **sizes)
+        write_base(world / "base", texts, VOCAB_SIZE, TINY)
         for kind in arguments.kinds.split(","):
             with (world / f"{kind}.jsonl").open("w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records(kind, arguments.records))

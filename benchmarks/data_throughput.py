@@ -193,7 +193,7 @@ def main() -> int:
         return 0
     if arguments.data is None:
         parser.error("--data is needed: a file of JSON lines")
-    from ft_service.model.scratch import train_tokenizer, write_scratch_model
+    from tests.worlds import TINY, write_base
 
     columns = dict(pair.split("=", 1) for pair in arguments.columns.split(","))
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -201,8 +201,7 @@ def main() -> int:
         world = Path(temporary)
         write_records(arguments.data, columns, arguments.records, world)
         texts = arguments.data.read_text(encoding="utf-8").splitlines()[:3000]
-        sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16}
-        write_scratch_model(world / "base", tokenizer=train_tokenizer(texts, VOCAB_SIZE), seed=0, **sizes)
+        write_base(world / "base", texts, VOCAB_SIZE, TINY)
         for number in range(arguments.rounds):
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
                 result = run_side(side, world, arguments.cores)

@@ -40,7 +40,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.outside import (
+from ft_service.errors import FtError, TrainingError
+from ft_service.registry.registry import Registry
+from ft_service.runs.folder import RunFolder
+from ft_service.spec.schema import ParallelSpec, RunSpec, parse_run_spec
+from ft_service.storage.storage import Storage
+from tests.faults import (
     Driver,
     attempts,
     last_step,
@@ -50,13 +55,8 @@ from benchmarks.outside import (
     unfinished_checkpoint,
     worker_processes,
 )
-from benchmarks.raylets import QUICK_HEALTH_CHECKS, Cluster, Host, kill_all, nothing_left_behind
-from benchmarks.small_world import write_base, write_records
-from ft_service.errors import FtError, TrainingError
-from ft_service.registry.registry import Registry
-from ft_service.runs.folder import RunFolder
-from ft_service.spec.schema import ParallelSpec, RunSpec, parse_run_spec
-from ft_service.storage.storage import Storage
+from tests.hosts import QUICK_HEALTH_CHECKS, Cluster, Host, kill_all, nothing_left_behind
+from tests.worlds import made_up_texts, write_base, write_records
 
 METHODS = {
     "full": {"method": "{type: full}", "parallel.zero_stage": "3", "train.learning_rate": "1e-3"},
@@ -403,7 +403,7 @@ def stage_set(methods: list[str]) -> Iterator[tuple[Path, Cluster]]:
         world = Path(temporary)
         write_records(world / "train.jsonl", 400)
         write_records(world / "validation.jsonl", VALIDATION_RECORDS, seed=1)
-        write_base(world / "base", VOCAB_SIZE, SIZES)
+        write_base(world / "base", made_up_texts(), VOCAB_SIZE, SIZES)
         for method in methods:
             write_spec(world, method)
         (world / "raise").mkdir()

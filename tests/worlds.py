@@ -1,4 +1,4 @@
-"""Runs without Ray: a small world of base and data, a run prepared as the launcher leaves it, and its workers."""
+"""Made-up records and small Llamas; runs prepared as the launcher leaves them, and their workers without Ray."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,23 +22,39 @@ from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import parse_run_spec
 from ft_service.storage.storage import Storage
 
+WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "house", "tree", "river", "stone")
+TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64}
+SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128}
 
-def write_world(folder: Path) -> None:
-    """A small Llama and records."""
+
+def write_world(folder: Path, num_records: int = 60, sizes: Mapping[str, int] = TINY) -> None:
+    """Records in ``train.jsonl``, and a Llama with random weights in ``base``."""
+    questions = write_records(folder / "train.jsonl", num_records)
+    write_base(folder / "base", [f"Last word of: {question}" for question in questions], 400, sizes)
+
+
+def write_records(file: Path, count: int, num_words: tuple[int, int] = (3, 12), seed: int = 0) -> list[str]:
+    """Questions of so many words, with their last word as the answer; returns the questions."""
+    rng = random.Random(seed)
+    questions = [" ".join(rng.choices(WORDS, k=rng.randint(*num_words))) for _ in range(count)]
+    lines = ({"instruction": f"Last word of: {question}", "output": question.split()[-1]} for question in questions)
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return questions
+
+
+def write_base(folder: Path, texts: Sequence[str], vocab_size: int, sizes: Mapping[str, int]) -> None:
+    """A checkpoint folder: a tokenizer trained on `texts`, random weights; `sizes` as of `write_scratch_model`."""
+    write_scratch_model(folder, tokenizer=train_tokenizer(texts, vocab_size), seed=0, **sizes)
+
+
+def made_up_texts(count: int = 500) -> list[str]:
+    """Made-up words, enough byte pairs for a vocabulary of thousands; the words of the records are among them."""
     rng = random.Random(0)
-    questions = [" ".join(rng.choices(["red", "green", "blue", "cat", "dog"], k=rng.randint(3, 12))) for _ in range(60)]
-    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    write_scratch_model(
-        folder / "base",
-        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
-        hidden_size=32,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=64,
-        seed=0,
-    )
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        " ".join("".join(rng.choices(alphabet, k=rng.randint(3, 9))) for _ in range(40)) + " " + " ".join(WORDS)
+        for _ in range(count)
+    ]
 
 
 def prepared_run(world: Path, run_id: str, num_workers: int, **settings: object) -> RunFolder:

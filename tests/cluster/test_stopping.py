@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from typing import Any
 import pytest
 
 from examples.quickstart.quickstart import PROJECT, Ray, ray_head
-from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder, State
 from ft_service.runs.metrics import read_events, read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints import Checkpoints
+from tests.worlds import SMALL, write_world
 
 pytestmark = pytest.mark.slow
 
@@ -37,20 +36,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    questions = [" ".join(rng.choices(["red", "green", "blue", "cat", "dog"], k=rng.randint(3, 9))) for _ in range(60)]
-    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    write_scratch_model(
-        folder / "base",
-        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=128,
-        seed=0,
-    )
+    write_world(folder, sizes=SMALL)
     (folder / "spec.yaml").write_text(f"""
 name: words
 model: {{base: {folder}/base}}

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.outside import Attempt, Driver, attempts, last_step, steps
-from benchmarks.raylets import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
 from ft_service.runs.folder import RunFolder
 from ft_service.train.checkpoints import Checkpoints
-from tests.cluster.namespaces import Network, connections, network, reason_to_skip, run_inside
+from tests.faults import Attempt, Driver, attempts, last_step, steps
+from tests.hosts import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
+from tests.namespaces import Network, connections, network, reason_to_skip, run_inside
 from tests.worlds import TWO_WORKERS, prepared_run, work, write_world
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from examples.quickstart.quickstart import PROJECT, Ray, free_ports, ray_head
 from ft_service.data.prepare import open_dataset
-from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_events, read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints import Checkpoints
 from ft_service.train.watchdog import suspects
+from tests.worlds import SMALL, write_world
 
 pytestmark = pytest.mark.slow
 
@@ -44,21 +43,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small Llama, records, specs of a full and a LoRA run, and an empty storage."""
     folder = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
-    questions = [" ".join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(120)]
-    lines = [{"instruction": f"Last word of: {q}", "output": q.split()[-1]} for q in questions]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    write_scratch_model(
-        folder / "base",
-        tokenizer=train_tokenizer([line["instruction"] for line in lines], 400),
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=128,
-        seed=0,
-    )
+    write_world(folder, num_records=120, sizes=SMALL)
     spec = f"""
 name: words
 model: {{base: {folder}/base}}

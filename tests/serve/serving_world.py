@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ft_service.chat.format import ChatFormat
 from ft_service.model.base import fingerprint
-from ft_service.model.scratch import train_tokenizer, write_scratch_model
+from ft_service.model.scratch import train_tokenizer
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.engines.engine import GenerationChunk, GenerationRequest
 from serve.inference.models import ServedModels
 from serve.inference.routes import create_api
+from tests.worlds import SMALL, write_base
 
 SENTENCE = "日本の首都は東京です。😀🗼人口は約千四百万人。"
 PROMPT = "Tell me: "
@@ -57,17 +58,7 @@ def make_world(folder: Path) -> World:
     """Write a base that continues PROMPT with SENTENCE, and publish two adapters for it."""
     base = folder / "Tiny-Llama"
     # Too few merges for the Japanese: most of its characters, and the emoji, are spread over two to four tokens.
-    tokenizer = train_tokenizer([PROMPT * 4 + "the quick brown fox. " * 4], 300)
-    write_scratch_model(
-        base,
-        tokenizer=tokenizer,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=128,
-        seed=0,
-    )
+    write_base(base, [PROMPT * 4 + "the quick brown fox. " * 4], 300, SMALL)
     _teach(base)
     registry = Registry(Storage(str(folder / "storage")))
     adapters = [publish_adapter(registry, base, folder / f"adapter-{seed}", seed) for seed in (1, 2)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.raylets import Host, kill_all
+from tests.hosts import Host, kill_all
 
 NETWORK = "10.77.0"
 SHARED_MEMORY = "512m"

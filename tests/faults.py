@@ -14,14 +14,11 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.raylets import Cluster, kill_all
 from ft_service.errors import TrainingError
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
 from ft_service.train.checkpoints import Checkpoints
+from tests.hosts import ROOT, Cluster, kill_all
 
 _END_SECONDS = 30
 

@@ -5,7 +5,6 @@ import ctypes
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,12 +14,10 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from examples.quickstart.quickstart import OBJECT_STORE_BYTES, free_ports, ray_environment
 from ft_service.errors import ClusterError
 
+ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 120
 END_SECONDS = 30
 _POLL_SECONDS = 0.1
