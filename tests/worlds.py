@@ -21,6 +21,7 @@ from ft_service.plan.plan import make_plan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import parse_run_spec
 from ft_service.storage.storage import Storage
+from tests.forked import Workers, run_module
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "house", "tree", "river", "stone")
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64}
@@ -81,60 +82,58 @@ storage: {world}/storage
     return run
 
 
-def start(run: RunFolder, *launcher: str) -> "subprocess.Popen[str]":
-    """Start the workers of a prepared run, in a process group of their own."""
+def start(run: RunFolder) -> Workers:
+    """Start as many workers as the plan of a prepared run says."""
+    num_workers = run.plan().spec.parallel.most_workers
+    arguments = ("ft_service.train.worker", run.storage.root, run.run_id)
+    return Workers(run_module, *arguments, world_size=num_workers if num_workers > 1 else None)
+
+
+def work(run: RunFolder) -> str:
+    """Let the workers finish; returns what they printed."""
+    workers = start(run)
+    printed = workers.wait(timeout=300)
+    assert workers.returncode == 0, printed[-6000:]
+    return printed
+
+
+def kill_when(run: RunFolder, is_time: Callable[[], bool]) -> None:
+    """Start the workers and kill them all, without a warning, once it is time."""
+    workers = start(run)
+    deadline = time.monotonic() + 240
+    while not is_time():
+        assert workers.poll() is None, workers.printed[-6000:]
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    printed = workers.kill()
+    assert is_time(), printed[-6000:]
+    assert not run.storage.exists(f"{run.path}/outcome.json"), "it was through before it was killed"
+
+
+def launch(run: RunFolder) -> None:
+    """Let the workers finish as a user starts them: by torchrun, or as one Python process where there is one worker."""
+    num_workers = run.plan().spec.parallel.most_workers
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers), "-m")
+    launcher = torchrun if num_workers > 1 else ()
     command = [sys.executable, "-m", *launcher, "ft_service.train.worker", run.storage.root, run.run_id]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=Path(__file__).parents[1],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-
-
-def work(run: RunFolder, *launcher: str) -> str:
-    """Let the workers finish; returns what they printed."""
-    process = start(run, *launcher)
     try:
         printed, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
-        kill(process)
+        # torchrun starts each worker in a session of its own: they would train on.
+        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         raise
     assert process.returncode == 0, printed[-6000:]
-    return printed
-
-
-def kill_when(run: RunFolder, is_time: Callable[[], bool], *launcher: str) -> None:
-    """Start the workers and kill them all, without a warning, once it is time."""
-    process = start(run, *launcher)
-    deadline = time.monotonic() + 240
-    while not is_time():
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
-    printed = kill(process)
-    assert is_time(), printed[-6000:]
-    assert not run.storage.exists(f"{run.path}/outcome.json"), "it was through before it was killed"
-
-
-def kill(process: "subprocess.Popen[str]") -> str:
-    """End a launcher and its workers, without a warning; returns what they printed.
-
-    Its process group is not enough: torchrun starts each worker in a session of its own, and they would train on.
-    """
-    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    printed, _ = process.communicate()
-    return printed
-
-
-TWO_WORKERS = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")

@@ -18,7 +18,7 @@ from ft_service.train.checkpoints import Checkpoints
 from tests.faults import Attempt, Driver, attempts, last_step, steps
 from tests.hosts import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
 from tests.namespaces import Network, connections, network, reason_to_skip, run_inside
-from tests.worlds import TWO_WORKERS, prepared_run, work, write_world
+from tests.worlds import prepared_run, work, write_world
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def begun(world: Path, cluster: Cluster, method: str) -> tuple[RunFolder, Driver
 def undisturbed(world: Path, method: str) -> RunFolder:
     """The same run by two workers of this host, without Ray."""
     run = prepared_run(world, f"alone-{method}", 2, **SETTINGS, **METHODS[method])
-    work(run, *TWO_WORKERS)
+    work(run)
     return run
 
 

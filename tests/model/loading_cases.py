@@ -1,11 +1,6 @@
-"""Loads checkpoints over a process group by our own loader, and holds each share against what transformers loads.
+"""Loads checkpoints over a process group by our own loader, and holds each share against what transformers loads."""
 
-torchrun --nproc-per-node N tests/model/loading_cases.py CASES.json RESULTS.json
-"""
-
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,6 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
 from ft_service.model.load import load_causal_lm
 from ft_service.model.weight_files import Checkpoint, TensorEntry
-from ft_service.train.parallel import end_process, init_process_group
 from tests.train.training_cases import TrulyPartitioned, plan_of, stock_4bit
 
 
@@ -57,7 +51,7 @@ def write_base(folder: Path, *, tied: bool, dtype: str, files: int, width: int =
     model.save_pretrained(folder, max_shard_size="5GB" if files == 1 else f"{240 // files}KB")
 
 
-def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     plan = plan_of(case, world_size)
     parallel = TrulyPartitioned(plan, case.get("node_size", 1))
     folder = Path(case["base"])
@@ -100,16 +94,16 @@ def load_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         if tensor is not None
     ]
     everyones: list[Any] = [None] * world_size
-    dist.all_gather_object(everyones, (checkpoint.ranges, sum(held)))
+    dist.all_gather_object(everyones, (checkpoint.ranges, sum(held), unequal))
     result = {
-        "unequal": unequal,
+        "unequal": [problem for _, _, problems in everyones for problem in problems],
         "names": sorted(found) == sorted(expected),
         "tied": (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings,
         "trainable": sum(p.requires_grad for p in found.values()),
         "swapped": sum(is_swapped(p) for p in found.values()),
-        "bytes_read": [sum(stop - start for _, start, stop in ranges) for ranges, _ in everyones],
-        "bytes_held": [held for _, held in everyones],
-        "ranges": [ranges for ranges, _ in everyones],
+        "bytes_read": [sum(stop - start for _, start, stop in ranges) for ranges, _, _ in everyones],
+        "bytes_held": [held for _, held, _ in everyones],
+        "ranges": [ranges for ranges, _, _ in everyones],
         "on": {str(getattr(p, "ds_tensor", p).device) for p in found.values()} == {"cpu"},
     }
     parallel.barrier()
@@ -127,21 +121,3 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         and ours.shape == theirs.shape
         and torch.equal(ours.detach().contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
     )
-
-
-def main() -> None:
-    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
-    torch.set_num_threads(1)
-    init_process_group(use_gpu=False)
-    world_size = dist.get_world_size()
-    for name, case in cases.items():
-        every: list[Any] = [None] * world_size
-        dist.all_gather_object(every, load_case(case, world_size))
-        results[name] = {**every[0], "unequal": [problem for result in every for problem in result["unequal"]]}
-    if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    end_process()
-
-
-if __name__ == "__main__":
-    main()

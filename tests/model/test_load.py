@@ -11,14 +11,14 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import tests.model.loading_cases as loading_cases
 from ft_service.errors import ModelError
 from ft_service.model.base import open_checkpoint, resolve_base
 from ft_service.model.dry_run import dry_run
 from ft_service.model.load import Whole, load_causal_lm
 from ft_service.model.weight_files import Checkpoint
-from tests.model.loading_cases import same_bits, write_base
-from tests.train.training_cases import run_cases, stock_4bit
+from tests.forked import run_cases
+from tests.model.loading_cases import run_case, same_bits, write_base
+from tests.train.training_cases import stock_4bit
 
 LORA: dict[str, Any] = {"type": "lora", "lora_rank": 4}
 QLORA: dict[str, Any] = {"type": "qlora", "lora_rank": 4}
@@ -64,12 +64,8 @@ def cases_of(bases: dict[str, Path], world_size: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
-def loaded(
-    request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp(f"world-{request.param}")
-    results = run_cases(cases_of(bases, request.param), request.param, folder, loading_cases.__file__)
-    return request.param, results
+def loaded(request: pytest.FixtureRequest, bases: dict[str, Path]) -> tuple[int, dict[str, Any]]:
+    return request.param, run_cases(run_case, cases_of(bases, request.param), request.param)
 
 
 def test_every_share_is_bit_for_bit_that_of_transformers(loaded: tuple[int, dict[str, Any]]) -> None:

@@ -1,11 +1,5 @@
-"""Trains memory cases on the real engine and counts the storages each worker then holds, by component.
+"""Trains memory cases on the real engine and counts the storages each worker then holds, by component."""
 
-torchrun --nproc-per-node N tests/plan/memory_cases.py CASES.json RESULTS.json
-"""
-
-import gc
-import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.train.batches import Batches
 from ft_service.train.objectives.sft import LossModel
-from ft_service.train.parallel import Parallel, end_process, init_process_group
+from ft_service.train.parallel import Parallel
 from tests.train.training_cases import model_of, packed_rows, plan_of
 
 SIZES = {
@@ -90,7 +84,8 @@ def count(parallel: Parallel) -> dict[str, int]:
     return ledger.sizes
 
 
-def run_case(case: dict[str, Any], world_size: int) -> dict[str, int]:
+def run_case(case: dict[str, Any], world_size: int) -> list[dict[str, int]]:
+    """For each worker."""
     plan = plan_of(case, world_size)
     parallel = Parallel(plan)
     torch.manual_seed(0)
@@ -108,23 +103,6 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, int]:
             parallel.micro_step(1e-3)
     most["trainable"] = sum(tensor.numel() for tensor in parallel.gather_trained().values())
     parallel.close()
-    return most
-
-
-def main() -> None:
-    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
-    torch.set_num_threads(1)
-    init_process_group(use_gpu=False)
-    world_size = dist.get_world_size()
-    for name, case in cases.items():
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, run_case(case, world_size))
-        results[name] = gathered
-        gc.collect()
-    if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    end_process()
-
-
-if __name__ == "__main__":
-    main()
+    everyones: list[Any] = [None] * world_size
+    dist.all_gather_object(everyones, most)
+    return everyones

@@ -20,8 +20,9 @@ from ft_service.plan.activations import LOSS_CHUNK_BYTES, activation_bytes, loss
 from ft_service.plan.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.train.batches import MicroBatch
 from ft_service.train.objectives.sft import _CHUNK_BYTES, LossModel
-from tests.plan.memory_cases import COMPONENTS, write_sized_base
-from tests.train.training_cases import plan_of, run_cases
+from tests.forked import run_cases
+from tests.plan.memory_cases import COMPONENTS, run_case, write_sized_base
+from tests.train.training_cases import plan_of
 
 ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
@@ -70,7 +71,7 @@ def test_what_rests_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> No
     write_sized_base(wide, "wide", tied=False)
     write_sized_base(small, "small", tied=True)
     cases = resting_cases(wide, small)
-    held = run_cases(cases, workers, tmp_path, script=Path(memory_cases.__file__))
+    held = run_cases(run_case, cases, workers)
     wrong = {}
     for name, case in cases.items():
         targets = case["method"].get("target_modules", "all-linear")

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import boto3
-import psutil
 import pytest
 import torch
 
@@ -38,7 +37,7 @@ from ft_service.train import checkpoints as checkpoint_module
 from ft_service.train.checkpoints import Checkpointer, Checkpoints, Manifest, Part, resume
 from ft_service.train.protocol import TrainingState
 from ft_service.train.weights import WeightsOnStorage, write_model
-from tests.worlds import TWO_WORKERS, prepared_run, start, work, write_world
+from tests.worlds import prepared_run, start, work, write_world
 
 RUN = "bot-1"
 
@@ -770,7 +769,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(world: Path) -> RunFolder:
     run = prepared_run(world, "undisturbed", 2, **REAL)
-    work(run, *TWO_WORKERS)
+    work(run)
     return run
 
 
@@ -827,7 +826,7 @@ def test_a_run_that_shall_stop_at_a_full_disk_says_so_and_can_go_on(
     assert "on_failure = 'stop'" in printed and "No space left" in printed
     assert len(sound_steps(run)) >= 2
     filler.unlink()
-    work(run, *TWO_WORKERS)
+    work(run)
     ended_as_if_nothing_had_happened(run, undisturbed)
 
 
@@ -869,41 +868,27 @@ class Running:
     """The workers of a run, and what they have said so far."""
 
     def __init__(self, run: RunFolder) -> None:
-        self._run, self._lines = run, [""]
+        self._run = run
 
     def __enter__(self) -> "Running":
-        self.process = start(self._run, *TWO_WORKERS)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._workers = start(self._run)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            # torchrun starts each worker in a session of its own: its process group would not do.
-            for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self.process.wait()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.append(line)
+        self._workers.kill()
 
     def said(self, text: str) -> bool:
-        return text in "".join(self._lines)
+        return text in self._workers.printed
 
     def until(self, is_time: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 200
         while not is_time():
-            assert self.process.poll() is None and time.monotonic() < deadline, "".join(self._lines)[-6000:]
+            assert self._workers.poll() is None and time.monotonic() < deadline, self._workers.printed[-6000:]
             time.sleep(0.02)
 
     def end(self, succeeds: bool = True) -> str:
-        self.process.wait(timeout=300)
-        self._reader.join(60)
-        printed = "".join(self._lines)
-        assert (self.process.returncode == 0) == succeeds, printed[-6000:]
+        printed = self._workers.wait(timeout=300)
+        assert (self._workers.returncode == 0) == succeeds, printed[-6000:]
         return printed
 
 

@@ -1,12 +1,6 @@
-"""Takes steps on the real engine, poisons the gradient of one, and prints what that step changed, as JSON.
+"""Takes steps on the real engine, poisons the gradient of one, and says what that step changed."""
 
-torchrun --nproc-per-node N tests/train/nonfinite_cases.py CASES.json RESULTS.json
-"""
-
-import json
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +8,7 @@ import torch
 from ft_service.train.batches import Batches
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.optimizer_state import KINDS
-from ft_service.train.parallel import Parallel, end_process, init_process_group
+from ft_service.train.parallel import Parallel
 from tests.train.training_cases import TrulyPartitioned, model_of, plan_of, rows_of
 
 
@@ -80,18 +74,3 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         "moved_when_poisoned": any(worker["moved_when_poisoned"] for worker in workers),
         "all_know": not any(math.isfinite(worker["poisoned_norm"]) for worker in workers),
     }
-
-
-def main() -> None:
-    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
-    torch.set_num_threads(1)
-    init_process_group(use_gpu=False)
-    for name, case in cases.items():
-        results[name] = run_case(case, torch.distributed.get_world_size())
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    end_process()
-
-
-if __name__ == "__main__":
-    main()

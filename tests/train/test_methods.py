@@ -19,8 +19,9 @@ from ft_service.publish import publish
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
-from tests.train.training_cases import documents, run_cases, write_base
-from tests.worlds import TWO_WORKERS, prepared_run, work, write_world
+from tests.forked import run_cases
+from tests.train.training_cases import documents, run_case, write_base
+from tests.worlds import launch, prepared_run, work, write_world
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(base: Path, exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(base: Path, exports: Path) -> dict[str, Any]:
     cases: dict[str, dict[str, Any]] = {}
     for stage in (2, 3):
         for variant, settings in VARIANTS.items():
@@ -63,7 +64,7 @@ def results(base: Path, exports: Path, tmp_path_factory: pytest.TempPathFactory)
         cases[f"{kind}-zero{stage}-offloaded"] = {"method": method, "stage": stage, "offload": "cpu"}
     for name, case in cases.items():
         case |= {"base": str(base), "micro": 2, "export": str(exports / name)}
-    return run_cases(cases, 2, tmp_path_factory.mktemp("two"))
+    return run_cases(run_case, cases, 2)
 
 
 @torch.no_grad()
@@ -188,7 +189,7 @@ def test_offloading_to_nvme_changes_no_curve(tmp_path: Path) -> None:
             str(method["type"]): kept,
             f"{method['type']}-offloaded": kept | {"offload": "nvme", "nvme_path": drive},
         }
-    results = run_cases(cases, 2, tmp_path)
+    results = run_cases(run_case, cases, 2)
     for kind in ("lora", "full"):
         expected, found = results[kind], results[f"{kind}-offloaded"]
         assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
@@ -210,14 +211,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def by_torchrun(world: Path) -> RunFolder:
     run = prepared_run(world, "two", 2, **{"report.tensorboard": "true"})
-    work(run, *TWO_WORKERS)
+    launch(run)
     return run
 
 
 @pytest.fixture(scope="module")
 def by_one_process(world: Path) -> RunFolder:
     run = prepared_run(world, "one", 1)
-    work(run)
+    launch(run)
     return run
 
 
@@ -245,7 +246,7 @@ def test_torchrun_and_one_process_train_a_prepared_run_without_ray(
 
 def test_a_full_run_is_published_without_a_second_copy_and_only_once(world: Path) -> None:
     run = prepared_run(world, "full", 2, **{"method": "{type: full}", "parallel.zero_stage": "3"})
-    work(run, *TWO_WORKERS)
+    work(run)
     record = publish(run)
     assert publish(run) == record
     weights, published = world / "storage" / run.path / run.outcome().weights, Registry(run.storage).folder(record)

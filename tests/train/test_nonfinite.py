@@ -12,8 +12,10 @@ from ft_service.data.order import step_rows
 from ft_service.data.prepare import open_dataset
 from ft_service.model.base import load_tokenizer
 from ft_service.runs.metrics import read_metrics
-from tests.train.training_cases import run_cases, write_base
-from tests.worlds import TWO_WORKERS, prepared_run, start, write_world
+from tests.forked import run_cases
+from tests.train.nonfinite_cases import run_case
+from tests.train.training_cases import write_base
+from tests.worlds import prepared_run, start, write_world
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +37,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit(world_size: int, tmp_path:
             ("full", 3, "fp32", "inf"),
         )
     }
-    results = run_cases(cases, world_size, tmp_path, Path(__file__).with_name("nonfinite_cases.py"))
+    results = run_cases(run_case, cases, world_size)
     for name, found in results.items():
         assert found["passes"] >= 2 and found["all_know"], (name, found)
         assert 0 < found["norm"] < math.inf, (name, found)
@@ -55,9 +57,9 @@ def test_a_run_with_a_bad_row_ends_with_step_row_worker_and_text(tmp_path: Path)
     assert len(bad) == 1  # the test's own data
     make_infinite(tmp_path / "base", token)
 
-    process = start(run, *TWO_WORKERS)
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    workers = start(run)
+    printed = workers.wait(timeout=300)
+    assert workers.returncode != 0
     step = next(step for step in range(12) if bad[0] in step_rows(0, step, 4, len(rows)))
     place = step_rows(0, step, 4, len(rows)).tolist().index(bad[0])
     told = next(line for line in printed.splitlines() if "the loss is" in line)

@@ -9,16 +9,11 @@ import pytest
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
 from ft_service.train.checkpoints import Checkpoints
-from tests.worlds import TWO_WORKERS, kill_when, prepared_run, start, work, write_world
+from tests.worlds import kill_when, prepared_run, start, work, write_world
 
 pytestmark = pytest.mark.slow
 
 STEPS = 120
-LAUNCHERS: dict[int, tuple[str, ...]] = {
-    1: (),
-    2: TWO_WORKERS,
-    3: ("torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"),
-}
 SETTINGS = {
     "train.max_steps": STEPS,
     "train.global_batch_size": 6,
@@ -75,7 +70,7 @@ def undisturbed(world: Path) -> Callable[[str, int, int], RunFolder]:
         key = (method, workers, stage)
         if key not in done:
             done[key] = prepared(world, f"whole-{method}-{workers}-{stage}", method, workers, stage)
-            work(done[key], *LAUNCHERS[workers])
+            work(done[key])
         return done[key]
 
     return get
@@ -88,8 +83,8 @@ def test_on_the_same_workers_not_a_bit_differs(
     world: Path, undisturbed: Callable[[str, int, int], RunFolder], method: str, workers: int, stage: int
 ) -> None:
     run = prepared(world, f"killed-{method}-{workers}-{stage}", method, workers, stage)
-    kill_when(run, has_checkpoints(run, 2), *LAUNCHERS[workers])
-    work(run, *LAUNCHERS[workers])
+    kill_when(run, has_checkpoints(run, 2))
+    work(run)
     assert starts(run)[0] == 0 and starts(run)[1] >= 5 and starts(run)[1] % 5 == 0
     whole = undisturbed(method, workers, stage)
     assert weights_of(run) == weights_of(whole)
@@ -115,24 +110,24 @@ def test_on_other_workers_the_curve_is_the_same(
 ) -> None:
     run_id = f"moved-{method[:2]}-{before[0]}-{after[0]}"
     run = prepared(world, run_id, method, *before, **{"train.precision": "fp32"})
-    kill_when(run, has_checkpoints(run, 2), *LAUNCHERS[before[0]])
+    kill_when(run, has_checkpoints(run, 2))
     run = prepared(world, run_id, method, *after, **{"train.precision": "fp32"})
-    work(run, *LAUNCHERS[after[0]])
+    work(run)
     assert starts(run)[1] >= 5
     whole = prepared(world, f"{run_id}-whole", method, *after, **{"train.precision": "fp32"})
-    work(whole, *LAUNCHERS[after[0]])
+    work(whole)
     assert [m.loss for m in curve(run)] == pytest.approx([m.loss for m in curve(whole)], abs=1e-3)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(world: Path) -> None:
     run = prepared(world, "damaged", "lora", 2, 2)
-    kill_when(run, has_checkpoints(run, 2), *LAUNCHERS[2])
+    kill_when(run, has_checkpoints(run, 2))
     older, newest = Checkpoints(run).entries()[-2:]
     folder = Path(run.storage.root, run.path, "checkpoints", newest.folder)
     part = next(folder.glob("*.safetensors"))
     content = part.read_bytes()
     part.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
-    work(run, *LAUNCHERS[2])
+    work(run)
     told = [event for event in read_events(run.storage, run.run_id) if event.type == "checkpoint_damaged"]
     assert len(told) == 1 and newest.folder in told[0].message and part.name in told[0].message
     assert starts(run)[1] == older.step
@@ -141,21 +136,21 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(world: Path) -
 
 def test_when_no_checkpoint_is_sound_nothing_is_trained_over_it(world: Path) -> None:
     run = prepared(world, "ruined", "lora", 2, 2)
-    kill_when(run, has_checkpoints(run, 2), *LAUNCHERS[2])
+    kill_when(run, has_checkpoints(run, 2))
     for manifest in Path(run.storage.root, run.path, "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{}")
-    process = start(run, *LAUNCHERS[2])
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode != 0 and "checkpoints is sound" in printed
+    workers = start(run)
+    printed = workers.wait(timeout=240)
+    assert workers.returncode != 0 and "checkpoints is sound" in printed
 
 
 def test_checkpoints_of_another_course_are_refused(world: Path) -> None:
     run = prepared(world, "other", "lora", 2, 2)
-    kill_when(run, has_checkpoints(run, 1), *LAUNCHERS[2])
+    kill_when(run, has_checkpoints(run, 1))
     run = prepared(world, "other", "lora", 2, 2, **{"train.seed": 5})
-    process = start(run, *LAUNCHERS[2])
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode != 0 and "Give another --run-id" in printed
+    workers = start(run)
+    printed = workers.wait(timeout=240)
+    assert workers.returncode != 0 and "Give another --run-id" in printed
 
 
 def test_a_checkpoint_holds_what_is_trained_and_old_ones_go(

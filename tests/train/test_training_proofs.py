@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ft_service.data.order import step_rows
-from tests.train.training_cases import DOCUMENTS_PER_ROW, documents, fixed_rows, run_cases, write_base
+from tests.forked import run_cases
+from tests.train.training_cases import DOCUMENTS_PER_ROW, documents, fixed_rows, run_case, write_base
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_worker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def one_worker(base: Path) -> dict[str, Any]:
     cases = {f"full-zero{stage}": {"method": FULL, "stage": stage, "micro": 1} for stage in (0, 1, 2, 3)}
     cases |= {f"lora-zero{stage}": {"method": LORA, "stage": stage, "micro": 1} for stage in (0, 3)}
     cases["full-whole-batch"] = {"method": FULL, "stage": 2, "micro": 4}
@@ -35,11 +36,11 @@ def one_worker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     cases["qlora-bf16"] = {"method": QLORA, "stage": 1, "micro": 2, "precision": "bf16"}
     for case in cases.values():
         case["base"] = str(base)
-    return run_cases(cases, 1, tmp_path_factory.mktemp("one"))
+    return run_cases(run_case, cases, 1)
 
 
 @pytest.fixture(scope="module")
-def two_workers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_workers(base: Path) -> dict[str, Any]:
     cases = {f"full-zero{stage}": {"method": FULL, "stage": stage, "micro": 1} for stage in (0, 1, 2, 3)}
     cases |= {f"lora-zero{stage}": {"method": LORA, "stage": stage, "micro": 2} for stage in (0, 1, 2, 3)}
     cases["full-separate"] = {"method": FULL, "stage": 3, "micro": 2, "packed": False}
@@ -48,18 +49,18 @@ def two_workers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cases |= {f"qlora-bf16-zero{s}": {"method": QLORA, "stage": s, "micro": 2, "precision": "bf16"} for s in (2, 3)}
     for case in cases.values():
         case["base"] = str(base)
-    return run_cases(cases, 2, tmp_path_factory.mktemp("two"))
+    return run_cases(run_case, cases, 2)
 
 
 @pytest.fixture(scope="module")
-def two_nodes(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_nodes(base: Path) -> dict[str, Any]:
     """Four workers, two and two of which share a copy of the weights (ZeRO++ hpZ)."""
     cases = {name: {"method": method, "stage": 3, "micro": 1} for name, method in (("full", FULL), ("lora", LORA))}
     cases["qlora-bf16"] = {"method": QLORA, "stage": 3, "micro": 1, "precision": "bf16"}
     cases["lora-checkpointing"] = cases["lora"] | {"checkpointing": True}
     for case in cases.values():
         case |= {"base": str(base), "node_size": 2}
-    return run_cases(cases, 4, tmp_path_factory.mktemp("nodes"))
+    return run_cases(run_case, cases, 4)
 
 
 def assert_same_curve(found: dict[str, Any], expected: dict[str, Any], tolerance: float = TOLERANCE) -> None:
@@ -184,7 +185,7 @@ def test_losses_are_those_of_transformers_trainer_on_a_fixed_batch(base: Path, t
     expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     fixed = {"method": FULL, "stage": 2, "micro": 2, "base": str(base), "fixed_batch": True}
-    found = run_cases({"fixed": fixed}, 2, tmp_path)["fixed"]
+    found = run_cases(run_case, {"fixed": fixed}, 2)["fixed"]
     assert found["losses"][:4] == pytest.approx(expected, abs=TOLERANCE)
 
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,9 @@ from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_events, read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.watchdog import HANG_EXIT_CODE, LAST_WORDS_SECONDS, Silence, stacks_folder, suspects
-from tests.worlds import TWO_WORKERS, kill, prepared_run, start, write_world
+from tests.forked import Workers
+from tests.train.watchdog_cases import run_watched
+from tests.worlds import prepared_run, start, write_world
 
 slow = pytest.mark.slow
 
@@ -51,23 +51,16 @@ def test_suspects_are_the_ones_without_stacks_when_others_have_some(tmp_path: Pa
 # -- one process -----------------------------------------------------------------------------------------------------
 
 
-def hang(case: str, storage: Path, timeout: float, *launcher: str) -> "tuple[subprocess.CompletedProcess[str], float]":
+def hang(case: str, storage: Path, timeout: float, world_size: int | None = None) -> tuple[Workers, float]:
     """Run a case to its end; also returns the seconds that took."""
     began = time.monotonic()
-    process = start_case(case, storage, timeout, *launcher)
-    try:
-        printed, errors = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors), time.monotonic() - began
+    workers = start_case(case, storage, timeout, world_size)
+    workers.wait(timeout=180)
+    return workers, time.monotonic() - began
 
 
-def start_case(case: str, storage: Path, timeout: float, *launcher: str) -> "subprocess.Popen[str]":
-    script = Path(__file__).with_name("watchdog_cases.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), case, str(storage), str(timeout)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_case(case: str, storage: Path, timeout: float, world_size: int | None = None) -> Workers:
+    return Workers(run_watched, case, str(storage), timeout, world_size=world_size)
 
 
 START_SECONDS = 60.0
@@ -81,7 +74,7 @@ def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_pat
     report = (tmp_path / "runs/r/stacks/first/rank-00000.txt").read_text()
     assert "Worker 0 of 1 has not got on for 2 seconds (in step 12, micro-batch 3 of 4)" in report
     assert "Thread MainThread" in report and "in waits_for_ever" in report
-    assert report in done.stderr
+    assert report in done.printed
     (event,) = read_events(Storage(str(tmp_path)), "r")
     told = event.model_dump()
     assert (told["type"], told["rank"], told["step"], told["doing"]) == ("hang", 0, 12, "micro-batch 3 of 4")
@@ -91,41 +84,41 @@ def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_pat
 @slow
 def test_a_process_that_is_slow_but_gets_on_is_left_alone(tmp_path: Path) -> None:
     done, seconds = hang("is_slow", tmp_path, 2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
 
 
 @slow
 def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path: Path) -> None:
     timeout = 3
-    process = start_case("is_suspended", tmp_path, timeout)
-    assert process.stdout is not None and process.stdout.readline() == "now\n"
-    process.send_signal(signal.SIGSTOP)
+    workers = start_case("is_suspended", tmp_path, timeout)
+    wait(lambda: "now\n" in workers.printed, START_SECONDS, workers)
+    os.kill(workers.pids[0], signal.SIGSTOP)
     time.sleep(2 * timeout)
-    process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=START_SECONDS)
-    assert process.returncode == 0, errors
+    os.kill(workers.pids[0], signal.SIGCONT)
+    printed = workers.wait(timeout=START_SECONDS)
+    assert workers.returncode == 0, printed
 
 
 @slow
 def test_a_storage_that_hangs_too_costs_the_file_and_not_the_end(tmp_path: Path) -> None:
     done, seconds = hang("storage_hangs", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + LAST_WORDS_SECONDS + START_SECONDS
-    assert "in storage_hangs" in done.stderr
+    assert "in storage_hangs" in done.printed
 
 
 @slow
 def test_code_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path: Path) -> None:
     done, _ = hang("keeps_the_interpreter", tmp_path, 1)
     assert done.returncode not in (0, HANG_EXIT_CODE)
-    assert "in keeps_the_interpreter" in done.stderr
+    assert "in keeps_the_interpreter" in done.printed
 
 
 @slow
 def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
     done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
-    assert done.returncode == 0, done.stderr
-    timeouts = next(line for line in done.stdout.splitlines() if line.startswith("timeouts")).split()[1:]
+    assert done.returncode == 0, done.printed
+    timeouts = next(line for line in done.printed.splitlines() if line.startswith("timeouts")).split()[1:]
     assert len(timeouts) > 1  # DeepSpeed's own, too
     assert all(float(seconds) > 100_000 + LAST_WORDS_SECONDS for seconds in timeouts)
 
@@ -135,9 +128,8 @@ def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
 
 @slow
 def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done, _ = hang("skips_a_collective", tmp_path, 4, *launcher)
-    assert done.returncode != 0 and f"exitcode  : {HANG_EXIT_CODE}" in done.stderr
+    done, _ = hang("skips_a_collective", tmp_path, 4, world_size=2)
+    assert done.returncode == HANG_EXIT_CODE
     first, second = ((tmp_path / f"runs/r/stacks/first/rank-0000{rank}.txt").read_text() for rank in (0, 1))
     assert "in step 3, micro-batch 1 of 1" in first and "in all_reduce" in first
     assert "in step 3, validating" in second and "store.wait" in second
@@ -146,10 +138,10 @@ def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: 
     assert {event.type for event in read_events(run.storage, "r")} == {"hang"}
 
 
-def wait(until: Callable[[], bool], seconds: float, process: "subprocess.Popen[str]") -> None:
+def wait(until: Callable[[], bool], seconds: float, workers: Workers) -> None:
     deadline = time.monotonic() + seconds
     while not until():
-        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert workers.poll() is None, workers.printed[-6000:]
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.05)
 
@@ -166,15 +158,13 @@ def events_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
     return [event.model_dump() for event in read_events(run.storage, run.run_id) if event.type == kind]
 
 
-def training(
-    world: Path, run_id: str, timeout: int, steps: int
-) -> "tuple[RunFolder, subprocess.Popen[str], list[int]]":
+def training(world: Path, run_id: str, timeout: int, steps: int) -> tuple[RunFolder, Workers, list[int]]:
     """Two workers in the midst of training, and their process ids by rank."""
     settings = {"parallel.hang_timeout_seconds": timeout, "train.max_steps": steps, "train.validate_every_steps": steps}
     run = prepared_run(world, run_id, 2, **settings)
-    process = start(run, *TWO_WORKERS)
-    wait(lambda: len(read_metrics(run.storage, run_id)) >= 3, 240, process)
-    return run, process, [worker["pid"] for worker in events_of(run, "training")[0]["workers"]]
+    workers = start(run)
+    wait(lambda: len(read_metrics(run.storage, run_id)) >= 3, 240, workers)
+    return run, workers, [worker["pid"] for worker in events_of(run, "training")[0]["workers"]]
 
 
 @pytest.fixture(scope="module")
@@ -190,15 +180,15 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
     world: Path, hung: int
 ) -> None:
     timeout, alive = 10, 1 - hung
-    run, process, pids = training(world, f"stopped-{hung}", timeout, steps=100_000)
+    run, workers, pids = training(world, f"stopped-{hung}", timeout, steps=100_000)
     try:
         os.kill(pids[hung], signal.SIGSTOP)
         began = time.monotonic()
-        wait(lambda: is_gone(pids[alive]), 4 * timeout, process)
+        wait(lambda: is_gone(pids[alive]), 4 * timeout, workers)
         # Its last beat was before the stop; then it waited, and for a time for the file of the other.
         assert timeout - 2 < time.monotonic() - began < 3 * timeout
     finally:
-        kill(process)
+        workers.kill()
     (event,) = events_of(run, "hang")
     assert event["rank"] == alive and f"Worker {alive} of 2" in event["message"]
     assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 1
@@ -211,7 +201,7 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
 @slow
 def test_workers_that_were_all_stopped_for_a_while_go_on(world: Path) -> None:
     timeout, steps = 5, 60
-    run, process, pids = training(world, "suspended", timeout, steps)
+    run, workers, pids = training(world, "suspended", timeout, steps)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     before = len(read_metrics(run.storage, run.run_id))
@@ -219,7 +209,7 @@ def test_workers_that_were_all_stopped_for_a_while_go_on(world: Path) -> None:
     time.sleep(2 * timeout)
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, printed[-6000:]
+    printed = workers.wait(timeout=240)
+    assert workers.returncode == 0, printed[-6000:]
     assert len(read_metrics(run.storage, run.run_id)) == steps
     assert events_of(run, "hang") == []

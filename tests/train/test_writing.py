@@ -19,9 +19,10 @@ from ft_service.model.weight_files import CONFIG_FILE, INDEX_FILE, Checkpoint
 from ft_service.model.writer import TensorFormat, WeightWriter, index_of, lay_out
 from ft_service.registry.registry import DIGESTS_FILE, sha256_of
 from ft_service.storage.storage import Storage
-from tests.train.training_cases import run_cases, write_base
+from tests.forked import run_cases
+from tests.train.training_cases import write_base
+from tests.train.writing_cases import run_case
 
-SCRIPT = Path(__file__).with_name("writing_cases.py")
 FULL = {"type": "full"}
 
 # Llama 3.1 405B, in the order of its modules (arXiv:2407.21783, table 3).
@@ -194,7 +195,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], t
             | {"base": str(place / ("tied" if case.get("tied", True) else "untied"))}
             for name, case in cases.items()
         }
-        results = run_cases(full, world_size, folder, SCRIPT)
+        results = run_cases(run_case, full, world_size)
         found |= {(world_size, name): (folder / name, results[name]["workers"]) for name in cases}
     return found
 
@@ -267,7 +268,7 @@ def test_weights_that_rest_on_nvme_are_written_too(tmp_path: Path) -> None:
     write_base(tmp_path / "base", hidden_size=768, intermediate_size=1600)
     case = {"base": str(tmp_path / "base"), "method": FULL, "stage": 3, "micro": 2, "train": {"max_steps": 2}}
     case |= {"offload": "nvme", "nvme_path": str(tmp_path / "drive"), "out": str(tmp_path / "out")}
-    run_cases({"nvme": case}, 2, tmp_path, SCRIPT)
+    run_cases(run_case, {"nvme": case}, 2)
     gathered = load_file(tmp_path / "out.gathered.safetensors")
     swapped = [file for file in (tmp_path / "drive").rglob("*param*") if file.is_file()]
     assert swapped and math.prod(gathered["model.layers.0.mlp.up_proj.weight"].shape) * 4 / 2 > 2**20
@@ -282,7 +283,7 @@ def test_a_worker_that_cannot_write_leaves_nothing_that_counts_as_whole(tmp_path
     case = {"base": str(tmp_path / "base"), "method": FULL, "stage": stage, "micro": 2, "train": {"max_steps": 1}}
     case |= {"out": str(tmp_path / "out"), "full_on": 1}
     with pytest.raises(AssertionError, match="No space left"):
-        run_cases({"full": case}, 2, tmp_path, SCRIPT)
+        run_cases(run_case, {"full": case}, 2)
     left = {file.name for file in (tmp_path / "out").glob("*") if not file.name.endswith(".partial")}
     assert left <= {"model-00001-of-00002.safetensors"}
     assert not {CONFIG_FILE, INDEX_FILE, DIGESTS_FILE} & left

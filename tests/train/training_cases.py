@@ -1,12 +1,5 @@
-"""Runs training cases on the real engine in one process group, and prints their measurements as JSON.
+"""Training cases on the real engine, and what is measured of them (for `tests.forked.run_cases`)."""
 
-torchrun --nproc-per-node N tests/train/training_cases.py CASES.json RESULTS.json
-"""
-
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +21,10 @@ from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
 from ft_service.train.loop import mean_loss, train
 from ft_service.train.objectives.sft import LossModel
-from ft_service.train.parallel import Parallel, end_process, init_process_group
+from ft_service.train.parallel import Parallel
 from ft_service.train.protocol import Hooks, TrainingState
 from ft_service.train.weights import write_adapter, write_model
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 256
 NUM_ROWS = 24
 DOCUMENTS_PER_ROW = 2
@@ -123,19 +115,6 @@ def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75,
         eos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def run_cases(cases: dict[str, Any], world_size: int, folder: Path, script: str | Path = __file__) -> dict[str, Any]:
-    """Run the cases of a script such as this one under torchrun; `folder` receives their input and output."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)),
-        *(str(script), str(folder / "cases.json"), str(folder / "results.json")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text())
 
 
 def rows_of(case: dict[str, Any]) -> list[Row]:
@@ -276,19 +255,3 @@ def frozen_facts(base: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dic
             and (ours.shape, ours.dtype, ours.blocksize) == (theirs.shape, theirs.dtype, theirs.blocksize),
         }
     return facts
-
-
-def main() -> None:
-    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
-    torch.set_num_threads(1)
-    init_process_group(use_gpu=False)
-    world_size = torch.distributed.get_world_size()
-    for name, case in cases.items():
-        results[name] = run_case(case, world_size)
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    end_process()
-
-
-if __name__ == "__main__":
-    main()

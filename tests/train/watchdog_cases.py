@@ -1,10 +1,6 @@
-"""Processes that hang, or do not, each under a watchdog.
-
-python tests/train/watchdog_cases.py CASE STORAGE TIMEOUT      (torchrun --nproc-per-node 2 for `skips_a_collective`)
-"""
+"""Processes that hang, or do not, each under a watchdog."""
 
 import ctypes
-import sys
 import threading
 import time
 from pathlib import Path
@@ -66,8 +62,9 @@ def skips_a_collective(watchdog: Watchdog, timeout: float) -> None:
 
 def prints_group_timeouts(watchdog: Watchdog, timeout: float) -> None:
     """Of all process groups that there are once an engine is made, in seconds."""
-    write_base(Path(sys.argv[2], "base"))
-    case = {"base": str(Path(sys.argv[2], "base")), "method": {"type": "full"}, "stage": 2, "micro": 1}
+    base = Path(watchdog._run.storage.root, "base")
+    write_base(base)
+    case = {"base": str(base), "method": {"type": "full"}, "stage": 2, "micro": 1}
     init_process_group(use_gpu=False)
     spec = plan_of(case, 1).spec
     parallel_spec = spec.parallel.model_copy(update={"hang_timeout_seconds": int(timeout)})
@@ -79,8 +76,7 @@ def prints_group_timeouts(watchdog: Watchdog, timeout: float) -> None:
     print("timeouts", *(backend.options._timeout.total_seconds() for backend in backends))
 
 
-def main() -> None:
-    case, storage, timeout = sys.argv[1], sys.argv[2], float(sys.argv[3])
+def run_watched(case: str, storage: str, timeout: float) -> None:
     rank, world_size = 0, 1
     if case == "skips_a_collective":
         dist.init_process_group("gloo")
@@ -89,7 +85,3 @@ def main() -> None:
     watchdog.start()
     globals()[case](watchdog, timeout)
     watchdog.stop()
-
-
-if __name__ == "__main__":
-    main()

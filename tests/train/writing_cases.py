@@ -1,10 +1,5 @@
-"""Trains a few steps, then writes the whole model in parallel, and prints what each worker did for it as JSON.
+"""Trains a few steps, then writes the whole model in parallel, and says what each worker did for it."""
 
-torchrun --nproc-per-node N tests/train/writing_cases.py CASES.json RESULTS.json
-"""
-
-import json
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +16,7 @@ from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
 from ft_service.train.loop import train
 from ft_service.train.objectives.sft import LossModel
-from ft_service.train.parallel import Parallel, end_process, init_process_group
+from ft_service.train.parallel import Parallel
 from ft_service.train.protocol import Hooks, TrainingState
 from ft_service.train.weights import write_model
 from tests.train.training_cases import TrulyPartitioned, packed_rows, plan_of
@@ -99,18 +94,3 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     results: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(results, result)
     return {"workers": results}
-
-
-def main() -> None:
-    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
-    torch.set_num_threads(1)
-    init_process_group(use_gpu=False)
-    for name, case in cases.items():
-        results[name] = run_case(case, torch.distributed.get_world_size())
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    end_process()
-
-
-if __name__ == "__main__":
-    main()

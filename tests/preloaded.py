@@ -1,0 +1,24 @@
+"""What the fork server of `tests.forked` imports once, for all worker processes that it forks.
+
+Nothing here may start a thread, join a process group or touch a GPU: a fork would inherit half of it.
+"""
+
+import gc
+import importlib
+
+from deepspeed.accelerator import get_accelerator
+
+for _module in (
+    "ft_service.train.worker",
+    "tests.model.loading_cases",
+    "tests.plan.memory_cases",
+    "tests.train.nonfinite_cases",
+    "tests.train.training_cases",
+    "tests.train.watchdog_cases",
+    "tests.train.writing_cases",
+):
+    importlib.import_module(_module)
+# Each worker would otherwise ask ninja whether the operator is still built.
+get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+gc.collect()
+gc.freeze()  # a garbage collection in a worker would copy all these pages
