@@ -1,8 +1,8 @@
-"""The whole way on two CPU cores, offline: records, base model, adapter, server, and what the adapter learnt.
+"""The whole path on two CPU cores, offline: records, base model, adapter, server, and what the adapter learned.
 
 python examples/quickstart/quickstart.py [--folder quickstart]
 
-It ends everything it starts. What it made stays in the folder.
+It stops everything it starts. The results stay in the folder.
 """
 
 import argparse
@@ -46,7 +46,8 @@ MODEL_SIZES = {"hidden_size": 192, "num_layers": 4, "num_heads": 3, "num_kv_head
 ANSWER_TOKENS = 8
 PARALLEL_REQUESTS = 8
 EXPECTED_GAIN_POINTS = 60
-EXAMPLES_SHOWN, EXAMPLE_CHARACTERS = 6, 60
+EXAMPLES_SHOWN = 6
+EXAMPLE_CHARACTERS = 60
 
 RAY_START_SECONDS = 120
 SERVE_START_SECONDS = 180
@@ -59,23 +60,24 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where everything it makes goes")
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="for everything it writes")
     folder = parser.parse_args().folder.absolute()
-    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for a GPU, and says that it found none
+    os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed looks for a GPU and warns that there is none
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run_quickstart(folder)
     except FtError as error:
         console.print(f"[red]Failed.[/red] {error}", soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("Interrupted. What was started has been ended.")
+        console.print("Interrupted. Everything it started has been stopped.")
     return 1
 
 
 def run_quickstart(folder: Path) -> int:
     """All steps, in order; returns the exit code."""
     began = time.monotonic()
-    records, storage = folder / "records", Storage(str(folder / "storage"))
+    records = folder / "records"
+    storage = Storage(str(folder / "storage"))
     registry = Registry(storage)
     with step(1, "Records from the documentation of the installed standard library"):
         for name, count in write_records(records, standard_library()).items():
@@ -91,8 +93,8 @@ def run_quickstart(folder: Path) -> int:
         title = f"{len(questions)} held-out questions, to base and adapter"
         with server(ray, storage, registry.folder(base), folder / "serve.log") as url, step(7, title):
             gain = compare(questions, *(ask_all(url, model.id, questions) for model in (base, adapter)))
-    console.print(f"\nDone in {time.monotonic() - began:.0f} s; Ray and the server are ended.\n")
-    say_what_next(records, registry, base, adapter, [base_run, adapter_run])
+    console.print(f"\nDone in {time.monotonic() - began:.0f} s; Ray and the server have stopped.\n")
+    print_next_steps(records, registry, base, adapter, [base_run, adapter_run])
     if gain < EXPECTED_GAIN_POINTS:
         console.print(f"[red]Failed.[/red] The adapter gained {gain:.0f} points; expected are {EXPECTED_GAIN_POINTS}.")
         return 1
@@ -133,8 +135,8 @@ class Ray:
 
 @contextmanager
 def ray_head(log: Path, num_cpus: int = NUM_CPUS) -> Iterator[Ray]:
-    """A Ray beside any other on this machine: ports, folder and token of its own."""
-    # The paths of Ray's sockets lie below this folder, and Linux allows them 107 bytes.
+    """A Ray head with its own ports, folder and token, independent of any other Ray on this machine."""
+    # Ray creates its sockets below this folder, and Linux limits their paths to 107 bytes.
     session = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
     gcs, dashboard, client = free_ports(3)
     ray = Ray(f"http://127.0.0.1:{dashboard}", ray_environment(f"127.0.0.1:{gcs}"))
@@ -147,7 +149,7 @@ def ray_head(log: Path, num_cpus: int = NUM_CPUS) -> Iterator[Ray]:
         with background(command, ray.environment, log) as head:
             with step(3, "A local Ray"):
                 headers = {"Authorization": f"Bearer {ray.environment['RAY_AUTH_TOKEN']}"}
-                if not comes_up(f"{ray.dashboard}/api/version", head, RAY_START_SECONDS, headers):
+                if not answers_in_time(f"{ray.dashboard}/api/version", head, RAY_START_SECONDS, headers):
                     raise ClusterError(f"Ray did not start; its log is {log}.")
                 console.print(f"  dashboard {ray.dashboard}, token {ray.environment['RAY_AUTH_TOKEN']}", soft_wrap=True)
             yield ray
@@ -156,7 +158,7 @@ def ray_head(log: Path, num_cpus: int = NUM_CPUS) -> Iterator[Ray]:
 
 
 def ray_environment(address: str) -> dict[str, str]:
-    """Ours, less what belongs to another Ray; the `python` of a job is the one that runs this."""
+    """This process's environment without settings of another Ray. Jobs run the `python` that runs this script."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FT_"))}
     return environment | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
@@ -177,7 +179,7 @@ def train(ray: Ray, storage: Storage, spec: str, data: Path, base: Path) -> tupl
     command += ["python", "jobs/train.py", f"examples/quickstart/{spec}.yaml"]
     command += [f"storage={storage.root}", f"model.base={base}", f"data.train.0.path={data}", "--run-id", run.run_id]
     console.print(f"  [dim]{' '.join(command)}[/dim]", soft_wrap=True)
-    with ended_with_us(subprocess.Popen(command, cwd=PROJECT, env=ray.environment, start_new_session=True)) as job:
+    with stopped_at_exit(subprocess.Popen(command, cwd=PROJECT, env=ray.environment, start_new_session=True)) as job:
         job.wait()
     status = run.status()
     if job.returncode != 0 or status is None or status.published is None:
@@ -197,7 +199,7 @@ def server(ray: Ray, storage: Storage, base: Path, log: Path) -> Iterator[str]:
     command += ["--port", str(port)]
     with background(command, ray.environment, log) as process:
         with step(6, "Ray Serve"):
-            if not comes_up(f"{url}/health", process, SERVE_START_SECONDS):
+            if not answers_in_time(f"{url}/health", process, SERVE_START_SECONDS):
                 raise ServingError(f"the server did not start; its log is {log}.")
             console.print(f"  {url}, its log is {log}", soft_wrap=True)
         yield url
@@ -225,36 +227,37 @@ def compare(questions: list[Record], base_answers: list[str], adapter_answers: l
     """Print both against the expected answers; returns the adapter's gain in percentage points."""
     expected = [question["output"] for question in questions]
     examples = Table("question about", "expected", "base says", "adapter says", title="A few of the questions")
-    for question, *said in list(zip(questions, base_answers, adapter_answers, strict=True))[:EXAMPLES_SHOWN]:
+    for question, *answers in list(zip(questions, base_answers, adapter_answers, strict=True))[:EXAMPLES_SHOWN]:
         examples.add_row(
             textwrap.shorten(question["input"], EXAMPLE_CHARACTERS, placeholder="..."),
             question["output"],
-            *map(repr, said),
+            *map(repr, answers),
         )
     [(most_frequent, _)] = Counter(expected).most_common(1)
     scores = Table("who answers", "exact answer", "right first word", title=f"{len(expected)} held-out questions")
     right = {}
-    for name, said in {
+    for name, answers in {
         "always the most frequent answer": [most_frequent] * len(expected),
         "base": base_answers,
         "adapter": adapter_answers,
     }.items():
-        right[name] = percent_right(expected, said)
-        first_words = [answer.partition(" ")[0] for answer in said]
+        right[name] = percent_right(expected, answers)
+        first_words = [answer.partition(" ")[0] for answer in answers]
         scores.add_row(name, f"{right[name]:.1f} %", f"{percent_right(expected, first_words):.1f} %")
     console.print("", examples, "", scores)
     return right["adapter"] - right["base"]
 
 
-def percent_right(expected: list[str], said: list[str]) -> float:
-    right = (answer.strip().casefold() == wanted.casefold() for answer, wanted in zip(said, expected, strict=True))
+def percent_right(expected: list[str], answers: list[str]) -> float:
+    right = (answer.strip().casefold() == wanted.casefold() for answer, wanted in zip(answers, expected, strict=True))
     return 100 * sum(right) / len(expected)
 
 
-def say_what_next(
+def print_next_steps(
     records: Path, registry: Registry, base: AdapterRecord, adapter: AdapterRecord, runs: list[RunFolder]
 ) -> None:
-    storage, ft = registry.storage.root, Path(sys.executable).with_name("ft")
+    storage = registry.storage.root
+    ft = Path(sys.executable).with_name("ft")
     lines = [
         *(f"Report   {run.storage.uri(run.path)}/report.html" for run in runs),
         f"Records  {records}",
@@ -263,7 +266,7 @@ def say_what_next(
         "Try next:",
         f"  {ft} adapters verify {adapter.id} --storage {storage}",
         f"  {ft} serve --storage {storage} --base {registry.folder(base)}",
-        "  and your own records: jobs/specs/tiny-cpu.yaml on a CPU, jobs/specs/lora.yaml with Llama 3.1 8B on GPUs",
+        "  and with your own records: jobs/specs/tiny-cpu.yaml on a CPU, jobs/specs/lora.yaml with Llama 3.1 8B on GPUs",
     ]
     console.print(*lines, sep="\n", soft_wrap=True)
 
@@ -273,18 +276,18 @@ def say_what_next(
 
 @contextmanager
 def background(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that runs as long as the block, with its output in a file."""
+    """Run a command for as long as the block, with its output in a file."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        with ended_with_us(process):
+        with stopped_at_exit(process):
             yield process
 
 
 @contextmanager
-def ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """However the block ends, the process and all its descendants have ended after it. Others are never touched."""
+def stopped_at_exit(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Stop the process and all its descendants when the block ends, however it ends. Never touches other processes."""
     try:
         yield process
     finally:
@@ -300,8 +303,10 @@ def ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen
                 survivor.kill()
 
 
-def comes_up(url: str, process: subprocess.Popen[bytes], seconds: float, headers: dict[str, str] | None = None) -> bool:
-    """Wait until `url` answers 200; False when the process ended, or after so many seconds."""
+def answers_in_time(
+    url: str, process: subprocess.Popen[bytes], seconds: float, headers: dict[str, str] | None = None
+) -> bool:
+    """Wait until `url` answers 200; False if the process ends first, or after `seconds`."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -314,7 +319,7 @@ def comes_up(url: str, process: subprocess.Popen[bytes], seconds: float, headers
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now; held together, so that they differ."""
+    """Ports that nothing listens on now; bound at the same time, so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

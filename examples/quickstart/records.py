@@ -20,7 +20,8 @@ from pathlib import Path
 QUESTION = "What is documented here: a module, a class, a function or a method?"
 ANSWERS = ("module", "class", "function", "method")
 
-TRAIN_PER_ANSWER, HELD_OUT_PER_ANSWER = 1000, 40
+TRAIN_PER_ANSWER = 1000
+HELD_OUT_PER_ANSWER = 40
 
 DOC_CHARACTERS = 500
 SUMMARY_CHARACTERS = 160
