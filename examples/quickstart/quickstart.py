@@ -266,7 +266,7 @@ def print_next_steps(
         "Try next:",
         f"  {ft} adapters verify {adapter.id} --storage {storage}",
         f"  {ft} serve --storage {storage} --base {registry.folder(base)}",
-        "  and with your own records: jobs/specs/tiny-cpu.yaml on a CPU, jobs/specs/lora.yaml with Llama 3.1 8B on GPUs",
+        "  and your own records: jobs/specs/tiny-cpu.yaml on a CPU, jobs/specs/lora.yaml with Llama 3.1 8B on GPUs",
     ]
     console.print(*lines, sep="\n", soft_wrap=True)
 

@@ -71,7 +71,7 @@ def read_entries(library: Path) -> Iterator[Entry]:
 
 
 def _members(node: ast.AST, module: str, in_class: bool) -> Iterator[Entry]:
-    """The documented classes, functions and methods of a module or class; what lies inside a function is not seen."""
+    """The documented classes, functions and methods of a module or class; without those inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
             if doc := ast.get_docstring(child):
@@ -86,12 +86,12 @@ def _members(node: ast.AST, module: str, in_class: bool) -> Iterator[Entry]:
 
 
 def is_held_out(package: str) -> bool:
-    """One top-level package in five, chosen by its name: the same ones on every machine."""
+    """One top-level package in five, chosen by its name: the same on every machine."""
     return zlib.crc32(package.encode()) % 5 == 1
 
 
 def balanced(entries: list[Entry], per_answer: int) -> list[Entry]:
-    """At most so many entries of each kind, mixed, so that always saying the same is right on about a quarter."""
+    """At most `per_answer` entries of each kind, shuffled, so that one constant answer is right for about a quarter."""
     shuffle = random.Random(0)
     shuffled = shuffle.sample(entries, len(entries))
     chosen = [entry for kind in ANSWERS for entry in [e for e in shuffled if e.kind == kind][:per_answer]]
@@ -99,7 +99,7 @@ def balanced(entries: list[Entry], per_answer: int) -> list[Entry]:
 
 
 def text(entry: Entry) -> str:
-    """An entry as a page of documentation, with its line of the index at the end."""
+    """An entry as a page of documentation that ends with its index line."""
     return f"{entry.signature}\n{entry.doc[:DOC_CHARACTERS]}\n\n{entry.kind} in module {entry.module}"
 
 

@@ -1,0 +1,1 @@
+"""Data: from files to packed rows on storage, checked on the way."""

@@ -1,0 +1,1 @@
+"""Judging what was trained: sample answers and the verification of an adapter."""

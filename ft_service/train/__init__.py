@@ -1,0 +1,1 @@
+"""Training: one worker, a group of workers, and the attempts of a run."""
