@@ -13,8 +13,8 @@ from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START
 from ft_service.data.prepare import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
 from ft_service.model.base import load_tokenizer, resolve_base
-from ft_service.model.load import Whole, load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.load import WholeWeights, load_causal_lm
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder
@@ -70,7 +70,7 @@ def _answers(
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
 
     def load(source: Path, four_bit: bool = False) -> LlamaForCausalLM:
-        checkpoint, place = Checkpoint(source), Whole(device)
+        checkpoint, place = WeightFiles(source), WholeWeights(device)
         return load_causal_lm(checkpoint, dtype=dtype, four_bit=four_bit, placement=place, attention="sdpa")
 
     def answer(model: Any) -> list[list[int]]:

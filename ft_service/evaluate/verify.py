@@ -15,7 +15,7 @@ from ft_service.errors import FtError
 from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from ft_service.model.base import fingerprint, read_config, resolve_base
 from ft_service.model.load import load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import AdapterRecord, Registry
 
 _PROBE_TOKENS = 16
@@ -61,7 +61,7 @@ def _digests(registry: Registry, record: AdapterRecord) -> Finding:
 
 def _whole_model(folder: Path) -> Finding:
     try:
-        Checkpoint(folder).check()
+        WeightFiles(folder).check()
     except FtError as error:
         return Finding("model", False, str(error))
     return Finding("model", True, f"whole; fingerprint {fingerprint(folder)[:8]}")
@@ -99,7 +99,7 @@ def _misfits(folder: Path, expected: dict[str, tuple[int, int]], num_layers: int
 
 @torch.inference_mode()
 def _changes_logits(folder: Path, base_folder: Path) -> Finding:
-    base: LlamaForCausalLM = load_causal_lm(Checkpoint(base_folder), dtype=torch.bfloat16, attention="sdpa")
+    base: LlamaForCausalLM = load_causal_lm(WeightFiles(base_folder), dtype=torch.bfloat16, attention="sdpa")
     ids = torch.arange(1, _PROBE_TOKENS + 1)[None] % base.config.vocab_size
     before = base(input_ids=ids, use_cache=False).logits.float()
     after = load_adapter(base, folder)(input_ids=ids, use_cache=False).logits.float()

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ft_service.catalog import models
 from ft_service.errors import ModelError, ModelUnreachableError
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.text import first_line
 
 # A bar from every worker would bury the run's own progress line.
@@ -51,7 +51,7 @@ def resolve_base(base: str, revision: str | None = None, *, weights: bool = True
         folder = _fetch(base, weights)
     else:
         folder = _download(base, revision, weights)
-    checkpoint = Checkpoint(folder)
+    checkpoint = WeightFiles(folder)
     if weights or looks_like_folder(base):
         checkpoint.check()
     else:
@@ -99,21 +99,21 @@ def _is_cached(file: Path, there: fs.FileInfo) -> bool:
     return file.suffix == ".safetensors" and file.is_file() and file.stat().st_size == there.size
 
 
-def open_checkpoint(base: str, revision: str | None = None) -> Checkpoint:
+def open_weight_files(base: str, revision: str | None = None) -> WeightFiles:
     """The weights of a base, whole and where they are: on object storage they are read by ranges, not fetched."""
-    checkpoint = Checkpoint(base if is_remote(base) else resolve_base(base, revision))
+    checkpoint = WeightFiles(base if is_remote(base) else resolve_base(base, revision))
     checkpoint.check()
     return checkpoint
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's config.json; raises `ModelError` if it is not that of a Llama."""
-    return Checkpoint(folder).config
+    return WeightFiles(folder).config
 
 
 def fingerprint(folder: Path) -> str:
-    """See `Checkpoint.fingerprint`."""
-    return Checkpoint(folder).fingerprint()
+    """See `WeightFiles.fingerprint`."""
+    return WeightFiles(folder).fingerprint()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ft_service.catalog.models import ModelShape
 from ft_service.errors import ModelError
 from ft_service.model import nf4
-from ft_service.model.load import Fill, build, plan_fills, weight_shapes
-from ft_service.model.shards import Sharing, Span, num_blocks, partition_numel
+from ft_service.model.load import ParameterRead, build, plan_reads, weight_shapes
+from ft_service.model.shards import Partitioning, Span, num_blocks, partition_numel
 from ft_service.model.weight_files import ITEM_BYTES, TensorEntry
 
 _FILE_BYTES = 5 * 10**9
@@ -53,7 +53,7 @@ class DryRun:
         return max(self.ranks, key=lambda rank: rank.peak)
 
 
-def imagined_checkpoint(shape: ModelShape, dtype: str = "BF16") -> tuple[LlamaConfig, dict[str, TensorEntry]]:
+def tensors_from_shape(shape: ModelShape, dtype: str = "BF16") -> tuple[LlamaConfig, dict[str, TensorEntry]]:
     """Config and tensors of a checkpoint of that shape, in files of 5 GB, as on the hub."""
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -93,12 +93,12 @@ def dry_run(
     parameter exactly once.
     """
     model = build(config, dtype, four_bit)
-    per_rank = [plan_fills(model, tensors, Sharing(rank, world_size, node_size)) for rank in range(world_size)]
+    per_rank = [plan_reads(model, tensors, Partitioning(rank, world_size, node_size)) for rank in range(world_size)]
     for fills in zip(*per_rank, strict=True):
         _adds_up([fill.held[0] for fill in fills], model.get_parameter(fills[0].name).numel(), fills[0].name)
         _covers([fill.read[0] for fill in fills], fills[0])
     ranks = [
-        _load(model, fills, Sharing(rank, world_size, node_size), dtype, device) for rank, fills in enumerate(per_rank)
+        _load(model, fills, Partitioning(rank, world_size, node_size), dtype, device) for rank, fills in enumerate(per_rank)
     ]
     linears = [entry.nbytes for name, entry in tensors.items() if name.startswith("model.layers.0.")]
     return DryRun(
@@ -113,7 +113,7 @@ def dry_run(
 
 
 def _load(
-    model: LlamaForCausalLM, fills: Iterable[Fill], sharing: Sharing, dtype: torch.dtype, device: str
+    model: LlamaForCausalLM, fills: Iterable[ParameterRead], sharing: Partitioning, dtype: torch.dtype, device: str
 ) -> RankLoad:
     read = held = statistics = peak = 0
     for fill in fills:
@@ -140,7 +140,7 @@ def _adds_up(spans: list[Span], numel: int, name: str) -> None:
         raise ModelError(f"{name}: partitions hold {reached:,} of {numel:,} elements. This is a fault of ours.")
 
 
-def _covers(reads: list[Span], fill: Fill) -> None:
+def _covers(reads: list[Span], fill: ParameterRead) -> None:
     """Each weight is read by whoever holds it; where 4-bit blocks are cut, by two."""
     reached = 0
     for span in reads:

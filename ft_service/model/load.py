@@ -20,8 +20,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from ft_service.errors import ModelError
 from ft_service.model import nf4
 from ft_service.model.attention import PACKED_ATTENTION
-from ft_service.model.shards import Sharing, Span, num_blocks, partition, whole_blocks
-from ft_service.model.weight_files import Checkpoint, TensorEntry
+from ft_service.model.shards import Partitioning, Span, num_blocks, partition, whole_blocks
+from ft_service.model.weight_files import TensorEntry, WeightFiles
 
 CHUNK_BYTES = 16 * 1024 * 1024
 QUANTISING_BYTES_PER_WEIGHT = 30  # while it lasts: bitsandbytes' fp32 copies, indices and packed results
@@ -35,10 +35,10 @@ Progress = Callable[[int, int], None]
 """Told how many bytes this process has read, and how many it will."""
 
 
-class Placement(Protocol):
+class WeightPlacement(Protocol):
     """Where the weights of a model rest."""
 
-    sharing: Sharing
+    sharing: Partitioning
     device: torch.device
 
     def place(self, parameter: nn.Parameter) -> list[torch.Tensor]:
@@ -55,10 +55,10 @@ class Placement(Protocol):
         """[n] on each of W processes -> [W, n] on each."""
 
 
-class Whole:
+class WholeWeights:
     """Every weight whole, in this process: what ZeRO-0 to 2, inference and merging want."""
 
-    sharing = Sharing()
+    sharing = Partitioning()
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
@@ -76,11 +76,11 @@ class Whole:
 
 @torch.inference_mode(False)  # reading threads are outside it, and may not write to tensors made inside
 def load_causal_lm(
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     *,
     dtype: torch.dtype,
     four_bit: bool = False,
-    placement: Placement | None = None,
+    placement: WeightPlacement | None = None,
     attention: str = PACKED_ATTENTION,
     progress: Progress | None = None,
 ) -> LlamaForCausalLM:
@@ -89,10 +89,10 @@ def load_causal_lm(
     Equal bit for bit to what `transformers` loads. Every process of a shared `placement` must call it. Raises
     `ModelError` with every missing, unexpected or wrongly shaped tensor before it reads a weight.
     """
-    placement = placement or Whole()
+    placement = placement or WholeWeights()
     checkpoint.check()
     model = skeleton(checkpoint, dtype, four_bit, attention)
-    fills = plan_fills(model, checkpoint.tensors, placement.sharing)
+    fills = plan_reads(model, checkpoint.tensors, placement.sharing)
     homes = _homes(model)
     total, done = sum(fill.bytes_read for fill in fills), 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as threads:
@@ -115,13 +115,13 @@ def load_causal_lm(
     return model.eval()
 
 
-def stream_weights(checkpoint: Checkpoint, model: LlamaForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_weights(checkpoint: WeightFiles, model: LlamaForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and values of each weight of `model`, a skeleton, in its type, on the CPU: one after the other, none kept.
 
     Raises like `load_causal_lm`.
     """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    fills = plan_fills(model, checkpoint.tensors, Sharing())
+    fills = plan_reads(model, checkpoint.tensors, Partitioning())
     with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as threads:
         for fill in fills:
             weight = torch.empty(fill.entry.shape, dtype=dtypes[fill.name])
@@ -131,7 +131,7 @@ def stream_weights(checkpoint: Checkpoint, model: LlamaForCausalLM) -> Iterator[
     checkpoint.close()
 
 
-def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, four_bit: bool, attention: str) -> LlamaForCausalLM:
+def skeleton(checkpoint: WeightFiles, dtype: torch.dtype, four_bit: bool, attention: str) -> LlamaForCausalLM:
     """The model of a checkpoint on the meta device."""
     config = LlamaConfig.from_dict(copy.deepcopy(checkpoint.config), attn_implementation=attention)
     config._name_or_path = checkpoint.location
@@ -157,7 +157,7 @@ def build(config: LlamaConfig, dtype: torch.dtype, four_bit: bool) -> LlamaForCa
 
 
 @dataclass(frozen=True)
-class Fill:
+class ParameterRead:
     """One parameter on one process: which of its elements rest here, and which of the tensor's are read for them."""
 
     name: str
@@ -171,7 +171,7 @@ class Fill:
     def bytes_read(self) -> int:
         return sum(len(span) for span in self.read) * self.entry.item_bytes
 
-    def transient_bytes(self, sharing: Sharing, dtype: torch.dtype, device: str = "cpu") -> int:
+    def transient_bytes(self, sharing: Partitioning, dtype: torch.dtype, device: str = "cpu") -> int:
         """The most that filling takes beside what it leaves: chunks under way in all reading threads, and scales."""
         if not self.weights_per_element:
             direct = device == "cpu" and _TORCH_DTYPES[self.entry.dtype] == dtype
@@ -186,7 +186,7 @@ class Fill:
         return _READERS * chunk * QUANTISING_BYTES_PER_WEIGHT + scales
 
 
-def plan_fills(model: nn.Module, tensors: Mapping[str, TensorEntry], sharing: Sharing) -> list[Fill]:
+def plan_reads(model: nn.Module, tensors: Mapping[str, TensorEntry], sharing: Partitioning) -> list[ParameterRead]:
     """What the process of `sharing` reads to fill `model`, a skeleton, in the order of the files.
 
     Raises `ModelError` with everything in which the tensors are not those of the model.
@@ -202,7 +202,7 @@ def plan_fills(model: nn.Module, tensors: Mapping[str, TensorEntry], sharing: Sh
         packing = 2 * parameter.element_size() if nf4.is_packed(parameter) else 0
         held = sharing.spans(parameter.numel())
         read = [whole_blocks(span, packing, entry.numel) for span in held] if packing else held
-        fills.append(Fill(name, entry, held, read, packing))
+        fills.append(ParameterRead(name, entry, held, read, packing))
     return fills
 
 
@@ -237,7 +237,7 @@ def _match(tensors: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, .
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _fill(checkpoint: Checkpoint, fill: Fill, targets: list[torch.Tensor], threads: ThreadPoolExecutor) -> None:
+def _fill(checkpoint: WeightFiles, fill: ParameterRead, targets: list[torch.Tensor], threads: ThreadPoolExecutor) -> None:
     """Read each span into its target; what is longer than the span is padding, and zero."""
 
     def read(chunk: Span, target: torch.Tensor) -> None:
@@ -255,12 +255,12 @@ def _fill(checkpoint: Checkpoint, fill: Fill, targets: list[torch.Tensor], threa
 
 
 def _fill_4bit(
-    checkpoint: Checkpoint,
-    fill: Fill,
+    checkpoint: WeightFiles,
+    fill: ParameterRead,
     parameter: nn.Parameter,
     linear: nn.Module,
     targets: list[torch.Tensor],
-    placement: Placement,
+    placement: WeightPlacement,
     threads: ThreadPoolExecutor,
 ) -> None:
     """Read and quantise the blocks that each span touches, keep of them what the span holds, and share the scales."""
@@ -287,7 +287,7 @@ def _fill_4bit(
     nf4.attach_statistics(parameter, linear, whole, torch.Size(fill.entry.shape))
 
 
-def _gather_scales(scales: torch.Tensor, fill: Fill, placement: Placement) -> torch.Tensor:
+def _gather_scales(scales: torch.Tensor, fill: ParameterRead, placement: WeightPlacement) -> torch.Tensor:
     """The scales of all blocks of a tensor, from those of each process."""
     world_size = placement.sharing.world_size
     if world_size == 1:
@@ -307,7 +307,7 @@ def _gather_scales(scales: torch.Tensor, fill: Fill, placement: Placement) -> to
     return whole
 
 
-def _read(checkpoint: Checkpoint, entry: TensorEntry, chunk: Span) -> torch.Tensor:
+def _read(checkpoint: WeightFiles, entry: TensorEntry, chunk: Span) -> torch.Tensor:
     staging = torch.empty(len(chunk), dtype=_TORCH_DTYPES[entry.dtype])
     checkpoint.read_into(entry, chunk.start, _bytes_of(staging))
     return staging

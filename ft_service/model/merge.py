@@ -7,10 +7,10 @@ import torch
 
 from ft_service.errors import ModelError, UsageError
 from ft_service.model.adapter import TEMPLATE_FILE, merges
-from ft_service.model.base import open_checkpoint, resolve_base
+from ft_service.model.base import open_weight_files, resolve_base
 from ft_service.model.export import files_beside_weights
 from ft_service.model.load import Progress, skeleton, stream_weights
-from ft_service.model.weight_files import INDEX_FILE, Checkpoint
+from ft_service.model.weight_files import INDEX_FILE, WeightFiles
 from ft_service.model.writer import DTYPE_NAMES, MAX_FILE_BYTES, TensorFormat, WeightWriter, index_of, lay_out
 from ft_service.registry.registry import CARD_FILE, AdapterRecord, Registry
 from ft_service.runs.metrics import LoadingLine
@@ -32,7 +32,7 @@ def merge_adapter(registry: Registry, record: AdapterRecord, out: Path) -> None:
         raise UsageError(f"{record.id}: is a whole model, there is nothing to merge. Use it as model.base directly.")
     if damaged := registry.damaged_files(record):
         raise ModelError(f"{record.id}: damaged on storage ({', '.join(damaged)}). Publish the run again.")
-    checkpoint = open_checkpoint(record.base.id, record.base.revision)
+    checkpoint = open_weight_files(record.base.id, record.base.revision)
     if checkpoint.fingerprint() != record.base.fingerprint:
         raise ModelError(f"{record.base.id}: not the base {record.id} was trained on. Fetch the revision it names.")
     base_folder = resolve_base(record.base.id, record.base.revision, weights=False)
@@ -49,7 +49,7 @@ def merge_adapter(registry: Registry, record: AdapterRecord, out: Path) -> None:
 
 
 def write_merged(
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     adapter_folder: Path,
     base_folder: Path,
     folder: Path,

@@ -22,7 +22,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Partitioning:
     """Among how many processes each parameter is cut, and which of them this one is.
 
     `node_size` > 1 asks for a second copy that is cut among the processes of a node alone (ZeRO++ hpZ,

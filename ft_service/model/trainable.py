@@ -12,8 +12,8 @@ from ft_service.errors import ModelError
 from ft_service.model.adapter import attach_adapter, export_adapter
 from ft_service.model.base import load_tokenizer
 from ft_service.model.export import files_beside_weights
-from ft_service.model.load import Placement, Progress, load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.load import Progress, WeightPlacement, load_causal_lm
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.plan import RunPlan
 
 
@@ -27,8 +27,8 @@ class TrainableModel:
         self,
         plan: RunPlan,
         base_folder: Path,
-        checkpoint: Checkpoint,
-        placement: Placement,
+        checkpoint: WeightFiles,
+        placement: WeightPlacement,
         progress: Progress | None = None,
     ) -> None:
         """Loads the base where `placement` says; every process of a shared placement calls it.

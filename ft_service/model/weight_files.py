@@ -50,7 +50,7 @@ class TensorEntry:
         return ITEM_BYTES[self.dtype]
 
 
-class Checkpoint:
+class WeightFiles:
     """A checkpoint in a folder or on object storage. Opening reads nothing; every method raises `ModelError`."""
 
     def __init__(self, location: str | Path) -> None:

@@ -256,7 +256,7 @@ class Checkpointer:
         self._failures_in_a_row = 0
         self._written = 0
         """Tensors written so far, by this worker."""
-        self._newest = self._checkpoints.newest_step() if parallel.is_first else 0
+        self._newest = self._checkpoints.newest_step() if parallel.is_rank_zero else 0
         self._newest_at = time.monotonic()
 
     def save(self, state: TrainingState, weights: str, after: Callable[[set[str]], None]) -> None:
@@ -267,7 +267,7 @@ class Checkpointer:
         """
         self.wait()
         parallel = self._parallel
-        token = parallel.from_first(secrets.token_hex(4))
+        token = parallel.broadcast_from_rank_zero(secrets.token_hex(4))
         folder = f"step-{state.step:06}-{token}"
         optimizer = parallel.optimizer_state()
         tensors: dict[str, torch.Tensor] = {}
@@ -304,7 +304,7 @@ class Checkpointer:
 
         def look() -> None:
             nonlocal failed
-            (failed,) = self._parallel.sums_over_workers(float(self._failure is not None))
+            (failed,) = self._parallel.sum_over_ranks(float(self._failure is not None))
             if failed:  # the part of that worker will not come
                 self._abandoned.set()
 
@@ -312,7 +312,7 @@ class Checkpointer:
         self._thread = None
         failure, self._failure = self._failure, None
         if failed:
-            found = self._parallel.from_all(failure)
+            found = self._parallel.all_gather_object(failure)
             self._give_up({rank: error for rank, error in enumerate(found) if error is not None})
 
     def _give_up(self, failures: dict[int, FtError]) -> None:
@@ -321,7 +321,7 @@ class Checkpointer:
         others = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
         told = f"The checkpoint of step {self._step} could not be written: worker {rank}{others}: {cause}"
         is_taken_over = isinstance(cause, TakenOverError)
-        if self._parallel.is_first:
+        if self._parallel.is_rank_zero:
             if not any(isinstance(error, UnreachableError) for error in causes.values()):
                 with suppress(StorageError):
                     self._checkpoints_now.discard(self._folder)
@@ -363,7 +363,7 @@ class Checkpointer:
     ) -> None:
         try:
             self._write_part(folder, tensors, spans, random)
-            if self._parallel.is_first:
+            if self._parallel.is_rank_zero:
                 parts = list(self._all_parts(folder))
                 manifest = Manifest.model_validate({**draft, "created": datetime.now(UTC), "parts": parts})
                 self._flush()
@@ -373,7 +373,7 @@ class Checkpointer:
         except Exception as error:  # whatever it is, the loop must hear of it
             self._failure = error if isinstance(error, FtError) else TrainingError(f"{type(error).__name__}: {error}")
             return
-        if self._parallel.is_first:
+        if self._parallel.is_rank_zero:
             self._note_success(manifest.step)
             self._tidy_up(after)
 
@@ -446,7 +446,7 @@ def _wait_together(
     running, done, since = 1.0, -1.0, time.monotonic()
     while running:
         thread.join(_POLL_SECONDS)
-        running, total = parallel.sums_over_workers(float(thread.is_alive()), float(progress()))
+        running, total = parallel.sum_over_ranks(float(thread.is_alive()), float(progress()))
         look()
         now = time.monotonic()
         if total != done:
@@ -466,8 +466,8 @@ def resume(run: RunFolder, parallel: "Parallel", training_digest: str, events: E
     workers when the storage does not answer to any.
     """
     checkpoints = Checkpoints(run)
-    entries, problem = parallel.from_first(checkpoints.look() if parallel.is_first else None)
-    if problem and parallel.is_first:
+    entries, problem = parallel.broadcast_from_rank_zero(checkpoints.look() if parallel.is_rank_zero else None)
+    if problem and parallel.is_rank_zero:
         told = f"{problem} Going on from the {len(entries)} checkpoints found beside it."
         events.emit("checkpoint_damaged", told, step=entries[-1].step)
     for entry in reversed(entries):
@@ -478,15 +478,15 @@ def resume(run: RunFolder, parallel: "Parallel", training_digest: str, events: E
             away = error
         except (FtError, ValueError) as error:
             problem = str(error)
-        if not any(parallel.from_all(manifest is None)):
+        if not any(parallel.all_gather_object(manifest is None)):
             assert manifest is not None
             problem, away = _check_parts(checkpoints, entry.folder, manifest, parallel)
         # Passed over for a server that is away, a sound checkpoint would be trained again.
-        if unreachable := [error for error in parallel.from_all(away) if error is not None]:
+        if unreachable := [error for error in parallel.all_gather_object(away) if error is not None]:
             raise unreachable[0]
-        problems = list(dict.fromkeys(found for found in parallel.from_all(problem) if found))
+        problems = list(dict.fromkeys(found for found in parallel.all_gather_object(problem) if found))
         if problems or manifest is None:
-            if parallel.is_first:
+            if parallel.is_rank_zero:
                 told = f"Checkpoint {entry.folder} is damaged, and skipped: {' '.join(problems)}"
                 events.emit("checkpoint_damaged", told, step=entry.step)
             continue

@@ -45,7 +45,7 @@ def train(
             loss_sums.append(loss_sum.detach())
             if number == len(step.micro_batches):  # the next call updates the weights
                 # That a worker leaves travels with the loss: all must learn of it at the same step.
-                total, leaving = parallel.sums_over_workers(torch.stack(loss_sums).sum(), float(hooks.is_leaving()))
+                total, leaving = parallel.sum_over_ranks(torch.stack(loss_sums).sum(), float(hooks.is_leaving()))
                 loss = total / step.global_loss_tokens
                 if not math.isfinite(loss):
                     problem = f"step {state.step + 1}: the loss is {loss}."
@@ -107,7 +107,7 @@ def mean_loss(parallel: Workers, batches: Batches, on_batch: Callable[[], None] 
             on_batch()
             total += float(sum(parallel.loss(micro_batch) for micro_batch in step.micro_batches))
             tokens += step.global_loss_tokens
-    return parallel.sums_over_workers(total)[0] / tokens
+    return parallel.sum_over_ranks(total)[0] / tokens
 
 
 def _is_due(step: int, every: int | None, last: int | None) -> bool:

@@ -24,7 +24,7 @@ def refusal(
     """
     with parallel.evaluating():
         mine = [row for row in step.rows if not math.isfinite(float(parallel.loss(collate([batches.rows[row]]))))]
-    found = [(row, worker) for worker, rows in enumerate(parallel.from_all(mine)) for row in rows]
+    found = [(row, worker) for worker, rows in enumerate(parallel.all_gather_object(mine)) for row in rows]
     if not found:
         what = f"By itself, each of its rows of the training data has a finite loss: {_list(step.all_rows)}."
         return TrainingError(f"{problem} {what} Lower train.learning_rate.")

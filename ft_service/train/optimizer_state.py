@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ft_service.model.shards import Sharing, Span, partition
+from ft_service.model.shards import Partitioning, Span, partition
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """fp32 master weight, first and second moment (Kingma & Ba 2015, arXiv:1412.6980)."""
@@ -49,7 +49,7 @@ class _Piece:
 class OptimizerState:
     """The optimizer's state of one worker, as shards."""
 
-    def __init__(self, engine: Any, names: dict[int, str], zero_stage: int, sharing: Sharing) -> None:
+    def __init__(self, engine: Any, names: dict[int, str], zero_stage: int, sharing: Partitioning) -> None:
         """`names` maps the id of each trained parameter to its name in the model."""
         self._zero, self._adam = engine.optimizer, engine.basic_optimizer
         self._names, self._stage, self._sharing = names, zero_stage, sharing

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ft_service.model.load import Placement, Whole
-from ft_service.model.shards import Sharing, partition_numel
+from ft_service.model.load import WeightPlacement, WholeWeights
+from ft_service.model.shards import Partitioning, partition_numel
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan.memory import MOST_BUCKET_ELEMENTS
 from ft_service.plan.plan import RunPlan
@@ -96,7 +96,7 @@ class Parallel:
         return self.plan.hpz_partition_size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def _leave_hangs_to_watchdog(self) -> None:
@@ -107,12 +107,12 @@ class Parallel:
 
     # -- building --------------------------------------------------------------------------------------------------
 
-    def placement(self) -> Placement:
+    def placement(self) -> WeightPlacement:
         """Where the base's weights rest: partitioned among all workers under ZeRO-3, otherwise whole on each."""
-        return _Partitioned(self) if self.plan.zero_stage == 3 else Whole(self.device)
+        return Zero3Weights(self) if self.plan.zero_stage == 3 else WholeWeights(self.device)
 
     @contextmanager
-    def aware_of_partitions(self) -> Iterator[None]:
+    def hf_deepspeed_config(self) -> Iterator[None]:
         """Inside, transformers and peft know whether weights are partitioned, and gather those that they look at."""
         if self.plan.zero_stage < 3:
             yield
@@ -226,7 +226,7 @@ class Parallel:
 
     # -- between workers -------------------------------------------------------------------------------------------
 
-    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]:
+    def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         """For each number its sum over all workers; every worker must call it."""
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         totals = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
@@ -247,7 +247,7 @@ class Parallel:
         whole: dict[str, torch.Tensor] = {}
         for name, parameter in self._trained():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.zero_stage == 3):
-                if self.is_first:
+                if self.is_rank_zero:
                     whole[name] = parameter.detach().cpu().clone()
         return whole
 
@@ -258,7 +258,7 @@ class Parallel:
             for name, parameter in self._trained()
         }
 
-    def whole_on_owners(self, owners: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    def gather_to_owners(self, owners: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
         """The trained parameters, each whole on its owner and on no other worker.
 
         `owners` maps every name to a rank. Yields, in the model's order, what this worker owns. Every worker must
@@ -301,7 +301,7 @@ class Parallel:
 
     def union(self, part: dict[str, str]) -> dict[str, str]:
         """All workers' entries together, on every worker; every worker must call it."""
-        return {name: value for part in self.from_all(part) for name, value in part.items()}
+        return {name: value for part in self.all_gather_object(part) for name, value in part.items()}
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():
@@ -314,7 +314,7 @@ class Parallel:
     def optimizer_state(self) -> OptimizerState:
         """Master weights and moments of what is trained, by parameter name."""
         names = {id(parameter): name for name, parameter in self._trained()}
-        sharing = Sharing(self.rank, self.world_size)
+        sharing = Partitioning(self.rank, self.world_size)
         return OptimizerState(self._engine, names, self.plan.zero_stage, sharing)
 
     def random_state(self) -> dict[str, torch.Tensor]:
@@ -330,11 +330,11 @@ class Parallel:
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_rank_zero(self, value: Any) -> Any:
         """The first worker's value, on every worker; every worker must call it."""
-        return self.from_all(value)[0]
+        return self.all_gather_object(value)[0]
 
-    def from_all(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every worker's value, on every worker; every worker must call it."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
@@ -353,7 +353,7 @@ class Parallel:
             self._engine = None
 
 
-class _Partitioned:
+class Zero3Weights:
     """ZeRO-3's placement, without `deepspeed.zero.Init` around it, which allocates and broadcasts each weight whole.
 
     What Init would make of a parameter is made here from its parts: the marks and methods of a partitioned parameter
@@ -363,7 +363,7 @@ class _Partitioned:
     def __init__(self, parallel: Parallel) -> None:
         self.device = parallel.device
         node_size = parallel.hpz_partition_size
-        self.sharing = Sharing(parallel.rank, parallel.world_size, node_size)
+        self.sharing = Partitioning(parallel.rank, parallel.world_size, node_size)
         # DeepSpeed makes the groups of hpZ once in a process, and refuses to make them again.
         node_group = groups._get_zero_param_intra_parallel_group() if node_size > 1 else None
         self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config(), zero_param_parallel_group=node_group)

@@ -39,7 +39,7 @@ class WeightsOnStorage:
         self.place = self._coming = place
         start = start or TrainingState()
         self._best = start.best_step, start.best_validation_loss
-        if parallel.is_first and not place:
+        if parallel.is_rank_zero and not place:
             run.storage.delete(f"{run.path}/weights")
 
     def keep(self, state: TrainingState) -> None:
@@ -48,12 +48,12 @@ class WeightsOnStorage:
         path = f"{self._run.path}/{self._coming}"
         try:
             # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
-            by_first(self._parallel, lambda: self._run.storage.delete(path))
+            run_on_rank_zero(self._parallel, lambda: self._run.storage.delete(path))
             write = write_adapter if self._model.is_adapter else write_model
             write(self._model, self._parallel, self._run.storage, path)
         except StorageError:
             self._coming = self.place
-            if self._parallel.is_first:
+            if self._parallel.is_rank_zero:
                 with suppress(StorageError):
                     self._run.storage.without_patience().delete(path)
             raise
@@ -82,14 +82,14 @@ def together(parallel: Parallel, do: Callable[[], None]) -> None:
         do()
     except StorageError as error:
         failure = error
-    if failures := [(rank, found) for rank, found in enumerate(parallel.from_all(failure)) if found is not None]:
+    if failures := [(rank, found) for rank, found in enumerate(parallel.all_gather_object(failure)) if found is not None]:
         rank, first = next(((r, f) for r, f in failures if not isinstance(f, UnreachableError)), failures[0])
         raise type(first)(f"worker {rank}: {first}")
 
 
-def by_first(parallel: Parallel, do: Callable[[], None]) -> None:
+def run_on_rank_zero(parallel: Parallel, do: Callable[[], None]) -> None:
     """`together`, with nothing to do for any but the first worker."""
-    together(parallel, do if parallel.is_first else lambda: None)
+    together(parallel, do if parallel.is_rank_zero else lambda: None)
 
 
 def write_adapter(model: TrainableModel, parallel: Parallel, storage: Storage, path: str) -> None:
@@ -102,7 +102,7 @@ def write_adapter(model: TrainableModel, parallel: Parallel, storage: Storage, p
             model.export_adapter(gathered, folder)
             storage.put_folder(folder, path, marker=ADAPTER_CONFIG_FILE)
 
-    by_first(parallel, write)
+    run_on_rank_zero(parallel, write)
 
 
 def write_model(
@@ -119,7 +119,7 @@ def write_model(
     written: dict[str, str] = {}
 
     def write_mine() -> None:
-        tensors = parallel.whole_on_owners(owners)
+        tensors = parallel.gather_to_owners(owners)
         try:
             with WeightWriter(mine, lambda name: storage.writing(f"{path}/{name}")) as writer:
                 for name, tensor in tensors:
@@ -131,7 +131,7 @@ def write_model(
         written.update(writer.digests)
 
     # A stream that breaks cannot be mended: all begin anew, or none.
-    storage.patiently(lambda: together(parallel, write_mine), clock=lambda: parallel.from_first(time.monotonic()))
+    storage.patiently(lambda: together(parallel, write_mine), clock=lambda: parallel.broadcast_from_rank_zero(time.monotonic()))
     digests = parallel.union(written)
 
     def write_beside() -> None:
@@ -141,4 +141,4 @@ def write_model(
         for name in sorted(beside, key=lambda name: name == CONFIG_FILE):
             storage.write_bytes(f"{path}/{name}", beside[name])
 
-    by_first(parallel, write_beside)
+    run_on_rank_zero(parallel, write_beside)

@@ -14,9 +14,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ft_service.data.prepare import open_dataset
 from ft_service.errors import FtError, StorageError, TrainingError
-from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
+from ft_service.model.base import load_tokenizer, open_weight_files, resolve_base
 from ft_service.model.trainable import TrainableModel
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import Outcome, RunFolder
 from ft_service.runs.lease import holds
@@ -52,10 +52,10 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     dataset = open_dataset(run.storage, plan.dataset.digest)
     base, revision = plan.spec.model.base, plan.spec.model.revision
     base_folder = resolve_base(base, revision, weights=False)
-    checkpoint = open_checkpoint(base, revision)
+    checkpoint = open_weight_files(base, revision)
     # What is fetched until here takes as long as it takes, on each node: watched is what workers do together.
     timeout = plan.spec.parallel.hang_timeout_seconds
-    watchdog = Watchdog(run, parallel.from_first(new_attempt()), parallel.rank, parallel.world_size, timeout)
+    watchdog = Watchdog(run, parallel.broadcast_from_rank_zero(new_attempt()), parallel.rank, parallel.world_size, timeout)
     watchdog.start()
     parallel.on_progress = watchdog.beat
 
@@ -65,12 +65,12 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     resumed = resume(run, parallel, plan.training_digest, events)
     start = resumed.training_state() if resumed else TrainingState()
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", start)
-    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
+    places = parallel.all_gather_object({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
     log, sinks, leaving = JsonlSink(run.storage, run_id), list[Sink](), threading.Event()
     checkpointer = Checkpointer(
         run, parallel, plan.training_digest, plan.spec.checkpoint, log.flush, lambda: not driver or holds(run, driver)
     )
-    if parallel.is_first:
+    if parallel.is_rank_zero:
         repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
         sinks += [log, *_other_sinks(run, plan, start.step)]
         message = f"Training from step {start.step} on {len(places)} workers."
@@ -87,7 +87,7 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
 
     def on_best(state: TrainingState) -> None:
         if failure := weights.keep_if_possible(state):
-            _tell_of_lost_weights(plan, state, failure, events if parallel.is_first else None)
+            _tell_of_lost_weights(plan, state, failure, events if parallel.is_rank_zero else None)
 
     def on_checkpoint(state: TrainingState) -> None:
         checkpointer.save(state, weights.place, weights.forget_all_but)
@@ -114,14 +114,14 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
         start,
     )
     is_done = is_complete(state, plan)
-    if parallel.is_first and driver and not is_done:
+    if parallel.is_rank_zero and driver and not is_done:
         run.enter("checkpointing", message=f"Saves step {state.step}, and leaves.")
     watchdog.beat("writing the last checkpoint")
     checkpointer.wait()
     if is_done and state.best_step is None:
         watchdog.beat("writing the weights")
         weights.keep(state)
-    if parallel.is_first and is_done:
+    if parallel.is_rank_zero and is_done:
         if driver and not holds(run, driver):
             raise TakenOverError("another driver has taken over this run. Leave it to that one.")
         run.write_outcome(
@@ -145,11 +145,11 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
 
 
 def _build(
-    plan: RunPlan, base_folder: Path, checkpoint: Checkpoint, parallel: Parallel, watchdog: Watchdog
+    plan: RunPlan, base_folder: Path, checkpoint: WeightFiles, parallel: Parallel, watchdog: Watchdog
 ) -> TrainableModel:
     """The model, loaded and in DeepSpeed's hands."""
     torch.manual_seed(plan.spec.train.seed)
-    said = LoadingLine() if parallel.is_first else None
+    said = LoadingLine() if parallel.is_rank_zero else None
 
     def on_load(bytes_read: int, bytes_in_all: int) -> None:
         watchdog.beat("loading the base")
@@ -158,7 +158,7 @@ def _build(
 
     # An adapter that decomposes the base takes long to make: each of its layers counts.
     on_layer = register_module_module_registration_hook(lambda *_: watchdog.beat())
-    with parallel.aware_of_partitions():
+    with parallel.hf_deepspeed_config():
         model = TrainableModel(plan, base_folder, checkpoint, parallel.placement(), on_load)
     on_layer.remove()
     watchdog.beat("setting up DeepSpeed")

@@ -386,19 +386,19 @@ class Alone:
     def __init__(self, rank: int = 0, meeting: "Meeting | None" = None) -> None:
         self.rank, self.meeting = rank, meeting
         self.world_size = meeting.size if meeting else 1
-        self.is_first = rank == 0
+        self.is_rank_zero = rank == 0
 
     def on_progress(self) -> None:
         """Nobody watches."""
 
-    def from_all(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, value) if self.meeting else [value]
 
-    def from_first(self, value: Any) -> Any:
-        return self.from_all(value)[0]
+    def broadcast_from_rank_zero(self, value: Any) -> Any:
+        return self.all_gather_object(value)[0]
 
-    def sums_over_workers(self, *values: float) -> list[float]:
-        return [sum(column) for column in zip(*self.from_all(values), strict=True)]
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        return [sum(column) for column in zip(*self.all_gather_object(values), strict=True)]
 
     def random_state(self) -> dict[str, torch.Tensor]:
         return {"cpu": torch.zeros(8, dtype=torch.uint8)}
@@ -683,14 +683,14 @@ class WithWeights(Alone):
     def trained_formats(self) -> dict[str, TensorFormat]:
         return {name: TensorFormat("F32", tuple(tensor.shape)) for name, tensor in self.weights.items()}
 
-    def whole_on_owners(self, owners: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    def gather_to_owners(self, owners: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.weights.items():
-            self.from_all(name)
+            self.all_gather_object(name)
             if owners[name] == self.rank:
                 yield name, tensor
 
     def union(self, part: dict[str, str]) -> dict[str, str]:
-        return {name: value for found in self.from_all(part) for name, value in found.items()}
+        return {name: value for found in self.all_gather_object(part) for name, value in found.items()}
 
 
 def write_by_two(storage: Storage) -> dict[int, Exception]:

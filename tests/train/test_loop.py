@@ -75,7 +75,7 @@ class PlayedWorkers:
         self.validating = False
         self.finished += 1
 
-    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]:
+    def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         if self.finished:  # the sum of a validation
             self.finished = 0
             self.validation_losses.pop(0)
@@ -83,7 +83,7 @@ class PlayedWorkers:
             self.training_losses.pop(0)
         return [float(value) * self.world_size for value in values]  # all workers alike
 
-    def from_all(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [[]] * (self.world_size - 1) + [value]  # this is the last worker
 
     def peak_memory_gib(self) -> float:

@@ -9,9 +9,9 @@ from ft_service.train.weights import WeightsOnStorage
 
 
 class Alone:
-    is_first = True
+    is_rank_zero = True
 
-    def from_all(self, value: object) -> list[object]:
+    def all_gather_object(self, value: object) -> list[object]:
         return [value]
 
     def gather_trained(self) -> dict[str, object]:
