@@ -21,7 +21,7 @@ from benchmarks.raylets import Cluster, kill_all
 from ft_service.errors import TrainingError
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 
 _END_SECONDS = 30
 

@@ -75,9 +75,10 @@ def dry_run_of(plan: RunPlan) -> list[DryRun]:
 
 def _dry_run(model: str, four_bit: bool, world_size: int, node_size: int, device: str) -> DryRun:
     if looks_like_folder(model) and any(Path(model).expanduser().glob("*.safetensors")):
-        checkpoint = WeightFiles(Path(model).expanduser())
-        checkpoint.check()
-        config, tensors = LlamaConfig.from_dict(dict(checkpoint.config)), checkpoint.tensors
+        weight_files = WeightFiles(Path(model).expanduser())
+        weight_files.check()
+        config = LlamaConfig.from_dict(dict(weight_files.config))
+        tensors = weight_files.tensors
     else:
         config, tensors = tensors_from_shape(shape_of(model))
     return dry_run(config, tensors, four_bit=four_bit, world_size=world_size, node_size=node_size, device=device)

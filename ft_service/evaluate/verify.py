@@ -1,4 +1,4 @@
-"""Is a published adapter whole, does it fit its base, and does it change anything?"""
+"""Checks of a published adapter: is it complete, does it fit its base, does it change the logits?"""
 
 import json
 import math
@@ -31,9 +31,9 @@ class Finding:
 
 
 def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Finding]:
-    """Check digests, base, names and shapes, and that logits differ from the base's; stops at what is broken.
+    """Check digests, base, names and shapes, and that the logits differ from the base's. Stops at the first failure.
 
-    Needs the base's weights, and memory for them in bf16.
+    Needs the base's weights, and memory to load them in bf16.
     """
     folder = registry.folder(record)
     findings = [_digests(registry, record)]
@@ -64,7 +64,7 @@ def _whole_model(folder: Path) -> Finding:
         WeightFiles(folder).check()
     except FtError as error:
         return Finding("model", False, str(error))
-    return Finding("model", True, f"whole; fingerprint {fingerprint(folder)[:8]}")
+    return Finding("model", True, f"complete; fingerprint {fingerprint(folder)[:8]}")
 
 
 def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
@@ -74,7 +74,7 @@ def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
 
 
 def _modules(folder: Path, base_folder: Path) -> Finding:
-    """Every LoRA pair must name a linear layer of the base and have its shape; judged without loading the base."""
+    """Every LoRA pair must name a linear layer of the base and match its shape. Does not load the base."""
     shape = models.shape_from_config(read_config(base_folder))
     expected = {name: (rows, columns) for name, rows, columns in shape.linear_shapes()}
     wrong = list(_misfits(folder, expected, shape.num_layers))

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.outside import Attempt, Driver, attempts, last_step, steps
 from benchmarks.raylets import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
 from ft_service.runs.folder import RunFolder
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.cluster.namespaces import Network, connections, network, reason_to_skip, run_inside
 from tests.worlds import TWO_WORKERS, prepared_run, work, write_world
 

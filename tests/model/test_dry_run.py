@@ -10,7 +10,7 @@ from ft_service.catalog import models
 from ft_service.cli.app import app
 from ft_service.errors import ModelError
 from ft_service.model import nf4
-from ft_service.model.dry_run import _adds_up, dry_run, tensors_from_shape
+from ft_service.model.dry_run import _check_held, dry_run, tensors_from_shape
 from ft_service.model.shards import Partitioning, Span
 
 GIB = 2**30
@@ -66,7 +66,7 @@ def test_partitions_tile_a_parameter(numel: int, node_size: int) -> None:
 )
 def test_partitions_that_do_not_add_up_are_found(spans: list[Span]) -> None:
     with pytest.raises(ModelError, match="w: "):
-        _adds_up(spans, 8, "w")
+        _check_held(spans, 8, "w")
 
 
 @pytest.mark.parametrize("num_weights", [64, 64 * 256, 64 * 257, 1000 * 512])
