@@ -26,9 +26,9 @@ import torch
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS, find_gpu
 from ft_service.model.adapter import attach_adapter
-from ft_service.model.dry_run import imagined_checkpoint
+from ft_service.model.dry_run import tensors_from_shape
 from ft_service.model.load import load_causal_lm
-from ft_service.model.weight_files import Checkpoint, TensorEntry
+from ft_service.model.weight_files import TensorEntry, WeightFiles
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB
 from ft_service.plan.plan import make_plan, speed
@@ -46,12 +46,12 @@ WITHIN = 0.15
 """The plan's peak memory is to be right within this."""
 
 
-class RandomCheckpoint(Checkpoint):
+class RandomWeightFiles(WeightFiles):
     """A checkpoint of a shape, whose bytes are the same few MiB of random bf16 numbers over and over."""
 
     def __init__(self, shape: models.ModelShape) -> None:
         super().__init__("/random-weights")
-        config, self._tensors = imagined_checkpoint(shape)
+        config, self._tensors = tensors_from_shape(shape)
         self._config = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
         noise = torch.empty(8 * 1024 * 1024, dtype=torch.bfloat16).normal_(0, 0.02)
         self._noise = noise.view(torch.uint8).numpy()
@@ -133,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     parallel = Parallel(plan)
     started = time.perf_counter()
-    base = load_causal_lm(RandomCheckpoint(shape), dtype=parallel.dtype, four_bit=True, placement=parallel.placement())
+    base = load_causal_lm(RandomWeightFiles(shape), dtype=parallel.dtype, four_bit=True, placement=parallel.placement())
     load_seconds = time.perf_counter() - started
     loaded_gib = torch.cuda.max_memory_allocated() / GIB if on_gpu else parallel.peak_memory_gib()
     print(f"loaded {shape.num_parameters:,} parameters in {load_seconds:.1f} s, peak {loaded_gib:.1f} GiB", flush=True)

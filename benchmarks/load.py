@@ -101,7 +101,7 @@ def run_side(side: str, model: Path, device: str) -> None:
     from ft_service.catalog.models import shape_from_config
     from ft_service.model.base import read_config
     from ft_service.model.load import load_causal_lm
-    from ft_service.model.weight_files import Checkpoint, TensorEntry
+    from ft_service.model.weight_files import TensorEntry, WeightFiles
     from ft_service.plan.facts import DatasetFacts, Resources
     from ft_service.plan.plan import make_plan
     from ft_service.spec.schema import RunSpec
@@ -127,7 +127,7 @@ def run_side(side: str, model: Path, device: str) -> None:
     parallel = Parallel(plan)
     read = [0]
 
-    class Counting(Checkpoint):
+    class Counting(WeightFiles):
         def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
             read[0] += len(buffer)
             super().read_into(entry, start, buffer)
@@ -167,7 +167,7 @@ def load_stock(model: Path, parallel: Any, four_bit: bool) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16,
     )
-    with parallel.aware_of_partitions():  # HfDeepSpeedConfig, as its documentation asks for
+    with parallel.hf_deepspeed_config():  # HfDeepSpeedConfig, as its documentation asks for
         return LlamaForCausalLM.from_pretrained(
             model,
             dtype=torch.bfloat16,

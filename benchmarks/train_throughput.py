@@ -77,7 +77,7 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
     from ft_service.model.adapter import attach_adapter
     from ft_service.model.base import read_config
     from ft_service.model.load import load_causal_lm
-    from ft_service.model.weight_files import Checkpoint
+    from ft_service.model.weight_files import WeightFiles
     from ft_service.plan.facts import DatasetFacts, Resources
     from ft_service.plan.plan import make_plan
     from ft_service.runs.metrics import StepMetrics
@@ -119,7 +119,7 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
     plan = make_plan(spec, facts, shape_from_config(read_config(model)), Resources())
     init_process_group(device == "cuda")
     parallel = Parallel(plan)
-    base = load_causal_lm(Checkpoint(model), dtype=parallel.dtype, placement=parallel.placement())
+    base = load_causal_lm(WeightFiles(model), dtype=parallel.dtype, placement=parallel.placement())
     adapted = attach_adapter(base, spec.method, str(model), None)
     base.train()
     parallel.wrap(LossModel(adapted, base))

@@ -15,8 +15,8 @@ from ft_service.data.prepare import all_sources, measure_dataset
 from ft_service.data.read import check_sources
 from ft_service.errors import ModelError, UsageError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
-from ft_service.model.dry_run import DryRun, dry_run, imagined_checkpoint
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.dry_run import DryRun, dry_run, tensors_from_shape
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.plan.table import shape_of
@@ -75,9 +75,10 @@ def dry_run_of(plan: RunPlan) -> list[DryRun]:
 
 def _dry_run(model: str, four_bit: bool, world_size: int, node_size: int, device: str) -> DryRun:
     if looks_like_folder(model) and any(Path(model).expanduser().glob("*.safetensors")):
-        checkpoint = Checkpoint(Path(model).expanduser())
-        checkpoint.check()
-        config, tensors = LlamaConfig.from_dict(dict(checkpoint.config)), checkpoint.tensors
+        weight_files = WeightFiles(Path(model).expanduser())
+        weight_files.check()
+        config = LlamaConfig.from_dict(dict(weight_files.config))
+        tensors = weight_files.tensors
     else:
-        config, tensors = imagined_checkpoint(shape_of(model))
+        config, tensors = tensors_from_shape(shape_of(model))
     return dry_run(config, tensors, four_bit=four_bit, world_size=world_size, node_size=node_size, device=device)

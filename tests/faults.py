@@ -17,7 +17,7 @@ import psutil
 from ft_service.errors import TrainingError
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.hosts import ROOT, Cluster, kill_all
 
 _END_SECONDS = 30

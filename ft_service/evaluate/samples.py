@@ -1,4 +1,4 @@
-"""A few answers of base and adapter side by side, for people to look at in the run's report."""
+"""Sample answers of base and adapter, side by side, for the run's report."""
 
 import re
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START
 from ft_service.data.prepare import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
 from ft_service.model.base import load_tokenizer, resolve_base
-from ft_service.model.load import Whole, load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.load import WholeWeights, load_causal_lm
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder
@@ -24,7 +24,7 @@ _TURN = re.compile(f"{re.escape(HEADER_START)}(.*?){re.escape(HEADER_END)}\n\n(.
 
 
 def write_samples(storage_root: str, run_id: str, adapter_id: str) -> None:
-    """Answer prompts of the run's validation data (or training data) greedily, and write samples.json into the run."""
+    """Answer prompts of the run's validation data (or training data) greedily; write the run's samples.json."""
     storage = Storage(storage_root)
     run, registry = RunFolder(storage, run_id), Registry(storage)
     plan, record = run.plan(), registry.resolve(adapter_id)
@@ -45,7 +45,7 @@ def write_samples(storage_root: str, run_id: str, adapter_id: str) -> None:
 
 
 def _questions(dataset: PreparedDataset, count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of the first documents up to their first answer, and of that answer."""
+    """Yield, for the first `count` documents, the token ids of the prompt and of the first answer."""
     rows = dataset.validation if dataset.validation is not None else dataset.train
     for index in range(len(rows)):
         row = rows[index]
@@ -70,8 +70,10 @@ def _answers(
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
 
     def load(source: Path, four_bit: bool = False) -> LlamaForCausalLM:
-        checkpoint, place = Checkpoint(source), Whole(device)
-        return load_causal_lm(checkpoint, dtype=dtype, four_bit=four_bit, placement=place, attention="sdpa")
+        placement = WholeWeights(device)
+        return load_causal_lm(
+            WeightFiles(source), dtype=dtype, four_bit=four_bit, placement=placement, attention="sdpa"
+        )
 
     def answer(model: Any) -> list[list[int]]:
         return [_greedy(model, prompt, record.end_of_turn_ids, spec.report.sample_max_tokens) for prompt in prompts]
@@ -99,7 +101,7 @@ def _greedy(model: Any, prompt: list[int], end_ids: list[int], max_tokens: int) 
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """A prompt as people read it: without headers where there is one turn, else with the role before each."""
+    """A prompt for people to read: without headers if there is one turn, otherwise with the role before each turn."""
     turns = _TURN.findall(str(tokenizer.decode(ids)))
     if not turns:
         return _text(tokenizer, ids)

@@ -1,4 +1,4 @@
-"""Is a published adapter whole, does it fit its base, and does it change anything?"""
+"""Checks of a published adapter: is it complete, does it fit its base, does it change the logits?"""
 
 import json
 import math
@@ -15,7 +15,7 @@ from ft_service.errors import FtError
 from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from ft_service.model.base import fingerprint, read_config, resolve_base
 from ft_service.model.load import load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import AdapterRecord, Registry
 
 _PROBE_TOKENS = 16
@@ -31,9 +31,9 @@ class Finding:
 
 
 def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Finding]:
-    """Check digests, base, names and shapes, and that logits differ from the base's; stops at what is broken.
+    """Check digests, base, names and shapes, and that the logits differ from the base's. Stops at the first failure.
 
-    Needs the base's weights, and memory for them in bf16.
+    Needs the base's weights, and memory to load them in bf16.
     """
     folder = registry.folder(record)
     findings = [_digests(registry, record)]
@@ -61,10 +61,10 @@ def _digests(registry: Registry, record: AdapterRecord) -> Finding:
 
 def _whole_model(folder: Path) -> Finding:
     try:
-        Checkpoint(folder).check()
+        WeightFiles(folder).check()
     except FtError as error:
         return Finding("model", False, str(error))
-    return Finding("model", True, f"whole; fingerprint {fingerprint(folder)[:8]}")
+    return Finding("model", True, f"complete; fingerprint {fingerprint(folder)[:8]}")
 
 
 def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
@@ -74,7 +74,7 @@ def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
 
 
 def _modules(folder: Path, base_folder: Path) -> Finding:
-    """Every LoRA pair must name a linear layer of the base and have its shape; judged without loading the base."""
+    """Every LoRA pair must name a linear layer of the base and match its shape. Does not load the base."""
     shape = models.shape_from_config(read_config(base_folder))
     expected = {name: (rows, columns) for name, rows, columns in shape.linear_shapes()}
     wrong = list(_misfits(folder, expected, shape.num_layers))
@@ -99,7 +99,7 @@ def _misfits(folder: Path, expected: dict[str, tuple[int, int]], num_layers: int
 
 @torch.inference_mode()
 def _changes_logits(folder: Path, base_folder: Path) -> Finding:
-    base: LlamaForCausalLM = load_causal_lm(Checkpoint(base_folder), dtype=torch.bfloat16, attention="sdpa")
+    base: LlamaForCausalLM = load_causal_lm(WeightFiles(base_folder), dtype=torch.bfloat16, attention="sdpa")
     ids = torch.arange(1, _PROBE_TOKENS + 1)[None] % base.config.vocab_size
     before = base(input_ids=ids, use_cache=False).logits.float()
     after = load_adapter(base, folder)(input_ids=ids, use_cache=False).logits.float()

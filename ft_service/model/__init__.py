@@ -1,6 +1,7 @@
-"""Base models and adapters. The only user of peft and bitsandbytes in training; knows nothing of parallelism."""
+"""Base models and adapters. The only user of peft and bitsandbytes in training; knows nothing about parallelism."""
 
 import logging
 
-# At its import bitsandbytes recommends, in every process, a package that it would then fetch from a hub.
+# The only side effect of an import in this package, because bitsandbytes logs when it is imported: every process would
+# recommend a package that bitsandbytes then downloads from the hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Adapters: attach trainable LoRA layers to a frozen base, and export what was trained as stock PEFT folders."""
+"""Adapters: attach LoRA layers to a frozen base, export them as stock PEFT folders, load and merge them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +23,9 @@ ADAPTER_NAME = "default"
 def attach_adapter(model: LlamaForCausalLM, method: MethodSpec, base: str, revision: str | None) -> PeftModel:
     """Freeze the base and add LoRA layers in the base's own dtype.
 
-    Each chosen W gets W + (alpha / rank) B A, A [rank, in], B [out, rank] (Hu et al. 2021, arXiv:2106.09685); rsLoRA,
-    DoRA, PiSSA and the like are peft's own. Raises `ModelError` when `target_modules` matches nothing.
+    Each target W becomes W + (alpha / rank) B A, with A [rank, in] and B [out, rank] (Hu et al. 2021,
+    arXiv:2106.09685). rsLoRA, DoRA, PiSSA and others are peft's implementations. Raises `ModelError` if
+    `target_modules` matches no layer.
     """
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -39,11 +40,11 @@ def attach_adapter(model: LlamaForCausalLM, method: MethodSpec, base: str, revis
         revision=revision,
     )
     try:
-        # Without the cast to fp32 that peft does by itself, all ZeRO stages train the same bf16 parameters (with fp32
-        # masters); with it, stages 1-2 would cast them back and stage 3 would not.
+        # By default peft casts the adapter to fp32. ZeRO-1 and 2 would cast it back to bf16, ZeRO-3 would not. Without
+        # the cast all stages train the same bf16 parameters, with fp32 master weights.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ModelError(f"method = {method.model_dump()}: peft refuses it ({error}).") from None
+        raise ModelError(f"method = {method.model_dump()}: peft rejects it ({error}).") from None
     dtype = model.dtype
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
@@ -61,10 +62,10 @@ def export_adapter(
 ) -> None:
     """Write a stock PEFT adapter folder from gathered weights.
 
-    `trained` maps parameter names of `model` to whole tensors. `initial` holds their values before the first step, for
-    initialisations that change the base (PiSSA, OLoRA): the adapter written then has twice the rank and is relative to
-    the *unchanged* base, since W + BA - B0 A0 = W + [B, -B0] [A; A0]. Raises `TrainingError` on an empty adapter, the
-    classic failure under ZeRO-3.
+    `trained` maps parameter names of `model` to whole tensors. `initial` has their values before the first step; it is
+    needed for initialisations that change the base (PiSSA, OLoRA). The exported adapter then has twice the rank and
+    applies to the *unchanged* base, since W + BA - B0 A0 = W + [B, -B0] [A; A0]. Raises `TrainingError` if the adapter
+    is empty, the usual result of exporting without gathering under ZeRO-3.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, state_dict=dict(trained), adapter_name=ADAPTER_NAME)
@@ -99,30 +100,30 @@ def _relative_to_base(name: str, after: torch.Tensor, before: torch.Tensor) -> t
 
 
 def load_adapter(base: LlamaForCausalLM, folder: Path) -> PeftModel:
-    """`base` with the adapter of a published folder on it, for inference. Changes `base` itself."""
+    """Attach the adapter of a published folder to `base`, for inference. Changes `base` in place."""
     return PeftModel.from_pretrained(base, folder).eval()
 
 
-Merge = Callable[[torch.Tensor], torch.Tensor]
+MergeFunction = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a weight [out, in] of the base and returns it with the adapter merged in."""
 
 
-def merges(skeleton: LlamaForCausalLM, folder: Path) -> dict[str, Merge]:
-    """How the adapter of a published folder changes each weight of its base, by name of the weight in the base.
+def merge_functions(model: LlamaForCausalLM, folder: Path) -> dict[str, MergeFunction]:
+    """Name of each adapted weight of the base -> the function that merges a published folder's adapter into it.
 
-    `skeleton` is the base on the meta device, in the type of the weights; it is changed. A merge takes a weight [out,
-    in] and gives another one; its arithmetic is peft's own `merge(safe_merge=True)`. Raises `ModelError` when the
-    adapter is not one for this base.
+    `model` is the base on the meta device, in the dtype of the weights; it is changed in place. The arithmetic is
+    peft's own `merge(safe_merge=True)`. Raises `ModelError` if the adapter does not fit the base.
     """
     config = LoraConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = None  # peft warns of a base that lies elsewhere now
+    config.base_model_name_or_path = None  # otherwise peft warns that the base has moved
     try:
-        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ModelError(f"{folder}: does not fit the base ({error}).") from None
     layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     for layer in layers.values():
         for attribute in layer.adapter_layer_names:
-            # The adapter's own weights are small and become real, in the type that peft gives them for inference.
+            # Only the adapter's own small weights get memory, in the dtype that peft uses for inference.
             getattr(layer, attribute).to_empty(device="cpu")
     loaded: Any = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
     missing = [name for name in loaded.missing_keys if f".{ADAPTER_NAME}." in name]
@@ -130,10 +131,10 @@ def merges(skeleton: LlamaForCausalLM, folder: Path) -> dict[str, Merge]:
         wrong = ", ".join([*missing, *loaded.unexpected_keys][:3])
         raise ModelError(f"{folder}: its weights are not those that its {CONFIG_FILE} describes ({wrong}).")
     prefix = "base_model.model."
-    return {f"{name.removeprefix(prefix)}.weight": _merge_of(layer, folder) for name, layer in layers.items()}
+    return {f"{name.removeprefix(prefix)}.weight": _merge_function(layer, folder) for name, layer in layers.items()}
 
 
-def _merge_of(layer: LoraLayer, folder: Path) -> Merge:
+def _merge_function(layer: LoraLayer, folder: Path) -> MergeFunction:
     @torch.no_grad()
     def merge(weight: torch.Tensor) -> torch.Tensor:
         linear = layer.get_base_layer()
@@ -145,7 +146,7 @@ def _merge_of(layer: LoraLayer, folder: Path) -> Merge:
             raise ModelError(f"{folder}: cannot be merged ({error}).") from None
         merged: torch.Tensor = linear.weight.data
         linear.weight = empty
-        layer._caches.clear()  # DoRA keeps norms there, to undo the merge
+        layer._caches.clear()  # DoRA caches norms there for unmerging
         return merged
 
     return merge

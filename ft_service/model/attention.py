@@ -1,4 +1,4 @@
-"""Causal attention over packed rows: each document sees itself only, and no [T, T] mask is ever built.
+"""Causal attention over packed rows: each document attends only to itself, without a [T, T] mask.
 
 Legend: T tokens of all packed documents, H query heads, K key/value heads, E head width.
 """
@@ -26,10 +26,10 @@ def packed_attention(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a flattened micro-batch, in the signature of transformers' attention functions.
+    """Attention over a flattened micro-batch, with the signature of transformers' attention functions.
 
     `query` is [1, H, T, E], `key` and `value` are [1, K, T, E]; `document_lengths` adds up to T and `document_offsets`
-    (int32, [documents + 1]) holds their running sum. Returns [1, T, H, E].
+    (int32, [documents + 1]) is their running sum, from 0. Returns [1, T, H, E].
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes neither a mask nor dropout")
@@ -58,6 +58,8 @@ def packed_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-# Without this entry transformers would fall back to building a [1, 1, T, T] mask from position_ids.
-AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
+def register_packed_attention() -> None:
+    """Make `PACKED_ATTENTION` an attention implementation of transformers. Calling it again changes nothing."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    # Without this, transformers would build a [1, 1, T, T] mask from position_ids.
+    AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)

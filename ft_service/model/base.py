@@ -1,4 +1,4 @@
-"""The base model: a hub id, a folder or a place on object storage, and what is found there."""
+"""The base model: a hub id, a folder or a URI on object storage, and its config, weights and tokenizer."""
 
 import hashlib
 import os
@@ -6,74 +6,72 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import transformers
 from pyarrow import fs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ft_service.catalog import models
 from ft_service.errors import ModelError, ModelUnreachableError
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.text import first_line
-
-# A bar from every worker would bury the run's own progress line.
-transformers.utils.logging.disable_progress_bar()
 
 _HUB_FILES = ["*.json", "*.jinja"]
 _REMOTE_CACHE = Path("~/.cache/ft_service/bases")
 
 
 def short_name(base: str) -> str:
-    """How the base is named in adapter ids and over HTTP; see `ft_service.catalog.models.short_name`."""
+    """The name of the base in adapter ids and over HTTP; see `ft_service.catalog.models.short_name`."""
     return models.short_name(base)
 
 
 def is_remote(base: str) -> bool:
-    """Whether `base` lies on object storage (``s3://``, ``gs://``)."""
+    """Whether `base` is on object storage (``s3://``, ``gs://``)."""
     return "://" in base
 
 
 def looks_like_folder(base: str) -> bool:
-    """Whether `base` is meant as a folder: hub ids have at most one slash, and never start with a dot, ~ or slash."""
+    """Whether `base` is a folder: hub ids have at most one slash, and never start with a dot, ~ or slash."""
     return not is_remote(base) and (base.startswith((".", "~", "/")) or base.count("/") > 1 or Path(base).is_dir())
 
 
 def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """A local folder with the checkpoint, fetched if `base` is a hub id or lies on object storage.
+    """A local folder with the model. A hub id or a URI is downloaded first.
 
-    `weights` False fetches and judges only what planning needs: config and tokenizer. Raises `ModelError` when the
-    checkpoint is absent, half-downloaded, or not a Llama in safetensors.
+    With `weights` False, downloads and checks only config and tokenizer. Raises `ModelError` if the model does not
+    exist, is half-downloaded, or is not a Llama in safetensors.
     """
     if looks_like_folder(base):
         folder = Path(base).expanduser().absolute()
         if not folder.is_dir():
-            raise ModelError(f"model.base = {base!r}: no such folder. Name a checkpoint folder, or a hub id.")
+            raise ModelError(f"model.base = {base!r}: no such folder. Use a model folder or a hub id.")
     elif is_remote(base):
         folder = _fetch(base, weights)
     else:
         folder = _download(base, revision, weights)
-    checkpoint = Checkpoint(folder)
+    weight_files = WeightFiles(folder)
     if weights or looks_like_folder(base):
-        checkpoint.check()
+        weight_files.check()
     else:
-        _ = checkpoint.config
+        _ = weight_files.config
     return folder
 
 
 def _download(base: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()  # one bar per worker and file would hide the run's own progress line
     try:
         patterns = [*_HUB_FILES, "*.safetensors"] if weights else _HUB_FILES
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises its own, requests' and OS errors: all mean "not fetched"
+    except Exception as error:  # errors of the hub client, of its HTTP client, and OS errors
         raise ModelUnreachableError(
-            f"model.base = {base!r}: cannot be fetched from the hub ({type(error).__name__}: {first_line(error)}). "
-            "Check the id and revision, accept the license on the hub, set HF_TOKEN, or name a local folder."
+            f"model.base = {base!r}: cannot be downloaded from the hub ({type(error).__name__}: {first_line(error)}). "
+            "Check the id and revision, accept the license on the hub, set HF_TOKEN, or use a local folder."
         ) from None
 
 
 def _fetch(uri: str, weights: bool) -> Path:
-    """A copy of a checkpoint on object storage; files that are there in their full length are not fetched again."""
+    """A local copy of a model on object storage. Complete weight files are not downloaded again."""
     folder = _REMOTE_CACHE.expanduser() / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -89,35 +87,35 @@ def _fetch(uri: str, weights: bool) -> Path:
             partial.replace(target)
     except (OSError, pyarrow.ArrowException) as error:
         raise ModelUnreachableError(
-            f"model.base = {uri!r}: cannot be fetched ({error}). Check the URI and your credentials for it."
+            f"model.base = {uri!r}: cannot be downloaded ({error}). Check the URI and your credentials for it."
         ) from None
     return folder
 
 
-def _is_cached(file: Path, there: fs.FileInfo) -> bool:
-    # Settings are small and may be mended in place; weights are neither.
-    return file.suffix == ".safetensors" and file.is_file() and file.stat().st_size == there.size
+def _is_cached(file: Path, remote: fs.FileInfo) -> bool:
+    # Only weights are cached: JSON files are small, and may be corrected in place.
+    return file.suffix == ".safetensors" and file.is_file() and file.stat().st_size == remote.size
 
 
-def open_checkpoint(base: str, revision: str | None = None) -> Checkpoint:
-    """The weights of a base, whole and where they are: on object storage they are read by ranges, not fetched."""
-    checkpoint = Checkpoint(base if is_remote(base) else resolve_base(base, revision))
-    checkpoint.check()
-    return checkpoint
+def open_weight_files(base: str, revision: str | None = None) -> WeightFiles:
+    """The checked weight files of a base. Files on object storage are read by ranges, not downloaded."""
+    weight_files = WeightFiles(base if is_remote(base) else resolve_base(base, revision))
+    weight_files.check()
+    return weight_files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; raises `ModelError` if it is not that of a Llama."""
-    return Checkpoint(folder).config
+    """The model's config.json. Raises `ModelError` if it is not a Llama."""
+    return WeightFiles(folder).config
 
 
 def fingerprint(folder: Path) -> str:
-    """See `Checkpoint.fingerprint`."""
-    return Checkpoint(folder).fingerprint()
+    """See `WeightFiles.fingerprint`."""
+    return WeightFiles(folder).fingerprint()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; raises `ModelError` when it has none."""
+    """The model's tokenizer. Raises `ModelError` if it has none."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -1,8 +1,8 @@
-"""NF4 weights with double quantisation, a share at a time. The only user of bitsandbytes.
+"""NF4 weights with double quantisation, quantised share by share. The only user of bitsandbytes.
 
-bitsandbytes scales each block of 64 weights by its largest magnitude, and quantises those scales once more, to 8 bits
-in groups of 256, less their mean. The blocks do not depend on each other. So a process quantises just the blocks it
-holds; only the scales (1/16 of a byte a weight) have to be seen whole, for their mean and their groups.
+bitsandbytes scales each block of 64 weights by its largest magnitude. It then subtracts the mean of these scales, and
+quantises them to 8 bits in groups of 256. The blocks are independent, so each rank quantises only the blocks it holds.
+Mean and groups need the scales of the whole tensor: 1/16 byte per weight.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ _SCALES_PER_GROUP = 256
 
 
 def make_linears_4bit(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every linear layer of the decoder of `model`, on the meta device, by an NF4 one without weights yet.
+    """Replace every linear layer of the decoder of `model`, on the meta device, by an NF4 layer without weights.
 
-    The head stays as it is. `dtype` is that of activations, and the type in which packed weights are stored: ZeRO
-    gathers and partitions a floating type without touching its bits, another type it would cast.
+    The head is not changed. `dtype` is the dtype of activations, and the storage dtype of packed weights: ZeRO gathers
+    and partitions floating types without changing their bits, but casts other types.
     """
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name.endswith("lm_head"):
@@ -37,8 +37,8 @@ def make_linears_4bit(model: nn.Module, dtype: torch.dtype) -> None:
             quant_storage=dtype,
             device="meta",
         )
-        # On processors with AVX512-BF16 the first `eval()` forward without gradients (a validation) would repack the
-        # weights in place for inference, and nothing unpacks them for training.
+        # On CPUs with AVX512-BF16, bitsandbytes repacks the weights in place at the first `eval()` forward without
+        # gradients (a validation), and nothing unpacks them for training.
         linear.support_avx512bf16_for_cpu = False
         linear.weight = packed_parameter(
             torch.empty(packed_shape(name, module.weight, dtype), dtype=dtype, device="meta")
@@ -48,14 +48,14 @@ def make_linears_4bit(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def packed_shape(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """Of the packed weights: two weights a byte, `dtype.itemsize` bytes an element, as bitsandbytes lays them out."""
+    """Shape of the packed weights in bitsandbytes' layout: two weights per byte, `dtype.itemsize` bytes per element."""
     if weight.numel() % (2 * dtype.itemsize):
         raise ModelError(f"method.type = 'qlora': {name} of shape {list(weight.shape)} cannot be packed. Use lora.")
     return weight.numel() // (2 * dtype.itemsize), 1
 
 
 def packed_parameter(data: torch.Tensor) -> nn.Parameter:
-    """A parameter of weights that are quantised already; bitsandbytes will not do it again."""
+    """A parameter of weights that are already quantised: bitsandbytes does not quantise them again."""
     return Params4bit(data, quant_type=_TYPE, quant_storage=data.dtype, bnb_quantized=True)
 
 
@@ -64,16 +64,16 @@ def is_packed(parameter: nn.Parameter) -> bool:
 
 
 def quantise(weights: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole blocks of n flat `weights` -> packed [n / 2 / storage.itemsize], and their scales [n / 64] in fp32."""
+    """Quantise whole blocks: n flat `weights` -> packed [n / 2 / storage.itemsize], and scales [n / 64] in fp32."""
     packed, scales = torch.ops.bitsandbytes.quantize_4bit.default(weights, NF4_BLOCK, _TYPE, storage)
     return packed.view(-1), scales
 
 
 def attach_statistics(parameter: Any, linear: Any, scales: torch.Tensor, shape: torch.Size) -> None:
-    """Give a parameter the statistics to undo its quantisation with, from the scales of the whole tensor.
+    """Give a parameter the statistics that undo its quantisation, from the scales of the whole tensor.
 
-    The same arithmetic as `bitsandbytes.functional.quantize_4bit(..., compress_statistics=True)`. `shape` is that of
-    the weights before they were packed.
+    The arithmetic is that of `bitsandbytes.functional.quantize_4bit(..., compress_statistics=True)`. `shape` is the
+    shape of the weights before packing.
     """
     offset = scales.mean()
     compressed, groups = bnb.quantize_blockwise(scales - offset, blocksize=_SCALES_PER_GROUP)
@@ -92,12 +92,12 @@ def attach_statistics(parameter: Any, linear: Any, scales: torch.Tensor, shape: 
 
 
 def statistics_bytes(num_weights: int) -> int:
-    """What the statistics of a tensor take: 8 bits a block, 32 a group of blocks, and the tables to read them with."""
+    """Bytes of a tensor's statistics: 1 per block, 4 per group of blocks, and the lookup tables."""
     blocks = -(-num_weights // NF4_BLOCK)
     return blocks + 4 * -(-blocks // _SCALES_PER_GROUP) + 4 * (1 + 16 + 256)
 
 
 def statistics_tensors(parameter: Any) -> list[torch.Tensor]:
-    """The tensors of a 4-bit parameter's statistics, for whoever counts memory."""
+    """The tensors of a 4-bit parameter's statistics, for counting memory."""
     state = parameter.quant_state
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]

@@ -1,4 +1,4 @@
-"""A Llama checkpoint from nothing: a tokenizer trained on given texts, and random weights for a `full` run to train."""
+"""A new Llama: a tokenizer trained on given texts, and random weights to train in a `full` run."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from ft_service.chat.word_cache import LLAMA3_SPLIT
 
 MAX_POSITIONS = 2048
 
-# As in Llama 3.1: their order, and how text is split before bytes are merged.
+# As in Llama 3.1, in the same order.
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -32,8 +32,8 @@ _END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Llama 3's special tokens and chat template.
 
-    It has `vocab_size` tokens, fewer where `texts` hold too few pairs to merge; 256 bytes and the special tokens are
-    always among them.
+    It has `vocab_size` tokens, or fewer if `texts` have too few pairs to merge. It always has the 256 bytes and the
+    special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,7 +76,7 @@ def write_scratch_model(
     intermediate_size: int,
     seed: int,
 ) -> None:
-    """Write a Llama checkpoint folder with fp32 random weights and tied embeddings; the same seed, the same weights."""
+    """Write a Llama folder with random fp32 weights and tied embeddings. The same seed gives the same weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -86,8 +86,8 @@ def write_scratch_model(
         intermediate_size=intermediate_size,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        # The usual 0.02 suits widths of thousands. Here it would keep the tied head's logits so small that an adapter,
-        # which cannot change the head, could never be sure of a token the base has hardly seen, such as <|eot_id|>.
+        # The usual 0.02 suits widths of thousands. At small widths it makes the tied head's logits so small that an
+        # adapter, which cannot change the head, never predicts a rare token such as <|eot_id|> with confidence.
         initializer_range=hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(list(_END_TOKENS)),

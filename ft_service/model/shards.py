@@ -1,7 +1,7 @@
-"""Who holds what: the arithmetic of ZeRO-3's partitions and of 4-bit blocks. No torch, so that it can be simulated.
+"""Which rank holds which elements: the arithmetic of ZeRO-3's partitions and of 4-bit blocks. No torch.
 
-ZeRO-3 flattens each parameter and cuts it into one piece per process, all of ceil(numel / processes) elements; the last
-ones are padded (Rajbhandari et al. 2020, arXiv:1910.02054).
+ZeRO-3 flattens each parameter and splits it into one partition per rank, each of ceil(numel / ranks) elements; the last
+partitions are padded (Rajbhandari et al. 2020, arXiv:1910.02054).
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """Among how many processes each parameter is cut, and which of them this one is.
+class Partitioning:
+    """The number of ranks that parameters are partitioned among, and which of them this one is.
 
-    `node_size` > 1 asks for a second copy that is cut among the processes of a node alone (ZeRO++ hpZ,
-    arXiv:2306.10209); the ranks of a node are then consecutive.
+    `node_size` > 1 means a second copy, partitioned among the ranks of each node (ZeRO++ hpZ, arXiv:2306.10209). The
+    ranks of a node are then consecutive.
     """
 
     rank: int = 0
@@ -34,33 +34,33 @@ class Sharing:
     node_size: int = 1
 
     def spans(self, numel: int) -> list[Span]:
-        """What this process holds of a parameter: its partition and, under hpZ, its part of the node's copy."""
+        """What this rank holds of a parameter: its partition and, under hpZ, its partition of the node's copy."""
         held = [partition(numel, self.world_size, self.rank)]
         if self.node_size > 1:
-            # The node's copy is of the padded length, so that its parts begin where partitions do.
+            # The node's copy has the padded length, so that its partitions start at boundaries of the global ones.
             padded = self.world_size * partition_numel(numel, self.world_size)
             held.append(partition(numel, self.node_size, self.rank % self.node_size, padded))
         return held
 
 
 def partition_numel(numel: int, parts: int) -> int:
-    """Elements that every process allocates, padding included."""
+    """Elements that every rank allocates, with padding."""
     return -(-numel // parts)
 
 
 def partition(numel: int, parts: int, index: int, padded_numel: int | None = None) -> Span:
-    """The elements that fall to the process `index` of `parts`, without padding; possibly none."""
+    """The elements of partition `index` of `parts`, without padding; may be empty."""
     size = partition_numel(padded_numel or numel, parts)
     return Span(min(numel, index * size), min(numel, (index + 1) * size))
 
 
 def whole_blocks(packed: Span, weights_per_element: int, num_weights: int) -> Span:
-    """The weights of all blocks that a span of packed elements touches."""
+    """The weights of all 4-bit blocks that a span of packed elements overlaps."""
     start = packed.start * weights_per_element // NF4_BLOCK * NF4_BLOCK
     stop = -(-packed.stop * weights_per_element // NF4_BLOCK) * NF4_BLOCK
     return Span(min(start, num_weights), min(stop, num_weights)) if len(packed) else Span(start, start)
 
 
 def num_blocks(weights: Span) -> int:
-    """Blocks in a span of weights that begins at a block."""
+    """Number of 4-bit blocks in a span of weights. The span must start at a block."""
     return -(-len(weights) // NF4_BLOCK)

@@ -1,4 +1,4 @@
-"""The model in training: base and adapter built as the plan says, and written as what gets published."""
+"""The model that is trained: base and adapter as the plan describes them, and its export for publishing."""
 
 from pathlib import Path
 
@@ -11,34 +11,34 @@ from ft_service.chat.format import ChatFormat
 from ft_service.errors import ModelError
 from ft_service.model.adapter import attach_adapter, export_adapter
 from ft_service.model.base import load_tokenizer
-from ft_service.model.export import files_beside_weights
-from ft_service.model.load import Placement, Progress, load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.load import Progress, WeightPlacement, load_causal_lm
+from ft_service.model.weight_files import WeightFiles
+from ft_service.model.writer import config_and_tokenizer_files
 from ft_service.plan.plan import RunPlan
 
 
 class TrainableModel:
-    """A base model, and the adapter on it unless the method is `full`.
+    """A base model, with an adapter unless the method is `full`.
 
-    `module` is what is trained, `causal_lm` the Llama in it (the same object for a `full` run).
+    `module` is the model to train, `causal_lm` the Llama inside it (the same object if the method is `full`).
     """
 
     def __init__(
         self,
         plan: RunPlan,
         base_folder: Path,
-        checkpoint: Checkpoint,
-        placement: Placement,
+        weight_files: WeightFiles,
+        placement: WeightPlacement,
         progress: Progress | None = None,
     ) -> None:
-        """Loads the base where `placement` says; every process of a shared placement calls it.
+        """Load the base. If `placement` partitions weights, every rank must call this.
 
-        `base_folder` has config and tokenizer, `checkpoint` the weights.
+        `base_folder` has the base's config and tokenizer, `weight_files` its weights.
         """
         spec, method = plan.spec, plan.spec.method
         self._base_folder = base_folder
         self.causal_lm: LlamaForCausalLM = load_causal_lm(
-            checkpoint,
+            weight_files,
             dtype=torch.bfloat16 if spec.train.precision == "bf16" else torch.float32,
             four_bit=method.type == "qlora",
             placement=placement,
@@ -58,9 +58,9 @@ class TrainableModel:
         assert isinstance(self.module, PeftModel)
         export_adapter(self.module, weights, self._initial, folder, _chat_template(self._base_folder))
 
-    def files_beside_weights(self) -> dict[str, bytes]:
-        """What the folder of a `full` run's model has beside the weights, by file name."""
-        return files_beside_weights(self.causal_lm.config, self._base_folder, _chat_template(self._base_folder))
+    def config_and_tokenizer_files(self) -> dict[str, bytes]:
+        """File name -> content of what the model folder of a `full` run has next to its weights."""
+        return config_and_tokenizer_files(self.causal_lm.config, self._base_folder, _chat_template(self._base_folder))
 
 
 def _trained_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def _trained_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _chat_template(base_folder: Path) -> str:
-    """What is published: Llama 3's template, or '' for a base whose tokenizer has not its special tokens."""
+    """Llama 3's chat template; '' if the base's tokenizer lacks Llama 3's special tokens."""
     try:
         return ChatFormat(load_tokenizer(base_folder)).template
     except ModelError:

@@ -1,7 +1,7 @@
-"""The files of a Llama checkpoint: what is in them, whether they are whole, and any range of any tensor.
+"""The files of a Llama model: what they contain, whether they are complete, and any range of any tensor.
 
-A safetensors file is 8 bytes of length, a JSON header, and the tensors one after another, each row-major and whole. So
-any slice of a flattened tensor is one range of bytes, which `os.preadv` or a ranged request fetches and nothing else.
+A safetensors file has 8 bytes of length, a JSON header, and the tensors one after another, row-major. So any slice of a
+flattened tensor is one range of bytes, which `os.preadv` or a ranged request reads on its own.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: `start` and `nbytes` are bytes of `file`; `dtype` is the format's name, such as BF16."""
+    """Where a tensor is: `start` and `nbytes` in bytes of `file`. `dtype` is the safetensors name, such as BF16."""
 
     file: str
     dtype: str
@@ -50,8 +50,11 @@ class TensorEntry:
         return ITEM_BYTES[self.dtype]
 
 
-class Checkpoint:
-    """A checkpoint in a folder or on object storage. Opening reads nothing; every method raises `ModelError`."""
+class WeightFiles:
+    """The config and safetensors files of a model, in a folder or on object storage.
+
+    The constructor reads nothing. Every method raises `ModelError` if a file is missing, damaged or cannot be read.
+    """
 
     def __init__(self, location: str | Path) -> None:
         """`location` is a folder, or an ``s3://`` or ``gs://`` URI."""
@@ -62,38 +65,38 @@ class Checkpoint:
         else:
             self._files = _LocalFiles(Path(self.location))
 
-    # -- what is in it ---------------------------------------------------------------------------------------------
+    # -- content ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json, of a Llama."""
+        """config.json. Raises `ModelError` if the model is not a Llama."""
         if self._files.size(CONFIG_FILE) is None:
-            raise ModelError(f"model.base = {self.location!r}: has no config.json. Name a whole checkpoint.")
+            raise ModelError(f"model.base = {self.location!r}: has no config.json. Use a complete model folder.")
         config: dict[str, Any] = self._json(CONFIG_FILE)
         architecture = (config.get("architectures") or [config.get("model_type")])[0]
         if architecture != "LlamaForCausalLM":
             raise ModelError(
                 f"model.base = {self.location!r}: its architecture is {architecture}. "
-                "Use a checkpoint whose config.json says LlamaForCausalLM."
+                "Use a model whose config.json says LlamaForCausalLM."
             )
         return config
 
     @cached_property
-    def weight_files(self) -> list[str]:
-        """Names of the safetensors files, sorted; all of them are there."""
+    def file_names(self) -> list[str]:
+        """Names of the safetensors files, sorted. Raises `ModelError` if one is missing."""
         names = [SINGLE_FILE] if self._files.size(INDEX_FILE) is None else sorted(set(self._index().values()))
         missing = [name for name in names if self._files.size(name) is None]
         if missing:
-            pickled = any(name.endswith((".bin", ".pth")) for name in self._files.names())
-            cure = "Convert it to safetensors first." if pickled else "Fetch the checkpoint again."
-            raise ModelError(f"model.base = {self.location!r}: {', '.join(missing)} missing. {cure}")
+            has_pickle = any(name.endswith((".bin", ".pth")) for name in self._files.names())
+            fix = "Convert it to safetensors first." if has_pickle else "Download the model again."
+            raise ModelError(f"model.base = {self.location!r}: {', '.join(missing)} missing. {fix}")
         return names
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor by name, in the order in which they lie in the files."""
+        """Every tensor by name, in the order of the files."""
         found: dict[str, TensorEntry] = {}
-        for file in self.weight_files:
+        for file in self.file_names:
             header, header_bytes = self._headers[file]
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
             for name, entry in entries:
@@ -104,43 +107,43 @@ class Checkpoint:
         return found
 
     def check(self) -> None:
-        """Raise unless config and index are sound, and every weight file has the length its header speaks of."""
+        """Raise `ModelError` unless config and index are valid and every file has the length that its header gives."""
         _ = self.config
-        for file in self.weight_files:
+        for file in self.file_names:
             header, header_bytes = self._headers[file]
-            # In tensors sized by their types, every byte range must fit, and the file must end where the last one does.
+            # Each byte range must match dtype and shape, and the file must end with the last tensor.
             for name, entry in header.items():
                 first, last = entry["data_offsets"]
                 size = ITEM_BYTES.get(entry["dtype"])
                 if size is not None and last - first != size * math.prod(entry["shape"]):
                     raise ModelError(
-                        f"{self._path(file)}: {name} has {last - first:,} bytes, which {entry['dtype']} of shape "
-                        f"{entry['shape']} has not: damaged. Fetch it again."
+                        f"{self._path(file)}: {name} has {last - first:,} bytes, which does not match "
+                        f"{entry['dtype']} of shape {entry['shape']}: damaged. Download it again."
                     )
             expected = header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             actual = self._files.size(file)
             if expected != actual:
                 raise ModelError(
-                    f"{self._path(file)}: {actual:,} bytes, and its header speaks of {expected:,}: half-downloaded. "
-                    "Fetch it again."
+                    f"{self._path(file)}: {actual:,} bytes instead of the {expected:,} in its header: half-downloaded. "
+                    "Download it again."
                 )
         if self._files.size(INDEX_FILE) is not None:
             tensors = self.tensors
             lost = [name for name, file in self._index().items() if name not in tensors or tensors[name].file != file]
             if lost:
                 raise ModelError(
-                    f"{self._path(INDEX_FILE)}: names {len(lost)} tensors that are not in their files "
-                    f"({', '.join(lost[:3])}). Fetch the checkpoint again."
+                    f"{self._path(INDEX_FILE)}: lists {len(lost)} tensors that are not in their files "
+                    f"({', '.join(lost[:3])}). Download the model again."
                 )
 
     def fingerprint(self) -> str:
-        """SHA-256 that tells this checkpoint from others without reading hundreds of gigabytes.
+        """SHA-256 that identifies the model without reading hundreds of gigabytes.
 
-        Over config.json and, of every weight file, its size, its header (names, types, shapes, places) and its first
-        and last MiB of weights.
+        Computed from config.json and, for every weight file, its size, its header (names, dtypes, shapes, offsets) and
+        the first and last MiB of its weights.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in self.weight_files:
+        for file in self.file_names:
             size, header_bytes = self._size(file), self._headers[file][1]
             digest.update(f"{file} {size} ".encode() + self._bytes(file, 0, header_bytes))
             for start in (header_bytes, max(header_bytes, size - _SAMPLE_BYTES)):
@@ -150,15 +153,15 @@ class Checkpoint:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def json_file(self, name: str) -> dict[str, Any] | None:
-        """The content of a JSON file beside the weights, None if there is no such file."""
+        """The content of a JSON file next to the weights; None if it does not exist."""
         return None if self._files.size(name) is None else self._json(name)
 
     def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of a tensor from its element `start` on. Threads may call it at once."""
+        """Fill `buffer` with the bytes of a tensor, from its element `start` on. Thread-safe."""
         self._files.read_into(entry.file, entry.start + start * entry.item_bytes, buffer)
 
     def close(self) -> None:
-        """Close what reading has opened; reading again opens it again."""
+        """Close all open files; the next read opens them again."""
         self._files.close()
 
     def _index(self) -> dict[str, str]:
@@ -166,17 +169,17 @@ class Checkpoint:
             index = self._json(INDEX_FILE)["weight_map"]
             return {str(name): str(file) for name, file in index.items()}
         except (KeyError, TypeError, AttributeError):
-            raise ModelError(f"{self._path(INDEX_FILE)}: has no weight_map. Fetch the checkpoint again.") from None
+            raise ModelError(f"{self._path(INDEX_FILE)}: has no weight_map. Download the model again.") from None
 
     @cached_property
     def _headers(self) -> dict[str, tuple[dict[str, Any], int]]:
-        """Of each weight file: its header without metadata, and the bytes in front of the first tensor."""
-        return {file: self._header(file) for file in self.weight_files}
+        """Weight file -> its header without metadata, and the number of bytes before its first tensor."""
+        return {file: self._header(file) for file in self.file_names}
 
     def _header(self, file: str) -> tuple[dict[str, Any], int]:
         size = self._size(file)
         length = struct.unpack("<Q", self._bytes(file, 0, 8))[0] if size >= 8 else size
-        damaged = ModelError(f"{self._path(file)}: its safetensors header is damaged. Fetch it again.")
+        damaged = ModelError(f"{self._path(file)}: its safetensors header is damaged. Download it again.")
         if length > min(_MAX_HEADER_BYTES, size - 8):
             raise damaged
         try:
@@ -193,12 +196,12 @@ class Checkpoint:
         try:
             return json.loads(self._bytes(file, 0, self._size(file)))
         except ValueError as error:
-            raise ModelError(f"{self._path(file)}: is not JSON ({error}). Fetch the checkpoint again.") from None
+            raise ModelError(f"{self._path(file)}: is not JSON ({error}). Download the model again.") from None
 
     def _size(self, file: str) -> int:
         size = self._files.size(file)
         if size is None:
-            raise ModelError(f"{self._path(file)}: has gone. Fetch the checkpoint again.")
+            raise ModelError(f"{self._path(file)}: missing. Download the model again.")
         return size
 
     def _bytes(self, file: str, start: int, stop: int) -> bytes:
@@ -234,7 +237,7 @@ class _LocalFiles:
             except OSError as error:
                 raise ModelError(f"{self._folder / file}: cannot be read ({error}).") from None
             if count == 0:
-                raise ModelError(f"{self._folder / file}: ends too early. Fetch it again.")
+                raise ModelError(f"{self._folder / file}: ends too early. Download it again.")
             done += count
 
     def close(self) -> None:
@@ -277,7 +280,7 @@ class _RemoteFiles:
         except (OSError, pyarrow.ArrowException) as error:
             raise ModelError(f"{self._uri.rstrip('/')}/{file}: cannot be read ({error}).") from None
         if len(content) != len(buffer):
-            raise ModelError(f"{self._uri.rstrip('/')}/{file}: ends too early. Fetch it again.")
+            raise ModelError(f"{self._uri.rstrip('/')}/{file}: ends too early. Download it again.")
         buffer[:] = content
 
     def close(self) -> None:

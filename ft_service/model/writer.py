@@ -1,37 +1,41 @@
-"""Writing weights: what goes into which safetensors file, and the files, tensor by tensor.
+"""Writing model folders: which tensor goes into which safetensors file, the files, and config and tokenizer.
 
-What lies where is decided from names, types and shapes alone, so every process knows it of all the others without a
-word. Each owner then writes its own files, and holds no tensor longer than it takes to write it.
+The layout follows from names, types and shapes alone, so every process computes the same one without communication.
+Each owner then writes its own files, and holds a tensor only while it writes it.
 """
 
 import hashlib
 import json
 import math
 import struct
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import torch
+from transformers import PretrainedConfig
 
-from ft_service.model.weight_files import ITEM_BYTES
+from ft_service.model.weight_files import CONFIG_FILE, ITEM_BYTES
 
 MAX_FILE_BYTES = 5 * 1000**3
-"""Of one file, unless a single tensor is larger. S3 copies objects of up to 5 GiB by itself."""
+"""Of one file, unless a single tensor is larger. S3 copies objects of up to 5 GiB without a multipart upload."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _CHUNK_BYTES = 16 * 1024 * 1024
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
 
 Create = Callable[[str], AbstractContextManager[BinaryIO]]
-"""Opens the file of that name; leaving the context without an error makes the file whole, with one undoes it."""
+"""Opens a file by name. Leaving the context completes the file; leaving it with an error deletes it."""
 
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """All of a tensor but its values; `dtype` is the format's name, such as BF16."""
+    """Type and shape of a tensor; `dtype` is the safetensors name, such as BF16."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,8 +46,8 @@ class TensorFormat:
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """One safetensors file: its name, the process that writes it, and its tensors in their order."""
+class FileLayout:
+    """One safetensors file: its name, the rank that writes it, and its tensors in order."""
 
     name: str
     owner: int
@@ -51,7 +55,7 @@ class WeightFile:
 
     @property
     def header(self) -> bytes:
-        """What stands in front of the tensors: the length of a JSON text, and the text, padded to 8 bytes."""
+        """The bytes before the tensors: the length of a JSON text, then the text, padded to 8 bytes."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
         for name, tensor in self.tensors.items():
@@ -65,30 +69,30 @@ class WeightFile:
 
 def lay_out(
     tensors: Mapping[str, TensorFormat], num_owners: int = 1, max_file_bytes: int = MAX_FILE_BYTES
-) -> list[WeightFile]:
-    """Deal whole tensors out to owners, and those of each owner to files.
+) -> list[FileLayout]:
+    """Assign whole tensors to owners, and the tensors of each owner to files.
 
-    In their order, each goes to the owner that has the fewest bytes so far: shares differ by one tensor at most, and
-    neighbours mostly go to different owners, so that all of them have something to write at any time. An owner without
-    a tensor writes no file.
+    Each tensor, in order, goes to the owner with the fewest bytes so far. So the owners' shares differ by at most one
+    tensor, and neighbouring tensors mostly have different owners, which can then write at the same time. An owner
+    without a tensor writes no file.
     """
     shares: list[list[dict[str, TensorFormat]]] = [[] for _ in range(num_owners)]
-    dealt = [0] * num_owners
+    owner_bytes = [0] * num_owners
     for name, tensor in tensors.items():
-        owner = min(range(num_owners), key=dealt.__getitem__)
+        owner = min(range(num_owners), key=owner_bytes.__getitem__)
         files = shares[owner]
         if not files or sum(other.nbytes for other in files[-1].values()) + tensor.nbytes > max_file_bytes:
             files.append({})
         files[-1][name] = tensor
-        dealt[owner] += tensor.nbytes
+        owner_bytes[owner] += tensor.nbytes
     owned = [(owner, file) for owner, files in enumerate(shares) for file in files]
     return [
-        WeightFile(f"model-{number:05}-of-{len(owned):05}.safetensors", owner, file)
+        FileLayout(f"model-{number:05}-of-{len(owned):05}.safetensors", owner, file)
         for number, (owner, file) in enumerate(owned, start=1)
     ]
 
 
-def index_of(files: Sequence[WeightFile]) -> bytes:
+def index_of(files: Sequence[FileLayout]) -> bytes:
     """The content of model.safetensors.index.json."""
     total = sum(tensor.nbytes for file in files for tensor in file.tensors.values())
     weight_map = {name: file.name for file in files for name in file.tensors}
@@ -96,14 +100,28 @@ def index_of(files: Sequence[WeightFile]) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-class WeightWriter:
-    """Writes `files` one after the other, each tensor in a thread, so that the next one can be fetched meanwhile.
+def config_and_tokenizer_files(config: PretrainedConfig, base_folder: Path, chat_template: str) -> dict[str, bytes]:
+    """File name -> content of what a model folder has next to its weights: config, tokenizer and chat template.
 
-    A context manager: leaving it waits for the thread. `digests` then has the SHA-256 of each file by name. A failure
-    undoes the file that is being written; the earlier ones stay.
+    The tokenizer comes from `base_folder`. With these files stock transformers loads the folder, and a run can use it
+    as its base.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        config.save_pretrained(temporary)
+        files = {CONFIG_FILE: Path(temporary, CONFIG_FILE).read_bytes()}
+    for pattern in _TOKENIZER_FILES:
+        files |= {file.name: file.read_bytes() for file in sorted(base_folder.glob(pattern))}
+    return files | {"chat_template.jinja": chat_template.encode()}
+
+
+class WeightWriter:
+    """Writes `files` one after the other in a thread, so that the caller can fetch the next tensor meanwhile.
+
+    A context manager: leaving it waits for the thread. `digests` then has the SHA-256 of each file by name. On an error
+    the file being written is deleted; complete files are kept.
     """
 
-    def __init__(self, files: Sequence[WeightFile], create: Create) -> None:
+    def __init__(self, files: Sequence[FileLayout], create: Create) -> None:
         self.digests: dict[str, str] = {}
         self._create = create
         self._expected = [(file, name) for file in files for name in file.tensors]
@@ -118,7 +136,7 @@ class WeightWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the next tensor; returns once the one before is written. `tensor` must not change until then."""
+        """Start writing the next tensor once the previous one is written. `tensor` must not change until then."""
         self._wait()
         self._pending = self._thread.submit(self._append, name, tensor)
 
@@ -137,7 +155,8 @@ class WeightWriter:
             self._open.__exit__(kind, error, trace)
 
     def _wait(self) -> None:
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 

@@ -18,7 +18,7 @@ from ft_service.runs.folder import Request, RunFolder, State
 from ft_service.runs.lease import Lease, holds
 from ft_service.runs.metrics import Event, EventLog, read_events, read_metrics
 from ft_service.spec.schema import RunSpec
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.watchdog import suspects
 from ft_service.train.worker_group import NoRoom, TrainingDied, WorkerGroup, resources_per_worker
 

@@ -1,8 +1,8 @@
-"""Compiling DeepSpeed's operators, once on each node: a worker that dies of it leaves nothing for the next to wait on.
+"""Compiling DeepSpeed's operators once per node, under a lock that a dead process cannot leave behind.
 
-torch compiles an operator under a lock that is a file's existence. Whoever dies while it compiles leaves the file, and
-every later process of that user waits for it without end and without a word. Here the file only carries a lock of the
-kernel's, which goes with the process that held it.
+torch uses the existence of a file as its lock. If a process dies while it compiles, the file stays, and every later
+process of that user waits forever without a message. Here the file is locked with `flock`: the operating system
+releases that lock when the process ends.
 """
 
 import fcntl
@@ -11,10 +11,10 @@ import os
 import torch.utils.cpp_extension
 
 
-class KernelBaton:
-    """torch's `FileBaton` (one process builds, the others wait for it), held by `flock` on the same file.
+class FlockBaton:
+    """A replacement for torch's `FileBaton`: one process builds, the others wait. It locks the same file with `flock`.
 
-    As with torch's, whoever holds it removes the file in the end: a program without this class waits for that.
+    Like torch's, it removes the file on release: programs that use torch's own class wait for that.
     """
 
     def __init__(self, lock_file_path: str, **_: object) -> None:
@@ -22,7 +22,7 @@ class KernelBaton:
         self._fd: int | None = None
 
     def try_acquire(self) -> bool:
-        """Become the one that builds, unless a living process is."""
+        """Take the lock; False if another living process holds it."""
         while True:
             fd = os.open(self.lock_file_path, os.O_CREAT | os.O_RDWR, 0o644)
             try:
@@ -30,13 +30,13 @@ class KernelBaton:
             except BlockingIOError:
                 os.close(fd)
                 return False
-            if _is_still(fd, self.lock_file_path):
+            if _is_same_file(fd, self.lock_file_path):
                 self._fd = fd
                 return True
-            os.close(fd)  # its holder removed it between opening and locking
+            os.close(fd)  # the previous holder removed the file after we opened it
 
     def wait(self) -> None:
-        """Return when nobody builds any more, also where the one that did has died."""
+        """Wait until no living process holds the lock."""
         try:
             fd = os.open(self.lock_file_path, os.O_RDWR)
         except FileNotFoundError:
@@ -47,19 +47,19 @@ class KernelBaton:
             os.close(fd)
 
     def release(self) -> None:
-        """Remove the file and let those that wait go on."""
+        """Remove the file and release the lock."""
         if self._fd is not None:
             os.remove(self.lock_file_path)
             os.close(self._fd)
             self._fd = None
 
 
-def lock_builds_by_kernel() -> None:
-    """From now on, torch in this process compiles extensions under a `KernelBaton`."""
-    setattr(torch.utils.cpp_extension, "FileBaton", KernelBaton)  # noqa: B010 - to mypy, the name is a type's
+def compile_under_flock() -> None:
+    """Make torch compile extensions under a `FlockBaton`, from now on, in this process."""
+    setattr(torch.utils.cpp_extension, "FileBaton", FlockBaton)  # noqa: B010 - to mypy, the name is a type's
 
 
-def _is_still(fd: int, path: str) -> bool:
+def _is_same_file(fd: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What to say when a loss or a gradient is not a finite number: the step, and the rows that may be to blame."""
+"""The error for a loss or gradient that is not finite: it names the step and the rows that may have caused it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,35 +7,38 @@ from ft_service.errors import TrainingError
 from ft_service.train.batches import Batches, Step, collate
 from ft_service.train.protocol import Workers
 
-_MOST_NUMBERS, _MOST_TEXTS = 20, 5
+_MAX_ROWS_LISTED = 20
+_MAX_TEXTS_SHOWN = 5
 
 
-def refusal(
+def nonfinite_error(
     problem: str,
     step: Step,
     batches: Batches,
     parallel: Workers,
     text_of_row: Callable[[int], str],
 ) -> TrainingError:
-    """The error that ends the run, the same on all workers; every worker must call it, before the weights change.
+    """The error to raise, the same on all ranks. Every rank must call it, before the weights change.
 
-    `problem` says what is not finite, and in which step. Each row of the step is put through the model by itself, since
-    the loss of a micro-batch does not tell its rows apart.
+    `problem` says what is not finite, and in which step. Each row of the step goes through the model alone, because the
+    loss of a micro-batch does not show which of its rows caused it.
     """
-    with parallel.evaluating():
-        mine = [row for row in step.rows if not math.isfinite(float(parallel.loss(collate([batches.rows[row]]))))]
-    found = [(row, worker) for worker, rows in enumerate(parallel.from_all(mine)) for row in rows]
-    if not found:
-        what = f"By itself, each of its rows of the training data has a finite loss: {_list(step.all_rows)}."
-        return TrainingError(f"{problem} {what} Lower train.learning_rate.")
-    named = _list([f"{row} (worker {worker})" for row, worker in found])
-    texts = [f" Row {row} begins {text!r}." for row, _ in found[:_MOST_TEXTS] if (text := text_of_row(row))]
-    what = f"Rows of the training data whose loss is not finite: {named}.{''.join(texts)}"
-    # When every row is bad, the weights are.
-    cure = "Lower train.learning_rate" + (", or remove these rows." if len(found) < len(step.all_rows) else ".")
-    return TrainingError(f"{problem} {what} {cure}")
+    with parallel.evaluation_mode():
+        own_bad_rows = [
+            row for row in step.rows if not math.isfinite(float(parallel.loss(collate([batches.rows[row]]))))
+        ]
+    bad_rows = [(row, rank) for rank, rows in enumerate(parallel.all_gather_object(own_bad_rows)) for row in rows]
+    if not bad_rows:
+        rows = f"Each row of this step has a finite loss when it is evaluated alone: {_list(step.all_rows)}."
+        return TrainingError(f"{problem} {rows} Lower train.learning_rate.")
+    named = _list([f"{row} (worker {rank})" for row, rank in bad_rows])
+    texts = [f" Row {row} begins {text!r}." for row, _ in bad_rows[:_MAX_TEXTS_SHOWN] if (text := text_of_row(row))]
+    rows = f"Rows of the training data whose loss is not finite: {named}.{''.join(texts)}"
+    # If every row is bad, the weights are at fault and not the data.
+    fix = "Lower train.learning_rate" + (", or remove these rows." if len(bad_rows) < len(step.all_rows) else ".")
+    return TrainingError(f"{problem} {rows} {fix}")
 
 
 def _list(items: Sequence[object]) -> str:
-    more = f" and {len(items) - _MOST_NUMBERS} more" if len(items) > _MOST_NUMBERS else ""
-    return ", ".join(map(str, items[:_MOST_NUMBERS])) + more
+    more = f" and {len(items) - _MAX_ROWS_LISTED} more" if len(items) > _MAX_ROWS_LISTED else ""
+    return ", ".join(map(str, items[:_MAX_ROWS_LISTED])) + more

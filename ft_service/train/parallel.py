@@ -1,4 +1,8 @@
-"""Parallelism: the process group and the DeepSpeed engine. The only user of deepspeed."""
+"""Parallelism: the process group, the collectives, and the DeepSpeed engine.
+
+This module and `parallel_placement` are the only users of deepspeed. They import it inside functions: DeepSpeed chooses
+its accelerator when it is imported, so `prepare_process` must run first.
+"""
 
 import math
 import os
@@ -14,44 +18,40 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ft_service.model.load import Placement, Whole
-from ft_service.model.shards import Sharing, partition_numel
+from ft_service.model.load import WeightPlacement, WholeWeights
+from ft_service.model.shards import Partitioning
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan.memory import MOST_BUCKET_ELEMENTS
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
-from ft_service.train.compiling import lock_builds_by_kernel
+from ft_service.train.compiling import compile_under_flock
 from ft_service.train.optimizer_state import OptimizerState
 
-# Otherwise DeepSpeed would guess an accelerator from what is installed.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
-from deepspeed.utils import groups
-
-lock_builds_by_kernel()
-
 _GIB = 2**30
-_BEYOND_HANG_SECONDS = 3600
-"""Collectives wait so much longer than the watchdog, which says more about a hang, and for nodes that fetch slowly."""
+_COLLECTIVE_GRACE_SECONDS = 3600
+"""Collectives time out this long after the watchdog: it reports more about a hang, and some nodes fetch slowly."""
+
+
+def prepare_process(use_gpu: bool) -> None:
+    """Settings of this process that must be made before DeepSpeed is imported; `init_process_group` calls this.
+
+    - ``DS_ACCELERATOR``, unless it is set: otherwise DeepSpeed guesses an accelerator from the installed packages.
+    - Operators compile under `flock` instead of torch's lock file, see `ft_service.train.compiling`.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    compile_under_flock()
 
 
 def init_process_group(use_gpu: bool) -> None:
-    """Join the process group that the environment describes (torchrun, Ray), or one of this process alone."""
+    """Join the process group described by the environment (torchrun, Ray), or create one of this process alone.
+
+    Prepares the process first, see `prepare_process`.
+    """
+    prepare_process(use_gpu)
+    import deepspeed
+
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(alone)
+        os.environ.update(_single_process_environment())
     if use_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
@@ -59,12 +59,26 @@ def init_process_group(use_gpu: bool) -> None:
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", verbose=False)
 
 
-def end_process() -> NoReturn:
-    """End a process that joined a group under torchrun, successfully, without the interpreter's own end.
+def _single_process_environment() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
-    Trap: gloo's threads drop a finished collective's tensors a moment after it has returned, and need the interpreter
-    to do so; while that one ends they abort the process ("terminate called without an active exception").
-    Destroying the group does not join them, since DeepSpeed refers to it still. Ray ends its workers this way anyway.
+
+def end_process() -> NoReturn:
+    """End this process with exit code 0, skipping Python's own shutdown. For processes that torchrun started.
+
+    Trap: gloo's threads release the tensors of a finished collective shortly after it returns, and need the interpreter
+    for that. During Python's shutdown they abort the process ("terminate called without an active exception").
+    Destroying the process group does not join these threads, because DeepSpeed still refers to it. Ray ends its workers
+    the same way.
     """
     dist.barrier()
     sys.stdout.flush()
@@ -73,72 +87,80 @@ def end_process() -> NoReturn:
 
 
 class Parallel:
-    """One worker's view of all workers: rank, device, collectives, and the engine that shards model and optimizer."""
+    """A rank, its device, its collectives, and the DeepSpeed engine that shards model and optimizer."""
 
     def __init__(self, plan: RunPlan) -> None:
-        """The process group must exist (`init_process_group`)."""
+        """Call `init_process_group` first."""
         self.plan = plan
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.on_progress: Callable[[], None] = lambda: None
-        """Told of each parameter that a walk over the trained ones has come to."""
+        """Called at each parameter while the trained parameters are gathered or written."""
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if plan.spec.parallel.use_gpu else torch.device("cpu")
         )
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
         self._grad_norm: torch.Tensor | float = math.nan
-        self._leave_hangs_to_watchdog()
+        self._extend_group_timeouts()
 
     @property
     def hpz_partition_size(self) -> int:
-        """Workers of a node that share a second copy of the weights; 1 without one."""
+        """Ranks of a node that share a second copy of the weights (hpZ); 1 without hpZ."""
         return self.plan.hpz_partition_size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
-    def _leave_hangs_to_watchdog(self) -> None:
-        """No process group that there is now ends a collective before the watchdog has ended the process."""
-        timeout = timedelta(seconds=self.plan.spec.parallel.hang_timeout_seconds + _BEYOND_HANG_SECONDS)
+    def _extend_group_timeouts(self) -> None:
+        """Let the watchdog end a hanging process before any existing process group ends its collective."""
+        timeout = timedelta(seconds=self.plan.spec.parallel.hang_timeout_seconds + _COLLECTIVE_GRACE_SECONDS)
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     # -- building --------------------------------------------------------------------------------------------------
 
-    def placement(self) -> Placement:
-        """Where the base's weights rest: partitioned among all workers under ZeRO-3, otherwise whole on each."""
-        return _Partitioned(self) if self.plan.zero_stage == 3 else Whole(self.device)
+    def placement(self) -> WeightPlacement:
+        """Where the base's weights are kept: partitioned among all ranks under ZeRO-3, otherwise whole on each."""
+        if self.plan.zero_stage < 3:
+            return WholeWeights(self.device)
+        from ft_service.train.parallel_placement import Zero3Weights
+
+        partitioning = Partitioning(self.rank, self.world_size, self.hpz_partition_size)
+        return Zero3Weights(self.device, partitioning, self._config())
 
     @contextmanager
-    def aware_of_partitions(self) -> Iterator[None]:
-        """Inside, transformers and peft know whether weights are partitioned, and gather those that they look at."""
+    def hf_deepspeed_config(self) -> Iterator[None]:
+        """Inside, transformers and peft know that weights are partitioned under ZeRO-3, and gather those they read."""
         if self.plan.zero_stage < 3:
             yield
             return
         from transformers.integrations import HfDeepSpeedConfig
 
-        alive = HfDeepSpeedConfig(self._config())  # transformers keeps a weak reference: it must outlive the block
+        config = HfDeepSpeedConfig(self._config())  # transformers keeps only a weak reference to it
         try:
             yield
         finally:
-            del alive
+            del config
 
     def wrap(self, model: nn.Module) -> None:
-        """Hand `model`, whose forward gives a loss sum, to DeepSpeed; parameters that require gradients are trained."""
+        """Give `model` to DeepSpeed. Its forward returns a loss sum; parameters that require gradients are trained."""
+        import deepspeed
+
         for_cpu = self.plan.offload != "none"
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
         )
-        self._leave_hangs_to_watchdog()  # DeepSpeed has made groups of its own, which NCCL would end after ten minutes
+        self._extend_group_timeouts()  # of the groups that DeepSpeed has just created: NCCL's default is ten minutes
 
     def _optimizer(self, model: nn.Module, for_cpu: bool) -> torch.optim.Optimizer:
         train = self.plan.spec.train
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # ZeRO-3 shows the shape of a partitioned parameter as [0]; ds_shape is the true one.
+        # Under ZeRO-3 a partitioned parameter has the shape [0]; its real shape is ds_shape.
         matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
         vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+        # Weight decay applies to matrices only, not to norms and biases.
         groups = [
             {"params": matrices, "weight_decay": train.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -157,7 +179,7 @@ class Parallel:
 
     def _config(self) -> dict[str, Any]:
         plan, parallel = self.plan, self.plan.spec.parallel
-        # DeepSpeed allocates the whole bucket at once and for good: a GiB by default, where an adapter needs little.
+        # DeepSpeed allocates the whole bucket once and keeps it: 1 GiB by default, far more than an adapter needs.
         bucket = min(MOST_BUCKET_ELEMENTS, plan.trainable_parameters)
         zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket}
         if plan.offload != "none":
@@ -168,7 +190,7 @@ class Parallel:
             if plan.zero_stage == 3:
                 zero["offload_param"] = place
         if plan.zero_stage == 3:
-            # DeepSpeed would otherwise replace torch.nn.functional.linear for the whole process, for good.
+            # Otherwise DeepSpeed replaces torch.nn.functional.linear in the whole process, permanently.
             zero["memory_efficient_linear"] = False
             zero["zero_hpz_partition_size"] = self.hpz_partition_size
         return {
@@ -177,7 +199,7 @@ class Parallel:
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "gradient_clipping": plan.spec.train.max_grad_norm,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            # Micro-steps are summed in fp32: the sum then hardly depends on how a batch is split. ZeRO-0 cannot.
+            # Gradients accumulate in fp32, so that they hardly depend on the number of micro-steps. ZeRO-0 cannot.
             "data_types": {"grad_accum_dtype": "fp32" if plan.zero_stage or self.dtype == torch.float32 else None},
             "zero_optimization": zero,
             "steps_per_print": 10**9,
@@ -186,37 +208,37 @@ class Parallel:
     # -- training --------------------------------------------------------------------------------------------------
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Loss sum of a micro-batch, with a graph behind it unless gradients are off."""
+        """Loss sum of a micro-batch, in nats; differentiable unless gradients are off."""
         result: torch.Tensor = self._engine(batch.to(self.device))
         return result
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients; at the end of a step they are the *mean* over workers, as ZeRO and DDP reduce them."""
+        """Accumulate gradients. At the end of a step they are the *mean* over ranks, as ZeRO and DDP reduce them."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def micro_step(self, learning_rate: float) -> None:
         """End a micro-step; the last one of a step updates the weights at `learning_rate`.
 
-        A gradient that is not finite never reaches the weights nor the optimizer: there is no update then.
+        If the gradient is not finite, neither weights nor optimizer state change.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.plan.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            # Without ZeRO the engine forgets the norm, and every worker holds the whole, reduced gradient.
+            # Without ZeRO the engine does not keep the norm, but every rank has the whole, reduced gradient.
             self._grad_norm = nn.utils.get_total_norm(p.grad for _, p in self._trained() if p.grad is not None)
             if not math.isfinite(self._grad_norm):
-                return  # as ZeRO does by itself
+                return  # ZeRO-1 to 3 skip such an update themselves
         self._engine.step()
         if self.plan.zero_stage > 0:
             self._grad_norm = self._engine.get_global_grad_norm()
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last update, before clipping; infinite or NaN if there was none for it."""
+        """Global gradient norm of the last step, before clipping; if infinite or NaN, the step made no update."""
         return float(self._grad_norm)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No dropout and no gradients inside."""
+    def evaluation_mode(self) -> Iterator[None]:
+        """Inside, dropout and gradients are off."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -224,10 +246,10 @@ class Parallel:
         finally:
             self._engine.train()
 
-    # -- between workers -------------------------------------------------------------------------------------------
+    # -- collectives -----------------------------------------------------------------------------------------------
 
-    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]:
-        """For each number its sum over all workers; every worker must call it."""
+    def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
+        """The sum of each number over all ranks. Every rank must call it."""
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         totals = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
         if self.world_size > 1:
@@ -235,73 +257,85 @@ class Parallel:
         sums: list[float] = totals.tolist()
         return sums
 
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank. Every rank must call it."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_from_rank_zero(self, value: Any) -> Any:
+        """The value of rank 0. Every rank must call it."""
+        return self.all_gather_object(value)[0]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
-    def gather_trained(self) -> dict[str, torch.Tensor]:
-        """The trained parameters, whole, on the CPU of the first worker (others get {}), by name in the wrapped model.
+    # -- trained parameters ----------------------------------------------------------------------------------------
 
-        Every worker must call it. Parameters are gathered one at a time, and frozen ones never.
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """Name in the wrapped model -> whole tensor on the CPU, of all trained parameters; {} on all ranks but 0.
+
+        Every rank must call it. It gathers one parameter at a time, and no frozen one.
         """
+        import deepspeed
+
         whole: dict[str, torch.Tensor] = {}
         for name, parameter in self._trained():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.zero_stage == 3):
-                if self.is_first:
+                if self.is_rank_zero:
                     whole[name] = parameter.detach().cpu().clone()
         return whole
 
     def trained_formats(self) -> dict[str, TensorFormat]:
-        """Type and whole shape of each trained parameter, by name in the wrapped model, in its order."""
+        """Name in the wrapped model -> dtype and whole shape, of all trained parameters, in the model's order."""
         return {
             name: TensorFormat(DTYPE_NAMES[parameter.dtype], tuple(getattr(parameter, "ds_shape", parameter.shape)))
             for name, parameter in self._trained()
         }
 
-    def whole_on_owners(self, owners: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trained parameters, each whole on its owner and on no other worker.
+    def gather_to_owners(self, owners: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Gather each trained parameter on its owner, and on no other rank.
 
-        `owners` maps every name to a rank. Yields, in the model's order, what this worker owns. Every worker must
-        exhaust it.
+        `owners` maps every name to a rank. Yields name and whole tensor of those that this rank owns, on the CPU, in
+        the model's order. Every rank must exhaust the iterator.
         """
         for name, parameter in self._trained():
             owner = owners[name]
             if self.plan.zero_stage == 3:
-                whole = self._bring_together(parameter, owner)
+                whole = self._gather_partitions(parameter, owner)
             else:
                 whole = parameter if owner == self.rank else None
             if whole is not None:
                 yield name, whole.detach().cpu()
 
-    def _bring_together(self, parameter: Any, owner: int) -> torch.Tensor | None:
-        """A partitioned parameter, from the partitions of all workers, on its owner."""
-        with self._partition_at_hand(parameter) as partition:
-            mine = partition.to(self.device)
+    def _gather_partitions(self, parameter: Any, owner: int) -> torch.Tensor | None:
+        """The whole tensor of a partitioned parameter, on its owner; None on the other ranks."""
+        with self._loaded_partition(parameter) as partition:
+            own = partition.to(self.device)
             if owner != self.rank:
-                dist.gather(mine, dst=owner)
+                dist.gather(own, dst=owner)
                 return None
-            padded = mine.new_empty(self.world_size * len(mine))
-            dist.gather(mine, list(padded.chunk(self.world_size)), dst=owner)
+            padded = own.new_empty(self.world_size * len(own))
+            dist.gather(own, list(padded.chunk(self.world_size)), dst=owner)
         return padded[: parameter.ds_numel].view(parameter.ds_shape)
 
     @contextmanager
-    def _partition_at_hand(self, parameter: Any) -> Iterator[torch.Tensor]:
-        """This worker's partition; read for the time of the block if it rests on NVMe."""
+    def _loaded_partition(self, parameter: Any) -> Iterator[torch.Tensor]:
+        """This rank's partition. If it is on NVMe, it is in memory only inside the block."""
+        from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
         partition: Any = parameter.ds_tensor
-        is_away = partition.status == PartitionedParamStatus.NOT_AVAILABLE
-        if is_away:
+        is_on_nvme = partition.status == PartitionedParamStatus.NOT_AVAILABLE
+        if is_on_nvme:
             parameter.nvme_swapper.swap_in([parameter], async_op=False)
         elif partition.status == PartitionedParamStatus.INFLIGHT:
             parameter.nvme_swapper.synchronize_reads()
         try:
             yield partition
         finally:
-            if is_away:
+            if is_on_nvme:
                 parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
-
-    def union(self, part: dict[str, str]) -> dict[str, str]:
-        """All workers' entries together, on every worker; every worker must call it."""
-        return {name: value for part in self.from_all(part) for name, value in part.items()}
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._engine.module.model.named_parameters():
@@ -312,100 +346,33 @@ class Parallel:
     # -- resuming --------------------------------------------------------------------------------------------------
 
     def optimizer_state(self) -> OptimizerState:
-        """Master weights and moments of what is trained, by parameter name."""
+        """Master weights and Adam's moments of this rank, by parameter name."""
         names = {id(parameter): name for name, parameter in self._trained()}
-        sharing = Sharing(self.rank, self.world_size)
-        return OptimizerState(self._engine, names, self.plan.zero_stage, sharing)
+        partitioning = Partitioning(self.rank, self.world_size)
+        return OptimizerState(self._engine, names, self.plan.zero_stage, partitioning)
 
     def random_state(self) -> dict[str, torch.Tensor]:
-        """The generators that dropout draws from, as bytes."""
+        """The states of the generators that dropout draws from, as bytes: ``cpu``, and ``cuda`` on a GPU."""
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
     def restore_random_state(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Set the generators to states that `random_state` returned."""
         if "cpu" in states:
             torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def from_first(self, value: Any) -> Any:
-        """The first worker's value, on every worker; every worker must call it."""
-        return self.from_all(value)[0]
-
-    def from_all(self, value: Any) -> list[Any]:
-        """Every worker's value, on every worker; every worker must call it."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
     def peak_memory_gib(self) -> float:
-        """Peak memory of this worker so far: allocated on the GPU, or resident on a CPU."""
+        """Peak memory of this rank so far: allocated on the GPU, or resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / _GIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
 
     def close(self) -> None:
-        """Leave the engine; DeepSpeed keeps hooks on the model until then."""
+        """Destroy the engine, and with it DeepSpeed's hooks on the model."""
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
-
-
-class _Partitioned:
-    """ZeRO-3's placement, without `deepspeed.zero.Init` around it, which allocates and broadcasts each weight whole.
-
-    What Init would make of a parameter is made here from its parts: the marks and methods of a partitioned parameter
-    (Init's own), and the tensor of this worker's partition, on the device, in pinned memory or in an NVMe swap buffer.
-    """
-
-    def __init__(self, parallel: Parallel) -> None:
-        self.device = parallel.device
-        node_size = parallel.hpz_partition_size
-        self.sharing = Sharing(parallel.rank, parallel.world_size, node_size)
-        # DeepSpeed makes the groups of hpZ once in a process, and refuses to make them again.
-        node_group = groups._get_zero_param_intra_parallel_group() if node_size > 1 else None
-        self._init = deepspeed.zero.Init(config_dict_or_path=parallel._config(), zero_param_parallel_group=node_group)
-
-    def place(self, parameter: Any) -> list[torch.Tensor]:
-        self._init._convert_to_deepspeed_param(parameter)
-        numel = partition_numel(parameter.numel(), self.sharing.world_size)
-        parameter.ds_numel_aligned = numel * self.sharing.world_size
-        parameter.ds_tensor = self._rest(parameter, numel)
-        targets = [parameter.ds_tensor]
-        if self.sharing.node_size > 1:
-            numel = parameter.ds_numel_aligned // self.sharing.node_size
-            parameter.ds_secondary_tensor = self._mark(self._allocate(parameter, numel), numel, None)
-            targets.append(parameter.ds_secondary_tensor)
-        # As after a forward pass: no more than a name for what is gathered next time.
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
-        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        return targets
-
-    def settle(self, parameter: Any) -> None:
-        if parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme:
-            self._init.param_swapper.swap_out_and_release([parameter])
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        gathered = tensor.new_empty(self.sharing.world_size * len(tensor))
-        dist.all_gather_into_tensor(gathered, tensor)
-        return gathered.view(self.sharing.world_size, len(tensor))
-
-    def _rest(self, parameter: Any, numel: int) -> torch.Tensor:
-        swapper = self._init.param_swapper
-        if swapper is not None and swapper.swappable_tensor(numel=numel):
-            return self._mark(swapper.get_buffer(parameter, numel), numel, OffloadDeviceEnum.nvme)
-        return self._mark(self._allocate(parameter, numel), numel, None)
-
-    def _allocate(self, parameter: Any, numel: int) -> torch.Tensor:
-        offloaded = self._init.remote_device in (OffloadDeviceEnum.cpu, OffloadDeviceEnum.nvme)
-        tensor = torch.empty(numel, dtype=parameter.dtype, device="cpu" if offloaded else self.device)
-        return tensor.pin_memory() if offloaded and self._init.pin_memory else tensor
-
-    @staticmethod
-    def _mark(tensor: torch.Tensor, numel: int, location: OffloadDeviceEnum | None) -> torch.Tensor:
-        tensor.ds_numel = numel  # type: ignore[attr-defined]
-        tensor.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
-        tensor.final_location = location  # type: ignore[attr-defined]
-        return tensor

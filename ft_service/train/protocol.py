@@ -1,4 +1,4 @@
-"""What the training loop needs of the world around it, and what it hands back: no engine, no Ray."""
+"""What the training loop needs from outside, and what it reports: without DeepSpeed or Ray."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ft_service.train.batches import MicroBatch
 
 
 class Workers(Protocol):
-    """What the loop needs of parallelism; `ft_service.train.parallel.Parallel` is the one that trains."""
+    """What the loop needs from parallelism. `ft_service.train.parallel.Parallel` implements it with DeepSpeed."""
 
     world_size: int
 
@@ -21,15 +21,15 @@ class Workers(Protocol):
     def backward(self, loss: torch.Tensor) -> None: ...
     def micro_step(self, learning_rate: float) -> None: ...
     def grad_norm(self) -> float: ...
-    def evaluating(self) -> AbstractContextManager[None]: ...
-    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]: ...
-    def from_all(self, value: Any) -> list[Any]: ...
+    def evaluation_mode(self) -> AbstractContextManager[None]: ...
+    def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]: ...
+    def all_gather_object(self, value: Any) -> list[Any]: ...
     def peak_memory_gib(self) -> float: ...
 
 
 @dataclass
 class TrainingState:
-    """What the loop must remember between steps; together with weights and optimizer it is enough to resume."""
+    """What the loop carries from step to step. With weights and optimizer state it is enough to resume."""
 
     step: int = 0
     """Completed updates."""
@@ -43,15 +43,15 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens around the loop. Every worker calls each at the same step."""
+    """Callbacks of the loop. Every rank calls each of them at the same step."""
 
     on_step: Callable[[StepMetrics], None]
     on_best: Callable[[TrainingState], None]
-    """The validation loss is the lowest so far: keep these weights."""
+    """The validation loss is the lowest so far: save these weights."""
     on_checkpoint: Callable[[TrainingState], None]
-    is_leaving: Callable[[], bool] = lambda: False
-    """Whether this worker was told to leave; once one was, all checkpoint after the step under way, and return."""
+    leave_requested: Callable[[], bool] = lambda: False
+    """Whether this rank was asked to leave. If any was, all finish the step, save a checkpoint and return."""
     on_progress: Callable[[str, int], None] = lambda doing, step: None
-    """What comes next, and in which step: called often, and never again once the loop hangs."""
+    """What comes next, and in which step. Called often, so that silence means that the loop hangs."""
     text_of_row: Callable[[int], str] = lambda row: ""
-    """How a row of the training data begins, for people."""
+    """The first words of a row of the training data."""

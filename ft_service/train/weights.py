@@ -1,4 +1,4 @@
-"""A run's weights on storage: an adapter from one worker, a whole model from all of them at once."""
+"""Writing a run's weights to storage: rank 0 writes an adapter, all ranks write a full model in parallel."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ from ft_service.train.protocol import TrainingState
 
 
 class WeightsOnStorage:
-    """The best weights of the run on storage. Every worker calls `keep`, the first one alone `forget_all_but`.
+    """The best weights of the run on storage. Every rank calls `keep`; only rank 0 calls `delete_all_but`.
 
-    Earlier ones stay as long as a checkpoint refers to them: resumed from it, the run would have them as its best.
+    Earlier weights are kept as long as a checkpoint refers to them, because a run resumed from it needs them.
     """
 
     def __init__(
@@ -31,36 +31,43 @@ class WeightsOnStorage:
         run: RunFolder,
         model: TrainableModel,
         parallel: Parallel,
-        place: str = "",
+        path: str = "",
         start: TrainingState | None = None,
     ) -> None:
-        """`place` is that of the best weights when the run is resumed, from the state `start`."""
-        self._run, self._model, self._parallel = run, model, parallel
-        self.place = self._coming = place
+        """`path` is where a resumed run has its best weights, below the run's folder; `start` is the resumed state."""
+        self._run = run
+        self._model = model
+        self._parallel = parallel
+        self.path = path
+        self._path_being_written = path
         start = start or TrainingState()
         self._best = start.best_step, start.best_validation_loss
-        if parallel.is_first and not place:
+        if parallel.is_rank_zero and not path:
             run.storage.delete(f"{run.path}/weights")
 
     def keep(self, state: TrainingState) -> None:
-        """Raises the same `StorageError` on all workers if they cannot be written: the best of before then stays."""
-        self._coming = f"weights/step-{state.step}"
-        path = f"{self._run.path}/{self._coming}"
+        """Write the current weights as the best.
+
+        If that fails, raises the same `StorageError` on all ranks, and the previous best weights are kept.
+        """
+        self._path_being_written = f"weights/step-{state.step}"
+        path = f"{self._run.path}/{self._path_being_written}"
         try:
-            # An earlier attempt's weights of the same step would otherwise stay, and be published as this one's.
-            by_first(self._parallel, lambda: self._run.storage.delete(path))
+            # Files that an earlier attempt wrote at the same step must not be mixed with these.
+            run_on_rank_zero(self._parallel, lambda: self._run.storage.delete(path))
             write = write_adapter if self._model.is_adapter else write_model
             write(self._model, self._parallel, self._run.storage, path)
         except StorageError:
-            self._coming = self.place
-            if self._parallel.is_first:
+            self._path_being_written = self.path
+            if self._parallel.is_rank_zero:
                 with suppress(StorageError):
                     self._run.storage.without_patience().delete(path)
             raise
-        self.place, self._best = self._coming, (state.best_step, state.best_validation_loss)
+        self.path = self._path_being_written
+        self._best = state.best_step, state.best_validation_loss
 
     def keep_if_possible(self, state: TrainingState) -> str:
-        """Like `keep`; where it fails, the best of `state` is again the best that is kept. Returns why it failed."""
+        """Like `keep`, but if writing fails, reset `state` to the previous best and return the reason, otherwise ''."""
         try:
             self.keep(state)
         except StorageError as error:
@@ -68,32 +75,34 @@ class WeightsOnStorage:
             return str(error)
         return ""
 
-    def forget_all_but(self, places: set[str]) -> None:
-        """Delete all weights but those at these places, the best of now, and those that are being written."""
+    def delete_all_but(self, paths: set[str]) -> None:
+        """Delete all weights except those at `paths`, the current best, and those being written."""
         for folder in self._run.storage.folders(f"{self._run.path}/weights"):
-            if f"weights/{folder}" not in places | {self.place, self._coming}:
+            if f"weights/{folder}" not in paths | {self.path, self._path_being_written}:
                 self._run.storage.delete(f"{self._run.path}/weights/{folder}")
 
 
-def together(parallel: Parallel, do: Callable[[], None]) -> None:
-    """Call `do` on every worker; where it raises a `StorageError` on any, all raise it. Every worker must call this."""
+def raise_on_all(parallel: Parallel, do: Callable[[], None]) -> None:
+    """Call `do` on every rank; if it raises a `StorageError` on any, raise that on all. Every rank must call this."""
     failure = None
     try:
         do()
     except StorageError as error:
         failure = error
-    if failures := [(rank, found) for rank, found in enumerate(parallel.from_all(failure)) if found is not None]:
-        rank, first = next(((r, f) for r, f in failures if not isinstance(f, UnreachableError)), failures[0])
+    failures = [(rank, error) for rank, error in enumerate(parallel.all_gather_object(failure)) if error is not None]
+    if failures:
+        # Prefer an error that a retry cannot fix, such as a full disk, to "unreachable".
+        rank, first = next(((r, e) for r, e in failures if not isinstance(e, UnreachableError)), failures[0])
         raise type(first)(f"worker {rank}: {first}")
 
 
-def by_first(parallel: Parallel, do: Callable[[], None]) -> None:
-    """`together`, with nothing to do for any but the first worker."""
-    together(parallel, do if parallel.is_first else lambda: None)
+def run_on_rank_zero(parallel: Parallel, do: Callable[[], None]) -> None:
+    """Call `do` on rank 0; if it raises a `StorageError`, raise that on all. Every rank must call this."""
+    raise_on_all(parallel, do if parallel.is_rank_zero else lambda: None)
 
 
 def write_adapter(model: TrainableModel, parallel: Parallel, storage: Storage, path: str) -> None:
-    """Write the trained adapter as the folder `path` of storage. It is small: one worker gathers and writes it."""
+    """Write the trained adapter to the folder `path` on storage. It is small: rank 0 gathers and writes all of it."""
     gathered = parallel.gather_trained()
 
     def write() -> None:
@@ -102,43 +111,46 @@ def write_adapter(model: TrainableModel, parallel: Parallel, storage: Storage, p
             model.export_adapter(gathered, folder)
             storage.put_folder(folder, path, marker=ADAPTER_CONFIG_FILE)
 
-    by_first(parallel, write)
+    run_on_rank_zero(parallel, write)
 
 
 def write_model(
     model: TrainableModel, parallel: Parallel, storage: Storage, path: str, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write the trained model as the folder `path` of storage: each worker its own tensors, all at the same time.
+    """Write the trained model to the folder `path` on storage: the ranks write their own tensors in parallel.
 
-    No worker holds more than two whole tensors: one that is written, one that comes. The folder counts as whole once it
-    has its config.json, the last file that is written. The digests of all files stand in `DIGESTS_FILE`.
+    No rank holds more than two whole tensors: the one being written and the next. config.json is written last: a folder
+    that has it is complete. `DIGESTS_FILE` has the SHA-256 of every other file.
     """
     files = lay_out(parallel.trained_formats(), parallel.world_size, max_file_bytes)
     owners = {name: file.owner for file in files for name in file.tensors}
-    mine = [file for file in files if file.owner == parallel.rank]
-    written: dict[str, str] = {}
+    own_files = [file for file in files if file.owner == parallel.rank]
+    own_digests: dict[str, str] = {}
 
-    def write_mine() -> None:
-        tensors = parallel.whole_on_owners(owners)
+    def write_own_files() -> None:
+        tensors = parallel.gather_to_owners(owners)
         try:
-            with WeightWriter(mine, lambda name: storage.writing(f"{path}/{name}")) as writer:
+            with WeightWriter(own_files, lambda name: storage.writing(f"{path}/{name}")) as writer:
                 for name, tensor in tensors:
                     writer.write(name, tensor)
         except StorageError:
-            for _ in tensors:  # the other workers cannot have theirs without this one
+            for _ in tensors:  # the other ranks gather their tensors in the same collectives
                 pass
             raise
-        written.update(writer.digests)
+        own_digests.update(writer.digests)
 
-    # A stream that breaks cannot be mended: all begin anew, or none.
-    storage.patiently(lambda: together(parallel, write_mine), clock=lambda: parallel.from_first(time.monotonic()))
-    digests = parallel.union(written)
+    # A broken stream cannot be continued, so either all ranks start over or none. They share rank 0's clock.
+    storage.patiently(
+        lambda: raise_on_all(parallel, write_own_files),
+        clock=lambda: parallel.broadcast_from_rank_zero(time.monotonic()),
+    )
+    digests = {name: digest for part in parallel.all_gather_object(own_digests) for name, digest in part.items()}
 
-    def write_beside() -> None:
-        beside = {INDEX_FILE: index_of(files)} | model.files_beside_weights()
-        digests.update({name: hashlib.sha256(content).hexdigest() for name, content in beside.items()})
-        beside[DIGESTS_FILE] = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
-        for name in sorted(beside, key=lambda name: name == CONFIG_FILE):
-            storage.write_bytes(f"{path}/{name}", beside[name])
+    def write_other_files() -> None:
+        others = {INDEX_FILE: index_of(files)} | model.config_and_tokenizer_files()
+        digests.update({name: hashlib.sha256(content).hexdigest() for name, content in others.items()})
+        others[DIGESTS_FILE] = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
+        for name in sorted(others, key=lambda name: name == CONFIG_FILE):
+            storage.write_bytes(f"{path}/{name}", others[name])
 
-    by_first(parallel, write_beside)
+    run_on_rank_zero(parallel, write_other_files)

@@ -18,7 +18,7 @@ from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder, State
 from ft_service.runs.metrics import read_events, read_metrics
 from ft_service.storage.storage import Storage
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.worlds import SMALL, write_world
 
 pytestmark = pytest.mark.slow

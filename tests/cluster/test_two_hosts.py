@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ft_service.runs.folder import RunFolder
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.faults import Attempt, Driver, attempts, last_step, steps
 from tests.hosts import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
 from tests.namespaces import Network, connections, network, reason_to_skip, run_inside

@@ -24,7 +24,7 @@ from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_events, read_metrics
 from ft_service.storage.storage import Storage
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.watchdog import suspects
 from tests.worlds import SMALL, write_world
 

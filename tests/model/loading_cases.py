@@ -14,11 +14,11 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
 from ft_service.model.load import load_causal_lm
-from ft_service.model.weight_files import Checkpoint, TensorEntry
+from ft_service.model.weight_files import TensorEntry, WeightFiles
 from tests.train.training_cases import TrulyPartitioned, plan_of, stock_4bit
 
 
-class CountingCheckpoint(Checkpoint):
+class CountingWeightFiles(WeightFiles):
     """Notes every byte range that is asked for."""
 
     def __init__(self, location: str | Path) -> None:
@@ -55,7 +55,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     plan = plan_of(case, world_size)
     parallel = TrulyPartitioned(plan, case.get("node_size", 1))
     folder = Path(case["base"])
-    checkpoint = CountingCheckpoint(folder)
+    checkpoint = CountingWeightFiles(folder)
     four_bit = case["method"]["type"] == "qlora"
     placement = parallel.placement()
     model = load_causal_lm(checkpoint, dtype=parallel.dtype, four_bit=four_bit, placement=placement, attention="sdpa")

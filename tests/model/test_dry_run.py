@@ -10,8 +10,8 @@ from ft_service.catalog import models
 from ft_service.cli.app import app
 from ft_service.errors import ModelError
 from ft_service.model import nf4
-from ft_service.model.dry_run import _adds_up, dry_run, imagined_checkpoint
-from ft_service.model.shards import Sharing, Span
+from ft_service.model.dry_run import _check_held, dry_run, tensors_from_shape
+from ft_service.model.shards import Partitioning, Span
 
 GIB = 2**30
 PARAMETERS_405B = 405_853_388_800  # as published
@@ -21,7 +21,7 @@ PARAMETERS_405B = 405_853_388_800  # as published
 def imagined() -> object:
     facts = models.find("meta-llama/Llama-3.1-405B")
     assert facts is not None
-    return imagined_checkpoint(facts.shape)
+    return tensors_from_shape(facts.shape)
 
 
 @pytest.mark.parametrize("world_size", [8, 16, 64])
@@ -56,7 +56,7 @@ def test_partitions_tile_a_parameter(numel: int, node_size: int) -> None:
     for world_size in (2, 4, 6):
         for copy in range(2 if node_size > 1 else 1):
             ranks = range(node_size if copy else world_size)
-            spans = [Sharing(rank, world_size, node_size).spans(numel)[copy] for rank in ranks]
+            spans = [Partitioning(rank, world_size, node_size).spans(numel)[copy] for rank in ranks]
             elements = [element for span in spans for element in range(span.start, span.stop)]
             assert elements == list(range(numel))
 
@@ -66,7 +66,7 @@ def test_partitions_tile_a_parameter(numel: int, node_size: int) -> None:
 )
 def test_partitions_that_do_not_add_up_are_found(spans: list[Span]) -> None:
     with pytest.raises(ModelError, match="w: "):
-        _adds_up(spans, 8, "w")
+        _check_held(spans, 8, "w")
 
 
 @pytest.mark.parametrize("num_weights", [64, 64 * 256, 64 * 257, 1000 * 512])

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.errors import ModelError
-from ft_service.model.base import open_checkpoint, resolve_base
+from ft_service.model.base import open_weight_files, resolve_base
 from ft_service.model.dry_run import dry_run
-from ft_service.model.load import Whole, load_causal_lm
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.load import WholeWeights, load_causal_lm
+from ft_service.model.weight_files import WeightFiles
 from tests.forked import run_cases
 from tests.model.loading_cases import run_case, same_bits, write_base
 from tests.train.training_cases import stock_4bit
@@ -83,7 +83,7 @@ def test_large_partitions_rest_on_the_drive_that_was_named(
         pytest.skip("two processes alone try it")
     if "swapped" not in results:
         pytest.skip("offload: nvme needs libaio (Debian's libaio-dev)")
-    tensors = Checkpoint(bases["large"]).tensors.values()
+    tensors = WeightFiles(bases["large"]).tensors.values()
     large = [tensor for tensor in tensors if tensor.numel * 2 / world_size >= 2**20]
     assert results["swapped"]["swapped"] == len(large) > 0
     assert results["offloaded"]["swapped"] == 0
@@ -92,7 +92,7 @@ def test_large_partitions_rest_on_the_drive_that_was_named(
 def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
     _world_size, results = loaded
     for name, base in (("bf16", "bf16-files"), ("cast-to-bf16", "fp32-tied"), ("offloaded", "bf16-files")):
-        tensors = Checkpoint(bases[base]).tensors.values()
+        tensors = WeightFiles(bases[base]).tensors.values()
         read = [tuple(piece) for ranges in results[name]["ranges"] for piece in ranges]
         assert sum(stop - start for _, start, stop in read) == sum(tensor.nbytes for tensor in tensors)
         assert len(set(read)) == len(read)
@@ -106,7 +106,7 @@ def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str,
 
 def test_each_process_reads_its_part_alone(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
     world_size, results = loaded
-    tensors = Checkpoint(bases["bf16-files"]).tensors.values()
+    tensors = WeightFiles(bases["bf16-files"]).tensors.values()
     whole = sum(tensor.nbytes for tensor in tensors)
     # Of each tensor at most one element more than its part; where 4-bit blocks are cut, two blocks of bf16 more.
     for name, slack in (("bf16", 2), ("4-bit", 2 * 64 * 2)):
@@ -122,7 +122,7 @@ def test_the_dry_run_foretells_what_each_process_reads(
         case = cases_of(bases, world_size)[name]
         if case["stage"] < 3 or name == "swapped":
             continue
-        checkpoint = Checkpoint(case["base"])
+        checkpoint = WeightFiles(case["base"])
         run = dry_run(
             LlamaConfig.from_dict(dict(checkpoint.config)),
             checkpoint.tensors,
@@ -138,7 +138,7 @@ def test_the_dry_run_foretells_what_each_process_reads(
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_model_loaded_amid_inference_can_still_be_trained(bases: dict[str, Path], four_bit: bool) -> None:
     with torch.inference_mode():
-        model = load_causal_lm(Checkpoint(bases["fp32-tied"]), dtype=torch.bfloat16, four_bit=four_bit)
+        model = load_causal_lm(WeightFiles(bases["fp32-tied"]), dtype=torch.bfloat16, four_bit=four_bit)
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
@@ -146,8 +146,8 @@ def test_a_model_loaded_amid_inference_can_still_be_trained(bases: dict[str, Pat
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_on_a_gpu_too_it_is_bit_for_bit_what_transformers_loads(bases: dict[str, Path], four_bit: bool) -> None:
     device = torch.device("cuda", 0)
-    checkpoint = Checkpoint(bases["bf16-files"])
-    ours = load_causal_lm(checkpoint, dtype=torch.bfloat16, four_bit=four_bit, placement=Whole(device))
+    checkpoint = WeightFiles(bases["bf16-files"])
+    ours = load_causal_lm(checkpoint, dtype=torch.bfloat16, four_bit=four_bit, placement=WholeWeights(device))
     stock = (
         stock_4bit(bases["bf16-files"], torch.bfloat16, device)
         if four_bit
@@ -165,7 +165,7 @@ def test_on_a_gpu_too_it_is_bit_for_bit_what_transformers_loads(bases: dict[str,
 
 def refusal(folder: Path) -> str:
     with pytest.raises(ModelError) as error:
-        load_causal_lm(Checkpoint(folder), dtype=torch.bfloat16)
+        load_causal_lm(WeightFiles(folder), dtype=torch.bfloat16)
     return str(error.value)
 
 
@@ -200,7 +200,7 @@ def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_no_surprise(
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)  # as old converters left it
 
     folder = rewritten(bases["fp32-tied"], tmp_path / "both", add_head)
-    ours = load_causal_lm(Checkpoint(folder), dtype=torch.float32)
+    ours = load_causal_lm(WeightFiles(folder), dtype=torch.float32)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
@@ -275,11 +275,11 @@ def test_a_base_on_object_storage_is_read_by_ranges(bases: dict[str, Path], buck
     client, uri = bucket
     for file in bases["bf16-files"].iterdir():
         client.upload_file(str(file), "models", f"llama/{file.name}")
-    checkpoint = open_checkpoint(uri.format("llama"))
+    checkpoint = open_weight_files(uri.format("llama"))
     ours = load_causal_lm(checkpoint, dtype=torch.bfloat16, attention="sdpa")
     stock = LlamaForCausalLM.from_pretrained(bases["bf16-files"], dtype=torch.bfloat16)
     assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
-    assert checkpoint.fingerprint() == Checkpoint(bases["bf16-files"]).fingerprint()
+    assert checkpoint.fingerprint() == WeightFiles(bases["bf16-files"]).fingerprint()
     assert "nowhere" in refusal_of_uri(uri.format("nowhere"))
 
 
@@ -293,7 +293,7 @@ def test_a_base_on_object_storage_is_fetched_for_whoever_needs_files(
     settings_alone = resolve_base(uri.format("llama"), weights=False)
     assert (settings_alone / "config.json").is_file() and not list(settings_alone.glob("*.safetensors"))
     whole = resolve_base(uri.format("llama"))
-    assert Checkpoint(whole).fingerprint() == Checkpoint(bases["bf16-files"]).fingerprint()
+    assert WeightFiles(whole).fingerprint() == WeightFiles(bases["bf16-files"]).fingerprint()
     # What is there in full length is not fetched again; what was mended at the source is.
     fetched = {file.name: file.stat().st_mtime_ns for file in whole.glob("*.safetensors")}
     config = json.loads((bases["bf16-files"] / "config.json").read_text()) | {"mended": True}
@@ -305,5 +305,5 @@ def test_a_base_on_object_storage_is_fetched_for_whoever_needs_files(
 
 def refusal_of_uri(uri: str) -> str:
     with pytest.raises(ModelError) as error:
-        open_checkpoint(uri)
+        open_weight_files(uri)
     return str(error.value)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ft_service.errors import ModelError, StorageError, UsageError
 from ft_service.model.merge import merge_adapter, write_merged
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.storage.storage import Storage
 from tests.registry.test_registry import DRAFT
@@ -61,7 +61,7 @@ def publish(storage: Storage, base: str, adapter: Path, fingerprint: str) -> Ada
 def published(base: Path, tmp_path: Path) -> tuple[Registry, AdapterRecord]:
     write_adapter(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
     storage = Storage(str(tmp_path / "storage"))
-    return Registry(storage), publish(storage, str(base), tmp_path / "adapter", Checkpoint(base).fingerprint())
+    return Registry(storage), publish(storage, str(base), tmp_path / "adapter", WeightFiles(base).fingerprint())
 
 
 # -- what is written -------------------------------------------------------------------------------------------------
@@ -91,8 +91,8 @@ def test_a_merged_model_is_what_peft_makes_of_the_whole_model(
 def test_a_large_model_goes_to_several_files(base: Path, published: Any, tmp_path: Path) -> None:
     registry, record = published
     limit = 20_000
-    write_merged(Checkpoint(base), registry.folder(record), base, tmp_path / "out", max_file_bytes=limit)
-    checkpoint = Checkpoint(tmp_path / "out")
+    write_merged(WeightFiles(base), registry.folder(record), base, tmp_path / "out", max_file_bytes=limit)
+    checkpoint = WeightFiles(tmp_path / "out")
     checkpoint.check()
     sizes = [sum(e.nbytes for e in checkpoint.tensors.values() if e.file == file) for file in checkpoint.weight_files]
     assert len(sizes) > 2 and max(sizes) <= limit
@@ -143,7 +143,7 @@ def test_an_adapter_that_cannot_be_merged_leaves_nothing(base: Path, tmp_path: P
     damage(weights)
     save_file(weights, tmp_path / "adapter" / WEIGHTS)
     storage = Storage(str(tmp_path / "storage"))
-    record = publish(storage, str(base), tmp_path / "adapter", Checkpoint(base).fingerprint())
+    record = publish(storage, str(base), tmp_path / "adapter", WeightFiles(base).fingerprint())
     with pytest.raises(ModelError, match=message):
         merge_adapter(Registry(storage), record, tmp_path / "out")
     assert not [file for file in tmp_path.iterdir() if "out" in file.name]
@@ -171,7 +171,7 @@ def test_what_head_and_embedding_share_is_not_merged(tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     write_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ModelError, match=r"lm_head\.weight, which head and embedding share"):
-        write_merged(Checkpoint(tmp_path / "base"), tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+        write_merged(WeightFiles(tmp_path / "base"), tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -179,16 +179,16 @@ def test_what_head_and_embedding_share_is_not_merged(tmp_path: Path) -> None:
 PEAK = """
 import sys
 from pathlib import Path
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.model.merge import write_merged
 
 def kib(line):
     return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0])
 
 small, small_adapter, large, adapter, out = map(Path, sys.argv[1:])
-write_merged(Checkpoint(small), small_adapter, small, out / "small")  # libraries, threads and their memory are there
+write_merged(WeightFiles(small), small_adapter, small, out / "small")  # libraries, threads and their memory are there
 before = kib("VmHWM")
-write_merged(Checkpoint(large), adapter, large, out / "large")
+write_merged(WeightFiles(large), adapter, large, out / "large")
 print(kib("VmHWM") - before)
 """
 
@@ -211,7 +211,7 @@ def test_merging_takes_the_memory_of_a_few_weights_not_of_the_model(tmp_path: Pa
             parameter.data.fill_(0.01)
         model.save_pretrained(tmp_path / name)
         write_adapter(model, tmp_path / f"{name}-adapter", use_dora=True)
-        return sum(entry.nbytes for entry in Checkpoint(tmp_path / name).tensors.values())
+        return sum(entry.nbytes for entry in WeightFiles(tmp_path / name).tensors.values())
 
     write("small", 1)
     nbytes = write("large", 24)
@@ -221,6 +221,6 @@ def test_merging_takes_the_memory_of_a_few_weights_not_of_the_model(tmp_path: Pa
     grown = int(done.stdout.split()[-1]) * 1024
     assert nbytes > 200e6
     assert grown < nbytes / 2, f"{grown / 1e6:.0f} of {nbytes / 1e6:.0f} MB"
-    Checkpoint(tmp_path / "out/large").check()
+    WeightFiles(tmp_path / "out/large").check()
     for folder in folders:
         shutil.rmtree(folder)  # pytest would keep half a gigabyte

@@ -13,9 +13,9 @@ import tests.plan.memory_cases as memory_cases
 from ft_service.catalog import models
 from ft_service.catalog.models import ModelShape, shape_from_config
 from ft_service.model.base import read_config
-from ft_service.model.load import Whole
+from ft_service.model.load import WholeWeights
 from ft_service.model.trainable import TrainableModel
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_bytes
 from ft_service.plan.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.train.batches import MicroBatch
@@ -191,7 +191,7 @@ def test_activations_and_loss_are_predicted_within_15_percent(
         "precision": precision,
         "checkpointing": checkpointing,
     }
-    model = TrainableModel(plan_of(case, 1), folder, Checkpoint(folder), Whole())
+    model = TrainableModel(plan_of(case, 1), folder, WeightFiles(folder), WholeWeights())
     measured = peak_bytes(LossModel(model.module, model.causal_lm), one_batch(tokens))
 
     shape, element_bytes = shape_of(folder), 2 if precision == "bf16" else 4

@@ -26,15 +26,17 @@ import pytest
 import torch
 
 import ft_service.storage.storage
-import ft_service.train.checkpoints
 from ft_service.errors import StorageError, TrainingError, UnreachableError
 from ft_service.model.writer import TensorFormat
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import EventLog, JsonlSink, StepMetrics, TensorBoardSink, read_events, read_metrics
 from ft_service.spec.schema import CheckpointSpec
 from ft_service.storage.storage import Storage, is_transient
-from ft_service.train import checkpoints as checkpoint_module
-from ft_service.train.checkpoints import Checkpointer, Checkpoints, Manifest, Part, resume
+from ft_service.train.checkpoints import save as saving
+from ft_service.train.checkpoints import waiting
+from ft_service.train.checkpoints.manifest import Checkpoints, Manifest, Part
+from ft_service.train.checkpoints.resume import resume
+from ft_service.train.checkpoints.save import Checkpointer
 from ft_service.train.protocol import TrainingState
 from ft_service.train.weights import WeightsOnStorage, write_model
 from tests.worlds import prepared_run, start, work, write_world
@@ -269,7 +271,7 @@ def save_as_one_worker(run: RunFolder, step: int, token: str, keep: int = 2) -> 
         run.storage.write_bytes(f"{checkpoints.path}/{folder}/part-{rank}.json", part.model_dump_json().encode())
         parts.append(part)
     checkpoints.commit(folder, manifest_of(step, parts))
-    checkpoints.forget_all_but(keep)
+    checkpoints.keep_newest(keep)
 
 
 def part_of(name: str, content: bytes) -> Part:
@@ -291,7 +293,7 @@ def sound_steps(run: RunFolder) -> list[int]:
     entries = checkpoints.entries()
     for entry in entries:
         manifest = checkpoints.manifest(entry)
-        assert [checkpoints.damaged(entry.folder, part) for part in manifest.parts] == ["", ""]
+        assert [checkpoints.part_problem(entry.folder, part) for part in manifest.parts] == ["", ""]
         assert manifest.step == entry.step
     return [entry.step for entry in entries]
 
@@ -350,7 +352,7 @@ def test_without_a_sound_index_the_manifests_count(tmp_path: Path, damage: bytes
     assert told.type == "checkpoint_damaged" and str(index) in told.message
     save_as_one_worker(run, 30, "c")
     assert sound_steps(run) == [20, 30]
-    assert Checkpoints(run).look()[1] == ""
+    assert Checkpoints(run).read_index()[1] == ""
 
 
 def test_a_damaged_index_alone_is_never_taken_for_a_beginning(tmp_path: Path) -> None:
@@ -385,19 +387,19 @@ class Alone:
     def __init__(self, rank: int = 0, meeting: "Meeting | None" = None) -> None:
         self.rank, self.meeting = rank, meeting
         self.world_size = meeting.size if meeting else 1
-        self.is_first = rank == 0
+        self.is_rank_zero = rank == 0
 
     def on_progress(self) -> None:
         """Nobody watches."""
 
-    def from_all(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, value) if self.meeting else [value]
 
-    def from_first(self, value: Any) -> Any:
-        return self.from_all(value)[0]
+    def broadcast_from_rank_zero(self, value: Any) -> Any:
+        return self.all_gather_object(value)[0]
 
-    def sums_over_workers(self, *values: float) -> list[float]:
-        return [sum(column) for column in zip(*self.from_all(values), strict=True)]
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        return [sum(column) for column in zip(*self.all_gather_object(values), strict=True)]
 
     def random_state(self) -> dict[str, torch.Tensor]:
         return {"cpu": torch.zeros(8, dtype=torch.uint8)}
@@ -458,12 +460,19 @@ def test_a_save_that_fails_is_told_and_the_next_one_works(
     assert folders(run) == ["step-000005"]
     (told,) = events_of(run, "checkpoint_failed")
     assert told["step"] == 10 and told["workers"] == [0] and told["newest_step"] == 5
-    for part in ("step 10", "worker 0", "No space left", "not full", "The one of step 5 stays", "tries again"):
+    for part in (
+        "step 10",
+        "worker 0",
+        "No space left",
+        "not full",
+        "newest checkpoint is that of step 5",
+        "tries again",
+    ):
         assert part in told["message"]
     assert capsys.readouterr().err.count("The checkpoint of step 10") == 1
     save(saver, 15)
     assert [entry.step for entry in Checkpoints(run).entries()] == [5, 15]
-    assert "after 1 that failed" in events_of(run, "checkpoint")[-1]["message"]
+    assert "after 1 failed save" in events_of(run, "checkpoint")[-1]["message"]
 
 
 def test_a_disk_so_full_that_not_even_the_event_fits_is_told_on_stderr_and_later(
@@ -523,7 +532,7 @@ def test_long_without_a_checkpoint_is_said_louder_each_time_it_has_doubled(
 def test_when_another_workers_part_fails_the_first_does_not_wait_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ft_service.train.checkpoints, "COMMIT_TIMEOUT_SECONDS", 1e9)
+    monkeypatch.setattr(saving, "PART_TIMEOUT_SECONDS", 1e9)
     run = RunFolder(Storage(str(tmp_path)), RUN)
     meeting = Meeting(2)
     savers: dict[int, Checkpointer] = {}
@@ -554,10 +563,10 @@ def test_when_another_workers_part_fails_the_first_does_not_wait_for_it(
 def test_the_watchdog_hears_of_a_save_only_as_long_as_it_gets_on(
     monkeypatch: pytest.MonkeyPatch, gets_on: bool
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "_STUCK_SECONDS", 10.0)
-    monkeypatch.setattr(checkpoint_module, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "_STUCK_SECONDS", 10.0)
+    monkeypatch.setattr(waiting, "_POLL_SECONDS", 0.0)
     clock, beats = [0.0], []
-    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
     answers = threading.Event()
     thread = threading.Thread(target=answers.wait, daemon=True)
     thread.start()
@@ -572,7 +581,7 @@ def test_the_watchdog_hears_of_a_save_only_as_long_as_it_gets_on(
             answers.set()
             thread.join()
 
-    checkpoint_module._wait_together(Watched(), thread, lambda: int(clock[0]) if gets_on else 0, look)  # type: ignore[arg-type]
+    waiting.wait_for_threads(Watched(), thread, lambda: int(clock[0]) if gets_on else 0, look)  # type: ignore[arg-type]
     assert not thread.is_alive()
     assert max(beats) >= 39.0 if gets_on else max(beats) <= 11.0
 
@@ -667,11 +676,11 @@ def test_best_weights_that_cannot_be_written_leave_the_best_before(
 
         world.setattr(shutil, "copytree", refuse)
         assert "No space left" in weights.keep_if_possible(state)
-    assert (state.best_step, state.best_validation_loss, weights.place) == (3, 2.0, "weights/step-3")
-    weights.forget_all_but(set())
+    assert (state.best_step, state.best_validation_loss, weights.path) == (3, 2.0, "weights/step-3")
+    weights.delete_all_but(set())
     assert run.storage.folders(f"{run.path}/weights") == ["step-3"]
     state.step, state.best_step, state.best_validation_loss = 9, 9, 1.5  # not as good as the lost one, but better
-    assert weights.keep_if_possible(state) == "" and weights.place == "weights/step-9"
+    assert weights.keep_if_possible(state) == "" and weights.path == "weights/step-9"
 
 
 class WithWeights(Alone):
@@ -682,21 +691,18 @@ class WithWeights(Alone):
     def trained_formats(self) -> dict[str, TensorFormat]:
         return {name: TensorFormat("F32", tuple(tensor.shape)) for name, tensor in self.weights.items()}
 
-    def whole_on_owners(self, owners: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    def gather_to_owners(self, owners: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.weights.items():
-            self.from_all(name)
+            self.all_gather_object(name)
             if owners[name] == self.rank:
                 yield name, tensor
-
-    def union(self, part: dict[str, str]) -> dict[str, str]:
-        return {name: value for found in self.from_all(part) for name, value in found.items()}
 
 
 def write_by_two(storage: Storage) -> dict[int, Exception]:
     """Two workers write a model; returns what they raised."""
 
     class Model:
-        def files_beside_weights(self) -> dict[str, bytes]:
+        def config_and_tokenizer_files(self) -> dict[str, bytes]:
             return {"config.json": b"{}"}
 
     meeting, raised = Meeting(2), {}
@@ -800,7 +806,7 @@ def test_a_run_outlives_a_full_disk(world: Path, undisturbed: RunFolder, small_d
     with Running(run) as running:
         running.until(lambda: len(Checkpoints(run).entries()) >= 2)
         filler = fill(small_disk)
-        running.until(lambda: running.said("No space left") and running.said("WITHOUT A CHECKPOINT"))
+        running.until(lambda: running.said("No space left") and running.said("NO CHECKPOINT"))
         kept = sound_steps(run)
         assert len(kept) >= 2  # and an index that names them, on a disk that is full
         filler.unlink()

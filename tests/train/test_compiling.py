@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_service.train.compiling import KernelBaton
+from ft_service.train.compiling import FlockBaton
 
 EXTENSION = """
 #include <torch/extension.h>
@@ -18,8 +18,10 @@ int seven() { return 7; }
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("seven", &seven); }
 """
 BUILD = """
-import ft_service.train.parallel, sys
+import sys
+from ft_service.train.parallel import prepare_process
 from torch.utils.cpp_extension import load
+prepare_process(use_gpu=False)
 print(load(name="seven", sources=[sys.argv[1]], build_directory=sys.argv[2]).seven())
 """
 
@@ -35,15 +37,15 @@ def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next(tmp_path: Pat
 
 
 def hold(path: str, told: Connection) -> None:
-    baton = KernelBaton(path)
+    baton = FlockBaton(path)
     told.send(baton.try_acquire())
     told.recv()
     baton.release()
 
 
 def wait(path: str, told: Connection) -> None:
-    told.send(KernelBaton(path).try_acquire())
-    KernelBaton(path).wait()
+    told.send(FlockBaton(path).try_acquire())
+    FlockBaton(path).wait()
     told.send("waited")
 
 
@@ -66,7 +68,7 @@ def test_one_builds_and_the_others_wait_until_it_is_done_or_dead(tmp_path: Path,
             holder.send("go on")
         assert waiter.recv() == "waited"
         assert lock.exists() is is_killed
-        assert KernelBaton(str(lock)).try_acquire()
+        assert FlockBaton(str(lock)).try_acquire()
     finally:
         for process in (builder, other):
             if process.pid is not None:

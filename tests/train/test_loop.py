@@ -68,14 +68,14 @@ class PlayedWorkers:
         return self.norm
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         self.calls.append("validate")
         self.validating = True
         yield
         self.validating = False
         self.finished += 1
 
-    def sums_over_workers(self, *values: torch.Tensor | float) -> list[float]:
+    def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         if self.finished:  # the sum of a validation
             self.finished = 0
             self.validation_losses.pop(0)
@@ -83,7 +83,7 @@ class PlayedWorkers:
             self.training_losses.pop(0)
         return [float(value) * self.world_size for value in values]  # all workers alike
 
-    def from_all(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [[]] * (self.world_size - 1) + [value]  # this is the last worker
 
     def peak_memory_gib(self) -> float:
@@ -158,14 +158,14 @@ def run(
 
     batches = Batches(ROWS, 0, plan.global_batch_size, plan.micro_batch_size, 0, 1)
 
-    def is_leaving() -> bool:
+    def leave_requested() -> bool:
         return leave_after is not None and len(seen.metrics) >= leave_after
 
     hooks = Hooks(
         on_step=on_step,
         on_best=on_best,
         on_checkpoint=on_checkpoint,
-        is_leaving=is_leaving,
+        leave_requested=leave_requested,
         on_progress=on_progress,
         text_of_row=lambda row: f"the text of row {row}",
     )
@@ -274,7 +274,7 @@ def test_when_every_row_is_bad_the_weights_are_and_no_row_is_to_be_removed() -> 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_ends_the_run_and_names_all_rows_of_the_step(norm: float) -> None:
     rows = ", ".join(map(str, step_rows(0, 0, 4, len(ROWS))))
-    with pytest.raises(TrainingError, match=rf"^step 1: the gradient norm is {norm}.* finite loss: {rows}\."):
+    with pytest.raises(TrainingError, match=rf"^step 1: the gradient norm is {norm}.* evaluated alone: {rows}\."):
         run(a_plan(), PlayedWorkers([1.0] * 6, norm=norm))
 
 

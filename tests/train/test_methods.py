@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from ft_service.evaluate.verify import verify_adapter
 from ft_service.model.base import fingerprint, load_tokenizer
 from ft_service.model.merge import write_merged
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.publish import publish
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
@@ -111,7 +111,7 @@ def test_merging_weight_by_weight_is_what_peft_makes_of_the_whole_model(
     base: Path, exports: Path, results: dict[str, Any], variant: str, tmp_path: Path
 ) -> None:
     adapter = exports / f"{variant}-zero3"
-    write_merged(Checkpoint(base), adapter, base, tmp_path / "merged")
+    write_merged(WeightFiles(base), adapter, base, tmp_path / "merged")
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     expected = dict(PeftModel.from_pretrained(stock, adapter).merge_and_unload(safe_merge=True).named_parameters())
     before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).named_parameters())

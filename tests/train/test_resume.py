@@ -8,7 +8,7 @@ import pytest
 
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
-from ft_service.train.checkpoints import Checkpoints
+from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.worlds import kill_when, prepared_run, start, work, write_world
 
 pytestmark = pytest.mark.slow
@@ -141,7 +141,7 @@ def test_when_no_checkpoint_is_sound_nothing_is_trained_over_it(world: Path) -> 
         manifest.write_text("{}")
     workers = start(run)
     printed = workers.wait(timeout=240)
-    assert workers.returncode != 0 and "checkpoints is sound" in printed
+    assert workers.returncode != 0 and "checkpoints are damaged" in printed
 
 
 def test_checkpoints_of_another_course_are_refused(world: Path) -> None:
@@ -150,7 +150,7 @@ def test_checkpoints_of_another_course_are_refused(world: Path) -> None:
     run = prepared(world, "other", "lora", 2, 2, **{"train.seed": 5})
     workers = start(run)
     printed = workers.wait(timeout=240)
-    assert workers.returncode != 0 and "Give another --run-id" in printed
+    assert workers.returncode != 0 and "Use another --run-id" in printed
 
 
 def test_a_checkpoint_holds_what_is_trained_and_old_ones_go(

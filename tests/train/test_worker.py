@@ -9,9 +9,9 @@ from ft_service.train.weights import WeightsOnStorage
 
 
 class Alone:
-    is_first = True
+    is_rank_zero = True
 
-    def from_all(self, value: object) -> list[object]:
+    def all_gather_object(self, value: object) -> list[object]:
         return [value]
 
     def gather_trained(self) -> dict[str, object]:
@@ -35,7 +35,7 @@ def keep(run: RunFolder, text: str, *steps: int) -> str:
     weights = WeightsOnStorage(run, Writes(text), Alone())  # type: ignore[arg-type]
     for step in steps:
         weights.keep(TrainingState(step=step))
-    return run.storage.read_bytes(f"{run.path}/{weights.place}/adapter_config.json").decode()
+    return run.storage.read_bytes(f"{run.path}/{weights.path}/adapter_config.json").decode()
 
 
 def test_a_second_attempt_never_publishes_the_weights_of_the_first(tmp_path: Path) -> None:
@@ -49,14 +49,14 @@ def test_weights_stay_while_a_checkpoint_refers_to_them(tmp_path: Path) -> None:
     weights = WeightsOnStorage(run, Writes("text"), Alone())  # type: ignore[arg-type]
     for step in (3, 6, 9):
         weights.keep(TrainingState(step=step))
-    weights.forget_all_but({"weights/step-6"})
+    weights.delete_all_but({"weights/step-6"})
     assert run.storage.folders("runs/bot-1/weights") == ["step-6", "step-9"]
-    weights.forget_all_but(set())
+    weights.delete_all_but(set())
     assert run.storage.folders("runs/bot-1/weights") == ["step-9"]
 
 
 def test_a_resumed_run_keeps_the_best_weights_of_before(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "bot-1")
     keep(run, "first", 3)
-    resumed = WeightsOnStorage(run, Writes("second"), Alone(), place="weights/step-3")  # type: ignore[arg-type]
-    assert run.storage.read_bytes(f"{run.path}/{resumed.place}/adapter_config.json") == b"first"
+    resumed = WeightsOnStorage(run, Writes("second"), Alone(), path="weights/step-3")  # type: ignore[arg-type]
+    assert run.storage.read_bytes(f"{run.path}/{resumed.path}/adapter_config.json") == b"first"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ft_service.errors import StorageError
-from ft_service.model.weight_files import CONFIG_FILE, INDEX_FILE, Checkpoint
+from ft_service.model.weight_files import CONFIG_FILE, INDEX_FILE, WeightFiles
 from ft_service.model.writer import TensorFormat, WeightWriter, index_of, lay_out
 from ft_service.registry.registry import DIGESTS_FILE, sha256_of
 from ft_service.storage.storage import Storage
@@ -216,7 +216,7 @@ def test_stock_transformers_loads_bit_for_bit_what_one_worker_would_have_gathere
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_the_folder_is_a_whole_checkpoint_with_a_file_of_each_worker(written: Any, case: Any) -> None:
     folder, workers = written[case]
-    checkpoint = Checkpoint(folder)
+    checkpoint = WeightFiles(folder)
     checkpoint.check()
     assert len(checkpoint.weight_files) == len(workers) == case[0]
     index = json.loads((folder / INDEX_FILE).read_text())

@@ -12,7 +12,7 @@ from ft_service.catalog.models import shape_from_config
 from ft_service.data.order import step_rows
 from ft_service.model.base import read_config
 from ft_service.model.trainable import TrainableModel
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.runs.metrics import StepMetrics
@@ -163,8 +163,8 @@ def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
 def model_of(plan: RunPlan, parallel: Parallel) -> TrainableModel:
     """As a worker builds it."""
     folder = Path(plan.spec.model.base)
-    with parallel.aware_of_partitions():
-        return TrainableModel(plan, folder, Checkpoint(folder), parallel.placement())
+    with parallel.hf_deepspeed_config():
+        return TrainableModel(plan, folder, WeightFiles(folder), parallel.placement())
 
 
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:

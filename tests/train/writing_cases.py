@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ft_service.model.trainable import TrainableModel
-from ft_service.model.weight_files import Checkpoint
+from ft_service.model.weight_files import WeightFiles
 from ft_service.model.writer import lay_out
 from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
@@ -63,8 +63,8 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     parallel = (TrulyPartitioned if case.get("truly") else Parallel)(plan)
     torch.manual_seed(0)
     base = Path(case["base"])
-    with parallel.aware_of_partitions():
-        model = TrainableModel(plan, base, Checkpoint(base), parallel.placement())
+    with parallel.hf_deepspeed_config():
+        model = TrainableModel(plan, base, WeightFiles(base), parallel.placement())
     parallel.wrap(LossModel(model.module, model.causal_lm))
     rows = packed_rows()
     batches = Batches(
@@ -75,7 +75,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
 
     out = Path(case["out"])
     gathered = parallel.gather_trained()
-    if parallel.is_first:
+    if parallel.is_rank_zero:
         save_file(gathered, f"{out}.gathered.safetensors")
     formats = parallel.trained_formats()
     files = lay_out(formats, world_size)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.data.order import step_rows
-from ft_service.model.attention import PACKED_ATTENTION
+from ft_service.model.attention import PACKED_ATTENTION, register_packed_attention
 from ft_service.train.batches import Batches, MicroBatch, Step, collate, loss_positions
 from ft_service.train.objectives import sft as loss_module
 from ft_service.train.objectives.sft import LossModel, chunked_cross_entropy
@@ -128,6 +128,7 @@ def test_all_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def a_llama(num_kv_heads: int, attention: str) -> LlamaForCausalLM:
+    register_packed_attention()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,

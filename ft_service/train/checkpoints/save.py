@@ -1,0 +1,247 @@
+"""Saving checkpoints while training continues: copy now, write in a background thread."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from ft_service.errors import FtError, StorageError, TrainingError, UnreachableError
+from ft_service.model.shards import Span
+from ft_service.model.writer import DTYPE_NAMES, FileLayout, TensorFormat, WeightWriter
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.metrics import EventLog
+from ft_service.spec.schema import CheckpointSpec
+from ft_service.train.checkpoints.manifest import FP32_BYTES, Checkpoints, Manifest, Part, SavedShard
+from ft_service.train.checkpoints.report import SaveReport
+from ft_service.train.checkpoints.waiting import PART_TIMEOUT_SECONDS, wait_for_threads
+from ft_service.train.optimizer_state import KINDS
+from ft_service.train.parallel import Parallel
+from ft_service.train.protocol import TrainingState
+
+_POLL_SECONDS = 0.2
+
+
+class TakenOverError(TrainingError):
+    """Another driver trains this run now, so this one must not write any more."""
+
+
+class _AbandonedError(TrainingError):
+    """Rank 0 stopped waiting for the part of a rank that failed."""
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A copy of what this rank writes into one checkpoint."""
+
+    folder: str
+    step: int
+    tensors: dict[str, torch.Tensor]
+    """``parameter/kind`` -> fp32 elements, in the order of the file"""
+    spans: dict[str, Span]
+    """Parameter -> which of its elements `tensors` has; in the same order"""
+    random: dict[str, torch.Tensor]
+    """``random/generator`` -> its state, as bytes"""
+    manifest: dict[str, Any]
+    """The fields of `Manifest` that are known before the parts are written."""
+
+
+class Checkpointer:
+    """Saves checkpoints in a background thread. Every rank calls every method.
+
+    `settings.on_failure` decides what happens when a save fails on any rank.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        parallel: Parallel,
+        training_digest: str,
+        settings: CheckpointSpec,
+        flush: Callable[[], None] = lambda: None,
+        still_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Rank 0 calls `flush` and `still_ours` in its thread, right before it commits a checkpoint.
+
+        `flush` writes the metrics of the steps so far to storage, or raises `StorageError`. `still_ours` says whether
+        this driver still leads the run.
+        """
+        self._checkpoints = Checkpoints(run)
+        self._parallel = parallel
+        self._training_digest = training_digest
+        self._settings = settings
+        self._flush = flush
+        self._still_ours = still_ours
+        # Training waits while a failure is reported, and the storage may be what failed: do not retry for long.
+        no_retry = RunFolder(run.storage.without_patience(), run.run_id)
+        self._checkpoints_no_retry = Checkpoints(no_retry)
+        newest_step = self._checkpoints.newest_step() if parallel.is_rank_zero else 0
+        self._report = SaveReport(EventLog(no_retry.storage, run.run_id), settings, newest_step)
+        self._thread: threading.Thread | None = None
+        # Of the save under way. The snapshot itself lives in its thread alone, so that its memory is freed with it.
+        self._folder = ""
+        self._step = 0
+        self._failure: FtError | None = None
+        self._abandoned = threading.Event()
+        self._tensors_written = 0
+        """By this rank, over all saves."""
+
+    def save(self, state: TrainingState, weights: str, after: Callable[[set[str]], None]) -> None:
+        """Wait for the previous save, copy the state, start writing it, and return.
+
+        `weights` is the path of the best weights. Rank 0 calls `after` in its thread, with the weights that the kept
+        checkpoints refer to. Raises as `wait` does.
+        """
+        self.wait()
+        snapshot = self._copy(state, weights)
+        self._folder = snapshot.folder
+        self._step = snapshot.step
+        self._abandoned.clear()
+        self._thread = threading.Thread(target=self._write, args=(snapshot, after), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until no rank is writing any more, and report failures.
+
+        If a save failed, raises `TrainingError` on all ranks if `settings.on_failure` is 'stop', and `TakenOverError`
+        if another driver has taken over the run.
+        """
+        if self._thread is None:
+            return
+        num_failed = 0.0
+
+        def count_failures() -> None:
+            nonlocal num_failed
+            (num_failed,) = self._parallel.sum_over_ranks(float(self._failure is not None))
+            if num_failed:  # the part of that rank will never come
+                self._abandoned.set()
+
+        wait_for_threads(self._parallel, self._thread, lambda: self._tensors_written, count_failures)
+        self._thread = None
+        failure = self._failure
+        self._failure = None
+        if num_failed:
+            failures = self._parallel.all_gather_object(failure)
+            self._handle_failure({rank: error for rank, error in enumerate(failures) if error is not None})
+
+    def _copy(self, state: TrainingState, weights: str) -> _Snapshot:
+        token = self._parallel.broadcast_from_rank_zero(secrets.token_hex(4))
+        optimizer = self._parallel.optimizer_state()
+        tensors: dict[str, torch.Tensor] = {}
+        spans: dict[str, Span] = {}
+        for shard in optimizer.shards():
+            if len(shard.written):
+                spans[shard.name] = shard.written
+                own = slice(shard.written.start - shard.held.start, shard.written.stop - shard.held.start)
+                for kind in KINDS:
+                    tensors[f"{shard.name}/{kind}"] = shard.tensors[kind][own].to("cpu", copy=True)
+        return _Snapshot(
+            folder=f"step-{state.step:06}-{token}",
+            step=state.step,
+            tensors=tensors,
+            spans=spans,
+            random={f"random/{name}": generator for name, generator in self._parallel.random_state().items()},
+            manifest={
+                "step": state.step,
+                "adam_step": optimizer.step,
+                "state": asdict(state),
+                "weights": weights,
+                "training_digest": self._training_digest,
+            },
+        )
+
+    def _handle_failure(self, failures: dict[int, FtError]) -> None:
+        causes = {rank: error for rank, error in failures.items() if not isinstance(error, _AbandonedError)}
+        rank, cause = next(iter(causes.items()))
+        others = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
+        problem = f"The checkpoint of step {self._step} could not be saved: worker {rank}{others}: {cause}"
+        is_taken_over = isinstance(cause, TakenOverError)
+        if self._parallel.is_rank_zero:
+            if not any(isinstance(error, UnreachableError) for error in causes.values()):
+                with suppress(StorageError):
+                    self._checkpoints_no_retry.discard(self._folder)
+            if not is_taken_over:  # the event log belongs to the other driver now
+                self._report.failed(self._step, problem, sorted(causes))
+        if is_taken_over:
+            raise TakenOverError(str(cause))
+        if self._settings.on_failure == "stop":
+            raise TrainingError(f"{problem} The run stops because checkpoint.on_failure = 'stop'.")
+
+    # -- in the background thread ------------------------------------------------------------------------------------
+
+    def _write(self, snapshot: _Snapshot, after: Callable[[set[str]], None]) -> None:
+        try:
+            self._write_part(snapshot)
+            if self._parallel.is_rank_zero:
+                self._commit(snapshot)
+        except Exception as error:  # every error reaches the training loop, in `wait`
+            self._failure = error if isinstance(error, FtError) else TrainingError(f"{type(error).__name__}: {error}")
+            return
+        if self._parallel.is_rank_zero:
+            self._report.saved(snapshot.step)
+            self._delete_old(after)
+
+    def _write_part(self, snapshot: _Snapshot) -> None:
+        storage = self._checkpoints.storage
+        path = f"{self._checkpoints.path}/{snapshot.folder}"
+        everything = snapshot.tensors | snapshot.random
+        formats = {name: TensorFormat(DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in everything.items()}
+        stem = f"part-{self._parallel.rank:05}-of-{self._parallel.world_size:05}"
+        file = FileLayout(f"{stem}.safetensors", self._parallel.rank, formats)
+
+        def write_tensors() -> str:
+            with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
+                for name, tensor in everything.items():
+                    writer.write(name, tensor)
+                    self._tensors_written += 1
+            return writer.digests[file.name]
+
+        sha256 = storage.patiently(write_tensors)  # a broken stream cannot be continued: a retry starts over
+        at = len(file.header)
+        shards = {}
+        for name, span in snapshot.spans.items():
+            shards[name] = SavedShard(start=span.start, stop=span.stop, at=at)
+            at += len(KINDS) * len(span) * FP32_BYTES
+        part = Part(
+            file=file.name,
+            bytes=at + sum(generator.nbytes for generator in snapshot.random.values()),
+            sha256=sha256,
+            shards=shards,
+            rng_offset=at,
+            rng_bytes={name.removeprefix("random/"): state.nbytes for name, state in snapshot.random.items()},
+        )
+        storage.write_bytes(f"{path}/{stem}.json", part.model_dump_json().encode())
+
+    def _commit(self, snapshot: _Snapshot) -> None:
+        parts = list(self._wait_for_parts(snapshot.folder))
+        manifest = Manifest.model_validate({**snapshot.manifest, "created": datetime.now(UTC), "parts": parts})
+        self._flush()
+        if not self._still_ours():
+            raise TakenOverError("another driver has taken over this run. This one stops.")
+        self._checkpoints.commit(snapshot.folder, manifest)
+
+    def _wait_for_parts(self, folder: str) -> Iterator[Part]:
+        storage = self._checkpoints.storage
+        world_size = self._parallel.world_size
+        deadline = time.monotonic() + PART_TIMEOUT_SECONDS
+        for rank in range(world_size):
+            path = f"{self._checkpoints.path}/{folder}/part-{rank:05}-of-{world_size:05}.json"
+            while not storage.exists(path):
+                if self._abandoned.is_set():
+                    raise _AbandonedError(f"checkpoint {folder} was abandoned.")
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"worker {rank} wrote no part of checkpoint {folder}.")
+                time.sleep(_POLL_SECONDS)
+            yield Part.model_validate(storage.read_json(path))
+
+    def _delete_old(self, after: Callable[[set[str]], None]) -> None:
+        try:
+            self._checkpoints.keep_newest(self._settings.keep)
+            after({entry.weights for entry in self._checkpoints.entries()})
+        except Exception as error:  # the new checkpoint is complete all the same
+            self._report.not_deleted(error)
