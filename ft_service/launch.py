@@ -23,10 +23,7 @@ from ft_service.data.gate import Judgement
 from ft_service.data.gate.waivers import check_waivers, enforce, waivers
 from ft_service.data.prepare import PreparedDataset, prepare_dataset
 from ft_service.errors import FtError, Problem, RunStopped, SpecError
-from ft_service.evaluate.samples import write_samples
 from ft_service.model.base import load_tokenizer, read_config, resolve_base
-from ft_service.pages.data_report import render_data_report
-from ft_service.pages.run_report import write_report
 from ft_service.plan.facts import Resources
 from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.publish import publish
@@ -86,7 +83,7 @@ def run(spec: RunSpec, run_id: str | None = None, say: Say = print) -> AdapterRe
             if lease.is_held():  # otherwise what is said of the run is another driver's to say
                 _record_end(folder, events, error)
             raise
-    write_report(storage, folder.run_id)
+    _write_report(folder)
     say(f"Published {record.id}")
     say(f"Report    {storage.uri(folder.path)}/report.html")
     return record
@@ -106,9 +103,16 @@ def _record_end(folder: RunFolder, events: EventLog, error: BaseException) -> No
         state: State = "stopped" if isinstance(error, RunStopped) else "failed"
         folder.enter(state, message=reason)
         events.emit(state, reason)
-        write_report(folder.storage, folder.run_id)
+        _write_report(folder)
     except FtError:
         pass
+
+
+def _write_report(folder: RunFolder) -> None:
+    # Only here: it draws with matplotlib, and workers should not wait until the driver has imported that.
+    from ft_service.pages.run_report import write_report
+
+    write_report(folder.storage, folder.run_id)
 
 
 # -- before training -------------------------------------------------------------------------------------------------
@@ -167,6 +171,8 @@ def prepare(spec: RunSpec, folder: RunFolder, say: Say) -> Prepared:
 
     def gate(judgement: Judgement, findings: Path) -> None:
         folder.write_gate(judgement.verdict, waivers(judgement, spec.data.waive))
+        from ft_service.pages.data_report import render_data_report  # imports matplotlib
+
         page = render_data_report(spec.name, judgement, spec.data.waive)
         folder.storage.write_bytes(f"{folder.path}/{DATA_REPORT_FILE}", page.encode())
         data = f"{folder.path}/data"
@@ -203,9 +209,10 @@ def _sample(plan: RunPlan, folder: RunFolder, record: AdapterRecord, events: Eve
     if plan.zero_stage == 3 and parallel.use_gpu:
         events.emit("samples", "No samples: the base is sharded over several GPUs. Ask the served adapter instead.")
         return
-    task = ray.remote(num_cpus=parallel.cpus_per_worker, num_gpus=int(parallel.use_gpu), max_retries=0)(write_samples)
+    task = ray.remote(num_cpus=parallel.cpus_per_worker, num_gpus=int(parallel.use_gpu), max_retries=0)(_write_samples)
+    four_bit = plan.spec.method.type == "qlora"
     try:
-        asked = task.remote(folder.storage.root, folder.run_id, record.id)
+        asked = task.remote(folder.storage.root, folder.run_id, record.id, four_bit)
         try:
             ray.get(asked, timeout=_SAMPLE_SECONDS)
         except BaseException:
@@ -215,3 +222,13 @@ def _sample(plan: RunPlan, folder: RunFolder, record: AdapterRecord, events: Eve
         message = f"No samples: {getattr(error, 'cause', None) or type(error).__name__}."
         events.emit("samples", message)
         say(message)
+
+
+def _write_samples(storage_root: str, run_id: str, adapter_id: str, four_bit: bool) -> None:
+    """`ft_service.evaluate.samples.write_samples`, as a task: the driver imports no model code for it."""
+    from ft_service.model.light_imports import light_imports
+
+    with light_imports(four_bit=four_bit):
+        from ft_service.evaluate.samples import write_samples
+
+    write_samples(storage_root, run_id, adapter_id)

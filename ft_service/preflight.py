@@ -5,8 +5,7 @@ Where the hub cannot be asked, the catalogue tells the shape and tokens are gues
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import LlamaConfig
+from typing import TYPE_CHECKING
 
 from ft_service.catalog import models
 from ft_service.catalog.models import ModelShape
@@ -15,12 +14,14 @@ from ft_service.data.prepare import all_sources, measure_dataset
 from ft_service.data.read import check_sources
 from ft_service.errors import ModelError, UsageError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
-from ft_service.model.dry_run import DryRun, dry_run, tensors_from_shape
 from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.plan import RunPlan, make_plan
 from ft_service.plan.table import shape_of
 from ft_service.spec.schema import RunSpec
+
+if TYPE_CHECKING:
+    from ft_service.model.dry_run import DryRun
 
 
 def plan_without_writing(spec: RunSpec, resources: Resources) -> RunPlan:
@@ -56,12 +57,12 @@ def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
 DRY_RUN_WORLDS = (8, 16, 64)
 
 
-def dry_runs(model: str, worlds: Sequence[int] = DRY_RUN_WORLDS) -> list[DryRun]:
+def dry_runs(model: str, worlds: Sequence[int] = DRY_RUN_WORLDS) -> "list[DryRun]":
     """Loading a model of the catalogue or a checkpoint folder, bf16 and 4-bit, on worlds of these sizes."""
     return [_dry_run(model, four_bit, world, 1, "cuda") for four_bit in (False, True) for world in worlds]
 
 
-def dry_run_of(plan: RunPlan) -> list[DryRun]:
+def dry_run_of(plan: RunPlan) -> "list[DryRun]":
     """Loading as the workers of this plan will; raises `UsageError` where nothing is sharded."""
     if plan.zero_stage < 3:
         raise UsageError(
@@ -73,7 +74,12 @@ def dry_run_of(plan: RunPlan) -> list[DryRun]:
     return [_dry_run(spec.model.base, four_bit, spec.parallel.most_workers, plan.hpz_partition_size, device)]
 
 
-def _dry_run(model: str, four_bit: bool, world_size: int, node_size: int, device: str) -> DryRun:
+def _dry_run(model: str, four_bit: bool, world_size: int, node_size: int, device: str) -> "DryRun":
+    # Only a dry run builds the model, without its weights; a plan needs no torch, whose import takes seconds.
+    from transformers import LlamaConfig
+
+    from ft_service.model.dry_run import dry_run, tensors_from_shape
+
     if looks_like_folder(model) and any(Path(model).expanduser().glob("*.safetensors")):
         weight_files = WeightFiles(Path(model).expanduser())
         weight_files.check()

@@ -40,7 +40,10 @@ def main() -> None:
             from ft_service.spec.schema import load_run_spec
 
             spec = load_run_spec(arguments.spec, overrides)
-        from ft_service.launch import run  # torch and Ray take seconds: a bad spec is told before
+        from ft_service.model.light_imports import collector_at_rest
+
+        with collector_at_rest():
+            from ft_service.launch import run  # torch and Ray take seconds: a bad spec is told before
 
         run(spec, arguments.resume or arguments.run_id)
 

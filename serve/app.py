@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from ray import serve
 from ray.serve import Application
 
 from ft_service.errors import UsageError
-from ft_service.model.base import fingerprint, looks_like_folder, resolve_base, short_name
+from ft_service.model.base import fingerprint, looks_like_folder, read_config, resolve_base, short_name
+from ft_service.model.light_imports import light_imports
 from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.storage.storage import Storage
-from serve.engines.transformers_engine import TransformersEngine
 from serve.inference.models import ServedModels, only_base
 from serve.inference.routes import create_api
 
@@ -35,6 +34,8 @@ def _from_env(name: str, default: str | None = None, **bounds: Any) -> Any:
 def _one_gpu_if_there_are_any() -> int:
     if ray.is_initialized():
         return int(ray.cluster_resources().get("GPU", 0) > 0)
+    import torch  # the head of a cluster needs it not
+
     return int(torch.cuda.is_available())
 
 
@@ -58,6 +59,10 @@ class ModelServer:
 
     def __init__(self, config: ServeConfig) -> None:
         folder, models = served_models(config)
+        # Here, not at the top: `ft serve` and Serve's controller import this module too, and load no model.
+        with light_imports(four_bit="quantization_config" in read_config(folder)):
+            from serve.engines.transformers_engine import TransformersEngine
+
         engine = TransformersEngine(folder, models.registry)
         api_key = config.api_key.get_secret_value() if config.api_key else None
         self._api = create_api(engine, models, api_key)

@@ -1,13 +1,14 @@
 """The base model: a hub id, a folder or a URI on object storage, and its config, weights and tokenizer."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 from pyarrow import fs
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ft_service.catalog import models
 from ft_service.errors import ModelError, ModelUnreachableError
@@ -117,6 +118,26 @@ def fingerprint(folder: Path) -> str:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `ModelError` if it has none."""
     try:
+        if _has_plain_tokenizer(folder):
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer  # its import takes torch and the code of many models with it
+
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base = {str(folder)!r}: has no usable tokenizer ({first_line(error)}).") from None
+
+
+def _has_plain_tokenizer(folder: Path) -> bool:
+    """Whether `AutoTokenizer` would choose `PreTrainedTokenizerFast` for this Llama, as for every Llama 3."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    plain = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return (
+        config.get("model_type") == "llama"
+        and tokenizer.get("tokenizer_class") in plain
+        and "auto_map" not in tokenizer
+        and (folder / "tokenizer.json").is_file()
+    )

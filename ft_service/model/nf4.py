@@ -3,13 +3,14 @@
 bitsandbytes scales each block of 64 weights by its largest magnitude. It then subtracts the mean of these scales, and
 quantises them to 8 bits in groups of 256. The blocks are independent, so each rank quantises only the blocks it holds.
 Mean and groups need the scales of the whole tensor: 1/16 byte per weight.
+
+bitsandbytes takes seconds to import and brings torch's compiler with it: only functions that need it import it.
 """
 
+import sys
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from ft_service.errors import ModelError
@@ -25,6 +26,13 @@ def make_linears_4bit(model: nn.Module, dtype: torch.dtype) -> None:
     The head is not changed. `dtype` is the dtype of activations, and the storage dtype of packed weights: ZeRO gathers
     and partitions floating types without changing their bits, but casts other types.
     """
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ModuleNotFoundError:
+        raise ModelError(
+            "method.type = 'qlora': this process was started without 4-bit weights. Start another with four_bit=True."
+        ) from None
+
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name.endswith("lm_head"):
             continue
@@ -56,11 +64,15 @@ def packed_shape(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[i
 
 def packed_parameter(data: torch.Tensor) -> nn.Parameter:
     """A parameter of weights that are already quantised: bitsandbytes does not quantise them again."""
+    from bitsandbytes.nn import Params4bit
+
     return Params4bit(data, quant_type=_TYPE, quant_storage=data.dtype, bnb_quantized=True)
 
 
 def is_packed(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, Params4bit)
+    """Whether `parameter` holds 4-bit weights; without bitsandbytes imported there are none."""
+    library = sys.modules.get("bitsandbytes")
+    return library is not None and isinstance(parameter, library.nn.Params4bit)
 
 
 def quantise(weights: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +87,8 @@ def attach_statistics(parameter: Any, linear: Any, scales: torch.Tensor, shape: 
     The arithmetic is that of `bitsandbytes.functional.quantize_4bit(..., compress_statistics=True)`. `shape` is the
     shape of the weights before packing.
     """
+    from bitsandbytes import functional as bnb
+
     offset = scales.mean()
     compressed, groups = bnb.quantize_blockwise(scales - offset, blocksize=_SCALES_PER_GROUP)
     state = bnb.QuantState(

@@ -50,6 +50,7 @@ class WorkerGroup:
     def __init__(self, plan: RunPlan, run: RunFolder, driver: str) -> None:
         """`driver` is the token of the driver's lease."""
         config = {"storage": run.storage.root, "run_id": run.run_id, "driver": driver}
+        config["method"] = plan.spec.method.type
         self._trainer = _trainer(plan, run, config)
         self._error: BaseException | None = None
         self._ended = threading.Event()
@@ -138,7 +139,10 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
 
 def _work(config: _CONFIG) -> None:
     from ft_service.cluster.ray_cluster import this_node
-    from ft_service.train.worker import run_worker
+    from ft_service.model.light_imports import light_imports
+
+    with light_imports(four_bit=config["method"] == "qlora"):
+        from ft_service.train.worker import run_worker
 
     # Measurements go to storage, not to ray.train.report: it would log each of every worker, and keep none of them.
     run_worker(config["storage"], config["run_id"], config["driver"], this_node())
