@@ -7,8 +7,8 @@ import pytest
 
 from ft_service import launch
 from ft_service.errors import RunStopped, StorageError, TrainingError
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, resumed_spec
-from ft_service.runs.metrics import read_events
 from ft_service.spec.schema import RunSpec, parse_run_spec
 from ft_service.storage.storage import Storage
 from tests.worlds import write_world
@@ -29,8 +29,8 @@ storage: {tmp_path}/storage
 def end_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, taken_over: bool) -> None:
     """Neither Ray nor data: the driver comes as far as to prepare, and that ends so."""
 
-    def prepare(spec: RunSpec, folder: RunFolder, say: Any) -> Any:
-        folder.enter("running")
+    def prepare(spec: RunSpec, folder: RunFolder, log: Any) -> Any:
+        folder.set_state("running")
         if taken_over:
             other = folder.storage.read_json(f"{folder.path}/lease.json") | {"token": "theirs"}
             folder.storage.write_json(f"{folder.path}/lease.json", other)
@@ -48,7 +48,7 @@ def test_a_driver_that_lost_its_run_says_nothing_more_of_it(
     with pytest.raises(type(error)):
         launch.run(spec, "r", lambda text: None)
     run = RunFolder(Storage(spec.storage), "r")
-    status, holder = run.status(), run.holder()
+    status, holder = run.status(), run.lease_holder()
     assert status is not None and status.state == "running"  # as the other driver says
     assert holder is not None and holder.token == "theirs"
     assert [event.type for event in read_events(run.storage, "r")] == ["preparing"]
@@ -85,7 +85,7 @@ def test_requests_of_before_are_not_heard(spec: RunSpec, monkeypatch: pytest.Mon
     from ft_service.runs.folder import Request
 
     run = RunFolder(Storage(spec.storage), "r")
-    run.ask(Request(kind="stop", reason="yesterday"))
+    run.write_request(Request(kind="stop", reason="yesterday"))
     end_with(monkeypatch, TrainingError("as far as that"), taken_over=False)
     with pytest.raises(TrainingError):
         launch.run(spec, "r", lambda text: None)

@@ -13,7 +13,7 @@ from ft_service.model.load import Progress, skeleton, stream_weights
 from ft_service.model.weight_files import INDEX_FILE, Checkpoint
 from ft_service.model.writer import DTYPE_NAMES, MAX_FILE_BYTES, TensorFormat, WeightWriter, index_of, lay_out
 from ft_service.registry.registry import CARD_FILE, AdapterRecord, Registry
-from ft_service.runs.metrics import LoadingLine
+from ft_service.runs.progress import LoadingLine
 from ft_service.storage.storage import Storage
 
 DTYPE = torch.bfloat16

@@ -32,8 +32,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ft_service.errors import FtError, StorageError, TrainingError, UnreachableError
 from ft_service.model.shards import Span
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat, WeightFile, WeightWriter
+from ft_service.runs.events import (
+    CheckpointDamaged,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointsKeepFailing,
+    Event,
+    EventLog,
+    OldCheckpointsLeft,
+)
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog
 from ft_service.spec.schema import CheckpointSpec
 from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.text import format_duration
@@ -336,8 +344,9 @@ class Checkpointer:
         self._failures_in_a_row = failures = self._failures_in_a_row + 1
         stays = f"The one of step {self._newest} stays." if self._newest else "There is none yet."
         goes_on = " Training goes on, and the next save tries again." if self._settings.on_failure == "continue" else ""
-        data = {"step": self._step, "workers": workers, "newest_step": self._newest}
-        self._tell("checkpoint_failed", f"{told} {stays}{goes_on}", data)
+        step, newest = self._step, self._newest
+        message = f"{told} {stays}{goes_on}"
+        self._tell(CheckpointFailed(message=message, step=step, workers=workers, newest_step=newest))
         times, rest = divmod(failures, ALARMING_FAILURES)
         if rest == 0 and times & (times - 1) == 0:  # at 3, 6, 12, ...
             seconds = time.monotonic() - self._newest_at
@@ -346,11 +355,13 @@ class Checkpointer:
                 f"If a worker dies now, {self._step - self._newest} steps are lost. Mend the storage while the run "
                 "lasts: it then saves by itself."
             )
-            self._tell("no_checkpoint", alarm, data | {"failures": failures})
+            self._tell(
+                CheckpointsKeepFailing(message=alarm, step=step, workers=workers, newest_step=newest, failures=failures)
+            )
 
-    def _tell(self, kind: str, message: str, data: dict[str, Any]) -> None:
-        if self._events.emit(kind, message, **data):  # otherwise it has gone to stderr already
-            print(message, file=sys.stderr, flush=True)
+    def _tell(self, event: Event) -> None:
+        if self._events.emit(event):  # otherwise it has gone to stderr already
+            print(event.message, file=sys.stderr, flush=True)
 
     def _write(
         self,
@@ -380,7 +391,7 @@ class Checkpointer:
     def _note_success(self, step: int) -> None:
         before = f", after {self._failures_in_a_row} that failed" if self._failures_in_a_row else ""
         self._newest, self._newest_at, self._failures_in_a_row = step, time.monotonic(), 0
-        self._events.emit("checkpoint", f"Checkpoint at step {step}{before}.", step=step)
+        self._events.emit(CheckpointSaved(message=f"Checkpoint at step {step}{before}.", step=step))
 
     def _tidy_up(self, after: Callable[[set[str]], None]) -> None:
         try:
@@ -388,7 +399,7 @@ class Checkpointer:
             after({entry.weights for entry in self._checkpoints.entries()})
         except Exception as error:  # the new checkpoint counts all the same
             message = f"Old checkpoints could not be deleted: {error} The next save tries again."
-            self._tell("checkpoints_left", message, {"step": self._newest})
+            self._tell(OldCheckpointsLeft(message=message, step=self._newest))
 
     def _write_part(
         self, folder: str, tensors: dict[str, torch.Tensor], spans: dict[str, Span], random: dict[str, torch.Tensor]
@@ -469,7 +480,7 @@ def resume(run: RunFolder, parallel: "Parallel", training_digest: str, events: E
     entries, problem = parallel.from_first(checkpoints.look() if parallel.is_first else None)
     if problem and parallel.is_first:
         told = f"{problem} Going on from the {len(entries)} checkpoints found beside it."
-        events.emit("checkpoint_damaged", told, step=entries[-1].step)
+        events.emit(CheckpointDamaged(message=told, step=entries[-1].step))
     for entry in reversed(entries):
         manifest, problem, away = None, "", None
         try:
@@ -488,7 +499,7 @@ def resume(run: RunFolder, parallel: "Parallel", training_digest: str, events: E
         if problems or manifest is None:
             if parallel.is_first:
                 told = f"Checkpoint {entry.folder} is damaged, and skipped: {' '.join(problems)}"
-                events.emit("checkpoint_damaged", told, step=entry.step)
+                events.emit(CheckpointDamaged(message=told, step=entry.step))
             continue
         if manifest.training_digest != training_digest:
             raise TrainingError(

@@ -18,9 +18,11 @@ from ft_service.model.base import load_tokenizer, open_checkpoint, resolve_base
 from ft_service.model.trainable import TrainableModel
 from ft_service.model.weight_files import Checkpoint
 from ft_service.plan.plan import RunPlan
+from ft_service.runs.events import BestWeightsFailed, EventLog, TrainingStarted, WorkerPlace
 from ft_service.runs.folder import Outcome, RunFolder
-from ft_service.runs.lease import holds
-from ft_service.runs.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
+from ft_service.runs.lease import holds_lease
+from ft_service.runs.metrics import JsonlSink, Sink, StepMetrics, TensorBoardSink
+from ft_service.runs.progress import LoadingLine, ProgressLine
 from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoints import Checkpointer, Checkpoints, TakenOverError, resume
@@ -65,20 +67,25 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     resumed = resume(run, parallel, plan.training_digest, events)
     start = resumed.training_state() if resumed else TrainingState()
     weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", start)
-    places = parallel.from_all({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
+    places = parallel.from_all(WorkerPlace(host=socket.gethostname(), pid=os.getpid(), node=node))
     log, sinks, leaving = JsonlSink(run.storage, run_id), list[Sink](), threading.Event()
     checkpointer = Checkpointer(
-        run, parallel, plan.training_digest, plan.spec.checkpoint, log.flush, lambda: not driver or holds(run, driver)
+        run,
+        parallel,
+        plan.training_digest,
+        plan.spec.checkpoint,
+        log.flush,
+        lambda: not driver or holds_lease(run, driver),
     )
     if parallel.is_first:
         repeated = log.rewind(start.step)  # an earlier attempt of this run may have left lines
         sinks += [log, *_other_sinks(run, plan, start.step)]
         message = f"Training from step {start.step} on {len(places)} workers."
-        events.emit("training", message, step=start.step, repeated=repeated, workers=places)
+        events.emit(TrainingStarted(message=message, step=start.step, repeated=repeated, workers=places))
         if driver:
-            run.enter("running")
+            run.set_state("running")
         else:
-            run.forget_requests("stop", "move")  # of an earlier attempt; a driver has done so
+            run.delete_requests("stop", "move")  # of an earlier attempt; a driver has done so
         leaving = _watch_for_requests(run)
 
     def on_step(metrics: StepMetrics) -> None:
@@ -115,14 +122,14 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     )
     is_done = is_complete(state, plan)
     if parallel.is_first and driver and not is_done:
-        run.enter("checkpointing", message=f"Saves step {state.step}, and leaves.")
+        run.set_state("checkpointing", message=f"Saving step {state.step} before the workers leave.")
     watchdog.beat("writing the last checkpoint")
     checkpointer.wait()
     if is_done and state.best_step is None:
         watchdog.beat("writing the weights")
         weights.keep(state)
     if parallel.is_first and is_done:
-        if driver and not holds(run, driver):
+        if driver and not holds_lease(run, driver):
             raise TakenOverError("another driver has taken over this run. Leave it to that one.")
         run.write_outcome(
             Outcome(
@@ -151,10 +158,10 @@ def _build(
     torch.manual_seed(plan.spec.train.seed)
     said = LoadingLine() if parallel.is_first else None
 
-    def on_load(bytes_read: int, bytes_in_all: int) -> None:
+    def on_load(bytes_read: int, total_bytes: int) -> None:
         watchdog.beat("loading the base")
         if said is not None:
-            said(bytes_read, bytes_in_all)
+            said(bytes_read, total_bytes)
 
     # An adapter that decomposes the base takes long to make: each of its layers counts.
     on_layer = register_module_module_registration_hook(lambda *_: watchdog.beat())
@@ -187,7 +194,7 @@ def _tell_of_lost_weights(plan: RunPlan, state: TrainingState, failure: str, eve
         best = f"the best is again that of step {state.best_step}" if state.best_step else "there are none yet"
         told = f"{told} Training goes on; {best}."
         print(told, file=sys.stderr, flush=True)
-        events.emit("weights_failed", told, step=state.step)
+        events.emit(BestWeightsFailed(message=told, step=state.step))
 
 
 def _watch_for_requests(run: RunFolder) -> threading.Event:

@@ -11,7 +11,7 @@ import pytest
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from ft_service.cluster.ray_cluster import kill_actors, spread
+from ft_service.cluster.ray_cluster import kill_actors, map_on_cluster
 from ft_service.data import prepare
 from ft_service.data.prepare import prepare_dataset
 from ft_service.data.read import ShardChanged, scan
@@ -79,7 +79,7 @@ def test_a_killed_actor_leaves_nobody_waiting_and_others_live() -> None:
 
 
 def test_results_come_in_the_order_of_their_items_from_other_processes() -> None:
-    found = list(spread(lambda shared, item: (shared[item], os.getpid()), "abcdefghij", range(10)))
+    found = list(map_on_cluster(lambda shared, item: (shared[item], os.getpid()), "abcdefghij", range(10)))
     assert "".join(letter for letter, _ in found) == "abcdefghij"
     assert os.getpid() not in {pid for _, pid in found}
 
@@ -91,7 +91,7 @@ def test_an_error_of_the_project_arrives_as_itself() -> None:
         return item
 
     with pytest.raises(DataError, match=r"^a\.jsonl:7: unreadable$"):
-        list(spread(task, None, range(3)))
+        list(map_on_cluster(task, None, range(3)))
 
 
 def test_what_another_node_cannot_do_is_done_here() -> None:
@@ -102,7 +102,7 @@ def test_what_another_node_cannot_do_is_done_here() -> None:
             raise ShardChanged("not on this machine")
         return os.getpid()
 
-    first, second, third = spread(task, None, range(3))
+    first, second, third = map_on_cluster(task, None, range(3))
     assert second == driver and driver not in {first, third}
 
 
@@ -115,7 +115,7 @@ def test_a_task_whose_process_dies_is_done_again(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return item
 
-    assert list(spread(task, died, range(3))) == [0, 1, 2]
+    assert list(map_on_cluster(task, died, range(3))) == [0, 1, 2]
     assert died.exists()
 
 
@@ -130,7 +130,7 @@ def test_a_dataset_prepared_by_tasks_is_the_one_prepared_here(tmp_path: Path, mo
     spread_case = case.spec(str(tmp_path / "a.jsonl"), max_seq_len=256, validation={"fraction": 0.2})
     elsewhere = Case(tmp_path / "elsewhere").storage
     said: list[str] = []
-    there = prepare_dataset(spread_case, tokenizer, elsewhere, said.append, spread)
+    there = prepare_dataset(spread_case, tokenizer, elsewhere, said.append, map_on_cluster)
     assert sum("shard" in line and "records read" in line for line in said) > 2
     assert len(list((tmp_path / "elsewhere/storage/datasets").glob("*/rows-*"))) > 1
     assert there.facts == here.facts and there.judgement == here.judgement and there.judgement.left_out

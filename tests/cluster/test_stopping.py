@@ -15,8 +15,9 @@ import pytest
 
 from examples.quickstart.quickstart import PROJECT, Ray, ray_head
 from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, State
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints import Checkpoints
 from tests.worlds import SMALL, write_world
@@ -189,7 +190,7 @@ def test_ft_stop_waits_until_the_run_has_stopped_and_submitting_it_again_goes_on
     shown = json.loads(finish(start(ray, *command("runs", "--storage", run.storage.root, "--json")), 0))
     mine = next(found for found in shown if found["run_id"] == run.run_id)
     assert (mine["state"], mine["attempts"], mine["wasted_steps"]) == ("stopped", 1, 0)
-    assert "is not at work" in finish(start(ray, *command("stop", run.run_id, "--storage", run.storage.root)), 2)
+    assert "is not active" in finish(start(ray, *command("stop", run.run_id, "--storage", run.storage.root)), 2)
 
     finish(start(ray, *command(*arguments)), 0)
     assert losses(run) == losses(whole)
@@ -231,7 +232,7 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_one(
     wait_until(lambda: Checkpoints(run).entries(), training)
     os.kill(trainings(run)[0]["workers"][1]["pid"], signal.SIGSTOP)  # it shall not end meanwhile
     second = start(ray, *command(*arguments))
-    assert "is at work on it" in finish(second, 2)
+    assert "is working on it" in finish(second, 2)
     training.kill()
     training.communicate()
     pids = [place["pid"] for place in trainings(run)[0]["workers"]]
@@ -253,7 +254,7 @@ def test_a_run_of_another_course_is_refused_before_workers_are_asked_for(
     training.send_signal(signal.SIGTERM)
     finish(training, 3)
     changed = start(ray, *command("resume", run.run_id, "train.seed=5", "--storage", run.storage.root))
-    assert "Give another --run-id" in finish(changed, 1)
+    assert "Use another --run-id" in finish(changed, 1)
     assert len(trainings(run)) == 1
 
 

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from examples.quickstart.quickstart import PROJECT, Ray, free_ports, ray_head
 from ft_service.data.prepare import open_dataset
 from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints import Checkpoints
-from ft_service.train.watchdog import suspects
+from ft_service.train.watchdog import ranks_without_stacks
 from tests.worlds import SMALL, write_world
 
 pytestmark = pytest.mark.slow
@@ -210,7 +211,7 @@ def test_a_hung_worker_is_noticed_and_costs_no_more_than_a_killed_one(ray: Ray, 
     noticed = next(event for event in events if event.type == "hang")
     told = noticed.model_dump()
     assert told["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < timeout + 5
-    assert suspects(run, Path(told["stacks"]).name, 2) == [1]
+    assert ranks_without_stacks(run, Path(told["stacks"]).name, 2) == [1]
     assert "loop.py" in storage.read_bytes(f"{told['stacks']}/rank-00000.txt").decode()
     steps = [event.model_dump()["step"] for event in events if event.type == "training"]
     assert steps[0] == 0 and len(steps) == 2 and steps[1] >= 20
@@ -306,7 +307,7 @@ def test_a_complete_run_is_not_run_again_and_says_so(ray: Ray, world: Path, lora
     status = (world / "storage/runs/lora-1/status.json").read_bytes()
     done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
     assert done.returncode == 0, output(done)
-    assert "It is complete" in done.stdout
+    assert "The run is complete" in done.stdout
     assert lora.id in done.stdout
     assert (world / "storage/runs/lora-1/status.json").read_bytes() == status
 

@@ -286,7 +286,7 @@ def test_lines_are_appended_and_storages_travel(storage: Storage) -> None:
 def test_a_run_is_found_by_id_and_its_state_is_told(storage: Storage) -> None:
     run = RunFolder(storage, "bot-1")
     assert run.status() is None
-    run.enter("failed", message="no data")
+    run.set_state("failed", message="no data")
     status = find_run(storage, "bot-1").status()
     assert status is not None and (status.state, status.message) == ("failed", "no data")
     with pytest.raises(NotPublishedError, match="bot-1"):

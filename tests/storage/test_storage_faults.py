@@ -29,8 +29,9 @@ import ft_service.storage.storage
 import ft_service.train.checkpoints
 from ft_service.errors import StorageError, TrainingError, UnreachableError
 from ft_service.model.writer import TensorFormat
+from ft_service.runs.events import EventLog, Notice, read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog, JsonlSink, StepMetrics, TensorBoardSink, read_events, read_metrics
+from ft_service.runs.metrics import JsonlSink, StepMetrics, TensorBoardSink, read_metrics
 from ft_service.spec.schema import CheckpointSpec
 from ft_service.storage.storage import Storage, is_transient
 from ft_service.train import checkpoints as checkpoint_module
@@ -185,12 +186,12 @@ def test_an_event_that_cannot_be_written_is_said_and_comes_with_the_next(
 ) -> None:
     storage = Storage(str(tmp_path))
     log = EventLog(storage, RUN)
-    log.emit("running", "8 workers")
+    log.emit(Notice(type="preparing", message="data and plan"))
     with full_disk(monkeypatch):
-        assert not log.emit("warning", "it is getting late", step=4)
+        assert not log.emit(Notice(type="moving", message="it is getting late"))
     assert "it is getting late" in capsys.readouterr().err
-    assert log.emit("succeeded", "done")
-    assert [event.type for event in read_events(storage, RUN)] == ["running", "warning", "succeeded"]
+    assert log.emit(Notice(type="succeeded", message="done"))
+    assert [event.type for event in read_events(storage, RUN)] == ["preparing", "moving", "succeeded"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
-from ft_service.train.watchdog import HANG_EXIT_CODE, LAST_WORDS_SECONDS, Silence, stacks_folder, suspects
+from ft_service.train.watchdog import (
+    HANG_EXIT_CODE,
+    SAVE_STACKS_SECONDS,
+    SecondsWithoutBeat,
+    ranks_without_stacks,
+    stacks_folder,
+)
 from tests.forked import Workers
 from tests.train.watchdog_cases import run_watched
 from tests.worlds import prepared_run, start, write_world
@@ -24,28 +31,28 @@ slow = pytest.mark.slow
 
 
 def test_silence_grows_without_beats_and_ends_with_one() -> None:
-    silence = Silence(tick_seconds=1.0)
-    assert [silence.at(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
-    assert silence.at(103.0, beats=8) == 0.0
-    assert silence.at(104.0, beats=8) == 1.0
+    silence = SecondsWithoutBeat(tick_seconds=1.0)
+    assert [silence.update(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
+    assert silence.update(103.0, beats=8) == 0.0
+    assert silence.update(104.0, beats=8) == 1.0
 
 
 def test_time_in_which_the_process_stood_still_is_not_silence() -> None:
-    silence = Silence(tick_seconds=1.0)
-    silence.at(0.0, beats=1)
-    assert silence.at(3600.0, beats=1) <= 2.0
-    assert silence.at(3601.0, beats=1) <= 3.0
+    silence = SecondsWithoutBeat(tick_seconds=1.0)
+    silence.update(0.0, beats=1)
+    assert silence.update(3600.0, beats=1) <= 2.0
+    assert silence.update(3601.0, beats=1) <= 3.0
 
 
 def test_suspects_are_the_ones_without_stacks_when_others_have_some(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "r")
-    assert suspects(run, "first", 3) == []  # nobody noticed a hang
+    assert ranks_without_stacks(run, "first", 3) == []  # nobody noticed a hang
     for rank in (0, 2):
         run.storage.write_bytes(f"{stacks_folder(run, 'first')}/rank-{rank:05}.txt", b"")
-    assert suspects(run, "first", 3) == [1]
-    assert suspects(run, "second", 3) == []
+    assert ranks_without_stacks(run, "first", 3) == [1]
+    assert ranks_without_stacks(run, "second", 3) == []
     run.storage.write_bytes(f"{stacks_folder(run, 'first')}/rank-00001.txt", b"")
-    assert suspects(run, "first", 3) == []
+    assert ranks_without_stacks(run, "first", 3) == []
 
 
 # -- one process -----------------------------------------------------------------------------------------------------
@@ -72,7 +79,7 @@ def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_pat
     done, seconds = hang("waits_for_ever", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + START_SECONDS
     report = (tmp_path / "runs/r/stacks/first/rank-00000.txt").read_text()
-    assert "Worker 0 of 1 has not got on for 2 seconds (in step 12, micro-batch 3 of 4)" in report
+    assert "Worker 0 of 1 made no progress for 2 seconds (in step 12, micro-batch 3 of 4)" in report
     assert "Thread MainThread" in report and "in waits_for_ever" in report
     assert report in done.printed
     (event,) = read_events(Storage(str(tmp_path)), "r")
@@ -103,7 +110,7 @@ def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path
 @slow
 def test_a_storage_that_hangs_too_costs_the_file_and_not_the_end(tmp_path: Path) -> None:
     done, seconds = hang("storage_hangs", tmp_path, 2)
-    assert done.returncode == HANG_EXIT_CODE and seconds < 2 + LAST_WORDS_SECONDS + START_SECONDS
+    assert done.returncode == HANG_EXIT_CODE and seconds < 2 + SAVE_STACKS_SECONDS + START_SECONDS
     assert "in storage_hangs" in done.printed
 
 
@@ -120,7 +127,7 @@ def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
     assert done.returncode == 0, done.printed
     timeouts = next(line for line in done.printed.splitlines() if line.startswith("timeouts")).split()[1:]
     assert len(timeouts) > 1  # DeepSpeed's own, too
-    assert all(float(seconds) > 100_000 + LAST_WORDS_SECONDS for seconds in timeouts)
+    assert all(float(seconds) > 100_000 + SAVE_STACKS_SECONDS for seconds in timeouts)
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: 
     assert "in step 3, micro-batch 1 of 1" in first and "in all_reduce" in first
     assert "in step 3, validating" in second and "store.wait" in second
     run = RunFolder(Storage(str(tmp_path)), "r")
-    assert suspects(run, "first", 2) == []
+    assert ranks_without_stacks(run, "first", 2) == []
     assert {event.type for event in read_events(run.storage, "r")} == {"hang"}
 
 
@@ -193,7 +200,7 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
     assert event["rank"] == alive and f"Worker {alive} of 2" in event["message"]
     assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 1
     folder = run.storage.folders(f"{run.path}/stacks")
-    assert suspects(run, folder[0], 2) == [hung]
+    assert ranks_without_stacks(run, folder[0], 2) == [hung]
     report = run.storage.read_bytes(f"{event['stacks']}/rank-0000{alive}.txt").decode()
     assert "loop.py" in report and "Thread MainThread" in report
 
