@@ -36,7 +36,8 @@ from ft_service.runs.folder import RunFolder, new_run_id
 from ft_service.runs.lease import Lease
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
-from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
+from ft_service.storage.retry import RUN_RETRY_SECONDS
+from ft_service.storage.storage import Storage
 from ft_service.train.attempts import Attempts
 
 DATA_REPORT_FILE = "data.html"
@@ -60,7 +61,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             [Problem("storage", spec.storage, problem, "Use an absolute folder that all machines can reach.")]
         )
     storage.check_writable()  # a wrong root fails at once; from here on, storage that does not answer is retried
-    storage = Storage(spec.storage, patience=RUN_PATIENCE_SECONDS)
+    storage = Storage(spec.storage, retry_seconds=RUN_RETRY_SECONDS)
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
     events = EventLog(storage, folder.run_id)
     log(f"Run {folder.run_id}: {storage.uri(folder.path)}")

@@ -86,8 +86,8 @@ class Lease:
                 )
 
     def _renew(self) -> None:
-        # Without patience: a write that waits for storage could overwrite the lease of a driver that has taken over.
-        run = RunFolder(self._run.storage.without_patience(), self._run.run_id)
+        # Without retries: a write that waits for storage could overwrite the lease of a driver that has taken over.
+        run = RunFolder(self._run.storage.without_retries(), self._run.run_id)
         while not self._ended.wait(RENEW_SECONDS):
             try:
                 if not holds_lease(run, self.token):

@@ -89,7 +89,7 @@ class JsonlSink:
         is_due = is_quick or self._clock() - self._flushed_at >= REMOTE_FLUSH_SECONDS
         if is_due and self._writing.acquire(blocking=False):  # otherwise another thread is flushing
             try:
-                self._write(self._storage.without_patience())
+                self._write(self._storage.without_retries())
             except StorageError as error:
                 if not self._failed:
                     print(f"Metrics will be written later: {error}", file=sys.stderr, flush=True)

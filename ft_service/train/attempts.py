@@ -67,7 +67,7 @@ class Attempts:
         self._run = run
         self._plan_for = plan_for
         # While workers run, storage that does not answer must not block the other checks.
-        self._run_without_patience = RunFolder(run.storage.without_patience(), run.run_id)
+        self._run_without_retries = RunFolder(run.storage.without_retries(), run.run_id)
         self._lease = lease
         self._signals = signals
         self._log = log
@@ -192,9 +192,9 @@ class Attempts:
             self._is_storage_away = True
 
     def _check_requests(self) -> None:
-        if not holds_lease(self._run_without_patience, self._lease.token):
+        if not holds_lease(self._run_without_retries, self._lease.token):
             raise RunStopped(f"Another driver has taken over run {self._run.run_id}. This driver leaves it.")
-        request = self._run_without_patience.request()
+        request = self._run_without_retries.request()
         if request is not None and request.now:
             raise RunStopped(f"{request.reason}. {self._resume_hint()}")
         is_new_stop = request is not None and request.kind == "stop" and not self._is_stopping()

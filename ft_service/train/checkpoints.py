@@ -43,7 +43,8 @@ from ft_service.runs.events import (
 )
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import CheckpointSpec
-from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
+from ft_service.storage.retry import RUN_RETRY_SECONDS
+from ft_service.storage.storage import Storage
 from ft_service.text import format_duration
 from ft_service.train.optimizer_state import KINDS
 from ft_service.train.protocol import TrainingState
@@ -56,7 +57,7 @@ COMMIT_TIMEOUT_SECONDS = 1800.0
 ALARMING_FAILURES = 3
 """Saves failed in a row after which it is said how much is at stake; and again each time their number has doubled."""
 _POLL_SECONDS = 0.2
-_STUCK_SECONDS = RUN_PATIENCE_SECONDS + COMMIT_TIMEOUT_SECONDS
+_STUCK_SECONDS = RUN_RETRY_SECONDS + COMMIT_TIMEOUT_SECONDS
 """Nothing that waits for storage, or for another worker's part, waits longer than that by intention."""
 _FP32 = 4
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
@@ -255,7 +256,7 @@ class Checkpointer:
         self._parallel, self._training_digest, self._settings = parallel, training_digest, settings
         self._flush, self._still_ours = flush, still_ours
         # Where a failure is told, training waits, and the storage may be its reason.
-        impatient = RunFolder(run.storage.without_patience(), run.run_id)
+        impatient = RunFolder(run.storage.without_retries(), run.run_id)
         self._checkpoints_now, self._events = Checkpoints(impatient), EventLog(impatient.storage, run.run_id)
         self._thread: threading.Thread | None = None
         self._folder, self._step = "", 0
@@ -417,7 +418,7 @@ class Checkpointer:
                     self._written += 1
             return writer.digests[file.name]
 
-        sha256 = storage.patiently(write_tensors)  # a stream that breaks cannot be mended: it begins anew
+        sha256 = storage.retry(write_tensors)  # a stream that breaks cannot be mended: it begins anew
         at, shards = len(file.header), {}
         for name, span in spans.items():
             shards[name] = StoredShard(start=span.start, stop=span.stop, at=at)

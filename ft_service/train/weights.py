@@ -55,7 +55,7 @@ class WeightsOnStorage:
             self._coming = self.place
             if self._parallel.is_first:
                 with suppress(StorageError):
-                    self._run.storage.without_patience().delete(path)
+                    self._run.storage.without_retries().delete(path)
             raise
         self.place, self._best = self._coming, (state.best_step, state.best_validation_loss)
 
@@ -131,7 +131,7 @@ def write_model(
         written.update(writer.digests)
 
     # A stream that breaks cannot be mended: all begin anew, or none.
-    storage.patiently(lambda: together(parallel, write_mine), clock=lambda: parallel.from_first(time.monotonic()))
+    storage.retry(lambda: together(parallel, write_mine), clock=lambda: parallel.from_first(time.monotonic()))
     digests = parallel.union(written)
 
     def write_beside() -> None:

@@ -23,7 +23,8 @@ from ft_service.runs.folder import Outcome, RunFolder
 from ft_service.runs.lease import holds_lease
 from ft_service.runs.metrics import JsonlSink, Sink, StepMetrics, TensorBoardSink
 from ft_service.runs.progress import LoadingLine, ProgressLine
-from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
+from ft_service.storage.retry import RUN_RETRY_SECONDS
+from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
 from ft_service.train.checkpoints import Checkpointer, Checkpoints, TakenOverError, resume
 from ft_service.train.loop import is_complete, train
@@ -46,7 +47,7 @@ def run_worker(storage_root: str, run_id: str, driver: str = "", node: str = "")
     then there is no outcome. `driver` is the token of the driver's lease, where there is one: the first worker then
     says too where the run stands. `node` is the cluster's name of this worker's machine.
     """
-    run = RunFolder(Storage(storage_root, patience=RUN_PATIENCE_SECONDS), run_id)
+    run = RunFolder(Storage(storage_root, retry_seconds=RUN_RETRY_SECONDS), run_id)
     plan = run.plan()
     init_process_group(plan.spec.parallel.use_gpu)
     torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
@@ -200,7 +201,7 @@ def _tell_of_lost_weights(plan: RunPlan, state: TrainingState, failure: str, eve
 def _watch_for_requests(run: RunFolder) -> threading.Event:
     """Set once the workers are asked to leave."""
     asked = threading.Event()
-    run = RunFolder(run.storage.without_patience(), run.run_id)
+    run = RunFolder(run.storage.without_retries(), run.run_id)
 
     def look() -> None:
         while not asked.wait(_LOOK_SECONDS if run.storage.is_local else _LOOK_REMOTE_SECONDS):

@@ -259,7 +259,7 @@ def test_a_file_that_is_being_written_is_not_there_and_never_will_be_if_writing_
 
 @pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/passwd"])
 def test_nothing_outside_the_root_is_reached(storage: Storage, path: str) -> None:
-    with pytest.raises(StorageError, match="leaves the storage root"):
+    with pytest.raises(StorageError, match="is outside the storage root"):
         storage.write_bytes(path, b"")
 
 

@@ -1,6 +1,7 @@
 """Events: one line each, typed by what happened, and never lost."""
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -41,6 +42,9 @@ LINES = {
 """Lines as earlier versions wrote them."""
 
 
+STORED = Path(__file__).parents[1] / "formats/1/events.jsonl"
+
+
 def fails(*_: object) -> None:
     raise StorageError("away")
 
@@ -65,6 +69,14 @@ def test_events_keep_their_order_and_their_data(storage: Storage) -> None:
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 def test_a_line_reads_and_writes_unchanged(storage: Storage, line: str) -> None:
     assert only_event(storage, line).model_dump_json(exclude_none=True) == line
+
+
+def test_a_stored_run_of_an_earlier_version_reads(storage: Storage) -> None:
+    lines = STORED.read_text().splitlines()
+    storage.write_bytes(f"runs/{RUN}/events.jsonl", STORED.read_bytes())
+    events = read_events(storage, RUN)
+    assert [event.model_dump_json(exclude_none=True) for event in events] == lines
+    assert not any(type(event) is Event for event in events)
 
 
 def test_lines_become_events_of_their_type(storage: Storage) -> None:

@@ -25,7 +25,7 @@ import boto3
 import pytest
 import torch
 
-import ft_service.storage.storage
+import ft_service.storage.retry
 import ft_service.train.checkpoints
 from ft_service.errors import StorageError, TrainingError, UnreachableError
 from ft_service.model.writer import TensorFormat
@@ -33,7 +33,8 @@ from ft_service.runs.events import EventLog, Notice, read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import JsonlSink, StepMetrics, TensorBoardSink, read_metrics
 from ft_service.spec.schema import CheckpointSpec
-from ft_service.storage.storage import Storage, is_transient
+from ft_service.storage.retry import is_transient
+from ft_service.storage.storage import Storage
 from ft_service.train import checkpoints as checkpoint_module
 from ft_service.train.checkpoints import Checkpointer, Checkpoints, Manifest, Part, resume
 from ft_service.train.protocol import TrainingState
@@ -54,12 +55,12 @@ RUN = "bot-1"
 def test_a_storage_that_comes_back_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
-    storage = away_for(3, OSError(number, "gone"), Storage(str(tmp_path), patience=60), monkeypatch)
+    storage = away_for(3, OSError(number, "gone"), Storage(str(tmp_path), retry_seconds=60), monkeypatch)
     storage.write_bytes("file", b"content")
     assert storage.read_bytes("file") == b"content"
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert str(tmp_path) in said[0] and "gone" in said[0] and "Waiting up to 60 s" in said[0]
+    assert str(tmp_path) in said[0] and "gone" in said[0] and "Retrying for up to 60 s" in said[0]
     assert "answers again" in said[1]
 
 
@@ -71,7 +72,7 @@ def test_a_storage_that_comes_back_is_waited_for(
 def test_what_waiting_does_not_mend_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    storage = away_for(1, OSError(number, "no"), Storage(str(tmp_path), patience=1e9), monkeypatch)
+    storage = away_for(1, OSError(number, "no"), Storage(str(tmp_path), retry_seconds=1e9), monkeypatch)
     with pytest.raises(StorageError, match="no") as error:
         storage.write_bytes("file", b"content")
     assert not isinstance(error.value, UnreachableError)
@@ -85,10 +86,10 @@ def test_a_full_disk_is_no_network_when_a_whole_folder_is_copied(tmp_path: Path)
     assert is_transient(shutil.Error([("a", "b", str(OSError(errno.EIO, "Input/output error")))]))
 
 
-def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), patience=300), monkeypatch)
-    with pytest.raises(UnreachableError, match="waited for 300 s"):
+    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), retry_seconds=300), monkeypatch)
+    with pytest.raises(UnreachableError, match="Gave up after 300 s"):
         storage.write_bytes("file", b"content")
     assert clock.now == pytest.approx(300)
 
@@ -101,22 +102,22 @@ def test_a_person_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert clock.now == 0
 
 
-def test_patience_travels_to_other_processes(tmp_path: Path) -> None:
-    storage = pickle.loads(pickle.dumps(Storage(str(tmp_path), patience=300)))
-    assert (storage.root, storage.patience) == (str(tmp_path), 300)
-    assert storage.without_patience().patience == 0
+def test_pickling_keeps_the_retry_time(tmp_path: Path) -> None:
+    storage = pickle.loads(pickle.dumps(Storage(str(tmp_path), retry_seconds=300)))
+    assert (storage.root, storage.retry_seconds) == (str(tmp_path), 300)
+    assert storage.without_retries().retry_seconds == 0
 
 
 def test_within_a_call_that_begins_anew_nothing_else_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), patience=300), monkeypatch)
+    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), retry_seconds=300), monkeypatch)
     with pytest.raises(UnreachableError):
-        storage.patiently(lambda: storage.exists("file"))
+        storage.retry(lambda: storage.exists("file"))
     assert clock.now == pytest.approx(300)
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage(str(tmp_path), patience=60)
+    storage = Storage(str(tmp_path), retry_seconds=60)
     storage.append_line("log", "first")
     monkeypatch.setattr(Path, "open", Tearing(Path.open, after=3))
     storage.append_line("log", "second")  # torn once, and written again
@@ -162,7 +163,7 @@ def test_metrics_that_cannot_be_written_are_kept_and_training_does_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    storage = Storage(str(tmp_path), patience=300)
+    storage = Storage(str(tmp_path), retry_seconds=300)
     sink = JsonlSink(storage, RUN, clock)
     sink.rewind(0)
     sink(metrics_of(1))
@@ -483,7 +484,7 @@ def test_a_disk_so_full_that_not_even_the_event_fits_is_told_on_stderr_and_later
 def test_a_storage_that_is_away_for_longer_than_anybody_waits_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunFolder(Storage(str(tmp_path), patience=300), RUN)
+    run = RunFolder(Storage(str(tmp_path), retry_seconds=300), RUN)
     saver = checkpointer(run)
     save(saver, 5)
     with monkeypatch.context() as world:
@@ -492,7 +493,7 @@ def test_a_storage_that_is_away_for_longer_than_anybody_waits_costs_no_run(
             save(saver, 10)
         assert clock.now == pytest.approx(300)  # and not as long again for the event
     save(saver, 15)
-    assert "It was waited for 300 s" in events_of(run, "checkpoint_failed")[0]["message"]
+    assert "Gave up after 300 s" in events_of(run, "checkpoint_failed")[0]["message"]
     assert [entry.step for entry in Checkpoints(run).entries()] == [5, 15]
     assert folders(run) == ["step-000005", "step-000015"]
 
@@ -720,7 +721,7 @@ def write_by_two(storage: Storage) -> dict[int, Exception]:
 def test_a_model_of_which_one_file_breaks_is_written_anew_by_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"), patience=60)
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"), retry_seconds=60)
     assert write_by_two(whole) == {}
     real, breaks = Storage.writing, itertools.count()
 
@@ -741,7 +742,7 @@ def test_a_model_of_which_one_file_breaks_is_written_anew_by_all(
 
 def test_when_one_worker_cannot_write_a_model_all_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with full_disk(monkeypatch, only="00004-of"):
-        raised = write_by_two(Storage(str(tmp_path), patience=60))
+        raised = write_by_two(Storage(str(tmp_path), retry_seconds=60))
     assert str(raised[0]) == str(raised[1])
     assert "worker 1: " in str(raised[0]) and "No space left" in str(raised[0])
     assert not (tmp_path / "model/config.json").exists()
@@ -840,7 +841,7 @@ def test_a_run_outlives_an_object_store_that_is_away(
         with Running(run) as running:
             running.until(lambda: len(Checkpoints(run).entries()) >= 1)
             gate.close()  # nobody answers: connections are refused, those under way break
-            running.until(lambda: running.said("Waiting up to 300 s"))
+            running.until(lambda: running.said("Retrying for up to 300 s"))
             gate.open()
             running.until(lambda: running.said("answers again"))
             newest = Checkpoints(run).newest_step()
@@ -971,7 +972,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(ft_service.storage.storage, "time", self)
+        monkeypatch.setattr(ft_service.storage.retry, "time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -987,7 +988,7 @@ class Clock:
 
 def away_for(calls: int, error: OSError, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """The first so many calls to the file system fail."""
-    monkeypatch.setattr(ft_service.storage.storage, "_FIRST_PAUSE_SECONDS", 0.01 if calls < 10 else 0.5)
+    monkeypatch.setattr(ft_service.storage.retry, "_FIRST_PAUSE_SECONDS", 0.01 if calls < 10 else 0.5)
     left = [calls]
     real = storage._fs
 
