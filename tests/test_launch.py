@@ -41,7 +41,7 @@ def end_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, taken_over: 
 
 
 @pytest.mark.parametrize("error", [RunStopped("Another driver has taken over."), TrainingError("lost"), OSError("odd")])
-def test_a_driver_that_lost_its_run_says_nothing_more_of_it(
+def test_a_replaced_driver_writes_nothing_more_to_the_run(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     end_with(monkeypatch, error, taken_over=True)
@@ -56,7 +56,7 @@ def test_a_driver_that_lost_its_run_says_nothing_more_of_it(
 
 
 @pytest.mark.parametrize(("error", "state"), [(RunStopped("SIGTERM"), "stopped"), (TrainingError("nan"), "failed")])
-def test_a_driver_says_how_its_run_ended(
+def test_a_driver_records_how_its_run_ended(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
 ) -> None:
     end_with(monkeypatch, error, taken_over=False)
@@ -66,7 +66,7 @@ def test_a_driver_says_how_its_run_ended(
     assert status is not None and (status.state, status.message) == (state, str(error))
 
 
-def test_a_run_that_ended_while_it_was_prepared_can_be_resumed_by_the_spec_that_it_began_with(
+def test_a_run_that_failed_in_preparation_resumes_with_its_first_spec(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StorageError):
@@ -81,7 +81,7 @@ def test_a_run_that_ended_while_it_was_prepared_can_be_resumed_by_the_spec_that_
     assert resumed_spec("r", spec.storage) == spec  # until a plan is made, which may refuse the change
 
 
-def test_requests_of_before_are_not_heard(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_from_before_the_start_are_ignored(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     from ft_service.runs.folder import Request
 
     run = RunFolder(Storage(spec.storage), "r")

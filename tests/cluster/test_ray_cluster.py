@@ -52,7 +52,7 @@ class Other:
         return "here"
 
 
-def test_a_killed_actor_leaves_nobody_waiting_and_others_live() -> None:
+def test_killing_actors_wakes_waiters_and_spares_other_classes() -> None:
     make = ray.remote(num_cpus=0)
     controller, other = make(Controller).remote(), make(Other).remote()
     assert ray.get(other.answer.remote()) == "here"
@@ -78,13 +78,13 @@ def test_a_killed_actor_leaves_nobody_waiting_and_others_live() -> None:
 # The tasks are closures: Ray then sends their code, rather than the name of a module that its workers do not have.
 
 
-def test_results_come_in_the_order_of_their_items_from_other_processes() -> None:
+def test_results_come_from_other_processes_in_order() -> None:
     found = list(map_on_cluster(lambda shared, item: (shared[item], os.getpid()), "abcdefghij", range(10)))
     assert "".join(letter for letter, _ in found) == "abcdefghij"
     assert os.getpid() not in {pid for _, pid in found}
 
 
-def test_an_error_of_the_project_arrives_as_itself() -> None:
+def test_a_projects_error_keeps_its_type() -> None:
     def task(shared: None, item: int) -> int:
         if item == 1:
             raise DataError("a.jsonl:7: unreadable")
@@ -94,7 +94,7 @@ def test_an_error_of_the_project_arrives_as_itself() -> None:
         list(map_on_cluster(task, None, range(3)))
 
 
-def test_what_another_node_cannot_do_is_done_here() -> None:
+def test_a_task_that_a_node_cannot_do_runs_here() -> None:
     driver = os.getpid()
 
     def task(shared: None, item: int) -> int:
@@ -106,7 +106,7 @@ def test_what_another_node_cannot_do_is_done_here() -> None:
     assert second == driver and driver not in {first, third}
 
 
-def test_a_task_whose_process_dies_is_done_again(tmp_path: Path) -> None:
+def test_a_task_whose_process_dies_runs_again(tmp_path: Path) -> None:
     died = tmp_path / "died"
 
     def task(shared: Path, item: int) -> int:
@@ -119,7 +119,7 @@ def test_a_task_whose_process_dies_is_done_again(tmp_path: Path) -> None:
     assert died.exists()
 
 
-def test_a_dataset_prepared_by_tasks_is_the_one_prepared_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_prepared_on_the_cluster_is_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer: PreTrainedTokenizerFast = train_tokenizer(["number words in answer one"] * 4, vocab_size=340)
     monkeypatch.setattr(prepare, "scan", partial(scan, shard_bytes=4000))
     monkeypatch.setattr(prepare, "_GROUP_TOKENS", 3000)

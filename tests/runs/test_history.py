@@ -11,7 +11,7 @@ def training(step: int, workers: int = 2, repeated: int = 0) -> Event:
     return TrainingStarted(message="", step=step, workers=places, repeated=repeated)
 
 
-def test_each_attempt_has_its_beginning_and_its_end() -> None:
+def test_each_attempt_has_its_start_and_its_end() -> None:
     found = attempts(
         [
             PREPARING,
@@ -34,11 +34,11 @@ def test_each_attempt_has_its_beginning_and_its_end() -> None:
     assert wasted_steps(found) == 7
 
 
-def test_an_attempt_that_nobody_ended_was_its_drivers_death() -> None:
+def test_an_attempt_without_an_end_means_the_driver_died() -> None:
     found = attempts([PREPARING, training(0), PREPARING, training(20, repeated=4)])
     assert [attempt.ended for attempt in found] == ["The job's driver died.", ""]
 
 
-def test_a_stop_ends_the_attempt_and_a_failure_before_training_none() -> None:
+def test_only_training_opens_an_attempt_that_a_stop_ends() -> None:
     assert attempts([PREPARING, Notice(type="failed", message="no such base")]) == []
     assert attempts([training(0), Notice(type="stopped", message="ft stop")])[0].ended == "ft stop"

@@ -42,7 +42,7 @@ def test_a_lease_is_held_while_the_block_lasts(run: RunFolder) -> None:
     assert run.lease_holder() is None
 
 
-def test_a_driver_that_goes_on_saying_so_is_not_disturbed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_renews_its_lease_keeps_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = held(run)
     said: list[str] = []
 
@@ -57,7 +57,7 @@ def test_a_driver_that_goes_on_saying_so_is_not_disturbed(run: RunFolder, monkey
     assert left is not None and left.token == first.token  # theirs still
 
 
-def test_a_driver_that_has_long_been_silent_is_followed_at_once(run: RunFolder) -> None:
+def test_a_long_expired_lease_is_taken_over_at_once(run: RunFolder) -> None:
     held(run, ago=10 * LEASE_SECONDS + 1)
     said: list[str] = []
     with Lease(run, log=said.append) as lease:
@@ -66,7 +66,7 @@ def test_a_driver_that_has_long_been_silent_is_followed_at_once(run: RunFolder) 
 
 
 @pytest.mark.parametrize("ago", [0.0, 2 * LEASE_SECONDS, -2 * LEASE_SECONDS])
-def test_a_shorter_silence_is_watched_for_whatever_the_clocks_say(
+def test_a_younger_lease_is_watched_whatever_the_clocks_show(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, ago: float
 ) -> None:
     held(run, ago=ago)
@@ -77,7 +77,7 @@ def test_a_shorter_silence_is_watched_for_whatever_the_clocks_say(
         assert holds_lease(run, lease.token) and LEASE_SECONDS <= now[0] < LEASE_SECONDS + 5
 
 
-def test_a_driver_of_this_machine_whose_process_has_ended_is_followed_at_once(run: RunFolder) -> None:
+def test_an_ended_process_of_this_machine_is_replaced_at_once(run: RunFolder) -> None:
     held(run, machine=lease_module._machine(), pid=ended_process())
     said: list[str] = []
     with Lease(run, log=said.append):
@@ -85,14 +85,12 @@ def test_a_driver_of_this_machine_whose_process_has_ended_is_followed_at_once(ru
     assert said == []
 
 
-def test_a_process_id_says_nothing_on_another_machine_of_the_same_name(run: RunFolder) -> None:
+def test_process_ids_are_compared_only_within_one_machine(run: RunFolder) -> None:
     assert lease_module._has_ended(held(run, machine=lease_module._machine(), pid=ended_process()))
     assert not lease_module._has_ended(held(run, machine="a container", pid=ended_process()))
 
 
-def test_of_two_drivers_that_begin_at_once_the_last_to_write_has_the_run(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_simultaneous_drivers_the_last_writer_wins(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: held(run))  # the other one writes meanwhile
     with pytest.raises(UsageError, match="another driver started"), Lease(run, log=lambda text: None):
         pass
@@ -100,9 +98,7 @@ def test_of_two_drivers_that_begin_at_once_the_last_to_write_has_the_run(
     assert left is not None and left.token == "theirs"
 
 
-def test_a_lease_is_lost_when_another_has_it_and_not_when_nobody_can_tell(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_storage_does_not_lose_the_lease(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(run, log=lambda text: None) as lease:
         assert lease.is_held()
         held(run)
@@ -117,7 +113,9 @@ def test_a_lease_is_lost_when_another_has_it_and_not_when_nobody_can_tell(
             assert lease.is_held()
 
 
-def test_whoever_was_taken_over_neither_writes_nor_deletes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_driver_neither_writes_nor_deletes_the_lease(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.01)
     with Lease(run, log=lambda text: None) as lease:
         held(run)
@@ -128,7 +126,7 @@ def test_whoever_was_taken_over_neither_writes_nor_deletes(run: RunFolder, monke
     assert left is not None and left.token == "theirs"
 
 
-def test_beats_keep_a_lease_alive(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renewals_keep_a_lease_alive(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.01)
     with Lease(run, log=lambda text: None):
         first = run.lease_holder()
@@ -138,7 +136,7 @@ def test_beats_keep_a_lease_alive(run: RunFolder, monkeypatch: pytest.MonkeyPatc
             assert datetime.now(UTC) < deadline
 
 
-def test_a_run_whose_driver_is_gone_is_failed_whatever_it_said_last(run: RunFolder) -> None:
+def test_a_run_without_a_live_driver_counts_as_failed(run: RunFolder) -> None:
     run.set_state("running")
     held(run, pid=77, ago=LEASE_SECONDS + 1)
     status = run.status()
@@ -146,7 +144,7 @@ def test_a_run_whose_driver_is_gone_is_failed_whatever_it_said_last(run: RunFold
     assert "running" in status.message and "77" in status.message and "ft resume run-1" in status.message
 
 
-def test_a_run_without_a_lease_is_failed_unless_it_has_ended(run: RunFolder) -> None:
+def test_a_run_without_a_lease_failed_unless_it_ended(run: RunFolder) -> None:
     for state in ("preparing", "queued", "running", "checkpointing", "recovering", "stopping", "publishing"):
         run.set_state(state)  # type: ignore[arg-type]
         status = run.status()
@@ -157,7 +155,7 @@ def test_a_run_without_a_lease_is_failed_unless_it_has_ended(run: RunFolder) -> 
         assert status is not None and status.state == state
 
 
-def test_a_run_whose_driver_lives_is_what_it_says(run: RunFolder) -> None:
+def test_a_run_with_a_live_driver_has_its_recorded_state(run: RunFolder) -> None:
     with Lease(run, log=lambda text: None):
         run.set_state("running")
         status = run.status()

@@ -23,7 +23,7 @@ def test_what_is_written_is_what_is_read(storage: Storage) -> None:
     assert read_metrics(storage, RUN) == written
 
 
-def test_a_line_is_strict_json_and_has_validation_loss_only_where_measured(storage: Storage) -> None:
+def test_a_line_is_strict_json_without_unmeasured_values(storage: Storage) -> None:
     sink = JsonlSink(storage, RUN)
     sink(step_metrics(1, grad_norm=math.nan))
     sink(step_metrics(2, validation_loss=1.9))
@@ -37,7 +37,7 @@ def test_a_line_is_strict_json_and_has_validation_loss_only_where_measured(stora
     assert second["validation_loss"] == 1.9
 
 
-def test_a_run_without_steps_has_a_metrics_file_and_no_metrics(storage: Storage) -> None:
+def test_a_run_without_steps_has_an_empty_metrics_file(storage: Storage) -> None:
     assert read_metrics(storage, RUN) == []
     JsonlSink(storage, RUN).rewind(0)
     assert storage.exists(f"runs/{RUN}/metrics.jsonl")
@@ -58,7 +58,7 @@ def test_a_resumed_run_has_each_step_once(storage: Storage) -> None:
     ]
 
 
-def test_a_torn_last_line_is_left_out_and_does_not_spoil_the_next(storage: Storage) -> None:
+def test_an_incomplete_last_line_is_skipped_and_replaced(storage: Storage) -> None:
     sink = JsonlSink(storage, RUN)
     for step in (1, 2, 3):
         sink(step_metrics(step))
@@ -71,7 +71,7 @@ def test_a_torn_last_line_is_left_out_and_does_not_spoil_the_next(storage: Stora
     assert [m.step for m in read_metrics(storage, RUN)] == [1, 2, 3]
 
 
-def test_a_damaged_line_within_is_named_by_file_and_line(storage: Storage) -> None:
+def test_an_error_names_file_and_line_of_a_damaged_line(storage: Storage) -> None:
     sink = JsonlSink(storage, RUN)
     sink(step_metrics(1))
     storage.append_line(f"runs/{RUN}/metrics.jsonl", '{"step": 2')
@@ -80,7 +80,7 @@ def test_a_damaged_line_within_is_named_by_file_and_line(storage: Storage) -> No
         read_metrics(storage, RUN)
 
 
-def test_an_object_store_is_written_every_thirty_seconds_and_never_loses_a_flushed_step(remote: Storage) -> None:
+def test_an_object_store_is_written_every_30_seconds_or_on_flush(remote: Storage) -> None:
     clock = Clock()
     sink = JsonlSink(remote, RUN, clock)
     sink.rewind(0)
@@ -103,7 +103,7 @@ def test_an_object_store_is_written_every_thirty_seconds_and_never_loses_a_flush
     assert steps() == [1, 2, 3, 4, 5]
 
 
-def test_tensorboard_shows_what_was_measured_and_a_resumed_run_replaces_the_steps_after(tmp_path: Path) -> None:
+def test_in_tensorboard_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
     killed = TensorBoardSink(tmp_path)
     killed(step_metrics(1, loss=3.0))
     killed(step_metrics(2, loss=2.0, validation_loss=2.5))
@@ -118,9 +118,7 @@ def test_tensorboard_shows_what_was_measured_and_a_resumed_run_replaces_the_step
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
 
 
-def test_tensorboard_without_its_package_names_setting_and_cure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tensorboard_names_setting_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(SpecError, match=r"report\.tensorboard = True: needs the package .* pip install tensorboardX"):
         TensorBoardSink(tmp_path)

@@ -42,7 +42,7 @@ def test_overfitting_is_found_under_noise(seed: int) -> None:
     assert found.best_step in (30, 40, 50)
 
 
-def test_overfitting_says_where_how_much_and_what_to_do() -> None:
+def test_overfitting_is_described_with_a_fix() -> None:
     found = find_overfitting(curves(falling, turning_up))
     assert found is not None
     assert (found.best_step, found.last_step) == (40, 100)
@@ -59,13 +59,13 @@ def test_noise_on_a_falling_or_level_curve_is_not_overfitting(validation: Curve,
     assert find_overfitting(curves(falling, validation, noise=0.004, seed=seed)) is None
 
 
-def test_a_validation_loss_that_jumps_up_and_down_is_not_overfitting() -> None:
+def test_a_zigzag_validation_loss_is_not_overfitting() -> None:
     zigzag = [1.6, 1.5, 1.6, 1.45, 1.6, 1.5, 1.6, 1.5, 1.6, 1.52]
     # The last two stand 5 % above the lowest, but so does nearly every other validation.
     assert find_overfitting(curves(falling, lambda x: zigzag[round(10 * x) - 1])) is None
 
 
-def test_a_run_that_diverges_is_not_called_overfitting() -> None:
+def test_a_diverging_run_is_not_overfitting() -> None:
     assert find_overfitting(curves(turning_up, turning_up)) is None
 
 
@@ -86,7 +86,7 @@ def test_too_few_validations_are_no_evidence(count: int) -> None:
     assert find_overfitting(curves(falling, lambda x: 1 + x)[:count]) is None
 
 
-def test_a_validation_that_is_not_a_number_is_passed_over() -> None:
+def test_a_nan_validation_is_ignored() -> None:
     metrics = curves(falling, turning_up)
     metrics[19] = metrics[19].model_copy(update={"validation_loss": math.nan})
     found = find_overfitting(metrics)

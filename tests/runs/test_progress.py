@@ -15,7 +15,7 @@ def test_progress_is_one_dense_line() -> None:
     )
 
 
-def test_progress_says_nothing_of_what_is_not_known() -> None:
+def test_progress_leaves_out_unknown_values() -> None:
     line = format_progress(step_metrics(1), 10, validation_loss=None, seconds_left=None)
     assert "val" not in line
     assert "eta" not in line
@@ -38,7 +38,7 @@ def shown_steps(stream: io.StringIO) -> list[int]:
     return [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
 
 
-def test_a_log_gets_the_first_step_each_validation_one_line_in_five_seconds_and_the_last_step() -> None:
+def test_a_log_shows_first_last_validated_and_periodic_steps() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = ProgressLine(12, stream, clock)
     for step in range(1, 13):
@@ -49,7 +49,7 @@ def test_a_log_gets_the_first_step_each_validation_one_line_in_five_seconds_and_
     assert shown_steps(stream) == [1, 3, 8, 12]
 
 
-def test_a_log_ends_with_the_step_at_which_a_run_stopped_early() -> None:
+def test_a_log_ends_with_the_last_step_of_a_stopped_run() -> None:
     stream = io.StringIO()
     progress = ProgressLine(100, stream, Clock())
     for step in (1, 2, 3):
@@ -58,7 +58,7 @@ def test_a_log_ends_with_the_step_at_which_a_run_stopped_early() -> None:
     assert shown_steps(stream) == [1, 3]
 
 
-def test_time_left_follows_the_pace_of_this_session_and_the_last_validation_stays_in_sight() -> None:
+def test_eta_uses_this_sessions_pace_and_keeps_the_last_validation() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = ProgressLine(100, stream, clock)
     progress(step_metrics(41, validation_loss=1.9021))
@@ -69,7 +69,7 @@ def test_time_left_follows_the_pace_of_this_session_and_the_last_validation_stay
     assert "val 1.9021" in stream.getvalue().splitlines()[-1]
 
 
-def test_a_terminal_line_is_rewritten_in_place() -> None:
+def test_a_terminal_shows_one_line_in_place() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

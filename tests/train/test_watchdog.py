@@ -30,21 +30,21 @@ slow = pytest.mark.slow
 # -- what counts as silence ------------------------------------------------------------------------------------------
 
 
-def test_silence_grows_without_beats_and_ends_with_one() -> None:
+def test_seconds_without_a_beat_grow_until_the_next_beat() -> None:
     silence = SecondsWithoutBeat(tick_seconds=1.0)
     assert [silence.update(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
     assert silence.update(103.0, beats=8) == 0.0
     assert silence.update(104.0, beats=8) == 1.0
 
 
-def test_time_in_which_the_process_stood_still_is_not_silence() -> None:
+def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
     silence = SecondsWithoutBeat(tick_seconds=1.0)
     silence.update(0.0, beats=1)
     assert silence.update(3600.0, beats=1) <= 2.0
     assert silence.update(3601.0, beats=1) <= 3.0
 
 
-def test_suspects_are_the_ones_without_stacks_when_others_have_some(tmp_path: Path) -> None:
+def test_suspect_ranks_are_those_without_stacks(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "r")
     assert ranks_without_stacks(run, "first", 3) == []  # nobody noticed a hang
     for rank in (0, 2):
@@ -75,7 +75,7 @@ START_SECONDS = 60.0
 
 
 @slow
-def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_path: Path) -> None:
+def test_a_hung_process_saves_stacks_and_an_event_and_exits(tmp_path: Path) -> None:
     done, seconds = hang("waits_for_ever", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + START_SECONDS
     report = (tmp_path / "runs/r/stacks/first/rank-00000.txt").read_text()
@@ -89,14 +89,14 @@ def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_pat
 
 
 @slow
-def test_a_process_that_is_slow_but_gets_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_slow_process_that_makes_progress_continues(tmp_path: Path) -> None:
     done, seconds = hang("is_slow", tmp_path, 2)
     assert done.returncode == 0, done.printed
     assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
 
 
 @slow
-def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path: Path) -> None:
+def test_a_process_stopped_beyond_the_timeout_continues_afterwards(tmp_path: Path) -> None:
     timeout = 3
     workers = start_case("is_suspended", tmp_path, timeout)
     wait(lambda: "now\n" in workers.printed, START_SECONDS, workers)
@@ -108,21 +108,21 @@ def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path
 
 
 @slow
-def test_a_storage_that_hangs_too_costs_the_file_and_not_the_end(tmp_path: Path) -> None:
+def test_a_process_exits_even_if_storage_hangs(tmp_path: Path) -> None:
     done, seconds = hang("storage_hangs", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + SAVE_STACKS_SECONDS + START_SECONDS
     assert "in storage_hangs" in done.printed
 
 
 @slow
-def test_code_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path: Path) -> None:
+def test_a_process_that_holds_the_gil_exits(tmp_path: Path) -> None:
     done, _ = hang("keeps_the_interpreter", tmp_path, 1)
     assert done.returncode not in (0, HANG_EXIT_CODE)
     assert "in keeps_the_interpreter" in done.printed
 
 
 @slow
-def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
+def test_process_group_timeouts_are_longer_than_the_watchdogs(tmp_path: Path) -> None:
     done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
     assert done.returncode == 0, done.printed
     timeouts = next(line for line in done.printed.splitlines() if line.startswith("timeouts")).split()[1:]
@@ -134,7 +134,7 @@ def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
 
 
 @slow
-def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: Path) -> None:
+def test_a_missing_collective_makes_both_workers_save_stacks(tmp_path: Path) -> None:
     done, _ = hang("skips_a_collective", tmp_path, 4, world_size=2)
     assert done.returncode == HANG_EXIT_CODE
     first, second = ((tmp_path / f"runs/r/stacks/first/rank-0000{rank}.txt").read_text() for rank in (0, 1))
@@ -183,9 +183,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @slow
 @pytest.mark.parametrize("hung", [0, 1])
-def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_is_suspect(
-    world: Path, hung: int
-) -> None:
+def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
     timeout, alive = 10, 1 - hung
     run, workers, pids = training(world, f"stopped-{hung}", timeout, steps=100_000)
     try:
@@ -206,7 +204,7 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
 
 
 @slow
-def test_workers_that_were_all_stopped_for_a_while_go_on(world: Path) -> None:
+def test_workers_that_were_all_stopped_continue(world: Path) -> None:
     timeout, steps = 5, 60
     run, workers, pids = training(world, "suspended", timeout, steps)
     for pid in pids:
