@@ -33,8 +33,9 @@ from ft_service.errors import TrainingError
 from ft_service.model.base import load_tokenizer, read_config
 from ft_service.plan.facts import Resources
 from ft_service.plan.plan import make_plan
+from ft_service.runs.events import CheckpointSaved, read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.spec.schema import parse_run_spec
 from ft_service.storage.storage import Storage
 from tests.worlds import made_up_texts, write_base, write_records
@@ -133,8 +134,8 @@ def train(run: RunFolder) -> Side:
     metrics = read_metrics(run.storage, run.run_id)
     times = {m.step: m.time for m in metrics}
     timed = [m for m in metrics if m.step >= SAVE_EVERY]
-    events = [event for event in read_events(run.storage, run.run_id) if event.type == "checkpoint"]
-    saves = [(event.time - times[event.model_dump()["step"]]).total_seconds() for event in events if event.time]
+    events = [event for event in read_events(run.storage, run.run_id) if isinstance(event, CheckpointSaved)]
+    saves = [(event.time - times[event.step]).total_seconds() for event in events if event.time]
     return Side(
         loop_seconds=(timed[-1].time - timed[0].time).total_seconds(),
         step_seconds=statistics.median((now.time - before.time).total_seconds() for before, now in pairwise(timed)),

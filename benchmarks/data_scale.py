@@ -92,7 +92,7 @@ def prepare(world: Path, kind: str, cores: int) -> dict[str, Any]:
     """In a process of its own: twice over the same data."""
     import ray
 
-    from ft_service.cluster.ray_cluster import spread
+    from ft_service.cluster.ray_cluster import map_on_cluster
     from ft_service.data.prepare import prepare_dataset
     from ft_service.model.base import load_tokenizer
     from ft_service.spec.schema import parse_run_spec
@@ -112,7 +112,7 @@ def prepare(world: Path, kind: str, cores: int) -> dict[str, Any]:
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
-        dataset = prepare_dataset(spec, tokenizer, Storage(spec.storage), console.print, spread)
+        dataset = prepare_dataset(spec, tokenizer, Storage(spec.storage), console.print, map_on_cluster)
         seconds.append(time.perf_counter() - began)
     watch.end()
     facts, judgement = dataset.facts, dataset.judgement

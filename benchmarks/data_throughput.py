@@ -32,7 +32,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ft_service.cluster.ray_cluster import spread
+from ft_service.cluster.ray_cluster import map_on_cluster
 from ft_service.data import prepare
 from ft_service.data.check import Judged
 from ft_service.data.gate import Record
@@ -93,13 +93,13 @@ def ours(world: Path, cores: int) -> dict[str, Any]:
     storage = Storage(spec.storage)
     inputs = prepare._Inputs(spec, [scan(0, spec.data.train[0])])
     work = Unjudged(**vars(inputs.work(storage, "datasets/unjudged", tokenizer)))
-    for _ in spread(examine, work, list(enumerate(inputs.shards))):
+    for _ in map_on_cluster(examine, work, list(enumerate(inputs.shards))):
         pass
     with tempfile.TemporaryDirectory() as fetched:
         seen = [seen_of(work, number, Path(fetched))[0] for number in range(len(inputs.shards))]
         keys = np.sort(np.concatenate([some.facts["key"] for some in seen]))
     everything = Judged(None, keys, np.zeros(len(keys), dtype=bool))  # type: ignore[arg-type]
-    packed = list(spread(pack, work, list(prepare._groups(work, inputs.shards, everything))))
+    packed = list(map_on_cluster(pack, work, list(prepare._groups(work, inputs.shards, everything))))
     took = time.perf_counter() - began
     tokens, rows = sum(done.tokens[0] for done in packed), sum(done.rows[0] for done in packed)
     return {"seconds": took, "tokens": tokens, "rows": rows, "records": len(keys)}
@@ -109,7 +109,7 @@ def gate(world: Path, cores: int) -> dict[str, Any]:
     """All that a run does, on a Ray of so many cores."""
     spec, tokenizer = started(world, cores)
     began = time.perf_counter()
-    facts = prepare.prepare_dataset(spec, tokenizer, Storage(spec.storage), run=spread).facts
+    facts = prepare.prepare_dataset(spec, tokenizer, Storage(spec.storage), run=map_on_cluster).facts
     took = time.perf_counter() - began
     return {"seconds": took, "tokens": facts.tokens, "rows": facts.rows, "records": facts.conversations}
 

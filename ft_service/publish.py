@@ -21,7 +21,7 @@ def publish(run: RunFolder) -> AdapterRecord:
     plan, outcome = run.plan(), run.outcome()
     spec = plan.spec
     base = spec.model.base
-    verdict, waivers = run.gate()
+    verdict, waivers = run.data_check()
     template_digest, end_of_turn_ids = _chat_facts(base, spec.model.revision)
     draft: dict[str, object] = {
         "kind": "model" if spec.method.type == "full" else "adapter",

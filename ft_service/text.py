@@ -35,6 +35,13 @@ def first_line(error: object) -> str:
     return next(_lines(error), type(error).__name__)
 
 
+def error_line(error: BaseException) -> str:
+    """``ValueError: first line of its text``; of an error without text, its type alone."""
+    kind = type(error).__name__
+    line = first_line(error)
+    return line if line == kind else f"{kind}: {line}"
+
+
 def last_line(error: object) -> str:
     """The last line of a long text, which is where a traceback says what happened."""
     return ([*_lines(error)] or ["no reason given"])[-1]

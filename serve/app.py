@@ -23,7 +23,7 @@ from ft_service.storage.storage import Storage
 from serve.inference.models import ServedModels, only_base
 from serve.inference.routes import create_api
 
-# Requests wait for the engine inside the replica, where listing models and health checks can pass them by.
+# Requests wait for the engine inside the replica, so that listing models and health checks do not wait behind them.
 MAX_ONGOING_REQUESTS = 256
 
 
@@ -31,7 +31,7 @@ def _from_env(name: str, default: str | None = None, **bounds: Any) -> Any:
     return Field(default_factory=lambda: os.environ.get(name) or default, validate_default=True, **bounds)
 
 
-def _one_gpu_if_there_are_any() -> int:
+def _one_gpu_if_available() -> int:
     if ray.is_initialized():
         return int(ray.cluster_resources().get("GPU", 0) > 0)
     import torch  # the head of a cluster needs it not
@@ -40,7 +40,7 @@ def _one_gpu_if_there_are_any() -> int:
 
 
 class ServeConfig(BaseModel):
-    """What a server is told. A field left out is read from the environment."""
+    """Settings of a server. A field that is not given is read from the environment."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -55,7 +55,7 @@ class ServeConfig(BaseModel):
 @serve.deployment(name="models", max_ongoing_requests=MAX_ONGOING_REQUESTS, max_constructor_retry_count=2)
 @serve.ingress()
 class ModelServer:
-    """A replica: one engine and its routes. It takes no request before the model is loaded."""
+    """A replica: one engine and its routes. It accepts requests once the model is loaded."""
 
     def __init__(self, config: ServeConfig) -> None:
         folder, models = served_models(config)
@@ -72,15 +72,15 @@ class ModelServer:
 
 
 def complete(config: ServeConfig) -> ServeConfig:
-    """`config` with nothing left open and folders absolute, since replicas run elsewhere.
+    """`config` with every field set and absolute folders, because replicas run in other working directories.
 
-    Raises `UsageError` when storage or base are not said and cannot be found.
+    Raises `UsageError` when storage or base are not given and cannot be determined.
     """
     if not config.storage:
-        raise UsageError("storage = None: where adapters are published. Set FT_STORAGE, or say storage=FOLDER.")
+        raise UsageError("storage = None: is required to find the adapters. Set FT_STORAGE, or pass storage=FOLDER.")
     storage = Storage(config.storage)
     if storage.is_local and not storage.exists(""):
-        raise UsageError(f"storage = {config.storage!r}: no such folder. Name the storage of your runs, or create it.")
+        raise UsageError(f"storage = {config.storage!r}: no such folder. Use the storage of your runs, or create it.")
     base, revision = config.base, config.base_revision
     if not base:
         base, revision = only_base(Registry(storage))
@@ -90,7 +90,7 @@ def complete(config: ServeConfig) -> ServeConfig:
             "storage": _absolute(config.storage) if storage.is_local else config.storage,
             "base": _absolute(base) if looks_like_folder(base) else base,
             "base_revision": revision,
-            "gpus_per_replica": _one_gpu_if_there_are_any() if gpus is None else gpus,
+            "gpus_per_replica": _one_gpu_if_available() if gpus is None else gpus,
         }
     )
 
@@ -100,7 +100,7 @@ def _absolute(folder: str) -> str:
 
 
 def served_models(config: ServeConfig) -> tuple[Path, ServedModels]:
-    """The base's folder, fetched if need be, and what a server of that `complete` config answers for."""
+    """The base's folder, downloaded if needed, and the models that a server of this `complete` config serves."""
     assert config.storage and config.base
     folder = resolve_base(config.base, config.base_revision)
     base = BaseModelRef(
@@ -113,7 +113,7 @@ def served_models(config: ServeConfig) -> tuple[Path, ServedModels]:
 
 
 def build_app(config: ServeConfig) -> Application:
-    """The Serve application of `config`, see `complete`."""
+    """The Serve application of `config`. Raises `UsageError`, see `complete`."""
     config = complete(config)
     server = ModelServer.options(  # type: ignore[attr-defined]
         num_replicas=config.replicas,
@@ -123,5 +123,5 @@ def build_app(config: ServeConfig) -> Application:
 
 
 def app(config: ServeConfig) -> Application:
-    """What ``serve run`` and ``serve deploy`` call, with the arguments of the command or of the config file."""
+    """Called by ``serve run`` and ``serve deploy``, with the arguments of the command or of the config file."""
     return build_app(config)

@@ -1,4 +1,4 @@
-"""``ft serve``: judge the settings, start Ray or join it, serve until interrupted, and leave nothing of it behind."""
+"""``ft serve``: check the settings, start or join Ray, serve until interrupted, then shut everything down."""
 
 import os
 import signal
@@ -27,24 +27,24 @@ def run_server(
 ) -> None:
     """Serve `base` and its adapters on `storage` until SIGINT or SIGTERM.
 
-    `base` None takes the one base that the adapters were trained on. Ray is joined at `ray_address` or RAY_ADDRESS,
-    else started on this machine. Raises `ServingError` (port in use, an open address without FT_API_KEY, a replica
-    that does not start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
+    `base` None uses the one base that all adapters share. Joins Ray at `ray_address` or RAY_ADDRESS, or starts it on
+    this machine. Raises `ServingError` (port in use, a reachable address without FT_API_KEY, a replica that does not
+    start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
     """
     ray_address = ray_address or os.environ.get("RAY_ADDRESS")
     config = _config(storage, base)
-    _check_reach(host, config)
+    _check_api_key(host, config)
     if not ray_address:
         _check_port(host, port)
-        served_models(complete(config))  # a base that cannot be loaded is told here, not by a replica
+        served_models(complete(config))  # a base that cannot be loaded fails here instead of in a replica
     with ExitStack() as started:
         try:
             connect(ray_address)
             started.callback(ray.shutdown)
-            signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
+            signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
             if serve.status().proxies:
                 raise ServingError(
-                    f"ray address = {ray_address!r}: Serve already runs there, on an address of its own. "
+                    f"ray address = {ray_address!r}: Ray Serve already runs on this cluster. "
                     "Add this application with: serve run serve.app:app --name ft --route-prefix /ft"
                 )
             started.callback(serve.shutdown)
@@ -65,10 +65,10 @@ def _config(storage: str, base: str | None) -> ServeConfig:
         raise UsageError(f"{variable} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
 
 
-def _check_reach(host: str, config: ServeConfig) -> None:
+def _check_api_key(host: str, config: ServeConfig) -> None:
     if not is_loopback(host) and config.api_key is None:
         raise ServingError(
-            f"host = {host!r}: others can reach this address, and there is no API key. "
+            f"host = {host!r}: other machines can reach this address, and no API key is set. "
             "Set FT_API_KEY to a long random text, or use --host 127.0.0.1."
         )
 
@@ -81,14 +81,15 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise ServingError(
-                f"port = {port}: cannot listen on {host} ({error}). Stop what uses it, or choose another with --port."
+                f"port = {port}: cannot listen on {host} ({error}). Stop the program that uses it, or set another "
+                "--port."
             ) from None
 
 
 def _deploy(config: ServeConfig) -> None:
     try:
         serve.run(build_app(config), name=APP_NAME)
-    except RuntimeError:  # it names the deployment; why a replica failed is in the status
+    except RuntimeError:  # its text names only the deployment; the status has the reason of the replica
         deployments = serve.status().applications[APP_NAME].deployments.values()
         reasons = "; ".join(last_line(deployment.message) for deployment in deployments)
         raise ServingError(f"the server did not start: {reasons}") from None

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from ft_service.errors import TrainingError
+from ft_service.runs.events import TrainingStarted, WorkerPlace, read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
+from ft_service.runs.metrics import StepMetrics, read_metrics
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.hosts import ROOT, Cluster, kill_all
 
@@ -97,17 +97,20 @@ class Attempt:
 
     step: int
     time: datetime
-    workers: list[dict[str, Any]]
+    workers: list[WorkerPlace]
 
     def pid(self, rank: int) -> int:
-        return int(self.workers[rank]["pid"])
+        return self.workers[rank].pid
 
 
 def attempts(run: RunFolder) -> list[Attempt]:
     """All so far, oldest first."""
-    events = (event for event in read_events(run.storage, run.run_id) if event.type == "training")
-    facts = (event.model_dump() for event in events)
-    return [Attempt(fact["step"], fact["time"], fact["workers"]) for fact in facts]
+    events = read_events(run.storage, run.run_id)
+    return [
+        Attempt(event.step, event.time, event.workers)
+        for event in events
+        if isinstance(event, TrainingStarted) and event.time is not None
+    ]
 
 
 def steps(run: RunFolder) -> list[StepMetrics]:

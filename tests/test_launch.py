@@ -7,8 +7,8 @@ import pytest
 
 from ft_service import launch
 from ft_service.errors import RunStopped, StorageError, TrainingError
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, resumed_spec
-from ft_service.runs.metrics import read_events
 from ft_service.spec.schema import RunSpec, parse_run_spec
 from ft_service.storage.storage import Storage
 from tests.worlds import write_world
@@ -29,8 +29,8 @@ storage: {tmp_path}/storage
 def end_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, taken_over: bool) -> None:
     """Neither Ray nor data: the driver comes as far as to prepare, and that ends so."""
 
-    def prepare(spec: RunSpec, folder: RunFolder, say: Any) -> Any:
-        folder.enter("running")
+    def prepare(spec: RunSpec, folder: RunFolder, log: Any) -> Any:
+        folder.set_state("running")
         if taken_over:
             other = folder.storage.read_json(f"{folder.path}/lease.json") | {"token": "theirs"}
             folder.storage.write_json(f"{folder.path}/lease.json", other)
@@ -41,14 +41,14 @@ def end_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, taken_over: 
 
 
 @pytest.mark.parametrize("error", [RunStopped("Another driver has taken over."), TrainingError("lost"), OSError("odd")])
-def test_a_driver_that_lost_its_run_says_nothing_more_of_it(
+def test_a_replaced_driver_writes_nothing_more_to_the_run(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     end_with(monkeypatch, error, taken_over=True)
     with pytest.raises(type(error)):
         launch.run(spec, "r", lambda text: None)
     run = RunFolder(Storage(spec.storage), "r")
-    status, holder = run.status(), run.holder()
+    status, holder = run.status(), run.lease_holder()
     assert status is not None and status.state == "running"  # as the other driver says
     assert holder is not None and holder.token == "theirs"
     assert [event.type for event in read_events(run.storage, "r")] == ["preparing"]
@@ -56,7 +56,7 @@ def test_a_driver_that_lost_its_run_says_nothing_more_of_it(
 
 
 @pytest.mark.parametrize(("error", "state"), [(RunStopped("SIGTERM"), "stopped"), (TrainingError("nan"), "failed")])
-def test_a_driver_says_how_its_run_ended(
+def test_a_driver_records_how_its_run_ended(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
 ) -> None:
     end_with(monkeypatch, error, taken_over=False)
@@ -66,7 +66,7 @@ def test_a_driver_says_how_its_run_ended(
     assert status is not None and (status.state, status.message) == (state, str(error))
 
 
-def test_a_run_that_ended_while_it_was_prepared_can_be_resumed_by_the_spec_that_it_began_with(
+def test_a_run_that_failed_in_preparation_resumes_with_its_first_spec(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StorageError):
@@ -81,11 +81,11 @@ def test_a_run_that_ended_while_it_was_prepared_can_be_resumed_by_the_spec_that_
     assert resumed_spec("r", spec.storage) == spec  # until a plan is made, which may refuse the change
 
 
-def test_requests_of_before_are_not_heard(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_from_before_the_start_are_ignored(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     from ft_service.runs.folder import Request
 
     run = RunFolder(Storage(spec.storage), "r")
-    run.ask(Request(kind="stop", reason="yesterday"))
+    run.write_request(Request(kind="stop", reason="yesterday"))
     end_with(monkeypatch, TrainingError("as far as that"), taken_over=False)
     with pytest.raises(TrainingError):
         launch.run(spec, "r", lambda text: None)

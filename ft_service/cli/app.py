@@ -169,9 +169,9 @@ def submit(
 @app.command()
 def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List the runs on a storage root."""
+    from ft_service.runs.events import read_events
     from ft_service.runs.folder import RunFolder
     from ft_service.runs.history import attempts, wasted_steps
-    from ft_service.runs.metrics import read_events
 
     root = Storage(storage)
     found = [RunFolder(root, run_id).status() for run_id in root.folders("runs")]
@@ -206,9 +206,10 @@ def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> Non
 @app.command()
 def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """Show one run: state, plan, attempts, and its last measurements."""
+    from ft_service.runs.events import read_events
     from ft_service.runs.folder import find_run
     from ft_service.runs.history import attempts, wasted_steps
-    from ft_service.runs.metrics import read_events, read_metrics
+    from ft_service.runs.metrics import read_metrics
 
     run = find_run(Storage(storage), run_id)
     status, metrics = run.status(), read_metrics(run.storage, run_id)
@@ -252,7 +253,7 @@ def stop(
     """Stop a run: the step is finished, a checkpoint saved, nothing published. `ft resume` goes on."""
     from ft_service.runs.folder import stop_run
 
-    stop_run(Storage(storage), run_id, now, wait, say=lambda text: console.print(text, highlight=False))
+    stop_run(Storage(storage), run_id, now, wait, log=lambda text: console.print(text, highlight=False))
 
 
 @app.command()
@@ -347,20 +348,18 @@ def serve(
 @app.command()
 def doctor(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """Tell what this machine has: versions, accelerators, DeepSpeed ops, Ray, storage."""
-    from ft_service.cluster.doctor import examine
+    from ft_service.cluster.doctor import run_checks
 
-    findings = examine(storage)
+    checks = run_checks(storage)
     if as_json:
-        _print_json([finding.__dict__ for finding in findings])
+        _print_json([check.__dict__ for check in checks])
     else:
-        table = _table("what", "", "found")
-        for finding in findings:
-            mark = {"ok": "[green]ok[/green]", "warn": "[yellow]look[/yellow]", "fail": "[red]fail[/red]"}[
-                finding.level
-            ]
-            table.add_row(finding.what, mark, finding.found)
+        table = _table("check", "", "result")
+        for check in checks:
+            mark = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}[check.level]
+            table.add_row(check.name, mark, check.detail)
         console.print(table)
-    if any(finding.level == "fail" for finding in findings):
+    if any(check.level == "fail" for check in checks):
         raise SystemExit(1)
 
 

@@ -203,7 +203,7 @@ def _run(task: Callable[[Any, Any], Any], work: Any, items: Sequence[Any]) -> It
 
     if len(items) <= _FEW_SHARDS:
         return here(task, work, items)
-    from ft_service.cluster.ray_cluster import connect, spread
+    from ft_service.cluster.ray_cluster import connect, map_on_cluster
 
     connect()
-    return spread(task, work, items)
+    return map_on_cluster(task, work, items)

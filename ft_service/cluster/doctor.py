@@ -1,4 +1,4 @@
-"""`ft doctor`: what this machine has, and what is missing for a run."""
+"""`ft doctor`: check what this machine has and what a run would miss."""
 
 import logging
 import os
@@ -15,72 +15,72 @@ _PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing looked at: ok, worth a look (warn), or in the way of any run (fail)."""
+class Check:
+    """One check and its result. `fail` prevents any run; `warn` may matter."""
 
-    what: str
+    name: str
     level: Literal["ok", "warn", "fail"]
-    found: str
+    detail: str
 
 
-def examine(storage_root: str) -> list[Finding]:
-    """Look at packages, accelerators, build tools, Ray and the storage root. Changes nothing but a probe file there."""
+def run_checks(storage_root: str) -> list[Check]:
+    """Check packages, accelerators, build tools, Ray and the storage root. Writes and deletes one probe file there."""
     return [*_packages(), _accelerator(), _compiler(), _ray(), _auth(), _storage(storage_root)]
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Check]:
     for package in _PACKAGES:
         try:
-            yield Finding(package, "ok", version(package))
+            yield Check(package, "ok", version(package))
         except PackageNotFoundError:
-            yield Finding(package, "fail", "not installed: run make setup")
+            yield Check(package, "fail", "not installed: run make setup")
 
 
-def _accelerator() -> Finding:
+def _accelerator() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPUs", "warn", "none: use parallel.use_gpu: false here")
+        return Check("GPUs", "warn", "none: set parallel.use_gpu: false")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Finding(
+    return Check(
         "GPUs", "ok", f"{len(names)} x {names[0]}, {memory:.0f} GiB, compute {torch.cuda.get_device_capability()}"
     )
 
 
-def _compiler() -> Finding:
+def _compiler() -> Check:
     """DeepSpeed compiles its communication and CPU-Adam ops at first use."""
     found = [tool for tool in ("g++", "ninja") if shutil.which(tool)]
     if shutil.which("g++") is None:
-        return Finding("DeepSpeed ops", "fail", "no C++ compiler: install g++")
-    return Finding("DeepSpeed ops", "ok", f"{' and '.join(found)} to build them at first use")
+        return Check("DeepSpeed ops", "fail", "no C++ compiler: install g++")
+    return Check("DeepSpeed ops", "ok", f"{' and '.join(found)} to build them at first use")
 
 
-def _ray() -> Finding:
+def _ray() -> Check:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        return Finding("Ray cluster", "ok", "RAY_ADDRESS not set: ft train starts a local Ray")
+        return Check("Ray cluster", "ok", "RAY_ADDRESS is not set: ft train starts a local Ray")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         total = ray.cluster_resources()
         ray.shutdown()
-    except Exception as error:  # see launch.connect: Ray raises many kinds here
-        return Finding("Ray cluster", "fail", f"{address}: {type(error).__name__}: {error}")
-    return Finding("Ray cluster", "ok", f"{address}: {total.get('CPU', 0):.0f} CPUs, {total.get('GPU', 0):.0f} GPUs")
+    except Exception as error:  # Ray raises many kinds, see `connect`
+        return Check("Ray cluster", "fail", f"{address}: {type(error).__name__}: {error}")
+    return Check("Ray cluster", "ok", f"{address}: {total.get('CPU', 0):.0f} CPUs, {total.get('GPU', 0):.0f} GPUs")
 
 
-def _auth() -> Finding:
+def _auth() -> Check:
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
-        return Finding("Ray authentication", "warn", "RAY_AUTH_MODE not set: set it to token here and on the head")
-    return Finding("Ray authentication", "ok" if mode == "token" else "warn", mode)
+        return Check("Ray authentication", "warn", "RAY_AUTH_MODE is not set: set it to token here and on the head")
+    return Check("Ray authentication", "ok" if mode == "token" else "warn", mode)
 
 
-def _storage(root: str) -> Finding:
+def _storage(root: str) -> Check:
     try:
         Storage(root).check_writable()
     except FtError as error:
-        return Finding("storage", "fail", str(error))
-    return Finding("storage", "ok", f"{root} is writable")
+        return Check("storage", "fail", str(error))
+    return Check("storage", "ok", f"{root} is writable")

@@ -1,4 +1,4 @@
-"""`ft submit`: a thin wrapper over the Ray Jobs API, which `ray job submit` speaks too."""
+"""`ft submit`: a thin wrapper over the Ray Jobs API, which `ray job submit` uses as well."""
 
 import secrets
 import shlex
@@ -15,29 +15,29 @@ _PROJECT_ROOT = Path(__file__).resolve().parents[2]
 def submit_run(
     spec_path: Path, spec: RunSpec, overrides: Sequence[str], address: str, run_id: str | None, detach: bool
 ) -> int:
-    """Submit jobs/train.py with the project as working directory; returns the exit code of the job, 0 when detached.
+    """Submit jobs/train.py with the project as working directory. Returns the job's exit code, or 0 when detached.
 
     Raises `ClusterError`.
     """
     spec_path = spec_path.resolve()
     if not spec_path.is_relative_to(_PROJECT_ROOT):
         raise UsageError(
-            f"SPEC = {spec_path}: lies outside {_PROJECT_ROOT}, which is what travels. Move it below, e.g. to "
-            "jobs/specs."
+            f"SPEC = {spec_path}: is outside {_PROJECT_ROOT}, the folder that is uploaded. Move it there, "
+            "for example to jobs/specs."
         )
     run_id = run_id or new_run_id(spec.name)
     return _submit([str(spec_path.relative_to(_PROJECT_ROOT)), "--run-id", run_id, *overrides], run_id, address, detach)
 
 
 def submit_resume(run_id: str, storage: str, overrides: Sequence[str], address: str, detach: bool) -> int:
-    """Submit jobs/train.py to go on with a run; like `submit_run`."""
+    """Submit jobs/train.py to resume a run; like `submit_run`."""
     return _submit(["--resume", run_id, "--storage", storage, *overrides], run_id, address, detach)
 
 
 def _submit(arguments: list[str], run_id: str, address: str, detach: bool) -> int:
-    """The submission id is the run id, with something added from the second job of a run on.
+    """The submission id is the run id; later jobs of the same run add a random suffix.
 
-    Two jobs of one run at the same time are told apart by its lease: the later one is refused.
+    When two jobs of one run overlap, the run's lease makes the later one fail.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -49,12 +49,10 @@ def _submit(arguments: list[str], run_id: str, address: str, detach: bool) -> in
         job = client.submit_job(
             entrypoint=command, submission_id=submission_id, runtime_env={"working_dir": str(_PROJECT_ROOT)}
         )
-    except (
-        Exception
-    ) as error:  # the client raises RuntimeError, ConnectionError and its own, all with a text for people
+    except Exception as error:  # RuntimeError, ConnectionError, and the client's own errors
         raise ClusterError(
             f"--address = {address}: the job was not accepted ({error}). Check that the cluster is up, that the "
-            "address is that of its dashboard, and that RAY_AUTH_MODE and the token are those of its head."
+            "address is that of its dashboard, and that RAY_AUTH_MODE and the token are those of its head node."
         ) from None
     print(job, flush=True)
     if detach:

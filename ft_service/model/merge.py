@@ -20,7 +20,7 @@ from ft_service.model.writer import (
     lay_out,
 )
 from ft_service.registry.registry import CARD_FILE, AdapterRecord, Registry
-from ft_service.runs.metrics import LoadingLine
+from ft_service.runs.progress import LoadingLine
 from ft_service.storage.storage import Storage
 
 DTYPE = torch.bfloat16

@@ -17,15 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ft_service.pages.page import OTHER, TICK_STEPS, TRAIN, VALIDATION, WARNING, Chart, Tile, render, svg
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import AdapterRecord, DatasetRef, Registry
+from ft_service.runs.events import Event, read_events
 from ft_service.runs.folder import RunStatus, find_run
-from ft_service.runs.metrics import (
-    Event,
-    StepMetrics,
-    find_overfitting,
-    read_events,
-    read_metrics,
-    validations,
-)
+from ft_service.runs.metrics import StepMetrics, read_metrics
+from ft_service.runs.overfitting import find_overfitting, validations
 from ft_service.storage.storage import Storage
 from ft_service.text import format_count, format_duration
 

@@ -5,8 +5,8 @@
                            lease.json  stop.json  move.json
                            weights/  checkpoints/  stacks/  outcome.json  samples.json  report.html
 
-The driver and, while it trains, the first worker say where the run stands. The driver holds a lease meanwhile
-(`ft_service.runs.lease`): a run whose driver is gone is told as failed, whatever it said last.
+The driver writes the run's state; while it trains, the first worker does too. Meanwhile the driver holds a lease
+(`ft_service.runs.lease`). A run whose driver is gone counts as failed, whatever its last recorded state.
 """
 
 import secrets
@@ -35,13 +35,13 @@ State = Literal[
     "succeeded",
     "failed",
 ]
-"""queued: waits for its workers and their base model; checkpointing: waits for the checkpoint that it leaves with
-(other checkpoints are written beside training); recovering: workers died, others are about to go on."""
+"""queued: waits for workers and their base model; checkpointing: waits for the last checkpoint before workers leave
+(other checkpoints are written while training goes on); recovering: workers died, and new ones are about to start."""
 
 ENDED: frozenset[State] = frozenset({"stopped", "succeeded", "failed"})
 
 LEASE_SECONDS = 45.0
-"""A driver that was not heard of for so long is gone."""
+"""A driver that has not renewed its lease for this long is gone."""
 
 _WAIT_SECONDS = 1.0
 
@@ -51,7 +51,7 @@ class _File(BaseModel):
 
 
 class RunStatus(_File):
-    """Where a run stands (status.json)."""
+    """The state of a run (status.json)."""
 
     run_id: str
     state: State
@@ -60,39 +60,41 @@ class RunStatus(_File):
     published: str | None = Field(default=None, description="Id of the adapter or model it published.")
 
 
-class Holder(_File):
-    """The driver that works on a run (lease.json), and when it was last heard of."""
+class LeaseHolder(_File):
+    """The driver that works on a run (lease.json), and when it last renewed the lease."""
 
     token: str
     host: str
-    machine: str = Field(description="Where its process id means something: boot and process namespace.")
+    machine: str = Field(description="Boot and process namespace, within which `pid` is unique.")
     pid: int
     time: datetime
 
     def is_silent(self, seconds: float = LEASE_SECONDS) -> bool:
-        """By the clocks of both machines."""
+        """Whether the lease was not renewed for `seconds`, comparing the clocks of both machines."""
         return datetime.now(UTC) - self.time > timedelta(seconds=seconds)
 
 
 class Request(_File):
-    """What a run's workers are asked to do (stop.json, move.json): finish the step, save a checkpoint, and leave."""
+    """A request to a run's workers (stop.json, move.json): finish the step, save a checkpoint, and leave."""
 
-    kind: Literal["stop", "move"] = Field(description="End the run for now, or go on at once on other workers.")
+    kind: Literal["stop", "move"] = Field(
+        description="stop: end the run for now; move: continue at once on other workers."
+    )
     reason: str
-    now: bool = Field(default=False, description="Do not wait for the step or the checkpoint.")
+    now: bool = Field(default=False, description="Leave without finishing the step or saving a checkpoint.")
 
 
 class Outcome(_File):
-    """What training ended with (outcome.json); the weights it names are what gets published."""
+    """The result of training (outcome.json). The weights it names are published."""
 
-    weights: str = Field(description="Folder of the weights, below the run's.")
-    steps: int = Field(description="Optimizer steps behind those weights.")
+    weights: str = Field(description="Folder of the weights, below the run's folder.")
+    steps: int = Field(description="Optimizer steps that produced those weights.")
     steps_run: int
     final_loss: float = Field(description="Training loss of the run's last step.")
     validation_loss: float | None = Field(description="Validation loss of exactly these weights.")
     stopped_early: bool
     base_fingerprint: str
-    training_digest: str = Field(description="RunPlan.training_digest of the training that ended so.")
+    training_digest: str = Field(description="RunPlan.training_digest of that training.")
 
 
 class RunFolder:
@@ -104,53 +106,53 @@ class RunFolder:
         self.path = f"runs/{run_id}"
 
     def status(self) -> RunStatus | None:
-        """Where the run stands; None before it began. One whose driver is gone is failed."""
+        """The run's state; None before the run began. It is `failed` when the driver is gone before the run ended."""
         found = self._read("status.json")
         if found is None:
             return None
         status = RunStatus.model_validate(found)
         if status.state in ENDED:
             return status
-        holder = self.holder()
+        holder = self.lease_holder()
         if holder is not None and not holder.is_silent():
             return status
-        driver = "its driver is gone"
+        driver = "it has no driver"
         if holder is not None:
             last = f"{holder.time:%Y-%m-%d %H:%M:%S} UTC"
-            driver = f"its driver, process {holder.pid} on {holder.host}, was last heard of at {last}"
-        message = f"Ended while {status.state}: {driver}. `ft resume {self.run_id}` goes on."
+            driver = f"its driver, process {holder.pid} on {holder.host}, last renewed its lease at {last}"
+        message = f"Ended while {status.state}: {driver}. Continue with: ft resume {self.run_id}"
         return status.model_copy(update={"state": "failed", "message": message})
 
     def recorded_state(self) -> State | None:
-        """What driver or worker said last, whether or not the driver has been heard of since."""
+        """The state written last, whether or not the driver is still alive."""
         found = self._read("status.json")
         return None if found is None else RunStatus.model_validate(found).state
 
-    def holder(self) -> Holder | None:
+    def lease_holder(self) -> LeaseHolder | None:
         found = self._read("lease.json")
-        return None if found is None else Holder.model_validate(found)
+        return None if found is None else LeaseHolder.model_validate(found)
 
-    def ask(self, request: Request) -> None:
-        """Ask the run's workers to leave. A stop and a move are apart, so that neither takes the other's place."""
+    def write_request(self, request: Request) -> None:
+        """Ask the run's workers to leave. Stop and move are separate files, so that neither overwrites the other."""
         self.storage.write_json(f"{self.path}/{request.kind}.json", request.model_dump(mode="json"))
 
     def request(self) -> Request | None:
-        """What is asked of them; a stop comes before a move."""
+        """The pending request, if any; a stop takes precedence over a move."""
         found = self._read("stop.json") or self._read("move.json")
         return None if found is None else Request.model_validate(found)
 
-    def forget_requests(self, *kinds: Literal["stop", "move"]) -> None:
+    def delete_requests(self, *kinds: Literal["stop", "move"]) -> None:
         for kind in kinds:
             self.storage.delete(f"{self.path}/{kind}.json")
 
-    def enter(self, state: State, message: str = "", published: str | None = None) -> None:
+    def set_state(self, state: State, message: str = "", published: str | None = None) -> None:
         status = RunStatus(
             run_id=self.run_id, state=state, time=datetime.now(UTC), message=message, published=published
         )
         self.storage.write_json(f"{self.path}/status.json", status.model_dump(mode="json"))
 
-    def write_first_spec(self, spec: RunSpec) -> None:
-        """What was asked for, if nothing was before: from now on the run can be resumed."""
+    def write_spec_if_absent(self, spec: RunSpec) -> None:
+        """Save the spec of a new run, which makes it resumable; an existing spec stays."""
         if not self.storage.exists(f"{self.path}/spec.yaml"):
             self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())
 
@@ -162,15 +164,15 @@ class RunFolder:
             f"{self.path}/dataset.json", {**facts, "sources": [source.model_dump(mode="json") for source in sources]}
         )
 
-    def write_gate(self, verdict: str, waivers: Sequence[Waiver]) -> None:
-        """What the data gate said, and what of it the spec accepts."""
-        told = [waiver.model_dump(mode="json") for waiver in waivers]
-        self.storage.write_json(f"{self.path}/gate.json", {"verdict": verdict, "waivers": told})
+    def write_data_check(self, verdict: str, waivers: Sequence[Waiver]) -> None:
+        """Save the verdict of the data check, and the findings that the spec accepts."""
+        accepted = [waiver.model_dump(mode="json") for waiver in waivers]
+        self.storage.write_json(f"{self.path}/gate.json", {"verdict": verdict, "waivers": accepted})
 
-    def gate(self) -> tuple[str, list[Waiver]]:
-        """What the data gate said; "not judged" where a run was prepared without it."""
-        told = self._read("gate.json") or {"verdict": "not judged", "waivers": []}
-        return told["verdict"], [Waiver.model_validate(waiver) for waiver in told["waivers"]]
+    def data_check(self) -> tuple[str, list[Waiver]]:
+        """Verdict and waivers of the data check; the verdict is "not judged" for a run prepared without it."""
+        saved = self._read("gate.json") or {"verdict": "not judged", "waivers": []}
+        return saved["verdict"], [Waiver.model_validate(waiver) for waiver in saved["waivers"]]
 
     def plan(self) -> RunPlan:
         return RunPlan.model_validate(self.storage.read_json(f"{self.path}/plan.json"))
@@ -186,17 +188,17 @@ class RunFolder:
         return Outcome.model_validate(self.storage.read_json(f"{self.path}/outcome.json"))
 
     def is_trained(self, training_digest: str) -> bool:
-        """Whether training of this course has ended, and its weights can be published."""
+        """Whether the training with this digest is complete, and its weights can be published."""
         found = self._read("outcome.json")
         return found is not None and found.get("training_digest") == training_digest
 
     def spec(self, overrides: Sequence[str] = ()) -> RunSpec:
-        """What was asked for. Raises `StorageError` if the run ended before that was written down."""
+        """The run's spec. Raises `StorageError` if the run ended before the spec was saved."""
         file = f"{self.path}/spec.yaml"
         return parse_run_spec(self.storage.read_bytes(file).decode(), overrides, where=self.storage.uri(file))
 
     def _read(self, name: str) -> Any:
-        """A JSON file of the run; None if it is not there, or no longer."""
+        """A JSON file of the run; None if it does not exist."""
         try:
             return self.storage.read_json(f"{self.path}/{name}")
         except StorageError:
@@ -211,34 +213,34 @@ def new_run_id(name: str) -> str:
 
 
 def find_run(storage: Storage, run_id: str) -> RunFolder:
-    """The run of that id; raises `NotPublishedError` with the ids there are."""
+    """The run of that id. Raises `NotPublishedError`, which lists the existing ids."""
     known = storage.folders("runs")
     if run_id not in known:
         raise NotPublishedError(
-            f"run = {run_id!r}: not on {storage.root}. Runs there: {', '.join(known) or 'none yet'}."
+            f"run = {run_id!r}: does not exist on {storage.root}. Existing runs: {', '.join(known) or 'none'}."
         )
     return RunFolder(storage, run_id)
 
 
 def resumed_spec(run_id: str, storage_root: str, overrides: Sequence[str] = ()) -> RunSpec:
-    """The spec of the run of that id, on the storage where it lies. Raises `NotPublishedError`, `SpecError`."""
+    """The spec of the run of that id, with overrides. Raises `NotPublishedError` or `SpecError`."""
     spec = find_run(Storage(storage_root), run_id).spec(overrides)
     return spec.model_copy(update={"storage": storage_root})
 
 
-def stop_run(storage: Storage, run_id: str, now: bool, wait: bool, say: Callable[[str], None]) -> None:
+def stop_run(storage: Storage, run_id: str, now: bool, wait: bool, log: Callable[[str], None]) -> None:
     """Ask a run to stop, and wait until it has, if `wait`.
 
-    Raises `NotPublishedError` for an unknown run, and `UsageError` for one that is not at work.
+    Raises `NotPublishedError` for an unknown run, and `UsageError` for a run that is not active.
     """
     run = find_run(storage, run_id)
     status = run.status()
     if status is None or status.state in ENDED:
-        raise UsageError(f"RUN = {run_id!r}: is not at work ({status.state if status else 'not begun'}).")
-    run.ask(Request(kind="stop", reason="ft stop", now=now))
-    say(f"Asked {run_id} to stop{' at once' if now else ' after the step under way, with a checkpoint'}.")
+        raise UsageError(f"RUN = {run_id!r}: is not active ({status.state if status else 'not started'}).")
+    run.write_request(Request(kind="stop", reason="ft stop", now=now))
+    log(f"Asked {run_id} to stop {'at once' if now else 'after the current step, with a checkpoint'}.")
     while wait and status is not None and status.state not in ENDED:
         time.sleep(_WAIT_SECONDS)
         status = run.status()
     if wait and status is not None:
-        say(f"{status.state}: {status.message}")
+        log(f"{status.state}: {status.message}")

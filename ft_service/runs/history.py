@@ -1,11 +1,11 @@
-"""What a run lived through, from its events: each attempt of its workers, how it ended, and what was done twice."""
+"""A run's history, from its events: each attempt, how it ended, and which steps were repeated."""
 
 from collections.abc import Iterable
 from datetime import datetime
 
 from pydantic import BaseModel, Field
 
-from ft_service.runs.metrics import Event
+from ft_service.runs.events import Event, Published, TrainingStarted
 
 _ENDINGS = {"recovering", "moving", "stopped", "failed", "published"}
 
@@ -14,10 +14,10 @@ class Attempt(BaseModel):
     """One group of workers, from its first step on."""
 
     time: datetime | None = Field(description="When it began, UTC.")
-    step: int = Field(description="Completed steps that it went on from.")
+    step: int = Field(description="Completed steps that it continued from.")
     workers: int
     hosts: list[str]
-    repeated: int = Field(description="Steps that the attempt before had made, and that this one makes again.")
+    repeated: int = Field(description="Steps of the previous attempt that this one repeats.")
     ended: str = Field(default="", description="Why it ended; empty while it trains.")
 
 
@@ -26,24 +26,23 @@ def attempts(events: Iterable[Event]) -> list[Attempt]:
     found: list[Attempt] = []
     for event in events:
         is_open = bool(found) and not found[-1].ended
-        if event.type == "training":
-            if is_open:  # nobody was there to say why
+        if isinstance(event, TrainingStarted):
+            if is_open:  # nobody was left to record why
                 found[-1].ended = "The job's driver died."
-            data = event.model_dump()
             found.append(
                 Attempt(
                     time=event.time,
-                    step=data["step"],
-                    workers=len(data["workers"]),
-                    hosts=sorted({place["host"] for place in data["workers"]}),
-                    repeated=data.get("repeated", 0),
+                    step=event.step,
+                    workers=len(event.workers),
+                    hosts=sorted({place.host for place in event.workers}),
+                    repeated=event.repeated,
                 )
             )
         elif event.type in _ENDINGS and is_open:
-            found[-1].ended = "Complete." if event.type == "published" else event.message
+            found[-1].ended = "Complete." if isinstance(event, Published) else event.message
     return found
 
 
 def wasted_steps(found: Iterable[Attempt]) -> int:
-    """Steps that were made more than once."""
+    """Steps that were trained more than once."""
     return sum(attempt.repeated for attempt in found)

@@ -1,51 +1,58 @@
-"""Attempts: a run trains on the workers there are until it is complete, is stopped, or cannot be helped.
+"""Attempts: start a run's workers again and again until the run is complete, is stopped, or cannot continue.
 
-    choose workers -> plan -> start them -> look after them -> trained | stopped | died, or moved: once more
+    choose the number of workers -> plan -> start them -> watch -> trained | stopped | died or moved: try again
 
-All that makes workers go is one request on storage: they finish the step, save a checkpoint, and leave. A person's stop
-ends the run then; when a node is about to be taken away, or more workers have found room, the run goes on at once.
+Workers leave on a request in the run's folder: they finish the step, save a checkpoint, and exit. A stop request ends
+the run. A move request starts another attempt at once: when a node is draining, or when there is room for more workers.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ft_service.cluster.ray_cluster import ask_for_room, disconnect, draining_nodes, free_slots, this_node
+from ft_service.cluster.ray_cluster import (
+    disconnect,
+    draining_nodes,
+    free_worker_slots,
+    request_resources,
+    this_node_id,
+)
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
+from ft_service.runs.events import Event, EventLog, Hang, Notice, Recovering, TrainingStarted, WorkerPlace, read_events
 from ft_service.runs.folder import Request, RunFolder, State
-from ft_service.runs.lease import Lease, holds
-from ft_service.runs.metrics import Event, EventLog, read_events, read_metrics
+from ft_service.runs.lease import Lease, holds_lease
+from ft_service.runs.metrics import read_metrics
+from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
 from ft_service.train.checkpoints.manifest import Checkpoints
-from ft_service.train.watchdog import suspects
-from ft_service.train.worker_group import NoRoom, TrainingDied, WorkerGroup, resources_per_worker
-
-Say = Callable[[str], None]
+from ft_service.train.watchdog import ranks_without_stacks
+from ft_service.train.worker_group import DeathReason, NoRoom, TrainingDied, WorkerGroup, resources_per_worker
 
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 1.0
 _DRAIN_SECONDS = 5.0
 GROW_SECONDS = 5.0
-"""How often it is looked for room; workers are added when there is room twice in a row."""
+"""Time between two checks for free resources. Workers are added when two checks in a row find room for them."""
 SETTLE_SECONDS = 10.0
-"""How long a range of workers is waited for to be whole, before a run goes on with fewer: the dead free their room."""
-_TELL_WAITING_SECONDS = 60.0
+"""How long to wait for the largest number of workers to fit; Ray frees the resources of dead workers with a delay."""
+_LOG_WAITING_SECONDS = 60.0
 _TRAINING: frozenset[State] = frozenset({"running", "checkpointing", "stopping"})
-"""There is something to be saved before the workers go."""
+"""States in which workers have something to save before they leave."""
 
 
 @dataclass(frozen=True)
 class _Death:
-    """Where an attempt died; None: before it had made a step. Twice the same will happen a third time."""
+    """Where and why an attempt died. Two equal deaths in a row are expected to happen a third time."""
 
     step: int | None
-    cause: str
+    """None: before its first step."""
+    reason: DeathReason
 
 
 class Attempts:
-    """Trains a run to its end. `plan_for` decides the plan for a number of workers, and leaves it on storage."""
+    """Trains a run to its end. `plan_for` makes the plan for a number of workers, and writes it to storage."""
 
     def __init__(
         self,
@@ -54,78 +61,91 @@ class Attempts:
         plan_for: Callable[[int], RunPlan],
         lease: Lease,
         signals: StopSignals,
-        say: Say,
+        log: Log,
     ) -> None:
-        self._spec, self._run, self._plan_for = spec, run, plan_for
-        self._seen = RunFolder(run.storage.without_patience(), run.run_id)  # to look at while there is more to look at
-        self._lease, self._signals, self._say = lease, signals, say
+        self._spec = spec
+        self._run = run
+        self._plan_for = plan_for
+        # While workers run, storage that does not answer must not block the other checks.
+        self._run_without_retries = RunFolder(run.storage.without_retries(), run.run_id)
+        self._lease = lease
+        self._signals = signals
+        self._log = log
         self._events = EventLog(run.storage, run.run_id)
-        self._needs = resources_per_worker(spec.parallel)
-        if spec.parallel.accelerator_type:
-            self._needs[f"accelerator_type:{spec.parallel.accelerator_type}"] = 0.001  # as Ray Train asks for it
-        self._counts = spec.worker_counts()
-        self._asked: Request | None = None
-        self._room_seen, self._is_away = 0, False
-        self._looked: dict[str, float] = {}
+        self._worker_resources = resources_per_worker(spec.parallel)
+        if spec.parallel.accelerator_type:  # the amount is the one that Ray Train requests
+            self._worker_resources[f"accelerator_type:{spec.parallel.accelerator_type}"] = 0.001
+        self._worker_counts = spec.worker_counts()
+        self._pending_request: Request | None = None
+        self._fitting_count = 0
+        self._is_storage_away = False
+        self._checked_at: dict[str, float] = {}
 
     def train(self) -> RunPlan:
-        """Returns the plan of the last attempt. Raises `RunStopped`, or `TrainingError` when it cannot be helped."""
+        """Returns the plan of the last attempt. Raises `RunStopped`, or `TrainingError` when training cannot go on."""
         try:
-            if len(self._counts) > 1:
-                ask_for_room(self._needs, self._counts[0])
+            if len(self._worker_counts) > 1:
+                request_resources(self._worker_resources, self._worker_counts[0])
             return self._train()
         finally:
-            self._ask_for_no_more_room()
+            self._withdraw_resource_request()
 
-    def _ask_for_no_more_room(self) -> None:
-        """The autoscaler would keep the nodes for ever; but whether it hears of it or not, a run ends as it ends."""
-        if len(self._counts) > 1:
+    def _withdraw_resource_request(self) -> None:
+        """Otherwise the autoscaler would keep the nodes forever. A failure here does not change how the run ends."""
+        if len(self._worker_counts) > 1:
             try:
-                ask_for_room(self._needs, 0)
+                request_resources(self._worker_resources, 0)
             except Exception as error:  # Ray raises many kinds
-                self._say(f"The autoscaler could not be told that {self._counts[0]} workers need no room: {error}")
+                count = self._worker_counts[0]
+                self._log(f"Could not withdraw the request for {count} workers from the autoscaler: {error}")
 
     def _train(self) -> RunPlan:
         deaths: list[_Death] = []
         while True:
-            plan = self._plan_for(self._choose_workers())
+            plan = self._plan_for(self._choose_worker_count())
             if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
                 return plan
-            _refuse_another_course(self._run, plan)
-            began = len(self._trainings())
+            _check_training_digest(self._run, plan)
+            num_started = len(self._training_starts())
             try:
-                self._attempt(plan)
+                self._run_attempt(plan)
             except NoRoom:
-                continue  # by now there may be another number of workers to choose
+                continue  # choose the number of workers again
             except TrainingDied as death:
-                if self._asked is not None and self._asked.kind == "stop":
-                    raise RunStopped(f"{self._asked.reason}. {death} {self._how_to_go_on()}") from death
-                deaths.append(_Death(self._last_step() if len(self._trainings()) > began else None, death.cause))
+                if self._pending_request is not None and self._pending_request.kind == "stop":
+                    raise RunStopped(f"{self._pending_request.reason}. {death} {self._resume_hint()}") from death
+                has_started = len(self._training_starts()) > num_started
+                deaths.append(_Death(self._last_step() if has_started else None, death.reason))
                 self._recover(death, deaths)
                 continue
-            if self._asked is not None and self._asked.kind == "stop":
-                raise RunStopped(f"{self._asked.reason}. {self._how_to_go_on()}")
+            if self._pending_request is not None and self._pending_request.kind == "stop":
+                raise RunStopped(f"{self._pending_request.reason}. {self._resume_hint()}")
             if self._run.is_trained(plan.training_digest):
                 return plan
-            if self._asked is None:
-                raise TrainingError(f"run {self._run.run_id}: its workers ended without a result, unasked.")
-            self._tell("moving", f"{self._asked.reason}. Going on from step {self._newest_step()}.")
+            if self._pending_request is None:
+                raise TrainingError(
+                    f"run {self._run.run_id}: its workers exited without a result, and nothing had asked them to leave."
+                )
+            message = f"{self._pending_request.reason}. Continuing from step {self._newest_step()}."
+            self._report(Notice(type="moving", message=message))
 
-    def _attempt(self, plan: RunPlan) -> None:
-        waiting = self._run.request()
-        if waiting is not None and waiting.kind == "stop":
-            raise RunStopped(f"{waiting.reason}. {self._how_to_go_on()}")
-        self._run.forget_requests("move")
-        self._asked, self._room_seen, self._looked = None, 0, {}
+    def _run_attempt(self, plan: RunPlan) -> None:
+        earlier = self._run.request()
+        if earlier is not None and earlier.kind == "stop":
+            raise RunStopped(f"{earlier.reason}. {self._resume_hint()}")
+        self._run.delete_requests("move")
+        self._pending_request = None
+        self._fitting_count = 0
+        self._checked_at = {}
         count = plan.spec.parallel.most_workers
-        self._run.enter("queued", f"Waits for {count} workers and their base model.")
+        self._run.set_state("queued", f"Waiting for {count} workers and their base model.")
         group = WorkerGroup(plan, self._run, self._lease.token)
         self._signals.may_wait = True
         try:
             while not group.wait(_POLL_SECONDS):
-                self._look_after(count)
+                self._check_attempt(count)
         except RunStopped:
-            self._ask_for_no_more_room()
+            self._withdraw_resource_request()
             group.end()
             disconnect()
             raise
@@ -136,131 +156,137 @@ class Attempts:
             self._signals.may_wait = False
 
     def _recover(self, death: TrainingDied, deaths: list[_Death]) -> None:
-        """Say that the run goes on; raises `TrainingError` when it would only die again, or too often."""
-        reached, budget = self._newest_step(), self._spec.parallel.max_failures
-        if len(deaths) > budget:
-            cure = f" Its {budget} restarts (parallel.max_failures) are used up." if budget else ""
+        """Report that the run starts again. Raises `TrainingError` after two equal deaths, or too many deaths."""
+        newest_step = self._newest_step()
+        max_failures = self._spec.parallel.max_failures
+        if len(deaths) > max_failures:
+            cure = f" All {max_failures} restarts (parallel.max_failures) are used up." if max_failures else ""
             raise TrainingError(f"{death}{cure}") from death
         if len(deaths) > 1 and deaths[-1] == deaths[-2]:
             where = "before its first step" if deaths[-1].step is None else f"after step {deaths[-1].step}"
-            cure = "Look at the log of that worker; a smaller train.micro_batch_size if it ran out of memory."
-            raise TrainingError(f"{death} It died twice {where} in the same way. {cure}") from death
-        self._run.enter("recovering", message=str(death))
-        message = f"{death}{self._hang()} Starting again from step {reached}."
-        self._tell("recovering", message, step=reached, failures=len(deaths))
+            cure = "Read the log of that worker; lower train.micro_batch_size if it ran out of memory."
+            raise TrainingError(f"{death} The run died twice {where} for the same reason. {cure}") from death
+        self._run.set_state("recovering", message=str(death))
+        message = f"{death}{self._hang_details()} Starting again from step {newest_step}."
+        self._report(Recovering(message=message, step=newest_step, failures=len(deaths)))
 
-    # -- while they train ------------------------------------------------------------------------------------------
+    # -- while workers run -----------------------------------------------------------------------------------------
 
-    def _look_after(self, count: int) -> None:
-        """One look at everything that may end an attempt; raises `RunStopped` to end it at once."""
+    def _check_attempt(self, count: int) -> None:
+        """Check once for everything that can end an attempt. Raises `RunStopped` to end it at once."""
         try:
             if self._signals.received and not self._is_stopping():
-                self._ask(Request(kind="stop", reason=f"{self._signals.received} received"))
+                self._send_request(Request(kind="stop", reason=f"{self._signals.received} received"))
             if self._is_due("request", _REQUEST_SECONDS):
-                self._look_for_requests()
+                self._check_requests()
             if self._is_due("drain", _DRAIN_SECONDS):
-                self._look_for_draining_nodes()
-            if count < self._counts[0] and self._is_due("grow", GROW_SECONDS):
-                self._look_for_room(count)
-            if self._is_due("waiting", _TELL_WAITING_SECONDS):
-                self._tell_waiting(count)
-            self._is_away = False
+                self._check_draining_nodes()
+            if count < self._worker_counts[0] and self._is_due("grow", GROW_SECONDS):
+                self._check_free_resources(count)
+            if self._is_due("waiting", _LOG_WAITING_SECONDS):
+                self._log_waiting(count)
+            self._is_storage_away = False
         except StorageError as error:
-            if not self._is_away:
-                self._say(f"Looking after the run: {error}")
-            self._is_away = True
+            if not self._is_storage_away:
+                self._log(f"Cannot read the state of the run: {error}")
+            self._is_storage_away = True
 
-    def _look_for_requests(self) -> None:
-        if not holds(self._seen, self._lease.token):
-            raise RunStopped(f"Another driver has taken over run {self._run.run_id}; this one leaves it alone.")
-        request = self._seen.request()
+    def _check_requests(self) -> None:
+        if not holds_lease(self._run_without_retries, self._lease.token):
+            raise RunStopped(f"Another driver has taken over run {self._run.run_id}. This driver leaves it.")
+        request = self._run_without_retries.request()
         if request is not None and request.now:
-            raise RunStopped(f"{request.reason}. {self._how_to_go_on()}")
-        if request is not None and (self._asked is None or (request.kind == "stop" and not self._is_stopping())):
-            self._asked = request
-            self._note_leaving(request)
+            raise RunStopped(f"{request.reason}. {self._resume_hint()}")
+        is_new_stop = request is not None and request.kind == "stop" and not self._is_stopping()
+        if request is not None and (self._pending_request is None or is_new_stop):
+            self._pending_request = request
+            self._handle_request(request)
 
-    def _ask(self, request: Request) -> None:
+    def _send_request(self, request: Request) -> None:
         earlier = self._run.request()
-        if earlier is None or earlier.kind != "stop":  # which may say that it shall be at once
-            self._run.ask(request)
-        self._asked = request
-        self._note_leaving(request)
+        if earlier is None or earlier.kind != "stop":  # an earlier stop request may have `now` set
+            self._run.write_request(request)
+        self._pending_request = request
+        self._handle_request(request)
 
-    def _note_leaving(self, request: Request) -> None:
+    def _handle_request(self, request: Request) -> None:
         is_training = self._run.recorded_state() in _TRAINING
         if request.kind == "stop" and not is_training:
-            raise RunStopped(f"{request.reason}. {self._how_to_go_on()}")
+            raise RunStopped(f"{request.reason}. {self._resume_hint()}")
         if request.kind == "stop":
-            self._run.enter("stopping", request.reason)
-        message = f"{request.reason}: the step under way is finished, and a checkpoint saved."
-        self._tell("stopping" if request.kind == "stop" else "leaving", message)
+            self._run.set_state("stopping", request.reason)
+        message = f"{request.reason}: finishing the current step and saving a checkpoint."
+        self._report(Notice(type="stopping" if request.kind == "stop" else "leaving", message=message))
         if request.kind == "stop":
-            self._say("Once more (Ctrl-C, SIGTERM, or ft stop --now) ends it at once.")
+            self._log("A second Ctrl-C or SIGTERM, or `ft stop --now`, ends it at once.")
 
-    def _look_for_draining_nodes(self) -> None:
-        going = draining_nodes()
-        if not going or self._asked is not None:
+    def _check_draining_nodes(self) -> None:
+        draining = draining_nodes()
+        if not draining or self._pending_request is not None:
             return
-        if this_node() in going:
-            self._ask(Request(kind="stop", reason="The node of the job's driver is being taken away"))
-        elif going & {place.get("node") for place in self._places()}:
-            self._ask(Request(kind="move", reason="A node of the run is being taken away"))
+        if this_node_id() in draining:
+            self._send_request(Request(kind="stop", reason="The node of the job's driver is draining"))
+        elif draining & {place.node for place in self._worker_places()}:
+            self._send_request(Request(kind="move", reason="A node of the run is draining"))
 
-    def _look_for_room(self, count: int) -> None:
-        """More workers, in number one of those allowed, when there was room for them at two looks in a row."""
-        if self._asked is not None or not self._places():
+    def _check_free_resources(self, count: int) -> None:
+        """Move to more workers, in one of the allowed numbers, when two checks in a row find room for them."""
+        if self._pending_request is not None or not self._worker_places():
             return
-        room = next((more for more in self._counts if count < more <= count + free_slots(self._needs)), 0)
-        if room and room == self._room_seen:
-            self._ask(Request(kind="move", reason=f"There is room for {room} workers instead of {count}"))
-        self._room_seen = room
+        limit = count + free_worker_slots(self._worker_resources)
+        fitting = next((more for more in self._worker_counts if count < more <= limit), 0)
+        if fitting and fitting == self._fitting_count:
+            self._send_request(Request(kind="move", reason=f"There is room for {fitting} workers instead of {count}"))
+        self._fitting_count = fitting
 
-    def _tell_waiting(self, count: int) -> None:
-        if self._run.recorded_state() == "queued" and free_slots(self._needs) == 0:  # otherwise they are loading
-            self._say(f"Waiting for room for {count} workers ({_readable(self._needs)} each).")
+    def _log_waiting(self, count: int) -> None:
+        is_queued = self._run.recorded_state() == "queued"
+        if is_queued and free_worker_slots(self._worker_resources) == 0:  # otherwise they are loading
+            self._log(f"Waiting for room for {count} workers ({_format_resources(self._worker_resources)} each).")
 
-    def _hang(self) -> str:
-        """What is known of the workers that stood still, if that was how the newest attempt ended."""
+    def _hang_details(self) -> str:
+        """What is known about the workers that hung, if the newest attempt ended that way."""
         events = read_events(self._run.storage, self._run.run_id)
-        newest = next((event for event in reversed(events) if event.type in ("training", "hang")), None)
-        if newest is None or newest.type != "hang":
+        newest = next((event for event in reversed(events) if isinstance(event, TrainingStarted | Hang)), None)
+        if not isinstance(newest, Hang):
             return ""
-        attempt = newest.model_dump()["stacks"].rpartition("/")[2]
-        silent = suspects(self._run, attempt, self._run.plan().spec.parallel.most_workers)
-        stuck = f" No stacks came from {', '.join(map(str, silent))}: look there first." if silent else ""
-        return f" {newest.message}{stuck}"
+        ranks = ranks_without_stacks(self._run, newest.attempt, self._run.plan().spec.parallel.most_workers)
+        suspects = f" No stacks from workers {', '.join(map(str, ranks))}: check these first." if ranks else ""
+        return f" {newest.message}{suspects}"
 
     # -- facts -----------------------------------------------------------------------------------------------------
 
-    def _choose_workers(self) -> int:
-        if len(self._counts) == 1:
-            return self._counts[0]
+    def _choose_worker_count(self) -> int:
+        if len(self._worker_counts) == 1:
+            return self._worker_counts[0]
         deadline = time.monotonic() + SETTLE_SECONDS
-        while (room := free_slots(self._needs)) < self._counts[0] and time.monotonic() < deadline:
+        while (slots := free_worker_slots(self._worker_resources)) < self._worker_counts[0]:
+            if time.monotonic() >= deadline:
+                break
             time.sleep(_POLL_SECONDS)
-        return next((count for count in self._counts if count <= room), self._counts[-1])
+        return next((count for count in self._worker_counts if count <= slots), self._worker_counts[-1])
 
     def _is_stopping(self) -> bool:
-        return self._asked is not None and self._asked.kind == "stop"
+        return self._pending_request is not None and self._pending_request.kind == "stop"
 
-    def _is_due(self, what: str, every: float) -> bool:
+    def _is_due(self, check: str, every_seconds: float) -> bool:
         now = time.monotonic()
-        if now - self._looked.setdefault(what, now if every > _REQUEST_SECONDS else 0.0) < every:
+        first = now if every_seconds > _REQUEST_SECONDS else 0.0
+        if now - self._checked_at.setdefault(check, first) < every_seconds:
             return False
-        self._looked[what] = now
+        self._checked_at[check] = now
         return True
 
-    def _trainings(self) -> list[Event]:
-        return [event for event in read_events(self._run.storage, self._run.run_id) if event.type == "training"]
+    def _training_starts(self) -> list[TrainingStarted]:
+        events = read_events(self._run.storage, self._run.run_id)
+        return [event for event in events if isinstance(event, TrainingStarted)]
 
-    def _places(self) -> list[dict[str, str]]:
-        """Where the workers of this attempt are; empty before they train."""
-        trainings = self._trainings()
-        if self._run.recorded_state() != "running" or not trainings:
+    def _worker_places(self) -> list[WorkerPlace]:
+        """Where the workers of this attempt run; empty before they train."""
+        starts = self._training_starts()
+        if self._run.recorded_state() != "running" or not starts:
             return []
-        workers: list[dict[str, str]] = trainings[-1].model_dump()["workers"]
-        return workers
+        return starts[-1].workers
 
     def _last_step(self) -> int:
         metrics = read_metrics(self._run.storage, self._run.run_id)
@@ -270,29 +296,33 @@ class Attempts:
         entries = Checkpoints(self._run).entries()
         return entries[-1].step if entries else 0
 
-    def _how_to_go_on(self) -> str:
-        return f"Stopped at step {self._newest_step()}; `ft resume {self._run.run_id}` goes on."
+    def _resume_hint(self) -> str:
+        return f"Stopped at step {self._newest_step()}. Continue with: ft resume {self._run.run_id}"
 
-    def _tell(self, type: str, message: str, **data: object) -> None:
-        self._events.emit(type, message, **data)
-        self._say(message)
+    def _report(self, event: Event) -> None:
+        """Record the event, and show its message to the person."""
+        self._events.emit(event)
+        self._log(event.message)
 
 
-def _refuse_another_course(run: RunFolder, plan: RunPlan) -> None:
-    """Before workers are asked for; they themselves compare too, with the checkpoint that they take."""
+def _check_training_digest(run: RunFolder, plan: RunPlan) -> None:
+    """Raise `TrainingError` if the run's checkpoints belong to another training, before any worker is requested.
+
+    Workers check the checkpoint that they load once more.
+    """
     checkpoints = Checkpoints(run)
     for entry in reversed(checkpoints.entries()):
         try:
             training_digest = checkpoints.manifest(entry).training_digest
         except (StorageError, ValueError):
-            continue  # damaged: the workers take the one before
+            continue  # damaged: the workers use the one before
         if training_digest != plan.training_digest:
             raise TrainingError(
-                f"--run-id = {run.run_id!r}: its checkpoints are of another model, method, data or schedule than the "
-                "spec. Give another --run-id, or the spec it began with."
+                f"--run-id = {run.run_id!r}: its checkpoints belong to another model, method, data or schedule than "
+                "this spec. Use another --run-id, or the run's own spec."
             )
         return
 
 
-def _readable(resources: dict[str, float]) -> str:
+def _format_resources(resources: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount >= 1)

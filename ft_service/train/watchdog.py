@@ -1,11 +1,11 @@
-"""A worker that stands still says what it was doing, and ends itself, so that its run can be started again.
+"""Watchdog: a worker that hangs saves its stacks and ends itself, so that the run can start again.
 
     runs/<run id>/stacks/<attempt>/rank-00001.txt   what a worker was doing, and the Python stacks of its threads
 
-A worker that waits for another in a collective waits for ever, and nothing but its end can get it out. So each worker
-watches itself: its work calls `beat` whenever it got on, and a thread counts the seconds without. When they are too
-many, the worker saves its stacks and ends. Whoever started the workers then ends the others and starts all again. A
-worker that is stopped itself can save nothing: among workers that hang together, the ones without a file are suspect.
+A worker that waits for another one in a collective waits forever; only the end of the process gets it out. So each
+worker watches itself: its work calls `beat` whenever it makes progress, and a thread counts the seconds without a beat.
+After too many, the worker saves its stacks and exits. The driver then ends the other workers and starts all of them
+again. A process that is itself stopped cannot save anything: when workers hang together, suspect those without a file.
 """
 
 import faulthandler
@@ -17,21 +17,21 @@ import traceback
 from datetime import UTC, datetime
 from typing import NoReturn
 
+from ft_service.runs.events import EventLog, Hang
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog
 
 HANG_EXIT_CODE = 75
-"""Of a worker that ended itself (EX_TEMPFAIL: try again)."""
-LAST_WORDS_SECONDS = 30.0
-"""Most that a worker takes to save its stacks and to see those of the others saved, before it ends."""
+"""Exit code of a worker that ended itself (EX_TEMPFAIL: try again)."""
+SAVE_STACKS_SECONDS = 30.0
+"""Most time a worker spends to save its stacks and to wait for those of the others, before it exits."""
 _TICK_SECONDS = 1.0
-_BACKSTOP = 3
-"""After so many timeouts without a tick of the thread the process is ended from C."""
+_BACKSTOP_TIMEOUTS = 3
+"""After this many timeouts without a tick of the watching thread, C code ends the process."""
 _STDERR = 2
 
 
 def new_attempt() -> str:
-    """A name for the attempt that begins now; later ones sort behind earlier ones."""
+    """A name for the attempt that begins now. Later names sort after earlier ones."""
     return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
 
@@ -39,25 +39,30 @@ def stacks_folder(run: RunFolder, attempt: str) -> str:
     return f"{run.path}/stacks/{attempt}"
 
 
-def suspects(run: RunFolder, attempt: str, world_size: int) -> list[int]:
-    """Ranks that saved no stacks while others did; empty if the attempt did not hang, or all of them noticed."""
-    silent = [rank for rank in range(world_size) if not run.storage.exists(_file(run, attempt, rank))]
-    return silent if len(silent) < world_size else []
+def ranks_without_stacks(run: RunFolder, attempt: str, world_size: int) -> list[int]:
+    """Ranks that saved no stacks while others did; empty if the attempt did not hang, or every rank saved them."""
+    missing = [rank for rank in range(world_size) if not run.storage.exists(_file(run, attempt, rank))]
+    return missing if len(missing) < world_size else []
 
 
 class Watchdog:
-    """Ends this process, with `HANG_EXIT_CODE`, when no `beat` came for `timeout_seconds`.
+    """Ends this process, with `HANG_EXIT_CODE`, after `timeout_seconds` without a `beat`.
 
-    Time in which the process did not run (stopped, suspended with its machine) does not count: what is seen of a gap
-    between two ticks of the watching thread is at most twice what it should have been. When foreign code keeps the
-    thread itself from running, by never giving up the interpreter, the process is ended after `_BACKSTOP` timeouts.
+    Time in which the process does not run (stopped, or suspended with its machine) does not count: a gap between two
+    ticks of the watching thread counts at most twice its normal length. When native code holds the GIL, so that the
+    watching thread cannot run, the process ends after `_BACKSTOP_TIMEOUTS` timeouts.
     """
 
     def __init__(self, run: RunFolder, attempt: str, rank: int, world_size: int, timeout_seconds: float) -> None:
-        self._run, self._attempt, self._rank, self._world_size = run, attempt, rank, world_size
+        self._run = run
+        self._attempt = attempt
+        self._rank = rank
+        self._world_size = world_size
         self._timeout = timeout_seconds
         self._tick = min(_TICK_SECONDS, timeout_seconds / 10)
-        self._beats, self._doing, self._step = 0, "setting up", 0
+        self._beats = 0
+        self._doing = "setting up"
+        self._step = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -65,7 +70,7 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, doing: str = "", step: int | None = None) -> None:
-        """The work got on. `doing` says what comes next, and `step` in which step; without them, more of the same."""
+        """Report progress. `doing` names what comes next, and `step` the step it is in; both stay until changed."""
         self._beats += 1
         if doing:
             self._doing = doing
@@ -73,45 +78,44 @@ class Watchdog:
             self._step = step
 
     def stop(self) -> None:
-        """The work is done."""
+        """Stop watching: the work is done."""
         self._stopped.set()
         self._thread.join()
 
     # -- the watching thread ---------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        silence = Silence(self._tick)
-        while silence.at(time.monotonic(), self._beats) < self._timeout:
-            # To stderr, which under Ray is a file: nothing that is slow, and nothing that needs the interpreter.
-            faulthandler.dump_traceback_later(_BACKSTOP * self._timeout, exit=True, file=_STDERR)
+        silence = SecondsWithoutBeat(self._tick)
+        while silence.update(time.monotonic(), self._beats) < self._timeout:
+            # To stderr, which is a file under Ray: writing there is quick and does not need the interpreter.
+            faulthandler.dump_traceback_later(_BACKSTOP_TIMEOUTS * self._timeout, exit=True, file=_STDERR)
             if self._stopped.wait(self._tick):
                 faulthandler.cancel_dump_traceback_later()
                 return
         self._end()
 
     def _end(self) -> NoReturn:
-        # Storage may be what hangs, and even stderr: another thread speaks, and this one does not wait for ever.
-        speaking = threading.Thread(target=self._speak, name="last words", daemon=True)
-        speaking.start()
-        speaking.join(min(LAST_WORDS_SECONDS, self._timeout))
+        # Storage may be what hangs, and even stderr: another thread writes, and this one waits a limited time.
+        saving = threading.Thread(target=self._save_stacks, name="save stacks", daemon=True)
+        saving.start()
+        saving.join(min(SAVE_STACKS_SECONDS, self._timeout))
         os._exit(HANG_EXIT_CODE)
 
-    def _speak(self) -> None:
+    def _save_stacks(self) -> None:
         storage = self._run.storage
-        at = f"in step {self._step}, {self._doing}" if self._step else self._doing
-        what = f"Worker {self._rank} of {self._world_size} has not got on for {self._timeout:g} seconds ({at})."
-        report = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC. {what}\n\n{stacks()}"
+        where = f"in step {self._step}, {self._doing}" if self._step else self._doing
+        hang = f"Worker {self._rank} of {self._world_size} made no progress for {self._timeout:g} seconds ({where})."
+        report = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC. {hang}\n\n{stacks()}"
         print(report, file=sys.stderr, flush=True)
         missing = self._without_file(range(self._world_size))
         is_first_to_notice = len(missing) == self._world_size
         storage.write_bytes(_file(self._run, self._attempt, self._rank), report.encode())
         if is_first_to_notice:
             folder = stacks_folder(self._run, self._attempt)
-            message = f"{what} Stacks of the workers: {storage.uri(folder)}; those without a file are stuck themselves."
-            EventLog(storage, self._run.run_id).emit(
-                "hang", message, rank=self._rank, step=self._step, doing=self._doing, stacks=folder
-            )
-        # The end of this worker is the end of all: let those that noticed a little later speak as well.
+            message = f"{hang} Stacks of the workers: {storage.uri(folder)}. Suspect the workers without a file there."
+            event = Hang(message=message, rank=self._rank, step=self._step, doing=self._doing, stacks=folder)
+            EventLog(storage, self._run.run_id).emit(event)
+        # When this worker exits, all are ended: wait for those that notice a little later.
         while missing := self._without_file(missing):
             time.sleep(self._tick)
 
@@ -119,28 +123,30 @@ class Watchdog:
         return [rank for rank in ranks if not self._run.storage.exists(_file(self._run, self._attempt, rank))]
 
 
-class Silence:
-    """Seconds without a beat, asked for once a tick. Of a longer gap, in which this process stood, two ticks count."""
+class SecondsWithoutBeat:
+    """Counts seconds without a beat, updated once a tick. A gap in which the process did not run counts two ticks."""
 
     def __init__(self, tick_seconds: float) -> None:
-        self._longest = 2 * tick_seconds
+        self._longest_gap = 2 * tick_seconds
         self._seconds = 0.0
         self._beats = -1
-        self._before = 0.0
+        self._updated_at = 0.0
 
-    def at(self, now: float, beats: int) -> float:
-        self._seconds = self._seconds + min(now - self._before, self._longest) if beats == self._beats else 0.0
-        self._before, self._beats = now, beats
+    def update(self, now: float, beats: int) -> float:
+        """Returns the seconds without a beat at the time `now`; `beats` is the number of beats so far."""
+        self._seconds = self._seconds + min(now - self._updated_at, self._longest_gap) if beats == self._beats else 0.0
+        self._updated_at = now
+        self._beats = beats
         return self._seconds
 
 
 def stacks() -> str:
-    """The Python stacks of all threads of this process but those of the watchdog."""
+    """The Python stacks of all threads of this process except the watchdog's."""
     threads = {thread.ident: thread for thread in threading.enumerate()}
     texts = []
     for ident, frame in sys._current_frames().items():
         name = threads[ident].name if ident in threads else str(ident)
-        if name not in ("watchdog", "last words"):
+        if name not in ("watchdog", "save stacks"):
             texts.append(f"Thread {name}:\n{''.join(traceback.format_stack(frame))}")
     return "\n".join(texts)
 

@@ -61,7 +61,7 @@ class WeightsOnStorage:
             self._path_being_written = self.path
             if self._parallel.is_rank_zero:
                 with suppress(StorageError):
-                    self._run.storage.without_patience().delete(path)
+                    self._run.storage.without_retries().delete(path)
             raise
         self.path = self._path_being_written
         self._best = state.best_step, state.best_validation_loss
@@ -140,7 +140,7 @@ def write_model(
         own_digests.update(writer.digests)
 
     # A broken stream cannot be continued, so either all ranks start over or none. They share rank 0's clock.
-    storage.patiently(
+    storage.retry(
         lambda: raise_on_all(parallel, write_own_files),
         clock=lambda: parallel.broadcast_from_rank_zero(time.monotonic()),
     )

@@ -19,10 +19,13 @@ from ft_service.model.base import load_tokenizer, open_weight_files, resolve_bas
 from ft_service.model.trainable import TrainableModel
 from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.plan import RunPlan
+from ft_service.runs.events import BestWeightsFailed, EventLog, TrainingStarted, WorkerPlace
 from ft_service.runs.folder import Outcome, RunFolder
-from ft_service.runs.lease import holds
-from ft_service.runs.metrics import EventLog, JsonlSink, LoadingLine, ProgressLine, Sink, StepMetrics, TensorBoardSink
-from ft_service.storage.storage import RUN_PATIENCE_SECONDS, Storage
+from ft_service.runs.lease import holds_lease
+from ft_service.runs.metrics import JsonlSink, Sink, StepMetrics, TensorBoardSink
+from ft_service.runs.progress import LoadingLine, ProgressLine
+from ft_service.storage.retry import RUN_RETRY_SECONDS
+from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches, PackedRows
 from ft_service.train.checkpoints.manifest import Checkpoints, Manifest
 from ft_service.train.checkpoints.resume import resume
@@ -80,7 +83,7 @@ class _Worker:
 
     def is_leased(self) -> bool:
         """Whether the driver that started this worker still leads the run; always true without a driver."""
-        return self.lease_token is None or holds(self.run, self.lease_token)
+        return self.lease_token is None or holds_lease(self.run, self.lease_token)
 
     def batches_of(self, rows: PackedRows) -> Batches:
         return Batches(
@@ -102,7 +105,7 @@ class _Worker:
 
 def _open(storage_root: str, run_id: str, lease_token: str | None) -> _Worker:
     """Join the process group, fetch what the run needs, and start the watchdog."""
-    run = RunFolder(Storage(storage_root, patience=RUN_PATIENCE_SECONDS), run_id)
+    run = RunFolder(Storage(storage_root, retry_seconds=RUN_RETRY_SECONDS), run_id)
     plan = run.plan()
     init_process_group(plan.spec.parallel.use_gpu)
     torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
@@ -189,7 +192,7 @@ class _Outputs:
             )
             message = f"{problem} Training continues; {best}."
             print(message, file=sys.stderr, flush=True)
-            self._worker.events.emit("weights_failed", message, step=state.step)
+            self._worker.events.emit(BestWeightsFailed(message=message, step=state.step))
 
     def on_checkpoint(self, state: TrainingState) -> None:
         self.checkpointer.save(state, self.weights.path, self.weights.delete_all_but)
@@ -207,16 +210,16 @@ def _other_sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
 
 def _announce(worker: _Worker, outputs: _Outputs, node: str) -> threading.Event:
     """Record that training starts. Returns an event that is set, on rank 0, once the run is asked to stop or move."""
-    places = worker.parallel.all_gather_object({"host": socket.gethostname(), "pid": os.getpid(), "node": node})
+    places = worker.parallel.all_gather_object(WorkerPlace(host=socket.gethostname(), pid=os.getpid(), node=node))
     if not worker.parallel.is_rank_zero:
         return threading.Event()
     step = outputs.start.step
     message = f"Training from step {step} on {len(places)} workers."
-    worker.events.emit("training", message, step=step, repeated=outputs.repeated_steps, workers=places)
+    worker.events.emit(TrainingStarted(message=message, step=step, repeated=outputs.repeated_steps, workers=places))
     if worker.lease_token is not None:
-        worker.run.enter("running")
+        worker.run.set_state("running")
     else:
-        worker.run.forget_requests("stop", "move")  # of an earlier attempt; a driver does this itself
+        worker.run.delete_requests("stop", "move")  # of an earlier attempt; a driver does this itself
     return _watch_for_requests(worker.run)
 
 
@@ -242,7 +245,7 @@ def _train(worker: _Worker, outputs: _Outputs, leave_requested: threading.Event)
 def _watch_for_requests(run: RunFolder) -> threading.Event:
     """An event that a thread sets once the run is asked to stop or move."""
     requested = threading.Event()
-    run = RunFolder(run.storage.without_patience(), run.run_id)
+    run = RunFolder(run.storage.without_retries(), run.run_id)
     poll_seconds = _REQUEST_POLL_SECONDS if run.storage.is_local else _REMOTE_REQUEST_POLL_SECONDS
 
     def poll() -> None:
@@ -264,7 +267,7 @@ def _finish(worker: _Worker, outputs: _Outputs, state: TrainingState) -> None:
     """Wait for the last checkpoint, and write weights and outcome if the training is complete."""
     has_finished = is_complete(state, worker.plan)
     if worker.parallel.is_rank_zero and worker.lease_token is not None and not has_finished:
-        worker.run.enter("checkpointing", message=f"Saving the checkpoint of step {state.step}, then leaving.")
+        worker.run.set_state("checkpointing", message=f"Saving the checkpoint of step {state.step}, then leaving.")
     worker.watchdog.beat("writing the last checkpoint")
     outputs.checkpointer.wait()
     if has_finished and state.best_step is None:

@@ -1,7 +1,7 @@
-"""What an engine is: token ids and an adapter in, pieces of text out.
+"""The interface of an engine: token ids and an adapter in, pieces of text out.
 
-An engine is told everything by the request and keeps nothing between two of them, so one that batches, or one built on
-vLLM, takes the place of another without a change to routes or wire types.
+A request holds everything an engine needs, and an engine keeps no state between requests. So an engine that batches, or
+one built on vLLM, can replace another one without a change to routes or wire types.
 """
 
 from collections.abc import AsyncGenerator
@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue. `adapter` None asks the base; the record names the exact weights otherwise."""
+    """One prompt to continue, by the base (`adapter` None) or by exactly the weights that the record names."""
 
     prompt_ids: list[int]
     adapter: AdapterRecord | None
@@ -31,7 +31,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """A piece of the answer: new text, possibly empty, of new tokens. The last one alone says why it ends."""
+    """A piece of the answer: the text, possibly empty, of new tokens. Only the last piece has a `finish_reason`."""
 
     text: str
     num_tokens: int
@@ -39,17 +39,17 @@ class GenerationChunk:
 
 
 class Engine(Protocol):
-    """One base model that answers alone or through any adapter published for it."""
+    """One base model that answers alone or with any adapter published for it."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     end_ids: frozenset[int]
-    """Token ids that end a text of the base, by its generation config."""
+    """Token ids that end a text, from the base's generation config."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        """Stream the continuation; closing the generator stops the decoding.
+        """Stream the continuation. Closing the generator stops decoding.
 
-        Loads the adapter if need be, and raises `ServingError` before the first chunk when its files are damaged or do
-        not fit the base. It never answers with other weights than those asked for.
+        Loads the adapter if needed. Raises `ServingError` before the first chunk when the adapter's files are damaged
+        or do not fit the base. Never answers with other weights than the requested ones.
         """
         ...

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece: no half characters, nothing of a stop string, and the same text as at once."""
+"""Decodes token ids piece by piece: whole characters only, no stop strings, and the same text as decoding at once."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of a growing answer. What `push` and `finish` return, joined, is the answer up to the stop string."""
+    """Text of a growing answer. The pieces from `push` and `finish`, joined, are the answer up to the stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -20,21 +20,22 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token; the text that is now certain. Sets `stopped` once a stop string is complete."""
+        """Add a token. Returns the text that is now final. Sets `stopped` once a stop string is complete."""
         self._ids.append(token_id)
         text = self._unread_text()
-        if text.endswith(_REPLACEMENT):  # the bytes of a character that spans tokens
+        if text.endswith(_REPLACEMENT):  # the first bytes of a character that spans tokens
             return ""
-        self._context_start, self._unread_start = self._unread_start, len(self._ids)
+        self._context_start = self._unread_start
+        self._unread_start = len(self._ids)
         return self._release(text)
 
     def finish(self) -> str:
-        """The text held back until now, at the end of the answer; half a character that was cut off is left out."""
+        """The text held back so far, at the end of the answer, without an incomplete last character."""
         text = self._release(self._unread_text().removesuffix(_REPLACEMENT))
         return text if self.stopped else text + self._held
 
     def _unread_text(self) -> str:
-        # The tokens before the unread ones are decoded with them, since some tokenizers write a token differently at
+        # Decode the unread tokens together with the ones before, because some tokenizers decode a token differently at
         # the start of a text.
         before = self._decode(self._ids[self._context_start : self._unread_start])
         return self._decode(self._ids[self._context_start :])[len(before) :]
@@ -46,7 +47,8 @@ class TextStream:
         text = self._held + text
         ends = [text.find(stop) for stop in self._stop if stop in text]
         if ends:
-            self.stopped, self._held = True, ""
+            self.stopped = True
+            self._held = ""
             return text[: min(ends)]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
@@ -54,6 +56,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that could be the start of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

@@ -1,4 +1,4 @@
-"""An engine of stock transformers and peft: one base, many adapters, one answer at a time."""
+"""An engine on transformers and peft: one base, many adapters, one answer at a time."""
 
 import asyncio
 import threading
@@ -20,17 +20,16 @@ from serve.engines.text_stream import TextStream
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_LOADED_ADAPTERS = 32
-# Initialisations that move a part of the base weights into the adapter, on load too, and for every other answer.
+# Initialisations that change the base weights when the adapter is loaded, and so the answers of all other models.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _GREEDY_BELOW_TEMPERATURE = 1e-5
 
 
 class TransformersEngine:
-    """Decodes with a KV cache, in the type the checkpoint says, on the GPUs of this process or on the CPU.
+    """Decodes with a KV cache, in the checkpoint's dtype, on the GPUs of this process or on the CPU.
 
-    Which adapter answers is global state of a peft model. So one thread owns the model: it loads adapters, chooses one
-    and decodes a whole answer before it turns to the next request, which keeps the adapter it began with. The event
-    loop never waits for it.
+    The active adapter is global state of a peft model. So one thread owns the model: it loads adapters, activates one,
+    and decodes a whole answer before it takes the next request. The event loop never waits for it.
     """
 
     def __init__(self, folder: Path, registry: Registry, max_loaded_adapters: int = MAX_LOADED_ADAPTERS) -> None:
@@ -54,28 +53,28 @@ class TransformersEngine:
         """See `serve.engines.engine.Engine.generate`."""
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[GenerationChunk | None] = asyncio.Queue()
-        unwanted = threading.Event()
+        cancelled = threading.Event()
 
         def answer() -> None:
             try:
-                if unwanted.is_set():
+                if cancelled.is_set():
                     return
-                with self._speaking_as(request.adapter), torch.inference_mode():
+                with self._with_adapter(request.adapter), torch.inference_mode():
                     for chunk in self._decode(request):
-                        if unwanted.is_set():
+                        if cancelled.is_set():
                             return
                         loop.call_soon_threadsafe(chunks.put_nowait, chunk)
             finally:
                 loop.call_soon_threadsafe(chunks.put_nowait, None)
 
-        answered = loop.run_in_executor(self._model_thread, answer)
+        decoding = loop.run_in_executor(self._model_thread, answer)
         try:
             while (chunk := await chunks.get()) is not None:
                 yield chunk
-            await answered
+            await decoding
         finally:
-            unwanted.set()
-            answered.cancel()
+            cancelled.set()
+            decoding.cancel()
 
     def _decode(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         device = self._llama.device
@@ -102,7 +101,7 @@ class TransformersEngine:
     # -- adapters --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _speaking_as(self, adapter: AdapterRecord | None) -> Iterator[None]:
+    def _with_adapter(self, adapter: AdapterRecord | None) -> Iterator[None]:
         if adapter is not None:
             self._activate(adapter)
             yield
@@ -121,17 +120,17 @@ class TransformersEngine:
         assert self._peft is not None
         self._peft.set_adapter(adapter.digest, inference_mode=True)
         if len(self._loaded) > self._max_loaded_adapters:
-            unused_for_longest, _ = self._loaded.popitem(last=False)
-            self._detach(unused_for_longest)
+            least_recently_used, _ = self._loaded.popitem(last=False)
+            self._detach(least_recently_used)
 
     def _check_files(self, adapter: AdapterRecord) -> None:
         damaged = self._registry.damaged_files(adapter)
-        if WEIGHTS_FILE not in adapter.files:  # peft would fall back to a pickle
+        if WEIGHTS_FILE not in adapter.files:  # peft would fall back to a pickle file
             damaged.append(WEIGHTS_FILE)
         if damaged:
             raise ServingError(
-                f"adapter = {adapter.id!r}: {', '.join(damaged)} missing or not as published "
-                f"(in {self._registry.folder(adapter)}). Restore the files, or publish the run again."
+                f"adapter = {adapter.id!r}: {', '.join(damaged)} missing or changed since "
+                f"publishing (in {self._registry.folder(adapter)}). Restore the files, or publish the run again."
             )
 
     def _attach(self, adapter: AdapterRecord) -> None:
@@ -140,7 +139,7 @@ class TransformersEngine:
         initialisation = str(getattr(config, "init_lora_weights", None))
         if not isinstance(config, LoraConfig) or initialisation.startswith(CHANGES_BASE):
             raise ServingError(
-                f"adapter = {adapter.id!r}: is not relative to its base (peft_type {config.peft_type}, "
+                f"adapter = {adapter.id!r}: changes its base when loaded (peft_type {config.peft_type}, "
                 f"init_lora_weights {initialisation}). Convert it to plain LoRA and publish that."
             )
         config.inference_mode = True
@@ -151,17 +150,17 @@ class TransformersEngine:
             mismatched = [*loaded.missing_keys, *loaded.unexpected_keys]
         except (ValueError, RuntimeError) as error:
             mismatched = [" ".join(str(error).split())]
-        if mismatched:  # peft only warns, and the answers would be the base's
+        if mismatched:  # peft only warns, and the base would answer instead
             self._detach(adapter.digest)
             raise ServingError(
                 f"adapter = {adapter.id!r}: does not fit the base ({len(mismatched)} mismatches: {mismatched[0]}). "
-                f"It was trained on {adapter.base.id}; serve it with that."
+                f"It was trained on {adapter.base.id}; serve it on that base."
             )
 
     def _detach(self, name: str) -> None:
         if self._peft is None or name not in self._peft.peft_config:
             return
-        if len(self._peft.peft_config) == 1:  # a peft model without any adapter cannot even be disabled
+        if len(self._peft.peft_config) == 1:  # peft cannot disable adapters on a model that has none
             self._llama = self._peft.unload()
             self._peft = None
         else:
@@ -169,10 +168,11 @@ class TransformersEngine:
 
 
 class _Sampler:
-    """Chooses the next token: the likeliest at temperature 0, else at random among the likeliest of mass `top_p`."""
+    """Chooses the next token: the most likely at temperature 0, else a random one of the nucleus of mass `top_p`."""
 
     def __init__(self, request: GenerationRequest, device: torch.device) -> None:
-        self._temperature, self._top_p = request.temperature, request.top_p
+        self._temperature = request.temperature
+        self._top_p = request.top_p
         self._generator = torch.Generator(device)
         if request.seed is None:
             self._generator.seed()

@@ -1,1 +1,1 @@
-"""What all HTTP APIs share: keys, error bodies, limits."""
+"""Shared by all HTTP APIs: keys, error bodies, limits."""

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them, shared by all HTTP APIs."""
+"""Errors in the shape that OpenAI's clients read, shared by all HTTP APIs."""
 
 from typing import Any
 
@@ -6,11 +6,14 @@ from ft_service.errors import ServingError
 
 
 class ApiError(ServingError):
-    """A request answered with an error: HTTP status and the fields of OpenAI's error body."""
+    """An error response: HTTP status and the fields of OpenAI's error body."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(status, message, code, param)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
 
     def __str__(self) -> str:
         return self.message

@@ -1,4 +1,4 @@
-"""Which models a server answers for: its base, and every adapter that is published for exactly that base."""
+"""The models of a server: its base, and every adapter published for exactly that base."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by its HTTP name, and the proof of what answers under it. `adapter` None is the base."""
+    """A model by its HTTP name, with the fingerprints of its weights. `adapter` None is the base."""
 
     id: str
     created: int
@@ -46,7 +46,7 @@ class ServedModel:
 
 
 class ServedModels:
-    """Reads the registry anew at every call, so a published adapter is there at once, on every replica."""
+    """Reads the registry at every call, so every replica serves a published adapter at once."""
 
     def __init__(self, registry: Registry, base: BaseModelRef, created: int) -> None:
         self.registry = registry
@@ -61,46 +61,47 @@ class ServedModels:
         return [self._base, *(self._served(record) for record in self.registry.records() if self._fits(record))]
 
     def resolve(self, model_id: str) -> ServedModel:
-        """The model of that name; raises `ApiError` 404, and never falls back to the base."""
+        """The model of that name. Raises `ApiError` 404 for any other; never falls back to the base."""
         if model_id == self._base.id:
             return self._base
         if not _ADAPTER_ID.fullmatch(model_id):
-            raise _unknown(model_id)
+            raise _unknown_model(model_id)
         try:
             record = self.registry.resolve(model_id)
         except NotPublishedError:
-            raise _unknown(model_id) from None
+            raise _unknown_model(model_id) from None
         if record.kind == "model":
-            place = self.registry.storage.uri(f"models/{record.id}")
-            raise _not_here(f"The model {model_id!r} is a base of its own. Start a server with FT_BASE={place}.")
+            uri = self.registry.storage.uri(f"models/{record.id}")
+            raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
         if not self._fits(record):
-            needed, here = record.base.fingerprint[:_SHORT], self._base.base.fingerprint[:_SHORT]
-            raise _not_here(
+            needed = record.base.fingerprint[:_SHORT]
+            served = self._base.base.fingerprint[:_SHORT]
+            raise _not_found(
                 f"The adapter {model_id!r} needs the base {record.base.id} ({needed}), and this server runs "
-                f"{self._base.id} ({here}). Ask a server of that base."
+                f"{self._base.id} ({served}). Use a server of that base."
             )
         return self._served(record)
 
     def _fits(self, record: AdapterRecord) -> bool:
-        # The same checkpoint may lie in another folder here, under another name; what it holds decides.
+        # The same checkpoint may have another folder or name here, so compare its content.
         return record.base.fingerprint == self._base.base.fingerprint
 
     def _served(self, record: AdapterRecord) -> ServedModel:
         return ServedModel(record.id, int(record.created.timestamp()), self._base.base, record)
 
 
-def _unknown(model_id: str) -> ApiError:
-    return _not_here(f"The model {model_id!r} does not exist. GET /v1/models lists those that do.")
+def _unknown_model(model_id: str) -> ApiError:
+    return _not_found(f"The model {model_id!r} does not exist. GET /v1/models lists the models.")
 
 
-def _not_here(message: str) -> ApiError:
+def _not_found(message: str) -> ApiError:
     return ApiError(404, message, "model_not_found", "model")
 
 
 def only_base(registry: Registry) -> tuple[str, str | None]:
-    """Id and revision of the one base that the published adapters share; raises `UsageError` if there is not one."""
+    """Id and revision of the one base that all adapters share. Raises `UsageError` if there is no or more than one."""
     bases = {(record.base.id, record.base.revision) for record in registry.records()}
     if len(bases) != 1:
         found = f"adapters name {', '.join(sorted(base for base, _ in bases))}" if bases else "no adapter is published"
-        raise UsageError(f"base = None: {found} on {registry.storage.root}. Say which with --base, or FT_BASE.")
+        raise UsageError(f"base = None: {found} on {registry.storage.root}. Choose one with --base or FT_BASE.")
     return bases.pop()

@@ -1,4 +1,4 @@
-"""The routes: a request of OpenAI's shape becomes engine requests, their chunks a reply or a stream of events."""
+"""The routes: translate an OpenAI request into engine requests, and their chunks into a reply or an event stream."""
 
 import asyncio
 import json
@@ -37,13 +37,13 @@ from serve.inference.wire import (
     Usage,
 )
 
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default of /v1/completions; chat may fill the context
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat may fill the context
 
 logger = logging.getLogger(__name__)
 
 
 def create_api(engine: Engine, models: ServedModels, api_key: str | None) -> FastAPI:
-    """The ASGI application over a loaded engine; it needs no Ray."""
+    """The ASGI application of a loaded engine. Needs no Ray."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     api.add_middleware(RequireKey, api_key=api_key)
     _answer_errors_in_openai_shape(api)
@@ -76,8 +76,8 @@ def create_api(engine: Engine, models: ServedModels, api_key: str | None) -> Fas
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A request understood: which model, and what the engine is to continue."""
+class _EngineRequests:
+    """A translated request: the model, and one engine request per prompt."""
 
     model: ServedModel
     requests: list[GenerationRequest]
@@ -89,34 +89,36 @@ class _Question:
 
 class _Translator:
     def __init__(self, engine: Engine, models: ServedModels) -> None:
-        self._engine, self._models = engine, models
+        self._engine = engine
+        self._models = models
         try:
             self._chat: ChatFormat | None = ChatFormat(engine.tokenizer)
         except FtError as error:
-            self._chat, self._no_chat = None, str(error)
+            self._chat = None
+            self._no_chat_reason = str(error)
 
-    def chat(self, request: ChatRequest) -> _Question:
+    def chat(self, request: ChatRequest) -> _EngineRequests:
         model = self._models.resolve(request.model)
         chat = self._chat_format_for(model)
         prompt_ids = chat.encode_prompt([_message(turn) for turn in request.messages])
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else chat.end_of_turn_ids)
         max_tokens = request.max_completion_tokens or request.max_tokens
-        return _Question(model, [self._generation(model, prompt_ids, max_tokens, end_ids, request, "messages")])
+        return _EngineRequests(model, [self._generation(model, prompt_ids, max_tokens, end_ids, request, "messages")])
 
-    def completion(self, request: CompletionRequest) -> _Question:
+    def completion(self, request: CompletionRequest) -> _EngineRequests:
         model = self._models.resolve(request.model)
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else ())
         max_tokens = request.max_tokens or COMPLETION_MAX_TOKENS
         prompts = [self._prompt_ids(prompt) for prompt in request.prompts]
         if not prompts:
-            raise ApiError(400, "prompt holds no prompt. Send a text or token ids.", "invalid_value", "prompt")
-        return _Question(
+            raise ApiError(400, "prompt is an empty list. Send a text or token ids.", "invalid_value", "prompt")
+        return _EngineRequests(
             model, [self._generation(model, prompt, max_tokens, end_ids, request, "prompt") for prompt in prompts]
         )
 
     def _chat_format_for(self, model: ServedModel) -> ChatFormat:
         if self._chat is None:
-            message = f"{self._models.base.id} has no chat format: {self._no_chat} Use /v1/completions."
+            message = f"{self._models.base.id} has no chat format: {self._no_chat_reason} Use /v1/completions."
             raise ApiError(400, message, "chat_not_supported", "model")
         trained_with = model.adapter.chat_template_digest if model.adapter else self._chat.template_digest
         if trained_with != self._chat.template_digest:
@@ -133,7 +135,7 @@ class _Translator:
         size = len(self._engine.tokenizer)
         outside = [token_id for token_id in prompt if not 0 <= token_id < size]
         if outside:
-            message = f"prompt holds the token id {outside[0]}; this model has 0 to {size - 1}."
+            message = f"prompt contains the token id {outside[0]}; this model has ids 0 to {size - 1}."
             raise ApiError(400, message, "invalid_value", "prompt")
         return prompt
 
@@ -151,8 +153,8 @@ class _Translator:
             raise ApiError(400, f"{param} is empty. Send at least one token.", "invalid_value", param)
         if len(prompt_ids) + (max_tokens or 1) > context:
             message = (
-                f"This model's context holds {context} tokens, and {len(prompt_ids)} in the {param} with "
-                f"{max_tokens or 1} to generate were asked for. Shorten the {param} or lower max_tokens."
+                f"This model's context length is {context} tokens; the request has {len(prompt_ids)} in the {param} "
+                f"and {max_tokens or 1} to generate. Shorten the {param} or lower max_tokens."
             )
             raise ApiError(400, message, "context_length_exceeded", param)
         return GenerationRequest(
@@ -177,7 +179,9 @@ def _message(turn: ChatMessage) -> Message:
 class _Chat:
     """Replies of /v1/chat/completions."""
 
-    id_prefix, whole, event = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+    whole = "chat.completion"
+    event = "chat.completion.chunk"
 
     def choice(self, index: int, text: str, finish_reason: FinishReason | None) -> Choice:
         return ChatChoice(index=index, finish_reason=finish_reason, message=AssistantMessage(content=text))
@@ -190,9 +194,11 @@ class _Chat:
 
 
 class _Completion:
-    """Replies of /v1/completions; an event has the shape of a whole one."""
+    """Replies of /v1/completions; an event has the same shape as a whole reply."""
 
-    id_prefix, whole, event = "cmpl", "text_completion", "text_completion"
+    id_prefix = "cmpl"
+    whole = "text_completion"
+    event = "text_completion"
 
     def choice(self, index: int, text: str, finish_reason: FinishReason | None) -> Choice:
         return CompletionChoice(index=index, finish_reason=finish_reason, text=text)
@@ -204,26 +210,26 @@ class _Completion:
 
 
 Pieces = AsyncGenerator[tuple[int, GenerationChunk], None]
-"""Chunks, each with the index of the prompt it answers."""
+"""Chunks, each with the index of its prompt."""
 
 
 async def _respond(
-    engine: Engine, question: _Question, parameters: GenerationParameters, shape: _Chat | _Completion
+    engine: Engine, translated: _EngineRequests, parameters: GenerationParameters, shape: _Chat | _Completion
 ) -> Response:
-    pieces = _pieces(engine, question.requests)
-    first = await anext(pieces)  # what fails until here is answered with a status of its own
+    pieces = _pieces(engine, translated.requests)
+    first = await anext(pieces)  # errors up to here still set the HTTP status
     pieces = _with_first(first, pieces)
     reply = Reply(
         id=f"{shape.id_prefix}-{uuid.uuid4().hex}",
         object=shape.event if parameters.stream else shape.whole,  # type: ignore[arg-type]
         created=int(time.time()),
-        model=question.model.id,
-        system_fingerprint=question.model.system_fingerprint,
+        model=translated.model.id,
+        system_fingerprint=translated.model.system_fingerprint,
         choices=[],
     )
     if parameters.stream:
-        events = _events(question, pieces, reply, shape, parameters.include_usage)
-        headers = {**question.model.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        events = _events(translated, pieces, reply, shape, parameters.include_usage)
+        headers = {**translated.model.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     answers: dict[int, list[GenerationChunk]] = {}
     async for index, chunk in pieces:
@@ -233,8 +239,8 @@ async def _respond(
         for index, chunks in answers.items()
     ]
     completion_tokens = sum(chunk.num_tokens for chunks in answers.values() for chunk in chunks)
-    reply.usage = Usage.of(question.prompt_tokens, completion_tokens)
-    return JSONResponse(reply.model_dump(), headers=question.model.headers)
+    reply.usage = Usage.of(translated.prompt_tokens, completion_tokens)
+    return JSONResponse(reply.model_dump(), headers=translated.model.headers)
 
 
 async def _pieces(engine: Engine, requests: list[GenerationRequest]) -> Pieces:
@@ -252,9 +258,9 @@ async def _with_first(first: tuple[int, GenerationChunk], rest: Pieces) -> Piece
 
 
 async def _events(
-    question: _Question, pieces: Pieces, reply: Reply, shape: _Chat | _Completion, include_usage: bool
+    translated: _EngineRequests, pieces: Pieces, reply: Reply, shape: _Chat | _Completion, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events, ending in ``[DONE]``, or in an error once the status line has gone out."""
+    """Server-sent events that end with ``[DONE]``, or with an error, because the status is already sent."""
 
     def event(choices: list[Choice], usage: Usage | None = None) -> str:
         content = reply.model_copy(update={"choices": choices, "usage": usage})
@@ -263,7 +269,7 @@ async def _events(
     completion_tokens = 0
     try:
         async with aclosing(pieces):
-            for index in range(len(question.requests)):
+            for index in range(len(translated.requests)):
                 if opening := shape.opening(index):
                     yield event(opening)
             async for index, chunk in pieces:
@@ -271,7 +277,7 @@ async def _events(
                 if chunk.text or chunk.finish_reason:
                     yield event([shape.delta(index, chunk.text, chunk.finish_reason)])
         if include_usage:
-            yield event([], Usage.of(question.prompt_tokens, completion_tokens))
+            yield event([], Usage.of(translated.prompt_tokens, completion_tokens))
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield _event(_as_api_error(error).body())
@@ -292,12 +298,12 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, FtError):
         return ApiError(500, str(error), "serving_error")
     logger.error("unexpected failure", exc_info=error)
-    return ApiError(500, f"The server failed ({type(error).__name__}); its log says why.", "internal_error")
+    return ApiError(500, f"The server failed ({type(error).__name__}). Its log has the details.", "internal_error")
 
 
 def _answer_errors_in_openai_shape(api: FastAPI) -> None:
     def respond(error: ApiError) -> JSONResponse:
-        # Stock clients retry every 5xx; what fails here fails again, but for a storage that may come back.
+        # Clients retry every 5xx. A 500 would only fail again; a 503 of the storage may pass.
         headers = {"x-should-retry": "false"} if error.status == 500 else None
         return JSONResponse(error.body(), error.status, headers)
 

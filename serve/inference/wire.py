@@ -1,4 +1,4 @@
-"""Wire types: OpenAI's shapes, as its stock clients send and read them. Nothing here knows models or engines."""
+"""Wire types: OpenAI's request and response shapes, independent of models and engines."""
 
 import json
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from serve.http.errors import ApiError
 
 
 class _FromClient(BaseModel):
-    """What clients send. A parameter beyond the fields is refused unless it cannot change the answer.
+    """What clients send. Any parameter that is not a field is rejected, unless it cannot change the answer.
 
-    `without_effect` may hold any value; those of `neutral` only the value given there, which is OpenAI's default.
+    Parameters in `without_effect` may have any value; those in `neutral` only the value given there, OpenAI's default.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -21,7 +21,7 @@ class _FromClient(BaseModel):
     neutral: ClassVar[dict[str, object]] = {}
 
     @model_validator(mode="after")
-    def _no_parameter_is_silently_ignored(self) -> Self:
+    def _reject_unsupported_parameters(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if name in self.without_effect:
                 continue
@@ -40,7 +40,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationParameters(_FromClient):
-    """What both completion calls share. `null` means the default everywhere."""
+    """Parameters of both completion calls. `null` means the default everywhere."""
 
     without_effect = frozenset(
         {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
@@ -71,7 +71,7 @@ class TextPart(_FromClient):
 
 
 class ChatMessage(_FromClient):
-    """One turn. Fields that clients send back from an earlier answer are taken when they are empty."""
+    """One turn. Fields that clients copy from an earlier answer are accepted when they are empty."""
 
     without_effect = frozenset({"name", "annotations"})
     neutral: ClassVar[dict[str, object]] = {"refusal": None, "tool_calls": [], "function_call": None, "audio": None}
@@ -113,7 +113,7 @@ class ChatRequest(GenerationParameters):
 
 
 class CompletionRequest(GenerationParameters):
-    """POST /v1/completions. `prompt` is a text, token ids, or a list of either."""
+    """POST /v1/completions. `prompt` is a text, a list of token ids, or a list of either."""
 
     neutral: ClassVar[dict[str, object]] = {
         "n": 1,
@@ -173,7 +173,7 @@ class CompletionChoice(Choice):
 
 
 class Reply(BaseModel):
-    """A whole answer, or one event of a streamed one; `object` says which."""
+    """A whole answer, or one event of a streamed answer, as `object` says."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
@@ -185,7 +185,7 @@ class Reply(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """One line of GET /v1/models. `digest` is the adapter's; the base has its `base_fingerprint` alone."""
+    """One entry of GET /v1/models. `digest` is the adapter's; the base has only its `base_fingerprint`."""
 
     id: str
     object: Literal["model"] = "model"

@@ -51,7 +51,7 @@ def test_no_training_worker_fits_on_the_head(prepared: dict[str, Any]) -> None:
     assert (head["min_workers"], head["max_workers"]) == (0, 0)
 
 
-def test_the_cluster_starts_with_no_gpu_and_has_an_upper_bound(prepared: dict[str, Any]) -> None:
+def test_the_cluster_starts_without_gpus_and_is_bounded(prepared: dict[str, Any]) -> None:
     types = prepared["available_node_types"].values()
     assert all(node_type["min_workers"] == 0 for node_type in types)
     assert all(node_type["max_workers"] <= prepared["max_workers"] for node_type in types)
@@ -69,7 +69,7 @@ def test_every_worker_type_says_what_it_has(prepared: dict[str, Any]) -> None:
         assert it["resources"]["CPU"] >= it["resources"]["GPU"] >= 1, name
 
 
-def test_every_instance_is_one_that_ec2_can_be_asked_for(prepared: dict[str, Any]) -> None:
+def test_every_node_config_fits_ec2s_request_schema(prepared: dict[str, Any]) -> None:
     session = pytest.importorskip("botocore.session").get_session()
     validate = pytest.importorskip("botocore.validate").ParamValidator().validate
     request = session.get_service_model("ec2").operation_model("RunInstances").input_shape
@@ -94,7 +94,7 @@ def test_the_dashboard_listens_to_its_own_machine_only(prepared: dict[str, Any])
     assert all(it["node_config"]["SecurityGroupIds"] for it in prepared["available_node_types"].values())
 
 
-def test_docker_lets_nccl_and_the_loaders_share_memory(prepared: dict[str, Any]) -> None:
+def test_docker_has_shared_memory_for_nccl_and_loaders(prepared: dict[str, Any]) -> None:
     options = " ".join(prepared["docker"]["run_options"])
     assert "--ulimit memlock=-1" in options and "--shm-size=" in options
 
@@ -104,7 +104,7 @@ def test_all_nodes_see_the_storage_of_the_run_specs(prepared: dict[str, Any]) ->
     assert "--volume /mnt/ft:/mnt/ft" in prepared["docker"]["run_options"]
 
 
-def test_mounts_are_folders_since_docker_keeps_a_replaced_file(prepared: dict[str, Any]) -> None:
+def test_mounts_are_folders_because_docker_pins_files(prepared: dict[str, Any]) -> None:
     mounts = [path for pair in prepared["file_mounts"].items() for path in pair]
     assert mounts and not any(Path(path).suffix for path in mounts)
 

@@ -65,7 +65,7 @@ def test_the_exit_code_is_that_of_the_driver(tmp_path: Path, body: str, code: in
         assert "the driver was killed" in printed
 
 
-def test_signals_reach_the_driver_once_even_if_the_shell_is_killed_after(tmp_path: Path) -> None:
+def test_each_signal_reaches_the_driver_once(tmp_path: Path) -> None:
     process = start(tmp_path, UNTIL_TOLD)
     wait_for((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
@@ -79,7 +79,7 @@ def test_signals_reach_the_driver_once_even_if_the_shell_is_killed_after(tmp_pat
     assert received(tmp_path) == "TERM"
 
 
-def test_a_shell_that_is_killed_unasked_stops_the_driver(tmp_path: Path) -> None:
+def test_killing_the_proxy_stops_the_driver(tmp_path: Path) -> None:
     process = start(tmp_path, UNTIL_TOLD)
     wait_for((tmp_path / "ready").exists)
     process.kill()
@@ -88,7 +88,7 @@ def test_a_shell_that_is_killed_unasked_stops_the_driver(tmp_path: Path) -> None
     (tmp_path / "end").touch()
 
 
-def test_the_driver_is_no_descendant_of_the_shell(tmp_path: Path) -> None:
+def test_the_driver_is_no_descendant_of_the_proxy(tmp_path: Path) -> None:
     import psutil
 
     process = start(tmp_path, UNTIL_TOLD)

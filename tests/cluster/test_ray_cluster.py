@@ -11,7 +11,7 @@ import pytest
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from ft_service.cluster.ray_cluster import kill_actors, spread
+from ft_service.cluster.ray_cluster import kill_actors, map_on_cluster
 from ft_service.data import prepare
 from ft_service.data.prepare import prepare_dataset
 from ft_service.data.read import ShardChanged, scan
@@ -52,7 +52,7 @@ class Other:
         return "here"
 
 
-def test_a_killed_actor_leaves_nobody_waiting_and_others_live() -> None:
+def test_killing_actors_wakes_waiters_and_spares_other_classes() -> None:
     make = ray.remote(num_cpus=0)
     controller, other = make(Controller).remote(), make(Other).remote()
     assert ray.get(other.answer.remote()) == "here"
@@ -78,23 +78,23 @@ def test_a_killed_actor_leaves_nobody_waiting_and_others_live() -> None:
 # The tasks are closures: Ray then sends their code, rather than the name of a module that its workers do not have.
 
 
-def test_results_come_in_the_order_of_their_items_from_other_processes() -> None:
-    found = list(spread(lambda shared, item: (shared[item], os.getpid()), "abcdefghij", range(10)))
+def test_results_come_from_other_processes_in_order() -> None:
+    found = list(map_on_cluster(lambda shared, item: (shared[item], os.getpid()), "abcdefghij", range(10)))
     assert "".join(letter for letter, _ in found) == "abcdefghij"
     assert os.getpid() not in {pid for _, pid in found}
 
 
-def test_an_error_of_the_project_arrives_as_itself() -> None:
+def test_a_projects_error_keeps_its_type() -> None:
     def task(shared: None, item: int) -> int:
         if item == 1:
             raise DataError("a.jsonl:7: unreadable")
         return item
 
     with pytest.raises(DataError, match=r"^a\.jsonl:7: unreadable$"):
-        list(spread(task, None, range(3)))
+        list(map_on_cluster(task, None, range(3)))
 
 
-def test_what_another_node_cannot_do_is_done_here() -> None:
+def test_a_task_that_a_node_cannot_do_runs_here() -> None:
     driver = os.getpid()
 
     def task(shared: None, item: int) -> int:
@@ -102,11 +102,11 @@ def test_what_another_node_cannot_do_is_done_here() -> None:
             raise ShardChanged("not on this machine")
         return os.getpid()
 
-    first, second, third = spread(task, None, range(3))
+    first, second, third = map_on_cluster(task, None, range(3))
     assert second == driver and driver not in {first, third}
 
 
-def test_a_task_whose_process_dies_is_done_again(tmp_path: Path) -> None:
+def test_a_task_whose_process_dies_runs_again(tmp_path: Path) -> None:
     died = tmp_path / "died"
 
     def task(shared: Path, item: int) -> int:
@@ -115,11 +115,11 @@ def test_a_task_whose_process_dies_is_done_again(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return item
 
-    assert list(spread(task, died, range(3))) == [0, 1, 2]
+    assert list(map_on_cluster(task, died, range(3))) == [0, 1, 2]
     assert died.exists()
 
 
-def test_a_dataset_prepared_by_tasks_is_the_one_prepared_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_prepared_on_the_cluster_is_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer: PreTrainedTokenizerFast = train_tokenizer(["number words in answer one"] * 4, vocab_size=340)
     monkeypatch.setattr(prepare, "scan", partial(scan, shard_bytes=4000))
     monkeypatch.setattr(prepare, "_GROUP_TOKENS", 3000)
@@ -130,7 +130,7 @@ def test_a_dataset_prepared_by_tasks_is_the_one_prepared_here(tmp_path: Path, mo
     spread_case = case.spec(str(tmp_path / "a.jsonl"), max_seq_len=256, validation={"fraction": 0.2})
     elsewhere = Case(tmp_path / "elsewhere").storage
     said: list[str] = []
-    there = prepare_dataset(spread_case, tokenizer, elsewhere, said.append, spread)
+    there = prepare_dataset(spread_case, tokenizer, elsewhere, said.append, map_on_cluster)
     assert sum("shard" in line and "records read" in line for line in said) > 2
     assert len(list((tmp_path / "elsewhere/storage/datasets").glob("*/rows-*"))) > 1
     assert there.facts == here.facts and there.judgement == here.judgement and there.judgement.left_out

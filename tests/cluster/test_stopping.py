@@ -15,8 +15,9 @@ import pytest
 
 from examples.quickstart.quickstart import PROJECT, Ray, ray_head
 from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, State
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.worlds import SMALL, write_world
@@ -146,7 +147,7 @@ def whole(ray: Ray, world: Path) -> RunFolder:
     return RunFolder(Storage(str(world / "storage")), "whole")
 
 
-def test_a_submitted_job_that_is_stopped_saves_leaves_and_goes_on_when_resumed(
+def test_a_stopped_job_saves_and_resumes(
     ray: Ray, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
 ) -> None:
     run = folder_of("stopped-job")
@@ -172,7 +173,7 @@ def test_a_submitted_job_that_is_stopped_saves_leaves_and_goes_on_when_resumed(
     assert published(run).digest == published(whole).digest
 
 
-def test_ft_stop_waits_until_the_run_has_stopped_and_submitting_it_again_goes_on(
+def test_ft_stop_waits_and_submitting_again_resumes(
     ray: Ray, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
 ) -> None:
     run = folder_of("ft-stopped")
@@ -189,14 +190,14 @@ def test_ft_stop_waits_until_the_run_has_stopped_and_submitting_it_again_goes_on
     shown = json.loads(finish(start(ray, *command("runs", "--storage", run.storage.root, "--json")), 0))
     mine = next(found for found in shown if found["run_id"] == run.run_id)
     assert (mine["state"], mine["attempts"], mine["wasted_steps"]) == ("stopped", 1, 0)
-    assert "is not at work" in finish(start(ray, *command("stop", run.run_id, "--storage", run.storage.root)), 2)
+    assert "is not active" in finish(start(ray, *command("stop", run.run_id, "--storage", run.storage.root)), 2)
 
     finish(start(ray, *command(*arguments)), 0)
     assert losses(run) == losses(whole)
     assert published(run).digest == published(whole).digest
 
 
-def test_a_second_signal_is_immediate_and_costs_only_what_was_not_saved(
+def test_a_second_signal_ends_the_run_at_once(
     ray: Ray, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
 ) -> None:
     run = folder_of("interrupted")
@@ -222,7 +223,7 @@ def last_repeated(run: RunFolder) -> int:
     return attempts(read_events(run.storage, run.run_id))[-1].repeated
 
 
-def test_a_driver_that_is_killed_is_followed_by_the_next_one(
+def test_another_driver_takes_over_from_a_killed_one(
     ray: Ray, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
 ) -> None:
     run = folder_of("driver-killed")
@@ -231,7 +232,7 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_one(
     wait_until(lambda: Checkpoints(run).entries(), training)
     os.kill(trainings(run)[0]["workers"][1]["pid"], signal.SIGSTOP)  # it shall not end meanwhile
     second = start(ray, *command(*arguments))
-    assert "is at work on it" in finish(second, 2)
+    assert "is working on it" in finish(second, 2)
     training.kill()
     training.communicate()
     pids = [place["pid"] for place in trainings(run)[0]["workers"]]
@@ -244,7 +245,7 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_one(
     assert published(run).digest == published(whole).digest
 
 
-def test_a_run_of_another_course_is_refused_before_workers_are_asked_for(
+def test_a_run_id_with_another_training_is_rejected_early(
     ray: Ray, world: Path, folder_of: Callable[[str], RunFolder]
 ) -> None:
     run = folder_of("another-course")
@@ -253,7 +254,7 @@ def test_a_run_of_another_course_is_refused_before_workers_are_asked_for(
     training.send_signal(signal.SIGTERM)
     finish(training, 3)
     changed = start(ray, *command("resume", run.run_id, "train.seed=5", "--storage", run.storage.root))
-    assert "Give another --run-id" in finish(changed, 1)
+    assert "Use another --run-id" in finish(changed, 1)
     assert len(trainings(run)) == 1
 
 
@@ -315,7 +316,7 @@ def drain(ray: Ray, node_id: str) -> None:
     finish(start(ray, *command, "--deadline-remaining-seconds", "300"), 0)
 
 
-def test_a_run_goes_on_with_the_workers_there_are_and_grows_back(
+def test_a_run_shrinks_with_the_cluster_and_grows_back(
     small_head: Ray, nodes: Nodes, world: Path, folder_of: Callable[[str], RunFolder]
 ) -> None:
     ray, run, steps = small_head, folder_of("breathing"), 250

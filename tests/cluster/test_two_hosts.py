@@ -116,7 +116,7 @@ def check_places(hosts: Network, attempt: Attempt) -> None:
 
 
 @pytest.mark.parametrize(("method", "cut_off"), [("lora", 1), ("full", 0)])
-def test_when_a_host_is_cut_off_training_goes_on_elsewhere(
+def test_training_continues_elsewhere_when_a_host_is_cut_off(
     hosts: Network, cluster: Cluster, world: Path, method: str, cut_off: int
 ) -> None:
     alone = undisturbed(world, method)

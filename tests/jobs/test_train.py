@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from examples.quickstart.quickstart import PROJECT, Ray, free_ports, ray_head
 from ft_service.data.prepare import open_dataset
 from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints.manifest import Checkpoints
-from ft_service.train.watchdog import suspects
+from ft_service.train.watchdog import ranks_without_stacks
 from tests.worlds import SMALL, write_world
 
 pytestmark = pytest.mark.slow
@@ -100,7 +101,7 @@ def published(world: Path, run_id: str) -> AdapterRecord:
 # -- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
-def test_a_submitted_run_publishes_a_record_of_what_it_was_trained_on(world: Path, lora: AdapterRecord) -> None:
+def test_a_submitted_run_publishes_its_record(world: Path, lora: AdapterRecord) -> None:
     assert lora.kind == "adapter"
     assert lora.id == f"base-words-{lora.digest[:8]}"
     assert [(data.source, data.license, data.records) for data in lora.datasets] == [("made up", "CC0-1.0", 120)]
@@ -108,7 +109,7 @@ def test_a_submitted_run_publishes_a_record_of_what_it_was_trained_on(world: Pat
     assert lora.packages["deepspeed"] and lora.packages["peft"]
 
 
-def test_a_run_leaves_a_line_a_step_a_plan_and_a_report(world: Path, lora: AdapterRecord) -> None:
+def test_a_run_writes_metrics_plan_and_report(world: Path, lora: AdapterRecord) -> None:
     storage = Storage(str(world / "storage"))
     assert [metrics.step for metrics in read_metrics(storage, "lora-1")] == [1, 2, 3, 4, 5, 6]
     plan = RunFolder(storage, "lora-1").plan()
@@ -137,7 +138,7 @@ def stock_validation_loss(model: torch.nn.Module, storage: Storage, digest: str)
     return total / count
 
 
-def test_stock_peft_gives_the_validation_loss_the_run_reported(world: Path, lora: AdapterRecord) -> None:
+def test_plain_peft_reproduces_the_reported_validation_loss(world: Path, lora: AdapterRecord) -> None:
     storage = Storage(str(world / "storage"))
     base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
     before = stock_validation_loss(base, storage, lora.dataset_digest)
@@ -147,7 +148,7 @@ def test_stock_peft_gives_the_validation_loss_the_run_reported(world: Path, lora
     assert abs(before - after) > 0.01  # the comparison would notice a lost adapter
 
 
-def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(ray: Ray, world: Path) -> None:
+def test_a_killed_worker_repeats_only_unsaved_steps(ray: Ray, world: Path) -> None:
     settings = ("train.max_steps=150", "train.validate_every_steps=50", "checkpoint.every_steps=10")
     whole = submit(ray, world / "lora.yaml", "--run-id", "whole-1", *settings)
     assert whole.returncode == 0, output(whole)[-4000:]
@@ -177,7 +178,7 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(ray: Ray
     assert not storage.exists(f"{run.path}/checkpoints")  # of no use any more
 
 
-def test_a_hung_worker_is_noticed_and_costs_no_more_than_a_killed_one(ray: Ray, world: Path) -> None:
+def test_a_hung_worker_repeats_only_unsaved_steps(ray: Ray, world: Path) -> None:
     timeout = 20
     settings = ("train.max_steps=120", "train.validate_every_steps=60", "checkpoint.every_steps=10")
     settings = (*settings, f"parallel.hang_timeout_seconds={timeout}")
@@ -210,7 +211,7 @@ def test_a_hung_worker_is_noticed_and_costs_no_more_than_a_killed_one(ray: Ray, 
     noticed = next(event for event in events if event.type == "hang")
     told = noticed.model_dump()
     assert told["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < timeout + 5
-    assert suspects(run, Path(told["stacks"]).name, 2) == [1]
+    assert ranks_without_stacks(run, Path(told["stacks"]).name, 2) == [1]
     assert "loop.py" in storage.read_bytes(f"{told['stacks']}/rank-00000.txt").decode()
     steps = [event.model_dump()["step"] for event in events if event.type == "training"]
     assert steps[0] == 0 and len(steps) == 2 and steps[1] >= 20
@@ -248,7 +249,7 @@ def test_a_merged_model_answers_like_base_and_adapter(world: Path, lora: Adapter
     assert (folded - adapted).abs().max() < 0.2 * (plain - adapted).abs().max()
 
 
-def test_a_full_run_publishes_a_model_that_can_be_the_next_base(ray: Ray, world: Path) -> None:
+def test_a_full_run_publishes_a_usable_base(ray: Ray, world: Path) -> None:
     done = submit(ray, world / "full.yaml", "--run-id", "full-1", "parallel.zero_stage=3", "train.learning_rate=1e-3")
     assert done.returncode == 0, output(done)[-4000:]
     record = published(world, "full-1")
@@ -266,7 +267,7 @@ def test_a_full_run_publishes_a_model_that_can_be_the_next_base(ray: Ray, world:
 # -- the data gate ---------------------------------------------------------------------------------------------------
 
 
-def test_the_data_gate_refuses_a_run_before_workers_are_asked_for(ray: Ray, world: Path) -> None:
+def test_invalid_data_fail_before_workers_are_requested(ray: Ray, world: Path) -> None:
     refused = submit(ray, unlicensed(world), "--run-id", "refused-1")
     assert refused.returncode == 1, output(refused)
     assert "rights.no-license" in output(refused) and "data: {waive: {rights.no-license: why}}" in output(refused)
@@ -279,7 +280,7 @@ def test_the_data_gate_refuses_a_run_before_workers_are_asked_for(ray: Ray, worl
     assert "rights.no-license" in storage.read_bytes(f"{run.path}/data.html").decode()
 
 
-def test_a_waiver_lets_the_run_pass_and_stays_in_its_record_and_card(ray: Ray, world: Path) -> None:
+def test_a_waiver_is_kept_in_record_and_card(ray: Ray, world: Path) -> None:
     reason = "our own tickets, approved on 2026-11-20"
     # Another seed: the same weights as lora-1's would keep lora-1's record.
     settings = ("train.seed=1", f'data.waive={{"rights.no-license": "{reason}"}}')
@@ -306,7 +307,7 @@ def test_a_complete_run_is_not_run_again_and_says_so(ray: Ray, world: Path, lora
     status = (world / "storage/runs/lora-1/status.json").read_bytes()
     done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
     assert done.returncode == 0, output(done)
-    assert "It is complete" in done.stdout
+    assert "The run is complete" in done.stdout
     assert lora.id in done.stdout
     assert (world / "storage/runs/lora-1/status.json").read_bytes() == status
 
@@ -324,7 +325,7 @@ def test_ft_submit_follows_the_job_and_returns_its_exit_code(ray: Ray, world: Pa
     assert status is not None and status.state == "failed" and "/nowhere/model" in status.message
 
 
-def test_a_job_with_a_bad_spec_exits_2_before_anything_starts(world: Path) -> None:
+def test_a_bad_spec_exits_with_2_before_anything_starts(world: Path) -> None:
     arguments = [str(world / "lora.yaml"), "train.max_stepz=3", "--run-id", "bad-spec"]
     done = run([sys.executable, "jobs/train.py", *arguments], dict(os.environ))
     assert done.returncode == 2
@@ -332,7 +333,7 @@ def test_a_job_with_a_bad_spec_exits_2_before_anything_starts(world: Path) -> No
     assert not (world / "storage/runs/bad-spec").exists()
 
 
-def test_a_job_does_not_write_into_the_copy_of_its_working_directory(world: Path) -> None:
+def test_a_job_rejects_relative_storage(world: Path) -> None:
     arguments = [str(world / "lora.yaml"), "storage=results"]
     done = run([sys.executable, "jobs/train.py", *arguments], {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
     assert done.returncode == 2, output(done)
@@ -390,9 +391,7 @@ def another_architecture(base: Path) -> None:
         (another_architecture, "its architecture is GPT2LMHeadModel"),
     ],
 )
-def test_a_base_that_is_no_whole_llama_is_refused_by_the_plan(
-    world: Path, tmp_path: Path, damage: Any, message: str
-) -> None:
+def test_the_plan_rejects_an_incomplete_or_other_base(world: Path, tmp_path: Path, damage: Any, message: str) -> None:
     import shutil
 
     base = tmp_path / "base"
@@ -404,7 +403,7 @@ def test_a_base_that_is_no_whole_llama_is_refused_by_the_plan(
     assert "Traceback" not in done.stderr
 
 
-def test_a_storage_root_that_cannot_be_written_is_told_before_anything_starts(world: Path, tmp_path: Path) -> None:
+def test_an_unwritable_storage_fails_before_anything_starts(world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = ft("train", str(world / "lora.yaml"), f"storage={tmp_path}/file/storage")
     assert done.returncode == 1

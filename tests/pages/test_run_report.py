@@ -12,9 +12,10 @@ from ft_service.pages.run_report import RunContents, Sample, render_report, writ
 from ft_service.plan.facts import DatasetFacts
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import DatasetRef
+from ft_service.runs.events import Event, EventLog, Notice
 from ft_service.runs.folder import RunFolder, RunStatus
 from ft_service.runs.lease import Lease
-from ft_service.runs.metrics import Event, EventLog, JsonlSink, StepMetrics
+from ft_service.runs.metrics import JsonlSink, StepMetrics
 from ft_service.spec.schema import parse_run_spec
 from ft_service.storage.storage import Storage
 
@@ -236,8 +237,8 @@ def test_a_loss_that_is_not_a_number_does_not_stop_the_report() -> None:
 
 def test_a_run_that_failed_before_its_plan_says_why(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    RunFolder(storage, RUN).enter("failed", "data/tickets.jsonl:17: no field 'output'.")
-    EventLog(storage, RUN).emit("failed", "no field 'output'")
+    RunFolder(storage, RUN).set_state("failed", "data/tickets.jsonl:17: no field 'output'.")
+    EventLog(storage, RUN).emit(Notice(type="failed", message="no field 'output'"))
     write_report(storage, RUN)
     text = Page(storage.read_bytes(f"runs/{RUN}/report.html").decode()).text
     assert "This run failed data/tickets.jsonl:17: no field 'output'." in text
@@ -250,12 +251,12 @@ def test_the_report_is_made_of_the_files_of_the_run(tmp_path: Path) -> None:
     run, contents = RunFolder(storage, RUN), a_run()
     assert contents.plan is not None
     run.write_plan(contents.plan.spec, contents.plan, list(contents.sources))
-    run.enter("running")
+    run.set_state("running")
     sink = JsonlSink(storage, RUN)
     for metrics in contents.metrics:
         sink(metrics)
     storage.write_json(f"runs/{RUN}/samples.json", [sample.model_dump() for sample in contents.samples])
-    with Lease(run, say=lambda text: None):  # its driver lives
+    with Lease(run, log=lambda text: None):  # its driver lives
         write_report(storage, RUN)
     text = Page(storage.read_bytes(f"runs/{RUN}/report.html").decode()).text
     for part in (
@@ -272,5 +273,5 @@ def test_the_same_run_gives_the_same_page() -> None:
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(NotPublishedError, match="run = 'nowhere': not on"):
+    with pytest.raises(NotPublishedError, match="run = 'nowhere': does not exist on"):
         write_report(Storage(str(tmp_path)), "nowhere")

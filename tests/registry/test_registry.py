@@ -259,7 +259,7 @@ def test_a_file_that_is_being_written_is_not_there_and_never_will_be_if_writing_
 
 @pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/passwd"])
 def test_nothing_outside_the_root_is_reached(storage: Storage, path: str) -> None:
-    with pytest.raises(StorageError, match="leaves the storage root"):
+    with pytest.raises(StorageError, match="is outside the storage root"):
         storage.write_bytes(path, b"")
 
 
@@ -286,7 +286,7 @@ def test_lines_are_appended_and_storages_travel(storage: Storage) -> None:
 def test_a_run_is_found_by_id_and_its_state_is_told(storage: Storage) -> None:
     run = RunFolder(storage, "bot-1")
     assert run.status() is None
-    run.enter("failed", message="no data")
+    run.set_state("failed", message="no data")
     status = find_run(storage, "bot-1").status()
     assert status is not None and (status.state, status.message) == ("failed", "no data")
     with pytest.raises(NotPublishedError, match="bot-1"):

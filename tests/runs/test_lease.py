@@ -11,8 +11,8 @@ import pytest
 
 from ft_service.errors import UnreachableError, UsageError
 from ft_service.runs import lease as lease_module
-from ft_service.runs.folder import LEASE_SECONDS, Holder, RunFolder
-from ft_service.runs.lease import Lease, holds
+from ft_service.runs.folder import LEASE_SECONDS, LeaseHolder, RunFolder
+from ft_service.runs.lease import Lease, holds_lease
 from ft_service.storage.storage import Storage
 
 
@@ -21,9 +21,9 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(Storage(str(tmp_path)), "run-1")
 
 
-def held(run: RunFolder, *, machine: str = "elsewhere", pid: int = 1, ago: float = 0.0) -> Holder:
+def held(run: RunFolder, *, machine: str = "elsewhere", pid: int = 1, ago: float = 0.0) -> LeaseHolder:
     time = datetime.now(UTC) - timedelta(seconds=ago)
-    holder = Holder(token="theirs", host=socket.gethostname(), machine=machine, pid=pid, time=time)
+    holder = LeaseHolder(token="theirs", host=socket.gethostname(), machine=machine, pid=pid, time=time)
     run.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
     return holder
 
@@ -35,14 +35,14 @@ def ended_process() -> int:
 
 
 def test_a_lease_is_held_while_the_block_lasts(run: RunFolder) -> None:
-    with Lease(run, say=lambda text: None) as lease:
-        holder = run.holder()
+    with Lease(run, log=lambda text: None) as lease:
+        holder = run.lease_holder()
         assert holder is not None and (holder.pid, holder.host) == (os.getpid(), socket.gethostname())
-        assert holds(run, lease.token)
-    assert run.holder() is None
+        assert holds_lease(run, lease.token)
+    assert run.lease_holder() is None
 
 
-def test_a_driver_that_goes_on_saying_so_is_not_disturbed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_renews_its_lease_keeps_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = held(run)
     said: list[str] = []
 
@@ -50,60 +50,56 @@ def test_a_driver_that_goes_on_saying_so_is_not_disturbed(run: RunFolder, monkey
         held(run)  # the other driver's next sign of life
 
     monkeypatch.setattr(lease_module.time, "sleep", beat)
-    with pytest.raises(UsageError, match="ft stop run-1"), Lease(run, say=said.append):
+    with pytest.raises(UsageError, match="ft stop run-1"), Lease(run, log=said.append):
         pass
-    assert "waiting to see" in said[0]
-    left = run.holder()
+    assert "Waiting to see" in said[0]
+    left = run.lease_holder()
     assert left is not None and left.token == first.token  # theirs still
 
 
-def test_a_driver_that_has_long_been_silent_is_followed_at_once(run: RunFolder) -> None:
+def test_a_long_expired_lease_is_taken_over_at_once(run: RunFolder) -> None:
     held(run, ago=10 * LEASE_SECONDS + 1)
     said: list[str] = []
-    with Lease(run, say=said.append) as lease:
-        assert holds(run, lease.token)
+    with Lease(run, log=said.append) as lease:
+        assert holds_lease(run, lease.token)
     assert said == []
 
 
 @pytest.mark.parametrize("ago", [0.0, 2 * LEASE_SECONDS, -2 * LEASE_SECONDS])
-def test_a_shorter_silence_is_watched_for_whatever_the_clocks_say(
+def test_a_younger_lease_is_watched_whatever_the_clocks_show(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, ago: float
 ) -> None:
     held(run, ago=ago)
     now = [0.0]
     monkeypatch.setattr(lease_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    with Lease(run, say=lambda text: None) as lease:
-        assert holds(run, lease.token) and LEASE_SECONDS <= now[0] < LEASE_SECONDS + 5
+    with Lease(run, log=lambda text: None) as lease:
+        assert holds_lease(run, lease.token) and LEASE_SECONDS <= now[0] < LEASE_SECONDS + 5
 
 
-def test_a_driver_of_this_machine_whose_process_has_ended_is_followed_at_once(run: RunFolder) -> None:
+def test_an_ended_process_of_this_machine_is_replaced_at_once(run: RunFolder) -> None:
     held(run, machine=lease_module._machine(), pid=ended_process())
     said: list[str] = []
-    with Lease(run, say=said.append):
+    with Lease(run, log=said.append):
         pass
     assert said == []
 
 
-def test_a_process_id_says_nothing_on_another_machine_of_the_same_name(run: RunFolder) -> None:
+def test_process_ids_are_compared_only_within_one_machine(run: RunFolder) -> None:
     assert lease_module._has_ended(held(run, machine=lease_module._machine(), pid=ended_process()))
     assert not lease_module._has_ended(held(run, machine="a container", pid=ended_process()))
 
 
-def test_of_two_drivers_that_begin_at_once_the_last_to_write_has_the_run(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_simultaneous_drivers_the_last_writer_wins(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: held(run))  # the other one writes meanwhile
-    with pytest.raises(UsageError, match="another driver began"), Lease(run, say=lambda text: None):
+    with pytest.raises(UsageError, match="another driver started"), Lease(run, log=lambda text: None):
         pass
-    left = run.holder()
+    left = run.lease_holder()
     assert left is not None and left.token == "theirs"
 
 
-def test_a_lease_is_lost_when_another_has_it_and_not_when_nobody_can_tell(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Lease(run, say=lambda text: None) as lease:
+def test_an_unreachable_storage_does_not_lose_the_lease(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Lease(run, log=lambda text: None) as lease:
         assert lease.is_held()
         held(run)
         assert not lease.is_held()
@@ -117,48 +113,50 @@ def test_a_lease_is_lost_when_another_has_it_and_not_when_nobody_can_tell(
             assert lease.is_held()
 
 
-def test_whoever_was_taken_over_neither_writes_nor_deletes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.01)
-    with Lease(run, say=lambda text: None) as lease:
+def test_a_replaced_driver_neither_writes_nor_deletes_the_lease(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.01)
+    with Lease(run, log=lambda text: None) as lease:
         held(run)
         lease._thread.join(timeout=10)  # at its next beat it sees whose run it is
         assert not lease._thread.is_alive()
-        assert not holds(run, lease.token)
-    left = run.holder()
+        assert not holds_lease(run, lease.token)
+    left = run.lease_holder()
     assert left is not None and left.token == "theirs"
 
 
-def test_beats_keep_a_lease_alive(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.01)
-    with Lease(run, say=lambda text: None):
-        first = run.holder()
+def test_renewals_keep_a_lease_alive(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.01)
+    with Lease(run, log=lambda text: None):
+        first = run.lease_holder()
         assert first is not None
         deadline = datetime.now(UTC) + timedelta(seconds=10)
-        while (now := run.holder()) is not None and now.time == first.time:
+        while (now := run.lease_holder()) is not None and now.time == first.time:
             assert datetime.now(UTC) < deadline
 
 
-def test_a_run_whose_driver_is_gone_is_failed_whatever_it_said_last(run: RunFolder) -> None:
-    run.enter("running")
+def test_a_run_without_a_live_driver_counts_as_failed(run: RunFolder) -> None:
+    run.set_state("running")
     held(run, pid=77, ago=LEASE_SECONDS + 1)
     status = run.status()
     assert status is not None and status.state == "failed"
     assert "running" in status.message and "77" in status.message and "ft resume run-1" in status.message
 
 
-def test_a_run_without_a_lease_is_failed_unless_it_has_ended(run: RunFolder) -> None:
+def test_a_run_without_a_lease_failed_unless_it_ended(run: RunFolder) -> None:
     for state in ("preparing", "queued", "running", "checkpointing", "recovering", "stopping", "publishing"):
-        run.enter(state)  # type: ignore[arg-type]
+        run.set_state(state)  # type: ignore[arg-type]
         status = run.status()
         assert status is not None and status.state == "failed"
     for state in ("stopped", "succeeded", "failed"):
-        run.enter(state)  # type: ignore[arg-type]
+        run.set_state(state)  # type: ignore[arg-type]
         status = run.status()
         assert status is not None and status.state == state
 
 
-def test_a_run_whose_driver_lives_is_what_it_says(run: RunFolder) -> None:
-    with Lease(run, say=lambda text: None):
-        run.enter("running")
+def test_a_run_with_a_live_driver_has_its_recorded_state(run: RunFolder) -> None:
+    with Lease(run, log=lambda text: None):
+        run.set_state("running")
         status = run.status()
         assert status is not None and status.state == "running"

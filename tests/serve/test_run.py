@@ -57,27 +57,27 @@ def refused(kind: type[FtError], *arguments: object, **options: object) -> str:
     return str(error.value)
 
 
-def test_a_port_in_use_is_told_with_the_cure(world, busy_port):
+def test_a_port_in_use_names_the_fix(world, busy_port):
     message = refused(ServingError, world.storage, None, port=busy_port)
     assert f"port = {busy_port}" in message and "--port" in message
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_an_address_that_others_reach_needs_a_key(world, free_port, host):
+def test_a_reachable_address_requires_a_key(world, free_port, host):
     message = refused(ServingError, world.storage, None, host=host, port=free_port)
     assert host in message and "FT_API_KEY" in message
 
 
-def test_a_storage_that_is_not_there_is_told(tmp_path, free_port):
+def test_a_missing_storage_is_an_error(tmp_path, free_port):
     assert "storage" in refused(UsageError, str(tmp_path / "typo"), None, port=free_port)
 
 
-def test_without_adapters_the_base_must_be_said(tmp_path, free_port):
+def test_without_adapters_a_base_is_required(tmp_path, free_port):
     message = refused(UsageError, str(tmp_path), None, port=free_port)
     assert "no adapter is published" in message and "--base" in message
 
 
-def test_adapters_of_two_bases_ask_for_a_choice_and_name_both(tmp_path, free_port):
+def test_adapters_of_two_bases_require_a_choice(tmp_path, free_port):
     world = make_world(tmp_path)
     other = tmp_path / "Other-Llama"
     shutil.copytree(world.base, other)
@@ -87,7 +87,7 @@ def test_adapters_of_two_bases_ask_for_a_choice_and_name_both(tmp_path, free_por
     assert str(world.base) in message and str(other) in message
 
 
-def test_a_half_downloaded_base_is_told_before_ray_starts(world, tmp_path, free_port):
+def test_an_incomplete_base_fails_before_ray_starts(world, tmp_path, free_port):
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
     weights = base / "model.safetensors"
@@ -95,12 +95,12 @@ def test_a_half_downloaded_base_is_told_before_ray_starts(world, tmp_path, free_
     assert "half-downloaded" in refused(ModelError, world.storage, str(base), port=free_port)
 
 
-def test_a_variable_that_is_no_number_is_told_by_name(world, free_port, monkeypatch):
+def test_an_invalid_variable_is_named(world, free_port, monkeypatch):
     monkeypatch.setenv("FT_REPLICAS", "two")
     assert "FT_REPLICAS = 'two'" in refused(UsageError, world.storage, None, port=free_port)
 
 
-def test_a_cluster_that_does_not_answer_is_told_in_one_line(world, monkeypatch):
+def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
     def no_answer(**options: object) -> None:
         raise ConnectionError(f"Could not connect to {options['address']}\nmore\nlast")
 
@@ -110,7 +110,7 @@ def test_a_cluster_that_does_not_answer_is_told_in_one_line(world, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_serves_until_terminated_says_what_and_how_and_frees_the_port(world, free_port):
+def test_it_serves_until_terminated_and_frees_the_port(world, free_port):
     code = f"from serve.run import run_server; run_server({world.storage!r}, None, port={free_port})"
     with tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
         python_path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))

@@ -69,7 +69,7 @@ def decode(world: World, ids: list[int]) -> str:
     return world.tokenizer.decode(ids, skip_special_tokens=True).removesuffix("\N{REPLACEMENT CHARACTER}")
 
 
-def test_the_base_and_every_adapter_are_listed_with_parent_and_digest(world, client):
+def test_base_and_adapters_are_listed_with_parent_and_digest(world, client):
     listed = {model.id: model for model in client.models.list()}
     assert list(listed) == ["tiny-llama", *(adapter.id for adapter in world.adapters)]
     assert listed["tiny-llama"].parent is None
@@ -79,7 +79,7 @@ def test_the_base_and_every_adapter_are_listed_with_parent_and_digest(world, cli
         assert entry.record["final_loss"] == adapter.final_loss
 
 
-def test_answers_are_those_of_stock_transformers_and_peft_and_say_what_answered(world, client):
+def test_answers_match_plain_peft_and_name_their_weights(world, client):
     for model, adapter in [("tiny-llama", None), *((adapter.id, adapter) for adapter in world.adapters)]:
         raw = client.completions.with_raw_response.create(
             model=model, prompt=prompt_ids(world), temperature=0, max_tokens=MAX_TOKENS
@@ -96,7 +96,7 @@ def test_answers_are_those_of_stock_transformers_and_peft_and_say_what_answered(
         assert answer.system_fingerprint == f"base:{fingerprint(world.base)[:8]}-adapter:{digest[:8]}"
 
 
-def test_chat_answers_what_the_adapter_says_to_the_rendered_conversation(world, client):
+def test_chat_answers_match_the_rendered_conversation(world, client):
     adapter = world.adapters[0]
     answer = client.chat.completions.create(
         model=adapter.id, messages=[{"role": "user", "content": "Hi"}], temperature=0, max_tokens=MAX_TOKENS
@@ -130,7 +130,7 @@ def test_streamed_japanese_and_emoji_are_never_broken(world, client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unknown_model_is_a_404_and_never_the_bases_answer(client, stream):
+def test_an_unknown_model_is_a_404_over_http(client, stream):
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(
             model="tiny-llama-other-00000000", messages=[{"role": "user", "content": "Hi"}], stream=stream
@@ -145,14 +145,14 @@ def test_an_adapter_published_now_answers_now(world, client, tmp_path):
     assert adapter.id in [model.id for model in client.models.list()]
 
 
-def test_an_adapter_of_another_base_is_not_listed_and_its_404_names_that_base(world, client, tmp_path):
+def test_the_404_of_an_adapter_names_its_base(world, client, tmp_path):
     other = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=12, base_fingerprint="cd" * 32)
     assert other.id not in [model.id for model in client.models.list()]
     with pytest.raises(openai.NotFoundError, match=r"needs the base .* \(cdcdcdcd\)"):
         client.completions.create(model=other.id, prompt="x")
 
 
-def test_a_damaged_adapter_is_refused_by_name_of_file_and_never_answered_by_the_base(world, client, tmp_path):
+def test_the_error_of_a_damaged_adapter_names_the_file(world, client, tmp_path):
     adapter = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=13)
     damage(world.registry, adapter)
     for stream in (False, True):
@@ -160,7 +160,7 @@ def test_a_damaged_adapter_is_refused_by_name_of_file_and_never_answered_by_the_
             client.completions.create(model=adapter.id, prompt="x", stream=stream)
 
 
-def test_the_key_is_asked_for_everywhere_but_at_health(url):
+def test_every_route_except_health_requires_the_key(url):
     assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "tiny-llama"}
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
@@ -174,7 +174,7 @@ def endless(url, world) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_answer_to_a_client_that_goes_away_is_closed(endless, stream):
+def test_a_disconnected_client_stops_its_answer(endless, stream):
     body = {"model": "endless", "prompt": "x", "stream": stream}
     if stream:
         with httpx.stream("POST", f"{endless}/completions", json=body) as response:

@@ -25,13 +25,15 @@ import boto3
 import pytest
 import torch
 
-import ft_service.storage.storage
+import ft_service.storage.retry
 from ft_service.errors import StorageError, TrainingError, UnreachableError
 from ft_service.model.writer import TensorFormat
+from ft_service.runs.events import EventLog, Notice, read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog, JsonlSink, StepMetrics, TensorBoardSink, read_events, read_metrics
+from ft_service.runs.metrics import JsonlSink, StepMetrics, TensorBoardSink, read_metrics
 from ft_service.spec.schema import CheckpointSpec
-from ft_service.storage.storage import Storage, is_transient
+from ft_service.storage.retry import is_transient
+from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints import save as saving
 from ft_service.train.checkpoints import waiting
 from ft_service.train.checkpoints.manifest import Checkpoints, Manifest, Part
@@ -52,15 +54,15 @@ RUN = "bot-1"
     [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENOTCONN],
     ids=errno.errorcode.get,
 )
-def test_a_storage_that_comes_back_is_waited_for(
+def test_a_storage_that_comes_back_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
-    storage = away_for(3, OSError(number, "gone"), Storage(str(tmp_path), patience=60), monkeypatch)
+    storage = away_for(3, OSError(number, "gone"), Storage(str(tmp_path), retry_seconds=60), monkeypatch)
     storage.write_bytes("file", b"content")
     assert storage.read_bytes("file") == b"content"
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert str(tmp_path) in said[0] and "gone" in said[0] and "Waiting up to 60 s" in said[0]
+    assert str(tmp_path) in said[0] and "gone" in said[0] and "Retrying for up to 60 s" in said[0]
     assert "answers again" in said[1]
 
 
@@ -69,16 +71,14 @@ def test_a_storage_that_comes_back_is_waited_for(
     [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT],
     ids=errno.errorcode.get,
 )
-def test_what_waiting_does_not_mend_is_told_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    storage = away_for(1, OSError(number, "no"), Storage(str(tmp_path), patience=1e9), monkeypatch)
+def test_permanent_errors_are_raised_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    storage = away_for(1, OSError(number, "no"), Storage(str(tmp_path), retry_seconds=1e9), monkeypatch)
     with pytest.raises(StorageError, match="no") as error:
         storage.write_bytes("file", b"content")
     assert not isinstance(error.value, UnreachableError)
 
 
-def test_a_full_disk_is_no_network_when_a_whole_folder_is_copied(tmp_path: Path) -> None:
+def test_a_full_disk_is_permanent_for_a_whole_folder(tmp_path: Path) -> None:
     """shutil tells the errors of a folder's files as text."""
     (tmp_path / "full").mkdir()
     copies = shutil.Error([("a", "b", str(OSError(errno.ENOSPC, "No space left on device")))])
@@ -86,15 +86,15 @@ def test_a_full_disk_is_no_network_when_a_whole_folder_is_copied(tmp_path: Path)
     assert is_transient(shutil.Error([("a", "b", str(OSError(errno.EIO, "Input/output error")))]))
 
 
-def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end_after_the_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), patience=300), monkeypatch)
-    with pytest.raises(UnreachableError, match="waited for 300 s"):
+    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), retry_seconds=300), monkeypatch)
+    with pytest.raises(UnreachableError, match="Gave up after 300 s"):
         storage.write_bytes("file", b"content")
     assert clock.now == pytest.approx(300)
 
 
-def test_a_person_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_does_not_retry_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     storage = away_for(1, OSError(errno.EIO, "gone"), Storage(str(tmp_path)), monkeypatch)
     with pytest.raises(UnreachableError, match="gone"):
@@ -102,29 +102,29 @@ def test_a_person_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert clock.now == 0
 
 
-def test_patience_travels_to_other_processes(tmp_path: Path) -> None:
-    storage = pickle.loads(pickle.dumps(Storage(str(tmp_path), patience=300)))
-    assert (storage.root, storage.patience) == (str(tmp_path), 300)
-    assert storage.without_patience().patience == 0
+def test_pickling_keeps_the_retry_time(tmp_path: Path) -> None:
+    storage = pickle.loads(pickle.dumps(Storage(str(tmp_path), retry_seconds=300)))
+    assert (storage.root, storage.retry_seconds) == (str(tmp_path), 300)
+    assert storage.without_retries().retry_seconds == 0
 
 
-def test_within_a_call_that_begins_anew_nothing_else_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_calls_are_not_retried_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), patience=300), monkeypatch)
+    storage = away_for(10**6, OSError(errno.EIO, "gone"), Storage(str(tmp_path), retry_seconds=300), monkeypatch)
     with pytest.raises(UnreachableError):
-        storage.patiently(lambda: storage.exists("file"))
+        storage.retry(lambda: storage.exists("file"))
     assert clock.now == pytest.approx(300)
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage(str(tmp_path), patience=60)
+    storage = Storage(str(tmp_path), retry_seconds=60)
     storage.append_line("log", "first")
     monkeypatch.setattr(Path, "open", Tearing(Path.open, after=3))
     storage.append_line("log", "second")  # torn once, and written again
     assert storage.read_bytes("log") == b"first\nsecond\n"
 
 
-def test_a_line_that_a_process_left_torn_does_not_spoil_the_next(tmp_path: Path) -> None:
+def test_a_line_after_an_incomplete_one_is_intact(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     storage.write_bytes("log", b"first\nsec")
     storage.append_line("log", "third")
@@ -143,7 +143,7 @@ def test_a_line_that_a_process_left_torn_does_not_spoil_the_next(tmp_path: Path)
         (404, "NoSuchBucket", False),
     ],
 )
-def test_what_an_object_store_answers_is_told_apart(
+def test_object_store_errors_are_transient_or_permanent(
     monkeypatch: pytest.MonkeyPatch, status: int, code: str, passes: bool
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -159,11 +159,9 @@ def test_what_an_object_store_answers_is_told_apart(
 # -- metrics and events ----------------------------------------------------------------------------------------------
 
 
-def test_metrics_that_cannot_be_written_are_kept_and_training_does_not_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_does_not_wait_for_metrics_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    storage = Storage(str(tmp_path), patience=300)
+    storage = Storage(str(tmp_path), retry_seconds=300)
     sink = JsonlSink(storage, RUN, clock)
     sink.rewind(0)
     sink(metrics_of(1))
@@ -182,21 +180,21 @@ def test_metrics_that_cannot_be_written_are_kept_and_training_does_not_wait(
     assert [m.step for m in read_metrics(storage, RUN)] == [1, 2, 3, 4, 5]
 
 
-def test_an_event_that_cannot_be_written_is_said_and_comes_with_the_next(
+def test_an_event_that_fails_is_printed_and_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = Storage(str(tmp_path))
     log = EventLog(storage, RUN)
-    log.emit("running", "8 workers")
+    log.emit(Notice(type="preparing", message="data and plan"))
     with full_disk(monkeypatch):
-        assert not log.emit("warning", "it is getting late", step=4)
+        assert not log.emit(Notice(type="moving", message="it is getting late"))
     assert "it is getting late" in capsys.readouterr().err
-    assert log.emit("succeeded", "done")
-    assert [event.type for event in read_events(storage, RUN)] == ["running", "warning", "succeeded"]
+    assert log.emit(Notice(type="succeeded", message="done"))
+    assert [event.type for event in read_events(storage, RUN)] == ["preparing", "moving", "succeeded"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_files_that_cannot_be_written_hold_up_no_training(
+def test_training_does_not_wait_for_tensorboard_files_that_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
@@ -302,7 +300,7 @@ def sound_steps(run: RunFolder) -> list[int]:
 @pytest.mark.parametrize(
     ("earlier", "keep"), [((), 2), ((10,), 2), ((10, 20), 2), ((10, 20), 1), ((10, 20, 60), 2)], ids=str
 )
-def test_a_crash_at_any_write_leaves_whole_checkpoints_and_the_one_before(
+def test_a_crash_at_any_write_keeps_earlier_checkpoints(
     tmp_path: Path, when: str, earlier: tuple[int, ...], keep: int
 ) -> None:
     """60 is of a course that was given up: the run was resumed from 20 and comes to 30."""
@@ -337,7 +335,7 @@ def test_a_crash_at_any_write_leaves_whole_checkpoints_and_the_one_before(
     [b"", b'{"checkpoints": [{"folder": "st', b"\0" * 300, b"[]", b'{"checkpoints": [{"step": 1}]}', None],
     ids=["empty", "torn", "zeros", "another", "fields", "gone"],
 )
-def test_without_a_sound_index_the_manifests_count(tmp_path: Path, damage: bytes | None) -> None:
+def test_without_an_index_the_manifests_count(tmp_path: Path, damage: bytes | None) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     for step in (10, 20):
         save_as_one_worker(run, step, "a")
@@ -355,7 +353,7 @@ def test_without_a_sound_index_the_manifests_count(tmp_path: Path, damage: bytes
     assert Checkpoints(run).read_index()[1] == ""
 
 
-def test_a_damaged_index_alone_is_never_taken_for_a_beginning(tmp_path: Path) -> None:
+def test_a_damaged_index_is_never_a_new_run(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     index = f"runs/{RUN}/checkpoints/index.json"
     run.storage.write_bytes(index, b"{")
@@ -363,9 +361,7 @@ def test_a_damaged_index_alone_is_never_taken_for_a_beginning(tmp_path: Path) ->
         resume(run, Alone(), "c", EventLog(run.storage, RUN))  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_checkpoint_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     save_as_one_worker(run, 10, "a")
 
@@ -448,7 +444,7 @@ def events_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
     return [event.model_dump() for event in read_events(run.storage, run.run_id) if event.type == kind]
 
 
-def test_a_save_that_fails_is_told_and_the_next_one_works(
+def test_a_failed_save_is_reported_and_the_next_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
@@ -475,7 +471,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_works(
     assert "after 1 failed save" in events_of(run, "checkpoint")[-1]["message"]
 
 
-def test_a_disk_so_full_that_not_even_the_event_fits_is_told_on_stderr_and_later(
+def test_a_full_disk_without_space_for_the_event_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
@@ -488,10 +484,8 @@ def test_a_disk_so_full_that_not_even_the_event_fits_is_told_on_stderr_and_later
     assert [told["step"] for told in events_of(run, "checkpoint_failed")] == [10]
 
 
-def test_a_storage_that_is_away_for_longer_than_anybody_waits_costs_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunFolder(Storage(str(tmp_path), patience=300), RUN)
+def test_a_storage_away_beyond_all_retries_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(Storage(str(tmp_path), retry_seconds=300), RUN)
     saver = checkpointer(run)
     save(saver, 5)
     with monkeypatch.context() as world:
@@ -500,12 +494,12 @@ def test_a_storage_that_is_away_for_longer_than_anybody_waits_costs_no_run(
             save(saver, 10)
         assert clock.now == pytest.approx(300)  # and not as long again for the event
     save(saver, 15)
-    assert "It was waited for 300 s" in events_of(run, "checkpoint_failed")[0]["message"]
+    assert "Gave up after 300 s" in events_of(run, "checkpoint_failed")[0]["message"]
     assert [entry.step for entry in Checkpoints(run).entries()] == [5, 15]
     assert folders(run) == ["step-000005", "step-000015"]
 
 
-def test_where_it_shall_stop_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_failure_stop_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     saver = checkpointer(run, on_failure="stop")
     save(saver, 5)
@@ -515,7 +509,7 @@ def test_where_it_shall_stop_it_stops(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(events_of(run, "checkpoint_failed")) == 1
 
 
-def test_long_without_a_checkpoint_is_said_louder_each_time_it_has_doubled(
+def test_missing_checkpoints_are_reported_each_time_they_double(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
@@ -529,9 +523,7 @@ def test_long_without_a_checkpoint_is_said_louder_each_time_it_has_doubled(
     assert "15 steps are lost" in alarms[0]["message"]
 
 
-def test_when_another_workers_part_fails_the_first_does_not_wait_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_worker_does_not_wait_for_failed_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "PART_TIMEOUT_SECONDS", 1e9)
     run = RunFolder(Storage(str(tmp_path)), RUN)
     meeting = Meeting(2)
@@ -560,9 +552,7 @@ def test_when_another_workers_part_fails_the_first_does_not_wait_for_it(
 
 
 @pytest.mark.parametrize("gets_on", [True, False])
-def test_the_watchdog_hears_of_a_save_only_as_long_as_it_gets_on(
-    monkeypatch: pytest.MonkeyPatch, gets_on: bool
-) -> None:
+def test_a_save_beats_only_while_it_makes_progress(monkeypatch: pytest.MonkeyPatch, gets_on: bool) -> None:
     monkeypatch.setattr(waiting, "_STUCK_SECONDS", 10.0)
     monkeypatch.setattr(waiting, "_POLL_SECONDS", 0.0)
     clock, beats = [0.0], []
@@ -586,9 +576,7 @@ def test_the_watchdog_hears_of_a_save_only_as_long_as_it_gets_on(
     assert max(beats) >= 39.0 if gets_on else max(beats) <= 11.0
 
 
-def test_a_save_whose_end_is_unknown_is_not_deleted_if_it_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_of_unknown_outcome_is_kept_if_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server may do what was asked and its answer be lost."""
     run = RunFolder(Storage(str(tmp_path)), RUN)
     saver = checkpointer(run)
@@ -606,9 +594,7 @@ def test_a_save_whose_end_is_unknown_is_not_deleted_if_it_counts(
     assert Checkpoints(run).manifest(entry).step == 5
 
 
-def test_old_checkpoints_that_cannot_be_deleted_cost_no_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_undeletable_old_checkpoints_do_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     saver = checkpointer(run, keep=1)
     save(saver, 5)
@@ -626,7 +612,7 @@ def test_old_checkpoints_that_cannot_be_deleted_cost_no_new_one(
     assert folders(run) == ["step-000015"]
 
 
-def test_a_checkpoint_counts_only_once_the_metrics_of_its_steps_are_on_storage(tmp_path: Path) -> None:
+def test_a_checkpoint_needs_the_metrics_of_its_steps(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
 
     def refuse() -> None:
@@ -638,7 +624,7 @@ def test_a_checkpoint_counts_only_once_the_metrics_of_its_steps_are_on_storage(t
 
 
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
-def test_a_run_that_another_driver_has_taken_over_commits_nothing(tmp_path: Path, on_failure: str) -> None:
+def test_a_replaced_driver_commits_no_checkpoint(tmp_path: Path, on_failure: str) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     ours = [True]
     saver = checkpointer(run, on_failure=on_failure, still_ours=lambda: ours[0])
@@ -652,9 +638,7 @@ def test_a_run_that_another_driver_has_taken_over_commits_nothing(tmp_path: Path
     assert events_of(run, "checkpoint_failed") == []  # the other driver's log now
 
 
-def test_best_weights_that_cannot_be_written_leave_the_best_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_best_weights_leave_the_previous_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
         is_adapter = True
 
@@ -722,10 +706,8 @@ def write_by_two(storage: Storage) -> dict[int, Exception]:
     return raised
 
 
-def test_a_model_of_which_one_file_breaks_is_written_anew_by_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"), patience=60)
+def test_all_workers_rewrite_a_model_after_one_file_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"), retry_seconds=60)
     assert write_by_two(whole) == {}
     real, breaks = Storage.writing, itertools.count()
 
@@ -744,9 +726,9 @@ def test_a_model_of_which_one_file_breaks_is_written_anew_by_all(
     assert len(written) == 7  # four of weights, two to a file; index, digests, config
 
 
-def test_when_one_worker_cannot_write_a_model_all_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_workers_raise_the_error_of_one_model_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with full_disk(monkeypatch, only="00004-of"):
-        raised = write_by_two(Storage(str(tmp_path), patience=60))
+        raised = write_by_two(Storage(str(tmp_path), retry_seconds=60))
     assert str(raised[0]) == str(raised[1])
     assert "worker 1: " in str(raised[0]) and "No space left" in str(raised[0])
     assert not (tmp_path / "model/config.json").exists()
@@ -801,7 +783,7 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_outlives_a_full_disk(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
+def test_a_run_survives_a_full_disk(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
     run = prepared_run(world, "full", 2, **REAL, storage=small_disk / "storage")
     with Running(run) as running:
         running.until(lambda: len(Checkpoints(run).entries()) >= 2)
@@ -820,9 +802,7 @@ def test_a_run_outlives_a_full_disk(world: Path, undisturbed: RunFolder, small_d
 
 
 @pytest.mark.slow
-def test_a_run_that_shall_stop_at_a_full_disk_says_so_and_can_go_on(
-    world: Path, undisturbed: RunFolder, small_disk: Path
-) -> None:
+def test_on_failure_stop_at_a_full_disk_can_resume(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
     stop = {"checkpoint.on_failure": "stop"}
     run = prepared_run(world, "stopped", 2, **REAL, **stop, storage=small_disk / "storage")
     with Running(run) as running:
@@ -837,7 +817,7 @@ def test_a_run_that_shall_stop_at_a_full_disk_says_so_and_can_go_on(
 
 
 @pytest.mark.slow
-def test_a_run_outlives_an_object_store_that_is_away(
+def test_a_run_survives_an_object_store_that_is_away(
     world: Path, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with object_store(monkeypatch) as (server, gate, uri):
@@ -845,7 +825,7 @@ def test_a_run_outlives_an_object_store_that_is_away(
         with Running(run) as running:
             running.until(lambda: len(Checkpoints(run).entries()) >= 1)
             gate.close()  # nobody answers: connections are refused, those under way break
-            running.until(lambda: running.said("Waiting up to 300 s"))
+            running.until(lambda: running.said("Retrying for up to 300 s"))
             gate.open()
             running.until(lambda: running.said("answers again"))
             newest = Checkpoints(run).newest_step()
@@ -976,7 +956,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(ft_service.storage.storage, "time", self)
+        monkeypatch.setattr(ft_service.storage.retry, "time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -992,7 +972,7 @@ class Clock:
 
 def away_for(calls: int, error: OSError, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """The first so many calls to the file system fail."""
-    monkeypatch.setattr(ft_service.storage.storage, "_FIRST_PAUSE_SECONDS", 0.01 if calls < 10 else 0.5)
+    monkeypatch.setattr(ft_service.storage.retry, "_FIRST_PAUSE_SECONDS", 0.01 if calls < 10 else 0.5)
     left = [calls]
     real = storage._fs
 

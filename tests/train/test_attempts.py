@@ -10,14 +10,15 @@ import pytest
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, TrainingError
 from ft_service.plan.plan import RunPlan
+from ft_service.runs.events import EventLog, TrainingStarted, WorkerPlace, read_events
 from ft_service.runs.folder import Request, RunFolder
 from ft_service.runs.lease import Lease
-from ft_service.runs.metrics import EventLog, JsonlSink, StepMetrics, read_events
+from ft_service.runs.metrics import JsonlSink, StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
-from ft_service.train.worker_group import NoRoom, TrainingDied
+from ft_service.train.worker_group import DeathReason, NoRoom, TrainingDied
 
 DIGEST = "d" * 64
 
@@ -34,16 +35,16 @@ def complete(run: RunFolder) -> None:
     run.storage.write_json(f"{run.path}/outcome.json", {"training_digest": DIGEST})
 
 
-def die(cause: str) -> Callable[[RunFolder], None]:
+def die(exception: str) -> Callable[[RunFolder], None]:
     def end(run: RunFolder) -> None:
-        raise TrainingDied(f"worker 1 failed: {cause}", cause)
+        raise TrainingDied(f"worker 1 failed: {exception}", DeathReason("worker", exception))
 
     return end
 
 
 def be_asked(kind: str) -> Callable[[RunFolder], None]:
     def end(run: RunFolder) -> None:
-        run.ask(Request(kind=kind, reason="somebody asks"))  # type: ignore[arg-type]
+        run.write_request(Request(kind=kind, reason="somebody asks"))  # type: ignore[arg-type]
 
     return end
 
@@ -106,9 +107,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
                 log = JsonlSink(run.storage, run.run_id)
                 log.rewind(0)
                 log(measured(self._played.step))
-                workers = [{"host": "h", "pid": rank, "node": "n"} for rank in range(plan.spec.parallel.most_workers)]
-                EventLog(run.storage, run.run_id).emit("training", "", step=0, workers=workers)
-                run.enter("running")
+                ranks = range(plan.spec.parallel.most_workers)
+                workers = [WorkerPlace(host="h", pid=rank, node="n") for rank in ranks]
+                EventLog(run.storage, run.run_id).emit(TrainingStarted(message="", step=0, workers=workers))
+                run.set_state("running")
 
         def wait(self, seconds: float) -> bool:
             self._played.end(found.run)
@@ -123,8 +125,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             found.ended.append("workers")
 
     monkeypatch.setattr(attempts_module, "WorkerGroup", Group)
-    monkeypatch.setattr(attempts_module, "free_slots", lambda needs: found.room)
-    monkeypatch.setattr(attempts_module, "ask_for_room", lambda needs, count: None)
+    monkeypatch.setattr(attempts_module, "free_worker_slots", lambda needs: found.room)
+    monkeypatch.setattr(attempts_module, "request_resources", lambda needs, count: None)
     monkeypatch.setattr(attempts_module, "draining_nodes", set)
     monkeypatch.setattr(attempts_module, "disconnect", lambda: found.ended.append("Ray"))
     monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
@@ -138,19 +140,19 @@ def measured(step: int) -> StepMetrics:
     return StepMetrics(step=step, tokens=1, loss_tokens=1, **figures)  # type: ignore[arg-type]
 
 
-def test_deaths_at_different_steps_are_recovered_from(world: World) -> None:
+def test_a_run_recovers_from_deaths_at_different_steps(world: World) -> None:
     world.script = [Played(10, die("A")), Played(12, die("A")), Played(12, die("B")), Played(20, complete)]
     assert world.train(max_failures=3).training_digest == DIGEST
     assert world.events() == ["recovering"] * 3
 
 
-def test_the_same_death_at_the_same_step_twice_is_not_tried_a_third_time(world: World) -> None:
+def test_the_same_death_twice_at_one_step_ends_the_run(world: World) -> None:
     world.script = [Played(10, die("A")), Played(12, die("OutOfMemoryError")), Played(12, die("OutOfMemoryError"))]
-    with pytest.raises(TrainingError, match=r"died twice after step 12 in the same way.*micro_batch_size"):
+    with pytest.raises(TrainingError, match=r"died twice after step 12 for the same reason.*micro_batch_size"):
         world.train(max_failures=9)
 
 
-def test_two_deaths_before_the_first_step_are_not_tried_a_third_time(world: World) -> None:
+def test_the_same_death_twice_before_the_first_step_ends_the_run(world: World) -> None:
     world.script = [Played(10, die("A")), Played(None, die("A")), Played(None, die("A"))]
     with pytest.raises(TrainingError, match="died twice before its first step"):
         world.train(max_failures=9)
@@ -164,7 +166,7 @@ def test_no_more_restarts_than_the_budget(world: World, budget: int) -> None:
     assert world.script == []
 
 
-def test_an_error_of_ours_is_not_tried_again(world: World) -> None:
+def test_a_training_error_is_not_retried(world: World) -> None:
     def refuse(run: RunFolder) -> None:
         raise TrainingError("step 3: the loss is nan.")
 
@@ -174,16 +176,14 @@ def test_an_error_of_ours_is_not_tried_again(world: World) -> None:
     assert len(world.script) == 1
 
 
-def test_a_stop_ends_the_run_and_a_move_goes_on_without_counting_as_a_failure(world: World) -> None:
+def test_a_stop_ends_the_run_and_a_move_continues_it(world: World) -> None:
     world.script = [Played(5, be_asked("move")), Played(9, be_asked("move")), Played(12, be_asked("stop"))]
     with pytest.raises(RunStopped, match=r"somebody asks.*ft resume r"):
         world.train(max_failures=0)
     assert world.events() == ["leaving", "moving", "leaving", "moving", "stopping"]
 
 
-def test_a_stop_is_heard_while_workers_leave_to_move_and_their_checkpoint_is_waited_for(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_during_a_move_waits_for_the_checkpoint(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts_module, "_REQUEST_SECONDS", 0.0)
     looks = 0
 
@@ -191,10 +191,10 @@ def test_a_stop_is_heard_while_workers_leave_to_move_and_their_checkpoint_is_wai
         nonlocal looks
         looks += 1
         if looks == 1:
-            run.ask(Request(kind="move", reason="a node goes"))
+            run.write_request(Request(kind="move", reason="a node goes"))
         elif looks == 2:
-            run.enter("checkpointing")  # the first worker saves what it leaves with
-            run.ask(Request(kind="stop", reason="somebody asks"))
+            run.set_state("checkpointing")  # the first worker saves what it leaves with
+            run.write_request(Request(kind="stop", reason="somebody asks"))
 
     world.script = [Played(5, be_moved_then_stopped)]
     with pytest.raises(RunStopped, match="somebody asks"):
@@ -202,7 +202,7 @@ def test_a_stop_is_heard_while_workers_leave_to_move_and_their_checkpoint_is_wai
     assert looks == 3 and world.events() == ["leaving", "stopping"]
 
 
-def test_when_there_is_no_room_any_more_workers_are_counted_again_and_it_is_no_failure(world: World) -> None:
+def test_no_room_means_another_choice_and_not_a_failure(world: World) -> None:
     def no_room(run: RunFolder) -> None:
         world.room = 2
         raise NoRoom("timed out")
@@ -212,63 +212,63 @@ def test_when_there_is_no_room_any_more_workers_are_counted_again_and_it_is_no_f
     assert world.counts == [8, 2] and "recovering" not in world.events()
 
 
-def test_a_move_never_takes_the_place_of_a_stop(world: World) -> None:
+def test_a_move_never_replaces_a_stop(world: World) -> None:
     run = world.run
-    run.ask(Request(kind="stop", reason="a person", now=True))
-    run.ask(Request(kind="move", reason="a node goes"))
+    run.write_request(Request(kind="stop", reason="a person", now=True))
+    run.write_request(Request(kind="move", reason="a node goes"))
     asked = run.request()
     assert asked is not None and (asked.kind, asked.now) == ("stop", True)
-    run.forget_requests("move")
+    run.delete_requests("move")
     assert run.request() == asked
 
 
-def test_workers_that_die_while_a_stop_is_under_way_are_not_started_again(world: World) -> None:
+def test_workers_that_die_during_a_stop_stay_dead(world: World) -> None:
     def asked_and_dead(run: RunFolder) -> None:
         if run.request() is None:
-            run.ask(Request(kind="stop", reason="somebody asks"))
+            run.write_request(Request(kind="stop", reason="somebody asks"))
         else:
-            raise TrainingDied("worker 0 failed: killed", "A")
+            raise TrainingDied("worker 0 failed: killed", DeathReason("worker", "A"))
 
     world.script = [Played(5, asked_and_dead)]
     with pytest.raises(RunStopped):
         world.train()
 
 
-def test_a_stop_that_came_between_two_attempts_is_heard(world: World) -> None:
+def test_a_stop_between_two_attempts_is_obeyed(world: World) -> None:
     def die_and_be_stopped(run: RunFolder) -> None:
-        run.ask(Request(kind="stop", reason="somebody asks"))
-        raise TrainingDied("worker 1 failed", "A")
+        run.write_request(Request(kind="stop", reason="somebody asks"))
+        raise TrainingDied("worker 1 failed", DeathReason("worker", "A"))
 
     world.script = [Played(5, die_and_be_stopped)]
     with pytest.raises(RunStopped, match="somebody asks"):
         world.train()
 
 
-def test_a_run_that_was_trained_and_never_published_needs_no_workers(world: World) -> None:
+def test_a_trained_but_unpublished_run_needs_no_workers(world: World) -> None:
     complete(world.run)
     assert world.train().training_digest == DIGEST
 
 
-def test_workers_that_end_unasked_without_a_result_are_a_failure(world: World) -> None:
+def test_workers_that_exit_unasked_without_a_result_fail_the_run(world: World) -> None:
     world.script = [Played(5, leave)]
     with pytest.raises(TrainingError, match="without a result"):
         world.train()
 
 
 @pytest.mark.parametrize(("room", "count"), [(8, 8), (9, 8), (7, 4), (4, 4), (3, 2), (0, 2)])
-def test_of_a_range_as_many_as_find_room_that_divide_the_batch(world: World, room: int, count: int) -> None:
+def test_a_range_uses_the_most_workers_that_fit(world: World, room: int, count: int) -> None:
     world.room, world.script = room, [Played(5, complete)]
     world.train(num_workers={"min": 2, "max": 8})
     assert world.counts == [count]
 
 
-def test_another_driver_that_has_taken_over_is_left_alone(world: World) -> None:
+def test_a_replaced_driver_leaves_the_run(world: World) -> None:
     def be_taken_over(run: RunFolder) -> None:
         run.storage.write_json(
             f"{run.path}/lease.json",
             {"token": "t", "host": "h", "machine": "m", "pid": 1, "time": "2100-01-01T00:00:00Z"},
         )
-        run.ask(Request(kind="move", reason="so that the driver looks once more"))
+        run.write_request(Request(kind="move", reason="so that the driver looks once more"))
 
     world.script = [Played(5, be_taken_over)]
     with pytest.raises(RunStopped, match="Another driver has taken over"):
@@ -276,7 +276,7 @@ def test_another_driver_that_has_taken_over_is_left_alone(world: World) -> None:
     assert world.ended == ["workers", "Ray"]
 
 
-def test_whatever_goes_wrong_in_the_driver_its_workers_end_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_driver_ends_its_workers_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> set[str]:
         raise RuntimeError("Ray knows nothing of its nodes")
 

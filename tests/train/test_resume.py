@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
+from ft_service.runs.metrics import StepMetrics, read_metrics
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.worlds import kill_when, prepared_run, start, work, write_world
 

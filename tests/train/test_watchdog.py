@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
+from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import read_events, read_metrics
+from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
-from ft_service.train.watchdog import HANG_EXIT_CODE, LAST_WORDS_SECONDS, Silence, stacks_folder, suspects
+from ft_service.train.watchdog import (
+    HANG_EXIT_CODE,
+    SAVE_STACKS_SECONDS,
+    SecondsWithoutBeat,
+    ranks_without_stacks,
+    stacks_folder,
+)
 from tests.forked import Workers
 from tests.train.watchdog_cases import run_watched
 from tests.worlds import prepared_run, start, write_world
@@ -23,29 +30,29 @@ slow = pytest.mark.slow
 # -- what counts as silence ------------------------------------------------------------------------------------------
 
 
-def test_silence_grows_without_beats_and_ends_with_one() -> None:
-    silence = Silence(tick_seconds=1.0)
-    assert [silence.at(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
-    assert silence.at(103.0, beats=8) == 0.0
-    assert silence.at(104.0, beats=8) == 1.0
+def test_seconds_without_a_beat_grow_until_the_next_beat() -> None:
+    silence = SecondsWithoutBeat(tick_seconds=1.0)
+    assert [silence.update(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
+    assert silence.update(103.0, beats=8) == 0.0
+    assert silence.update(104.0, beats=8) == 1.0
 
 
-def test_time_in_which_the_process_stood_still_is_not_silence() -> None:
-    silence = Silence(tick_seconds=1.0)
-    silence.at(0.0, beats=1)
-    assert silence.at(3600.0, beats=1) <= 2.0
-    assert silence.at(3601.0, beats=1) <= 3.0
+def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
+    silence = SecondsWithoutBeat(tick_seconds=1.0)
+    silence.update(0.0, beats=1)
+    assert silence.update(3600.0, beats=1) <= 2.0
+    assert silence.update(3601.0, beats=1) <= 3.0
 
 
-def test_suspects_are_the_ones_without_stacks_when_others_have_some(tmp_path: Path) -> None:
+def test_suspect_ranks_are_those_without_stacks(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "r")
-    assert suspects(run, "first", 3) == []  # nobody noticed a hang
+    assert ranks_without_stacks(run, "first", 3) == []  # nobody noticed a hang
     for rank in (0, 2):
         run.storage.write_bytes(f"{stacks_folder(run, 'first')}/rank-{rank:05}.txt", b"")
-    assert suspects(run, "first", 3) == [1]
-    assert suspects(run, "second", 3) == []
+    assert ranks_without_stacks(run, "first", 3) == [1]
+    assert ranks_without_stacks(run, "second", 3) == []
     run.storage.write_bytes(f"{stacks_folder(run, 'first')}/rank-00001.txt", b"")
-    assert suspects(run, "first", 3) == []
+    assert ranks_without_stacks(run, "first", 3) == []
 
 
 # -- one process -----------------------------------------------------------------------------------------------------
@@ -68,11 +75,11 @@ START_SECONDS = 60.0
 
 
 @slow
-def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_path: Path) -> None:
+def test_a_hung_process_saves_stacks_and_an_event_and_exits(tmp_path: Path) -> None:
     done, seconds = hang("waits_for_ever", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + START_SECONDS
     report = (tmp_path / "runs/r/stacks/first/rank-00000.txt").read_text()
-    assert "Worker 0 of 1 has not got on for 2 seconds (in step 12, micro-batch 3 of 4)" in report
+    assert "Worker 0 of 1 made no progress for 2 seconds (in step 12, micro-batch 3 of 4)" in report
     assert "Thread MainThread" in report and "in waits_for_ever" in report
     assert report in done.printed
     (event,) = read_events(Storage(str(tmp_path)), "r")
@@ -82,14 +89,14 @@ def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_pat
 
 
 @slow
-def test_a_process_that_is_slow_but_gets_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_slow_process_that_makes_progress_continues(tmp_path: Path) -> None:
     done, seconds = hang("is_slow", tmp_path, 2)
     assert done.returncode == 0, done.printed
     assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
 
 
 @slow
-def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path: Path) -> None:
+def test_a_process_stopped_beyond_the_timeout_continues_afterwards(tmp_path: Path) -> None:
     timeout = 3
     workers = start_case("is_suspended", tmp_path, timeout)
     wait(lambda: "now\n" in workers.printed, START_SECONDS, workers)
@@ -101,40 +108,40 @@ def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path
 
 
 @slow
-def test_a_storage_that_hangs_too_costs_the_file_and_not_the_end(tmp_path: Path) -> None:
+def test_a_process_exits_even_if_storage_hangs(tmp_path: Path) -> None:
     done, seconds = hang("storage_hangs", tmp_path, 2)
-    assert done.returncode == HANG_EXIT_CODE and seconds < 2 + LAST_WORDS_SECONDS + START_SECONDS
+    assert done.returncode == HANG_EXIT_CODE and seconds < 2 + SAVE_STACKS_SECONDS + START_SECONDS
     assert "in storage_hangs" in done.printed
 
 
 @slow
-def test_code_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path: Path) -> None:
+def test_a_process_that_holds_the_gil_exits(tmp_path: Path) -> None:
     done, _ = hang("keeps_the_interpreter", tmp_path, 1)
     assert done.returncode not in (0, HANG_EXIT_CODE)
     assert "in keeps_the_interpreter" in done.printed
 
 
 @slow
-def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
+def test_process_group_timeouts_are_longer_than_the_watchdogs(tmp_path: Path) -> None:
     done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
     assert done.returncode == 0, done.printed
     timeouts = next(line for line in done.printed.splitlines() if line.startswith("timeouts")).split()[1:]
     assert len(timeouts) > 1  # DeepSpeed's own, too
-    assert all(float(seconds) > 100_000 + LAST_WORDS_SECONDS for seconds in timeouts)
+    assert all(float(seconds) > 100_000 + SAVE_STACKS_SECONDS for seconds in timeouts)
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------
 
 
 @slow
-def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: Path) -> None:
+def test_a_missing_collective_makes_both_workers_save_stacks(tmp_path: Path) -> None:
     done, _ = hang("skips_a_collective", tmp_path, 4, world_size=2)
     assert done.returncode == HANG_EXIT_CODE
     first, second = ((tmp_path / f"runs/r/stacks/first/rank-0000{rank}.txt").read_text() for rank in (0, 1))
     assert "in step 3, micro-batch 1 of 1" in first and "in all_reduce" in first
     assert "in step 3, validating" in second and "store.wait" in second
     run = RunFolder(Storage(str(tmp_path)), "r")
-    assert suspects(run, "first", 2) == []
+    assert ranks_without_stacks(run, "first", 2) == []
     assert {event.type for event in read_events(run.storage, "r")} == {"hang"}
 
 
@@ -176,9 +183,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @slow
 @pytest.mark.parametrize("hung", [0, 1])
-def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_is_suspect(
-    world: Path, hung: int
-) -> None:
+def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
     timeout, alive = 10, 1 - hung
     run, workers, pids = training(world, f"stopped-{hung}", timeout, steps=100_000)
     try:
@@ -193,13 +198,13 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
     assert event["rank"] == alive and f"Worker {alive} of 2" in event["message"]
     assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 1
     folder = run.storage.folders(f"{run.path}/stacks")
-    assert suspects(run, folder[0], 2) == [hung]
+    assert ranks_without_stacks(run, folder[0], 2) == [hung]
     report = run.storage.read_bytes(f"{event['stacks']}/rank-0000{alive}.txt").decode()
     assert "loop.py" in report and "Thread MainThread" in report
 
 
 @slow
-def test_workers_that_were_all_stopped_for_a_while_go_on(world: Path) -> None:
+def test_workers_that_were_all_stopped_continue(world: Path) -> None:
     timeout, steps = 5, 60
     run, workers, pids = training(world, "suspended", timeout, steps)
     for pid in pids:

@@ -2,11 +2,17 @@
 
 import sys
 import time
-from typing import Any
 
-from ft_service.runs.metrics import EventLog
+from ft_service.runs.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointsKeepFailing,
+    Event,
+    EventLog,
+    OldCheckpointsLeft,
+)
 from ft_service.spec.schema import CheckpointSpec
-from ft_service.text import format_duration
+from ft_service.text import counted, format_duration
 
 ALARMING_FAILURES = 3
 """A warning says how many steps are at risk after so many failed saves in a row, and whenever their number doubles."""
@@ -24,11 +30,12 @@ class SaveReport:
         self._failures_in_a_row = 0
 
     def saved(self, step: int) -> None:
-        before = f", after {self._failures_in_a_row} failed saves" if self._failures_in_a_row else ""
+        failures = self._failures_in_a_row
+        before = f", after {counted(failures, 'failed save')}" if failures else ""
         self._newest_step = step
         self._newest_at = time.monotonic()
         self._failures_in_a_row = 0
-        self._events.emit("checkpoint", f"Saved the checkpoint of step {step}{before}.", step=step)
+        self._events.emit(CheckpointSaved(message=f"Saved the checkpoint of step {step}{before}.", step=step))
 
     def failed(self, step: int, problem: str, ranks: list[int]) -> None:
         self._failures_in_a_row += 1
@@ -37,8 +44,8 @@ class SaveReport:
         )
         continues = self._settings.on_failure == "continue"
         outlook = " Training continues, and the next save tries again." if continues else ""
-        data = {"step": step, "workers": ranks, "newest_step": self._newest_step}
-        self._emit("checkpoint_failed", f"{problem} {newest}{outlook}", data)
+        message = f"{problem} {newest}{outlook}"
+        self._emit(CheckpointFailed(message=message, step=step, workers=ranks, newest_step=self._newest_step))
         times, rest = divmod(self._failures_in_a_row, ALARMING_FAILURES)
         if rest == 0 and times & (times - 1) == 0:  # at 3, 6, 12, ...
             alarm = (
@@ -46,12 +53,20 @@ class SaveReport:
                 f"saves in a row failed. {newest} If a worker dies now, {step - self._newest_step} steps are lost. "
                 "Fix the storage while the run is training: the next save then works again."
             )
-            self._emit("no_checkpoint", alarm, data | {"failures": self._failures_in_a_row})
+            self._emit(
+                CheckpointsKeepFailing(
+                    message=alarm,
+                    step=step,
+                    workers=ranks,
+                    newest_step=self._newest_step,
+                    failures=self._failures_in_a_row,
+                )
+            )
 
     def not_deleted(self, error: Exception) -> None:
         message = f"Old checkpoints could not be deleted: {error} The next save tries again."
-        self._emit("checkpoints_left", message, {"step": self._newest_step})
+        self._emit(OldCheckpointsLeft(message=message, step=self._newest_step))
 
-    def _emit(self, kind: str, message: str, data: dict[str, Any]) -> None:
-        if self._events.emit(kind, message, **data):  # an event that cannot be written is printed by `emit` itself
-            print(message, file=sys.stderr, flush=True)
+    def _emit(self, event: Event) -> None:
+        if self._events.emit(event):  # an event that cannot be written is printed by `emit` itself
+            print(event.message, file=sys.stderr, flush=True)

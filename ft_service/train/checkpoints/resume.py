@@ -6,8 +6,8 @@ import torch
 
 from ft_service.errors import FtError, TrainingError, UnreachableError
 from ft_service.model.shards import Span
+from ft_service.runs.events import CheckpointDamaged, EventLog
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints.manifest import (
     FP32_BYTES,
@@ -36,7 +36,7 @@ def resume(run: RunFolder, parallel: Parallel, training_digest: str, events: Eve
         if manifest is None:
             if parallel.is_rank_zero:
                 message = f"Checkpoint {entry.folder} is damaged and was skipped: {problem}"
-                events.emit("checkpoint_damaged", message, step=entry.step)
+                events.emit(CheckpointDamaged(message=message, step=entry.step))
             continue
         if manifest.training_digest != training_digest:
             raise TrainingError(
@@ -56,7 +56,7 @@ def _list(checkpoints: Checkpoints, parallel: Parallel, events: EventLog) -> lis
     entries, problem = parallel.broadcast_from_rank_zero(checkpoints.read_index() if parallel.is_rank_zero else None)
     if problem and parallel.is_rank_zero:
         message = f"{problem} Using the {len(entries)} checkpoints whose manifests were found."
-        events.emit("checkpoint_damaged", message, step=entries[-1].step)
+        events.emit(CheckpointDamaged(message=message, step=entries[-1].step))
     return entries
 
 

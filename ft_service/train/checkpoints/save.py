@@ -14,8 +14,8 @@ import torch
 from ft_service.errors import FtError, StorageError, TrainingError, UnreachableError
 from ft_service.model.shards import Span
 from ft_service.model.writer import DTYPE_NAMES, FileLayout, TensorFormat, WeightWriter
+from ft_service.runs.events import EventLog
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import EventLog
 from ft_service.spec.schema import CheckpointSpec
 from ft_service.train.checkpoints.manifest import FP32_BYTES, Checkpoints, Manifest, Part, SavedShard
 from ft_service.train.checkpoints.report import SaveReport
@@ -78,7 +78,7 @@ class Checkpointer:
         self._flush = flush
         self._still_ours = still_ours
         # Training waits while a failure is reported, and the storage may be what failed: do not retry for long.
-        no_retry = RunFolder(run.storage.without_patience(), run.run_id)
+        no_retry = RunFolder(run.storage.without_retries(), run.run_id)
         self._checkpoints_no_retry = Checkpoints(no_retry)
         newest_step = self._checkpoints.newest_step() if parallel.is_rank_zero else 0
         self._report = SaveReport(EventLog(no_retry.storage, run.run_id), settings, newest_step)
@@ -201,7 +201,7 @@ class Checkpointer:
                     self._tensors_written += 1
             return writer.digests[file.name]
 
-        sha256 = storage.patiently(write_tensors)  # a broken stream cannot be continued: a retry starts over
+        sha256 = storage.retry(write_tensors)  # a broken stream cannot be continued: a retry starts over
         at = len(file.header)
         shards = {}
         for name, span in snapshot.spans.items():

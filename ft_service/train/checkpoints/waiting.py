@@ -4,12 +4,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from ft_service.storage.storage import RUN_PATIENCE_SECONDS
+from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.train.parallel import Parallel
 
 PART_TIMEOUT_SECONDS = 1800.0
 """How long rank 0 waits for the parts of the other ranks."""
-_STUCK_SECONDS = RUN_PATIENCE_SECONDS + PART_TIMEOUT_SECONDS
+_STUCK_SECONDS = RUN_RETRY_SECONDS + PART_TIMEOUT_SECONDS
 """A thread that waits for storage, or for another rank's part, makes progress within this time or fails."""
 _POLL_SECONDS = 0.2
 

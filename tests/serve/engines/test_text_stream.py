@@ -36,14 +36,14 @@ def test_no_piece_holds_half_a_character(tokenizer):
     assert [piece for piece in pieces if piece] == list(SENTENCE)
 
 
-def test_bytes_that_are_no_text_are_told_as_they_are_when_decoded_at_once(tokenizer):
+def test_invalid_bytes_decode_as_in_one_piece(tokenizer):
     ids = ids_of(tokenizer, SENTENCE)[1::2] + ids_of(tokenizer, "fox")
     text = "".join(pieces_of(tokenizer, ids))
     assert "\N{REPLACEMENT CHARACTER}" in text
     assert text == tokenizer.decode(ids)
 
 
-def test_half_a_character_at_the_end_is_left_out(tokenizer):
+def test_an_incomplete_last_character_is_left_out(tokenizer):
     assert "".join(pieces_of(tokenizer, ids_of(tokenizer, "fox 東")[:-1])) == "fox "
 
 
@@ -62,7 +62,7 @@ def test_special_tokens_are_not_text(tokenizer):
         (("the",), ""),
     ],
 )
-def test_the_text_ends_before_the_first_stop_string_and_none_of_it_is_sent(tokenizer, stop, expected):
+def test_text_ends_before_the_first_stop_string(tokenizer, stop, expected):
     ids = ids_of(tokenizer, "the quick brown fox")
     by_character = [token_id for character in "the quick brown fox" for token_id in ids_of(tokenizer, character)]
     assert "".join(pieces_of(tokenizer, ids, stop)) == expected

@@ -98,7 +98,7 @@ def test_a_chat_answer_has_every_field_the_stock_client_reads(tmp_path):
     assert reply["usage"] == {"prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4}
 
 
-def test_a_streamed_chat_opens_with_the_role_and_ends_with_reason_usage_and_done(tmp_path):
+def test_a_streamed_chat_has_role_reason_usage_and_done(tmp_path):
     body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
     response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/chat/completions", body)
     *events, last = events_of(response)
@@ -117,7 +117,7 @@ def test_a_streamed_chat_opens_with_the_role_and_ends_with_reason_usage_and_done
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
 
 
-def test_a_stream_tells_usage_only_when_asked(tmp_path):
+def test_a_stream_has_usage_only_on_request(tmp_path):
     response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/completions", {**COMPLETION, "stream": True})
     assert all("usage" not in event for event in events_of(response))
     assert "".join(event["choices"][0]["text"] for event in events_of(response)) == "Hello"
@@ -141,13 +141,13 @@ def test_parameters_reach_the_engine(tmp_path):
     assert (request.stop, request.max_tokens) == (("a", "b"), 9)
 
 
-def test_a_temperature_of_zero_is_not_taken_for_a_missing_one(tmp_path):
+def test_temperature_zero_is_not_the_default(tmp_path):
     engine = ScriptedEngine(*HELLO)
     call(engine, tmp_path, "/v1/completions", {**COMPLETION, "temperature": 0, "top_p": 0})
     assert (engine.requests[0].temperature, engine.requests[0].top_p) == (0.0, 0.0)
 
 
-def test_without_max_tokens_chat_fills_the_context_and_a_completion_takes_sixteen(tmp_path):
+def test_default_max_tokens_of_chat_and_completion(tmp_path):
     engine = ScriptedEngine(*HELLO)
     call(engine, tmp_path, "/v1/chat/completions", CHAT)
     call(engine, tmp_path, "/v1/completions", COMPLETION)
@@ -162,7 +162,7 @@ def test_null_means_the_default_as_clients_send_it(tmp_path):
     assert call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **nulls}).status_code == 200
 
 
-def test_an_answer_may_be_sent_back_as_the_client_printed_it(tmp_path):
+def test_a_printed_answer_may_be_sent_back(tmp_path):
     engine = ScriptedEngine(*HELLO)
     earlier = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "annotations": []}
     parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
@@ -193,7 +193,7 @@ def test_an_answer_may_be_sent_back_as_the_client_printed_it(tmp_path):
         ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "context_length_exceeded"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, changes, param, code):
+def test_unsupported_chat_parameters_are_rejected_by_name(tmp_path, changes, param, code):
     engine = ScriptedEngine(*HELLO)
     response = call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **changes})
     error = response.json()["error"]
@@ -214,7 +214,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, changes, param, co
         ({"prompt": [5] * CONTEXT}, "prompt"),
     ],
 )
-def test_a_completion_that_cannot_be_honoured_is_refused_by_name(tmp_path, changes, param):
+def test_unsupported_completion_parameters_are_rejected_by_name(tmp_path, changes, param):
     response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/completions", {**COMPLETION, **changes})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
@@ -227,7 +227,7 @@ def test_an_unknown_model_is_a_404_and_never_the_base(tmp_path, model):
     assert engine.requests == []
 
 
-def test_chat_with_a_base_that_has_no_chat_tokens_is_refused_and_completions_work(tmp_path):
+def test_a_base_without_chat_tokens_rejects_only_chat(tmp_path):
     engine = ScriptedEngine(*HELLO)
     engine.tokenizer = _without_chat_tokens(engine)
     response = call(engine, tmp_path, "/v1/chat/completions", CHAT)
@@ -244,20 +244,20 @@ def _without_chat_tokens(engine: ScriptedEngine):
 
 
 @pytest.mark.parametrize(("path", "status"), [("/v1/nothing", 404), ("/", 404), ("/v1/chat/completions", 405)])
-def test_errors_of_the_routing_have_openais_shape_too(tmp_path, path, status):
+def test_routing_errors_have_openais_shape(tmp_path, path, status):
     response = call(ScriptedEngine(), tmp_path, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_body_that_is_no_json_is_told_where(tmp_path):
+def test_invalid_json_is_reported_with_its_position(tmp_path):
     response = call(ScriptedEngine(), tmp_path, "/v1/completions", raw=b'{"model": "tiny",')
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "The body is not JSON (at character 17)."
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_before_the_first_token_has_a_status_of_its_own_and_is_not_to_be_retried(tmp_path, stream):
+def test_a_failure_before_the_first_token_sets_the_status(tmp_path, stream):
     engine = ScriptedEngine(failure=ServingError("adapter = 'a': adapter_model.safetensors is damaged."))
     response = call(engine, tmp_path, "/v1/completions", {**COMPLETION, "stream": stream})
     assert response.status_code == 500
@@ -265,7 +265,7 @@ def test_a_failure_before_the_first_token_has_a_status_of_its_own_and_is_not_to_
     assert response.headers["x-should-retry"] == "false"
 
 
-def test_a_failure_in_mid_stream_is_told_and_the_stream_is_not_called_done(tmp_path):
+def test_a_failure_in_mid_stream_ends_without_done(tmp_path):
     engine = ScriptedEngine(HELLO[0], failure=RuntimeError("CUDA out of memory at 0xsecret"))
     response = call(engine, tmp_path, "/v1/completions", {**COMPLETION, "stream": True})
     assert events_of(response)[-1]["error"]["code"] == "internal_error"
@@ -304,7 +304,7 @@ def test_the_key_opens_every_route_and_health_needs_none(tmp_path):
     assert call(ScriptedEngine(), tmp_path, "/v1/health", api_key="s3cret").json() == {"status": "ok", "model": "tiny"}
 
 
-def test_a_server_without_a_key_answers_its_own_machine_alone(tmp_path):
+def test_a_server_without_a_key_answers_only_its_own_machine(tmp_path):
     for client, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 401)):
         assert call(ScriptedEngine(), tmp_path, "/v1/models", client=client).status_code == status
     assert call(ScriptedEngine(), tmp_path, "/v1/health", client="192.0.2.7").status_code == 200
