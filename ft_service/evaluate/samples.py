@@ -26,8 +26,10 @@ _TURN = re.compile(f"{re.escape(HEADER_START)}(.*?){re.escape(HEADER_END)}\n\n(.
 def write_samples(storage_root: str, run_id: str, adapter_id: str) -> None:
     """Answer prompts of the run's validation data (or training data) greedily; write the run's samples.json."""
     storage = Storage(storage_root)
-    run, registry = RunFolder(storage, run_id), Registry(storage)
-    plan, record = run.plan(), registry.resolve(adapter_id)
+    run = RunFolder(storage, run_id)
+    registry = Registry(storage)
+    plan = run.plan()
+    record = registry.resolve(adapter_id)
     tokenizer = load_tokenizer(resolve_base(plan.spec.model.base, plan.spec.model.revision))
     questions = list(_questions(open_dataset(storage, plan.dataset.digest), plan.spec.report.samples))
     prompts = [prompt for prompt, _ in questions]
@@ -51,7 +53,8 @@ def _questions(dataset: PreparedDataset, count: int) -> Iterator[tuple[list[int]
         row = rows[index]
         ends = np.cumsum(row.document_lengths)
         for start, end in zip(ends - row.document_lengths, ends, strict=True):
-            ids, mask = row.input_ids[start:end], row.loss_mask[start:end].astype(bool)
+            ids = row.input_ids[start:end]
+            mask = row.loss_mask[start:end].astype(bool)
             first = int(np.argmax(mask))
             if count == 0:
                 return

@@ -35,7 +35,8 @@ class TrainableModel:
 
         `base_folder` has the base's config and tokenizer, `weight_files` its weights.
         """
-        spec, method = plan.spec, plan.spec.method
+        spec = plan.spec
+        method = spec.method
         self._base_folder = base_folder
         self.causal_lm: LlamaForCausalLM = load_causal_lm(
             weight_files,

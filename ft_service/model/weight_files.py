@@ -144,7 +144,8 @@ class WeightFiles:
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.file_names:
-            size, header_bytes = self._size(file), self._headers[file][1]
+            size = self._size(file)
+            header_bytes = self._headers[file][1]
             digest.update(f"{file} {size} ".encode() + self._bytes(file, 0, header_bytes))
             for start in (header_bytes, max(header_bytes, size - _SAMPLE_BYTES)):
                 digest.update(self._bytes(file, start, min(size, start + _SAMPLE_BYTES)))

@@ -1,6 +1,6 @@
-"""Packed rows to micro-batches: flattened, unpadded, with the positions whose next token is trained.
+"""Packed rows to micro-batches: flattened, without padding, with the positions whose next token is a loss token.
 
-Legend: T tokens of all documents of a micro-batch, N of them with a trained next token.
+Legend: T tokens of all documents of a micro-batch, N positions whose next token is a loss token.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,7 +15,7 @@ from ft_service.data.order import step_rows
 
 
 class PackedRow(Protocol):
-    """One packed sequence: token ids [T], which of them are loss tokens [T], and the lengths of its documents."""
+    """One packed sequence: token ids [T], a mask of its loss tokens [T], and the lengths of its documents."""
 
     @property
     def input_ids(self) -> np.ndarray: ...
@@ -34,17 +34,17 @@ class PackedRows(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one worker sees."""
+    """The input of one forward pass on one rank."""
 
     input_ids: torch.Tensor
     """int64 [1, T]"""
     position_ids: torch.Tensor
-    """int64 [1, T]; restarts at 0 with every document"""
+    """int64 [1, T]; starts at 0 in every document"""
     document_lengths: list[int]
     document_offsets: torch.Tensor
     """int32 [documents + 1]: running sum of the lengths, from 0"""
     target_positions: torch.Tensor
-    """int64 [N]: where in T the hidden states are that predict a loss token"""
+    """int64 [N]: positions in T whose hidden states predict a loss token"""
     targets: torch.Tensor
     """int64 [N]: those loss tokens"""
 
@@ -58,7 +58,7 @@ class MicroBatch:
 
 
 def loss_positions(row: PackedRow) -> np.ndarray:
-    """Positions [N] of the loss tokens that are predicted, in the row; the first token of a document never is."""
+    """Positions [N] of the row's loss tokens. The first token of a document is never one: nothing predicts it."""
     mask = row.loss_mask.astype(bool)
     starts = np.cumsum(row.document_lengths)[:-1]
     mask[0] = False
@@ -67,7 +67,7 @@ def loss_positions(row: PackedRow) -> np.ndarray:
 
 
 def collate(rows: Sequence[PackedRow]) -> MicroBatch:
-    """Lay rows end to end; documents stay apart through their lengths, so no padding is needed."""
+    """Concatenate rows. Attention separates documents by their lengths, so no padding is needed."""
     lengths = np.concatenate([row.document_lengths for row in rows])
     ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     row_starts = np.cumsum([0, *(len(row.input_ids) for row in rows[:-1])])
@@ -86,23 +86,23 @@ def collate(rows: Sequence[PackedRow]) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """One worker's share of an optimizer step, and what the whole step holds over all workers."""
+    """One rank's share of an optimizer step, and the totals of the step over all ranks."""
 
     micro_batches: list[MicroBatch]
     rows: list[int]
-    """Numbers of this worker's rows, in order."""
+    """Indices of this rank's rows, in order."""
     all_rows: list[int]
-    """Numbers of the rows of all workers."""
+    """Indices of the rows of all ranks."""
     global_loss_tokens: int
     global_tokens: int
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run, as a function of the step alone; each worker can count any step without asking the others.
+    """The batches of a run, as a function of the step alone: each rank computes any step without communication.
 
-    Row k of a step belongs to micro-step k // (world size x micro-batch), so the rows of a step, and their order within
-    a micro-step, are the same for every number of workers.
+    Row k of a step belongs to micro-step k // (world size x micro-batch size). So the rows of a step, and their order
+    within a micro-step, are the same for every number of ranks.
     """
 
     rows: PackedRows
@@ -113,41 +113,41 @@ class Batches:
     world_size: int
 
     def step(self, step: int) -> Step:
-        """The step after `step` completed ones."""
+        """The batch of the step that follows `step` completed steps."""
         return self._split(step_rows(self.seed, step, self.global_batch_size, len(self.rows)).tolist())
 
     def in_order(self) -> Iterator[Step]:
-        """Every row once, in order, for validation; the last step may be smaller."""
+        """Every row once, in order, for validation. The last step may be smaller."""
         size = self.micro_batch_size * self.world_size
         for start in range(0, len(self.rows), size):
             yield self._split(list(range(start, min(start + size, len(self.rows)))))
 
-    def _split(self, numbers: list[int]) -> Step:
+    def _split(self, indices: list[int]) -> Step:
         stride = self.micro_batch_size * self.world_size
         first = self.rank * self.micro_batch_size
         shares = [
-            range(start + first, min(start + first + self.micro_batch_size, len(numbers)))
-            for start in range(0, len(numbers), stride)
+            range(start + first, min(start + first + self.micro_batch_size, len(indices)))
+            for start in range(0, len(indices), stride)
         ]
-        chosen = [self.rows[number] for number in numbers]
+        chosen = [self.rows[index] for index in indices]
         return Step(
-            # A worker without a row of its own repeats another's with nothing to predict: collectives need all workers.
+            # A rank without a row of its own runs another row without loss tokens: collectives need every rank.
             micro_batches=[
-                collate([chosen[i] for i in share]) if share else _silent(collate(chosen[:1])) for share in shares
+                collate([chosen[i] for i in share]) if share else _without_loss(collate(chosen[:1])) for share in shares
             ],
-            rows=[numbers[i] for share in shares for i in share],
-            all_rows=numbers,
+            rows=[indices[i] for share in shares for i in share],
+            all_rows=indices,
             global_loss_tokens=sum(len(loss_positions(row)) for row in chosen),
             global_tokens=sum(len(row.input_ids) for row in chosen),
         )
 
 
-def _silent(batch: MicroBatch) -> MicroBatch:
+def _without_loss(batch: MicroBatch) -> MicroBatch:
     return replace(batch, target_positions=batch.target_positions[:0], targets=batch.targets[:0])
 
 
 def prefetched(make: Callable[[int], Step], start: int, stop: int) -> Generator[Step, None, None]:
-    """`make(start)` ... `make(stop - 1)`, each prepared in a thread while the one before is trained on."""
+    """Yield `make(start)` ... `make(stop - 1)`; a thread prepares each while the caller uses the previous one."""
     if start >= stop:
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:

@@ -178,7 +178,8 @@ class Parallel:
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     def _config(self) -> dict[str, Any]:
-        plan, parallel = self.plan, self.plan.spec.parallel
+        plan = self.plan
+        parallel = plan.spec.parallel
         # DeepSpeed allocates the whole bucket once and keeps it: 1 GiB by default, far more than an adapter needs.
         bucket = min(MOST_BUCKET_ELEMENTS, plan.trainable_parameters)
         zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket}

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
+"""The learning rate as a function of the step alone: a resumed run needs no scheduler state."""
 
 import math
 from typing import Literal
@@ -13,10 +13,10 @@ def learning_rate(
     schedule: Literal["cosine", "linear", "constant"],
     min_ratio: float = 0.0,
 ) -> float:
-    """Rate of the update after `step` completed ones.
+    """Learning rate of the update that follows `step` completed updates.
 
-    Rises linearly over `warmup_steps` (the first update already moves: peak / warmup_steps), then falls to
-    `min_ratio` x peak at the last step: cosine as in Loshchilov & Hutter 2017 (arXiv:1608.03983), without restarts.
+    Rises linearly over `warmup_steps` (the first update uses peak / warmup_steps, not 0), then falls to `min_ratio` x
+    peak at the last step: cosine as in Loshchilov & Hutter 2017 (arXiv:1608.03983), without restarts.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -85,7 +85,8 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
                     unequal.append(f"{name} (gathered)")
         elif not same_bits(parameter, whole):
             unequal.append(name)
-    theirs, ours = dict(stock.named_buffers()), dict(model.named_buffers())
+    theirs = dict(stock.named_buffers())
+    ours = dict(model.named_buffers())
     unequal += [name for name in theirs if not same_bits(ours[name], theirs[name])]
     held = [
         tensor.nbytes

@@ -43,7 +43,8 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     take(0)
     start = everything(parallel)
     take(1)
-    healthy, norm = everything(parallel), parallel.grad_norm()
+    healthy = everything(parallel)
+    norm = parallel.grad_norm()
 
     # The last worker's gradient of one element of one parameter, in its second micro-batch only.
     passes = []

@@ -69,11 +69,13 @@ def results(base: Path, exports: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def stock_loss(model: torch.nn.Module) -> float:
-    """Loss per loss token over all documents, by stock software: a forward pass a document, its own logits."""
+    """Loss per loss token over all documents, with stock software: one forward pass per document."""
     model.eval()
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for ids, mask in documents():
-        tokens, predicted = torch.from_numpy(ids).long(), torch.from_numpy(mask[1:])
+        tokens = torch.from_numpy(ids).long()
+        predicted = torch.from_numpy(mask[1:])
         logits = model(input_ids=tokens[None]).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits[predicted], tokens[1:][predicted], reduction="sum"))
         count += int(predicted.sum())
@@ -101,7 +103,8 @@ def test_stock_peft_finds_the_loss_of_the_run_in_every_variant(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_trains_alike_with_its_base_whole_and_partitioned(results: dict[str, Any], variant: str) -> None:
-    whole, partitioned = results[f"{variant}-zero2"], results[f"{variant}-zero3"]
+    whole = results[f"{variant}-zero2"]
+    partitioned = results[f"{variant}-zero3"]
     assert partitioned["losses"] == pytest.approx(whole["losses"], abs=TOLERANCE)
     assert partitioned["validation_losses"] == pytest.approx(whole["validation_losses"], abs=TOLERANCE)
 
@@ -157,7 +160,8 @@ def test_dropout_is_on_in_training_and_off_in_validation(results: dict[str, Any]
 
 @pytest.mark.parametrize(("kind", "stage"), OFFLOADED)
 def test_offloading_to_the_cpu_changes_no_curve(results: dict[str, Any], kind: str, stage: int) -> None:
-    expected, found = results[f"{kind}-zero{stage}"], results[f"{kind}-zero{stage}-offloaded"]
+    expected = results[f"{kind}-zero{stage}"]
+    found = results[f"{kind}-zero{stage}-offloaded"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
     assert found["validation_losses"] == pytest.approx(expected["validation_losses"], abs=TOLERANCE)
     assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-2)
@@ -191,7 +195,8 @@ def test_offloading_to_nvme_changes_no_curve(tmp_path: Path) -> None:
         }
     results = run_cases(run_case, cases, 2)
     for kind in ("lora", "full"):
-        expected, found = results[kind], results[f"{kind}-offloaded"]
+        expected = results[kind]
+        found = results[f"{kind}-offloaded"]
         assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
         assert found["validation_losses"] == pytest.approx(expected["validation_losses"], abs=TOLERANCE)
         swapped = [file for file in (tmp_path / f"drive-{kind}").rglob("*") if file.is_file()]
@@ -249,7 +254,8 @@ def test_a_full_run_is_published_without_a_second_copy_and_only_once(world: Path
     work(run)
     record = publish(run)
     assert publish(run) == record
-    weights, published = world / "storage" / run.path / run.outcome().weights, Registry(run.storage).folder(record)
+    weights = world / "storage" / run.path / run.outcome().weights
+    published = Registry(run.storage).folder(record)
     assert record.kind == "model" and published.parent.name == "models"
     names = {file.name for file in published.glob("*.safetensors")}
     assert len(names) == 2  # one of each worker

@@ -15,7 +15,9 @@ from tests.train.training_cases import DOCUMENTS_PER_ROW, documents, fixed_rows,
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-3
-FULL, LORA, QLORA = {"type": "full"}, {"type": "lora", "lora_rank": 4}, {"type": "qlora", "lora_rank": 4}
+FULL = {"type": "full"}
+LORA = {"type": "lora", "lora_rank": 4}
+QLORA = {"type": "qlora", "lora_rank": 4}
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +118,17 @@ def plain_pytorch_losses(base: Path, learning_rates: list[float]) -> tuple[list[
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1.0
     )
-    docs, losses = documents(), []
+    docs = documents()
+    losses = []
     rows = len(docs) // DOCUMENTS_PER_ROW
 
     def loss_of(chosen: list[int]) -> torch.Tensor:
-        total, count = torch.zeros(()), 0
+        total = torch.zeros(())
+        count = 0
         for document in chosen:
             ids, mask = docs[document]
-            tokens, predicted = torch.from_numpy(ids).long(), torch.from_numpy(mask[1:])
+            tokens = torch.from_numpy(ids).long()
+            predicted = torch.from_numpy(mask[1:])
             logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
             total = total + torch.nn.functional.cross_entropy(logits[predicted], tokens[1:][predicted], reduction="sum")
             count += int(predicted.sum())

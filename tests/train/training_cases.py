@@ -235,7 +235,8 @@ def frozen_facts(base: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dic
         whole = packed(original)
         start = torch.distributed.get_rank() * len(here) if partitioned else 0
         expected = whole[start : start + len(here)]
-        ours, theirs = parameter.quant_state, original.quant_state
+        ours = parameter.quant_state
+        theirs = original.quant_state
         facts[name] = {
             "bytes_here": len(here),
             "bytes_whole": len(whole),

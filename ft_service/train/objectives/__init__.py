@@ -1,1 +1,1 @@
-"""What a step minimises."""
+"""The losses that training minimises."""

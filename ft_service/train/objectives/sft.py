@@ -1,8 +1,8 @@
-"""Cross entropy summed over loss tokens, without ever holding all logits.
+"""Cross entropy summed over loss tokens, without holding all logits at once.
 
 At a vocabulary of 128,256, the fp32 logits of 8,192 tokens take 4.2 GB, and autograd keeps three such tensors. Here the
-head runs on the positions that are trained, and on a chunk of them at a time; the gradient of a chunk is formed while
-its logits exist, so nothing of the vocabulary's width outlives the chunk (the idea of Liger's fused linear cross
+head runs only on positions whose next token is a loss token, one chunk at a time. The gradient of a chunk is computed
+while its logits exist, so no tensor of the vocabulary's width outlives its chunk (as in Liger's fused linear cross
 entropy, arXiv:2410.10989).
 
 Legend: N positions whose next token is a loss token, D model width, V vocabulary.
@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 
 from ft_service.train.batches import MicroBatch
 
-# Bytes of one chunk of fp32 logits: large enough to keep a GPU busy, small beside the activations of a layer; on a CPU
-# about what its caches hold.
+# Bytes of one chunk of fp32 logits. On a GPU: large enough to keep it busy, small compared with the activations of a
+# layer. On a CPU: about the size of its caches.
 _CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 16 * 1024 * 1024}
 
 
@@ -26,15 +26,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # With p = softmax(h W^T) and y one-hot:  d loss / dh = (p - y) W,  d loss / dW = (p - y)^T h.
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
         chunk_rows = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             grad_rows = None if grad_hidden is None else grad_hidden[rows]
-            loss_sum += _chunk(hidden[rows], weight, targets[rows], grad_rows, grad_weight)
+            loss_sum += _chunk_loss(hidden[rows], weight, targets[rows], grad_rows, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss_sum
@@ -50,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunk(
+def _chunk_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -59,7 +59,7 @@ def _chunk(
 ) -> torch.Tensor:
     """Loss sum of a chunk; writes `grad_hidden` and adds to `grad_weight`.
 
-    A function of its own, so that nothing of the vocabulary's width is alive when the next chunk begins.
+    A separate function, so that its tensors of the vocabulary's width are freed before the next chunk.
     """
     log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
     picked = targets.unsqueeze(1)
@@ -87,11 +87,11 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 
 
 class LossHead(nn.Linear):
-    """A language-model head that turns hidden states into a loss, so that ZeRO-3 gathers its weight around the call."""
+    """A language-model head whose forward returns the loss. As a module, so that ZeRO-3 gathers its weight for it."""
 
     @classmethod
-    def sharing(cls, head: nn.Linear) -> "LossHead":
-        """A head with the very parameter of `head` (which may be tied to the embeddings, or partitioned)."""
+    def with_weight_of(cls, head: nn.Linear) -> "LossHead":
+        """A head with the same parameter object as `head`, which may be tied to the embeddings, or partitioned."""
         with torch.device("meta"):
             shared = cls(head.in_features, head.out_features, bias=False)
         shared.weight = head.weight
@@ -102,14 +102,14 @@ class LossHead(nn.Linear):
 
 
 class LossModel(nn.Module):
-    """What DeepSpeed trains: a causal language model whose forward is the loss sum of one micro-batch."""
+    """The module that DeepSpeed trains: its forward returns the loss sum of one micro-batch."""
 
     def __init__(self, model: nn.Module, causal_lm: LlamaForCausalLM) -> None:
-        """`model` is `causal_lm` itself, or a peft model around it (only then do their parameter names differ)."""
+        """`model` is `causal_lm` itself, or the peft model that wraps it."""
         super().__init__()
         self.model = model
-        causal_lm.lm_head = LossHead.sharing(causal_lm.lm_head)
-        self._causal_lm = (causal_lm,)  # in a tuple, so that its parameters are not registered a second time
+        causal_lm.lm_head = LossHead.with_weight_of(causal_lm.lm_head)
+        self._causal_lm = (causal_lm,)  # in a tuple, so that its parameters are not registered twice
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Loss sum, in nats, over the micro-batch's loss tokens: an fp32 scalar."""
