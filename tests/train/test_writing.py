@@ -218,7 +218,7 @@ def test_the_folder_is_a_whole_checkpoint_with_a_file_of_each_worker(written: An
     folder, workers = written[case]
     checkpoint = WeightFiles(folder)
     checkpoint.check()
-    assert len(checkpoint.weight_files) == len(workers) == case[0]
+    assert len(checkpoint.file_names) == len(workers) == case[0]
     index = json.loads((folder / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(entry.nbytes for entry in checkpoint.tensors.values())
     assert ("lm_head.weight" in checkpoint.tensors) == case[1].endswith("untied")  # a tied head is stored once
