@@ -94,7 +94,7 @@ def test_a_large_model_goes_to_several_files(base: Path, published: Any, tmp_pat
     write_merged(WeightFiles(base), registry.folder(record), base, tmp_path / "out", max_file_bytes=limit)
     checkpoint = WeightFiles(tmp_path / "out")
     checkpoint.check()
-    sizes = [sum(e.nbytes for e in checkpoint.tensors.values() if e.file == file) for file in checkpoint.weight_files]
+    sizes = [sum(e.nbytes for e in checkpoint.tensors.values() if e.file == file) for file in checkpoint.file_names]
     assert len(sizes) > 2 and max(sizes) <= limit
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
