@@ -8,6 +8,9 @@ import importlib
 
 from deepspeed.accelerator import get_accelerator
 
+from ft_service.train.parallel import prepare_process
+
+prepare_process(use_gpu=False)
 for _module in (
     "ft_service.train.worker",
     "tests.model.loading_cases",
