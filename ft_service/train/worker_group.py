@@ -157,7 +157,10 @@ def _work(config: _CONFIG) -> None:
     from ft_service.model.light_imports import light_imports
 
     with light_imports(four_bit=config["method"] == "qlora"):
+        from ft_service.train.parallel import import_deepspeed
         from ft_service.train.worker import run_worker
+
+        import_deepspeed(os.environ["DS_ACCELERATOR"] == "cuda")
 
     # Metrics go to storage, not to ray.train.report, which would log those of every worker and keep none.
     run_worker(config["storage"], config["run_id"], config["driver"], this_node_id())
