@@ -1,4 +1,4 @@
-"""A run's folder on storage: what is written there, and when a run counts as complete.
+"""A run's folder on storage: its files, and the state of a run.
 
 <storage>/runs/<run id>/   spec.yaml  gate.json  plan.json  dataset.json  status.json  events.jsonl
                            metrics.jsonl  data.html  data/{judgement.json,findings.jsonl,quarantine.jsonl}
@@ -106,7 +106,7 @@ class RunFolder:
         self.path = f"runs/{run_id}"
 
     def status(self) -> RunStatus | None:
-        """The run's state; None before the run began. It is `failed` when the driver is gone before the run ended."""
+        """The run's state; None before it began. It is `failed` if the driver is gone and the run has not ended."""
         found = self._read("status.json")
         if found is None:
             return None

@@ -27,7 +27,7 @@ _SURELY_EXPIRED = 10
 
 
 class Lease:
-    """Held while the block lasts.
+    """A driver's lease on a run, held while the block lasts.
 
     Entering raises `UsageError` when another driver is alive. It can take `LEASE_SECONDS` to find out.
     """
