@@ -69,7 +69,7 @@ class LeaseHolder(_File):
     pid: int
     time: datetime
 
-    def is_silent(self, seconds: float = LEASE_SECONDS) -> bool:
+    def is_expired(self, seconds: float = LEASE_SECONDS) -> bool:
         """Whether the lease was not renewed for `seconds`, comparing the clocks of both machines."""
         return datetime.now(UTC) - self.time > timedelta(seconds=seconds)
 
@@ -114,7 +114,7 @@ class RunFolder:
         if status.state in ENDED:
             return status
         holder = self.lease_holder()
-        if holder is not None and not holder.is_silent():
+        if holder is not None and not holder.is_expired():
             return status
         driver = "it has no driver"
         if holder is not None:

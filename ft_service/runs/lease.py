@@ -69,7 +69,7 @@ class Lease:
 
     def _wait_for_previous_driver(self) -> None:
         first = self._run.lease_holder()
-        if first is None or first.is_silent(_SURELY_EXPIRED * LEASE_SECONDS) or _has_ended(first):
+        if first is None or first.is_expired(_SURELY_EXPIRED * LEASE_SECONDS) or _has_ended(first):
             return
         who = f"driver {first.pid} on {first.host}"
         self._log(f"Run {self._run.run_id} belongs to {who}. Waiting to see whether that driver is alive.")
