@@ -172,7 +172,7 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
     shape = models.shape_from_config(read_config(base))
     check_waivers(spec.data.waive)
 
-    def gate(judgement: Judgement, findings: Path) -> None:
+    def publish_findings(judgement: Judgement, findings: Path) -> None:
         folder.write_data_check(judgement.verdict, waivers(judgement, spec.data.waive))
         from ft_service.pages.data_report import render_data_report  # imports matplotlib
 
@@ -186,7 +186,7 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
         log(f"Data check: {judgement.verdict}, {folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
         enforce(judgement, spec.data.waive, f"{folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
 
-    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, log, map_on_cluster, gate)
+    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, log, map_on_cluster, publish_findings)
     resources = cluster_resources()
     if len(spec.worker_counts()) > 1:
         make_plan(spec, dataset.facts, shape, resources)

@@ -81,7 +81,8 @@ def complete(config: ServeConfig) -> ServeConfig:
     storage = Storage(config.storage)
     if storage.is_local and not storage.exists(""):
         raise UsageError(f"storage = {config.storage!r}: no such folder. Use the storage of your runs, or create it.")
-    base, revision = config.base, config.base_revision
+    base = config.base
+    revision = config.base_revision
     if not base:
         base, revision = only_base(Registry(storage))
     gpus = config.gpus_per_replica

@@ -1,4 +1,4 @@
-"""A run's folder on storage: what is written there, and when a run counts as complete.
+"""A run's folder on storage: its files, and the state of a run.
 
 <storage>/runs/<run id>/   spec.yaml  gate.json  plan.json  dataset.json  status.json  events.jsonl
                            metrics.jsonl  data.html  data/{judgement.json,findings.jsonl,quarantine.jsonl}
@@ -69,7 +69,7 @@ class LeaseHolder(_File):
     pid: int
     time: datetime
 
-    def is_silent(self, seconds: float = LEASE_SECONDS) -> bool:
+    def is_expired(self, seconds: float = LEASE_SECONDS) -> bool:
         """Whether the lease was not renewed for `seconds`, comparing the clocks of both machines."""
         return datetime.now(UTC) - self.time > timedelta(seconds=seconds)
 
@@ -106,7 +106,7 @@ class RunFolder:
         self.path = f"runs/{run_id}"
 
     def status(self) -> RunStatus | None:
-        """The run's state; None before the run began. It is `failed` when the driver is gone before the run ended."""
+        """The run's state; None before it began. It is `failed` if the driver is gone and the run has not ended."""
         found = self._read("status.json")
         if found is None:
             return None
@@ -114,7 +114,7 @@ class RunFolder:
         if status.state in ENDED:
             return status
         holder = self.lease_holder()
-        if holder is not None and not holder.is_silent():
+        if holder is not None and not holder.is_expired():
             return status
         driver = "it has no driver"
         if holder is not None:

@@ -27,7 +27,7 @@ def attempts(events: Iterable[Event]) -> list[Attempt]:
     for event in events:
         is_open = bool(found) and not found[-1].ended
         if isinstance(event, TrainingStarted):
-            if is_open:  # nobody was left to record why
+            if is_open:  # its driver could not record why
                 found[-1].ended = "The job's driver died."
             found.append(
                 Attempt(

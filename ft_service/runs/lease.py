@@ -27,7 +27,7 @@ _SURELY_EXPIRED = 10
 
 
 class Lease:
-    """Held while the block lasts.
+    """A driver's lease on a run, held while the block lasts.
 
     Entering raises `UsageError` when another driver is alive. It can take `LEASE_SECONDS` to find out.
     """
@@ -69,7 +69,7 @@ class Lease:
 
     def _wait_for_previous_driver(self) -> None:
         first = self._run.lease_holder()
-        if first is None or first.is_silent(_SURELY_EXPIRED * LEASE_SECONDS) or _has_ended(first):
+        if first is None or first.is_expired(_SURELY_EXPIRED * LEASE_SECONDS) or _has_ended(first):
             return
         who = f"driver {first.pid} on {first.host}"
         self._log(f"Run {self._run.run_id} belongs to {who}. Waiting to see whether that driver is alive.")

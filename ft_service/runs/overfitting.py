@@ -1,4 +1,4 @@
-"""Overfitting: when validation loss turns up while training loss goes on falling."""
+"""Overfitting: validation loss rises while training loss keeps falling."""
 
 import math
 import statistics

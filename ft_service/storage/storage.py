@@ -135,8 +135,8 @@ class Storage:
         """A local folder with the content of `path`: the folder itself, or a download of it.
 
         A download is kept under `cache` (default ``~/.cache/ft_service``). Use this only for content-addressed folders,
-        which never become stale. Do not cache both a folder and one inside it: the cached inner folder would be taken
-        for the whole outer one.
+        which never become stale. Do not cache both a folder and one inside it: the cached inner folder would pass
+        for the complete outer one.
         """
         if self.is_local:
             return Path(self._full(path))

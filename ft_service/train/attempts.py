@@ -82,7 +82,7 @@ class Attempts:
         self._checked_at: dict[str, float] = {}
 
     def train(self) -> RunPlan:
-        """Returns the plan of the last attempt. Raises `RunStopped`, or `TrainingError` when training cannot go on."""
+        """Returns the plan of the last attempt. Raises `RunStopped`, or `TrainingError` if the run cannot continue."""
         try:
             if len(self._worker_counts) > 1:
                 request_resources(self._worker_resources, self._worker_counts[0])
@@ -124,7 +124,7 @@ class Attempts:
                 return plan
             if self._pending_request is None:
                 raise TrainingError(
-                    f"run {self._run.run_id}: its workers exited without a result, and nothing had asked them to leave."
+                    f"run {self._run.run_id}: its workers exited without a result and without a request to leave."
                 )
             message = f"{self._pending_request.reason}. Continuing from step {self._newest_step()}."
             self._report(Notice(type="moving", message=message))

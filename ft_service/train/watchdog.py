@@ -85,8 +85,8 @@ class Watchdog:
     # -- the watching thread ---------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        silence = SecondsWithoutBeat(self._tick)
-        while silence.update(time.monotonic(), self._beats) < self._timeout:
+        counter = SecondsWithoutBeat(self._tick)
+        while counter.update(time.monotonic(), self._beats) < self._timeout:
             # To stderr, which is a file under Ray: writing there is quick and does not need the interpreter.
             faulthandler.dump_traceback_later(_BACKSTOP_TIMEOUTS * self._timeout, exit=True, file=_STDERR)
             if self._stopped.wait(self._tick):

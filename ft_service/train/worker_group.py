@@ -28,7 +28,7 @@ _CONTROLLER = "TrainController"
 _CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 _MAY_PASS = (StorageError, ModelUnreachableError)
-"""Errors of ours that may not happen again in the next attempt."""
+"""Errors of this project that may not happen again in the next attempt."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ RAY_FAILED = DeathReason("ray")
 
 
 class TrainingDied(TrainingError):
-    """Workers ended without an error of ours: killed, out of memory, a lost node, an exception in a library."""
+    """Workers ended without an `FtError`: killed, out of memory, a lost node, an exception in a library."""
 
     def __init__(self, message: str, reason: DeathReason) -> None:
         super().__init__(message, reason)
@@ -170,13 +170,13 @@ def _as_ft_error(error: ray.train.TrainingFailedError) -> FtError:
     """The first worker's own `FtError`; for anything else a `TrainingDied`."""
     failures = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
-    ours = [cause for cause in causes if isinstance(cause, FtError) and not isinstance(cause, _MAY_PASS)]
-    if ours:
-        return ours[0]
+    project_errors = [cause for cause in causes if isinstance(cause, FtError) and not isinstance(cause, _MAY_PASS)]
+    if project_errors:
+        return project_errors[0]
     if not failures:
         return TrainingDied(f"Ray could not run the workers: {error}", RAY_FAILED)
     rank, failure = next(iter(failures.items()))
     print("".join(traceback.format_exception(failure)), file=sys.stderr)
-    # One line for the message; the whole text of Ray's error, which may fill a screen, is in the log.
+    # The full text of Ray's error may fill a screen: it goes to the log, and its first line into the message.
     reason = DeathReason("worker", type(causes[0]).__name__)
     return TrainingDied(f"worker {rank} failed: {error_line(causes[0])}", reason)

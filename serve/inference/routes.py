@@ -180,7 +180,7 @@ class _Chat:
     """Replies of /v1/chat/completions."""
 
     id_prefix = "chatcmpl"
-    whole = "chat.completion"
+    reply = "chat.completion"
     event = "chat.completion.chunk"
 
     def choice(self, index: int, text: str, finish_reason: FinishReason | None) -> Choice:
@@ -197,7 +197,7 @@ class _Completion:
     """Replies of /v1/completions; an event has the same shape as a whole reply."""
 
     id_prefix = "cmpl"
-    whole = "text_completion"
+    reply = "text_completion"
     event = "text_completion"
 
     def choice(self, index: int, text: str, finish_reason: FinishReason | None) -> Choice:
@@ -221,7 +221,7 @@ async def _respond(
     pieces = _with_first(first, pieces)
     reply = Reply(
         id=f"{shape.id_prefix}-{uuid.uuid4().hex}",
-        object=shape.event if parameters.stream else shape.whole,  # type: ignore[arg-type]
+        object=shape.event if parameters.stream else shape.reply,  # type: ignore[arg-type]
         created=int(time.time()),
         model=translated.model.id,
         system_fingerprint=translated.model.system_fingerprint,

@@ -173,7 +173,7 @@ class CompletionChoice(Choice):
 
 
 class Reply(BaseModel):
-    """A whole answer, or one event of a streamed answer, as `object` says."""
+    """A complete answer, or one event of a streamed answer; `object` is the kind."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]

@@ -12,7 +12,7 @@ from ft_service.pages.run_report import RunContents, Sample, render_report, writ
 from ft_service.plan.facts import DatasetFacts
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import DatasetRef
-from ft_service.runs.events import Event, EventLog, Notice
+from ft_service.runs.events import Event, EventLog, Notice, TrainingStarted, WorkerPlace
 from ft_service.runs.folder import RunFolder, RunStatus
 from ft_service.runs.lease import Lease
 from ft_service.runs.metrics import JsonlSink, StepMetrics
@@ -244,6 +244,14 @@ def test_a_run_that_failed_before_its_plan_says_why(tmp_path: Path) -> None:
     assert "This run failed data/tickets.jsonl:17: no field 'output'." in text
     assert "No step was completed." in text
     assert "No plan was made." in text
+
+
+def test_events_show_their_data() -> None:
+    workers = [WorkerPlace(host="node-7", pid=31)]
+    event = TrainingStarted(time=START, message="Training from step 20.", step=20, repeated=3, workers=workers)
+    text = Page(render_report(a_run(events=[event]))).text
+    for part in ("training Training from step 20.", "step = 20", "repeated = 3", "node-7"):
+        assert part in text
 
 
 def test_the_report_is_made_of_the_files_of_the_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run lived through is told from its events."""
+"""The history of a run, from its events."""
 
 from ft_service.runs.events import CheckpointSaved, Event, Notice, Published, Recovering, TrainingStarted, WorkerPlace
 from ft_service.runs.history import attempts, wasted_steps

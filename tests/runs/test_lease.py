@@ -1,4 +1,4 @@
-"""One driver works on a run at a time, and whoever looks at a run whose driver is gone is told so."""
+"""Leases: one driver works on a run at a time, and a run without a live driver counts as failed."""
 
 import os
 import socket
@@ -44,25 +44,25 @@ def test_a_lease_is_held_while_the_block_lasts(run: RunFolder) -> None:
 
 def test_a_driver_that_renews_its_lease_keeps_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = held(run)
-    said: list[str] = []
+    logged: list[str] = []
 
     def beat(seconds: float) -> None:
-        held(run)  # the other driver's next sign of life
+        held(run)  # the other driver renews its lease
 
     monkeypatch.setattr(lease_module.time, "sleep", beat)
-    with pytest.raises(UsageError, match="ft stop run-1"), Lease(run, log=said.append):
+    with pytest.raises(UsageError, match="ft stop run-1"), Lease(run, log=logged.append):
         pass
-    assert "Waiting to see" in said[0]
+    assert "Waiting to see" in logged[0]
     left = run.lease_holder()
-    assert left is not None and left.token == first.token  # theirs still
+    assert left is not None and left.token == first.token  # still theirs
 
 
 def test_a_long_expired_lease_is_taken_over_at_once(run: RunFolder) -> None:
     held(run, ago=10 * LEASE_SECONDS + 1)
-    said: list[str] = []
-    with Lease(run, log=said.append) as lease:
+    logged: list[str] = []
+    with Lease(run, log=logged.append) as lease:
         assert holds_lease(run, lease.token)
-    assert said == []
+    assert logged == []
 
 
 @pytest.mark.parametrize("ago", [0.0, 2 * LEASE_SECONDS, -2 * LEASE_SECONDS])
@@ -79,10 +79,10 @@ def test_a_younger_lease_is_watched_whatever_the_clocks_show(
 
 def test_an_ended_process_of_this_machine_is_replaced_at_once(run: RunFolder) -> None:
     held(run, machine=lease_module._machine(), pid=ended_process())
-    said: list[str] = []
-    with Lease(run, log=said.append):
+    logged: list[str] = []
+    with Lease(run, log=logged.append):
         pass
-    assert said == []
+    assert logged == []
 
 
 def test_process_ids_are_compared_only_within_one_machine(run: RunFolder) -> None:
@@ -91,7 +91,7 @@ def test_process_ids_are_compared_only_within_one_machine(run: RunFolder) -> Non
 
 
 def test_of_two_simultaneous_drivers_the_last_writer_wins(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: held(run))  # the other one writes meanwhile
+    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: held(run))  # the other driver writes meanwhile
     with pytest.raises(UsageError, match="another driver started"), Lease(run, log=lambda text: None):
         pass
     left = run.lease_holder()
@@ -119,7 +119,7 @@ def test_a_replaced_driver_neither_writes_nor_deletes_the_lease(
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.01)
     with Lease(run, log=lambda text: None) as lease:
         held(run)
-        lease._thread.join(timeout=10)  # at its next beat it sees whose run it is
+        lease._thread.join(timeout=10)  # at its next renewal it sees the new holder
         assert not lease._thread.is_alive()
         assert not holds_lease(run, lease.token)
     left = run.lease_holder()

@@ -1,4 +1,4 @@
-"""Overfitting: found under noise, and never where the curves do not show it."""
+"""Overfitting: detected under noise, and never where the curves do not show it."""
 
 import math
 import random
@@ -36,21 +36,21 @@ def curves(training: Curve, validation: Curve, noise: float = 0.0, seed: int = 0
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_overfitting_is_found_under_noise(seed: int) -> None:
-    found = find_overfitting(curves(falling, turning_up, noise=0.004, seed=seed))
-    assert found is not None
-    assert found.best_step in (30, 40, 50)
+def test_overfitting_is_detected_under_noise(seed: int) -> None:
+    overfitting = find_overfitting(curves(falling, turning_up, noise=0.004, seed=seed))
+    assert overfitting is not None
+    assert overfitting.best_step in (30, 40, 50)
 
 
 def test_overfitting_is_described_with_a_fix() -> None:
-    found = find_overfitting(curves(falling, turning_up))
-    assert found is not None
-    assert (found.best_step, found.last_step) == (40, 100)
-    assert found.best_validation_loss == pytest.approx(1.5)
-    assert found.last_validation_loss == pytest.approx(1.68)
-    assert found.training_loss_at_last < found.training_loss_at_best
+    overfitting = find_overfitting(curves(falling, turning_up))
+    assert overfitting is not None
+    assert (overfitting.best_step, overfitting.last_step) == (40, 100)
+    assert overfitting.best_validation_loss == pytest.approx(1.5)
+    assert overfitting.last_validation_loss == pytest.approx(1.68)
+    assert overfitting.training_loss_at_last < overfitting.training_loss_at_best
     for part in ("step 40 (1.5000)", "rose to 1.6800 (+12.0%) by step 100", "train.epochs", "lora_rank", "varied data"):
-        assert part in found.message
+        assert part in overfitting.message
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,6 +89,6 @@ def test_too_few_validations_are_no_evidence(count: int) -> None:
 def test_a_nan_validation_is_ignored() -> None:
     metrics = curves(falling, turning_up)
     metrics[19] = metrics[19].model_copy(update={"validation_loss": math.nan})
-    found = find_overfitting(metrics)
-    assert found is not None
-    assert found.best_step == 40
+    overfitting = find_overfitting(metrics)
+    assert overfitting is not None
+    assert overfitting.best_step == 40

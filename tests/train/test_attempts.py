@@ -1,4 +1,4 @@
-"""When training is tried again, when not, and on how many workers; the workers here are played, storage is real."""
+"""When a run is tried again, when not, and on how many workers. Workers are scripted; storage is real."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ DIGEST = "d" * 64
 
 
 @dataclass
-class Played:
-    """One attempt: it trains to `step` (None: it never begins), and then does `end`."""
+class Scripted:
+    """One attempt: it trains to `step` (None: it never starts), and then calls `end`."""
 
     step: int | None
     end: Callable[[RunFolder], None]
@@ -42,9 +42,9 @@ def die(exception: str) -> Callable[[RunFolder], None]:
     return end
 
 
-def be_asked(kind: str) -> Callable[[RunFolder], None]:
+def request(kind: str) -> Callable[[RunFolder], None]:
     def end(run: RunFolder) -> None:
-        run.write_request(Request(kind=kind, reason="somebody asks"))  # type: ignore[arg-type]
+        run.write_request(Request(kind=kind, reason="a request"))  # type: ignore[arg-type]
 
     return end
 
@@ -64,17 +64,17 @@ class Plan:
 @dataclass
 class World:
     run: RunFolder
-    script: list[Played] = field(default_factory=list)
+    script: list[Scripted] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     room: int = 8
-    said: list[str] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
-    """What was ended by force, in this order."""
-    patient: Callable[[], bool] = lambda: False
+    """What the driver ended, in this order."""
+    is_saving: Callable[[], bool] = lambda: False
 
-    def train(self, patient: Callable[[], bool] = lambda: False, **parallel: Any) -> RunPlan:
-        """`patient` says that the workers have not left yet although they are asked to."""
-        self.patient = patient
+    def train(self, is_saving: Callable[[], bool] = lambda: False, **parallel: Any) -> RunPlan:
+        """`is_saving` returns whether the workers have not left yet, although they are asked to."""
+        self.is_saving = is_saving
         spec = RunSpec.model_validate(
             {
                 "name": "r",
@@ -89,8 +89,8 @@ class World:
             self.counts.append(count)
             return Plan(spec.with_workers(count))
 
-        with Lease(self.run, self.said.append) as lease, StopSignals() as signals:
-            return Attempts(spec, self.run, plan_for, lease, signals, self.said.append).train()
+        with Lease(self.run, self.logged.append) as lease, StopSignals() as signals:
+            return Attempts(spec, self.run, plan_for, lease, signals, self.logged.append).train()
 
     def events(self) -> list[str]:
         return [event.type for event in read_events(self.run.storage, self.run.run_id) if event.type != "training"]
@@ -102,22 +102,22 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     class Group:
         def __init__(self, plan: Any, run: RunFolder, driver: str) -> None:
-            self._played = found.script.pop(0)
-            if self._played.step is not None:
+            self._scripted = found.script.pop(0)
+            if self._scripted.step is not None:
                 log = JsonlSink(run.storage, run.run_id)
                 log.rewind(0)
-                log(measured(self._played.step))
+                log(measured(self._scripted.step))
                 ranks = range(plan.spec.parallel.most_workers)
                 workers = [WorkerPlace(host="h", pid=rank, node="n") for rank in ranks]
                 EventLog(run.storage, run.run_id).emit(TrainingStarted(message="", step=0, workers=workers))
                 run.set_state("running")
 
         def wait(self, seconds: float) -> bool:
-            self._played.end(found.run)
-            if found.patient():
+            self._scripted.end(found.run)
+            if found.is_saving():
                 return False
-            if found.run.request() is not None and self._played.end is not leave:
-                self._played = Played(None, leave)  # asked, it leaves by the next look
+            if found.run.request() is not None and self._scripted.end is not leave:
+                self._scripted = Scripted(None, leave)  # it leaves after a request
                 return False
             return True
 
@@ -141,26 +141,30 @@ def measured(step: int) -> StepMetrics:
 
 
 def test_a_run_recovers_from_deaths_at_different_steps(world: World) -> None:
-    world.script = [Played(10, die("A")), Played(12, die("A")), Played(12, die("B")), Played(20, complete)]
+    world.script = [Scripted(10, die("A")), Scripted(12, die("A")), Scripted(12, die("B")), Scripted(20, complete)]
     assert world.train(max_failures=3).training_digest == DIGEST
     assert world.events() == ["recovering"] * 3
 
 
 def test_the_same_death_twice_at_one_step_ends_the_run(world: World) -> None:
-    world.script = [Played(10, die("A")), Played(12, die("OutOfMemoryError")), Played(12, die("OutOfMemoryError"))]
+    world.script = [
+        Scripted(10, die("A")),
+        Scripted(12, die("OutOfMemoryError")),
+        Scripted(12, die("OutOfMemoryError")),
+    ]
     with pytest.raises(TrainingError, match=r"died twice after step 12 for the same reason.*micro_batch_size"):
         world.train(max_failures=9)
 
 
 def test_the_same_death_twice_before_the_first_step_ends_the_run(world: World) -> None:
-    world.script = [Played(10, die("A")), Played(None, die("A")), Played(None, die("A"))]
+    world.script = [Scripted(10, die("A")), Scripted(None, die("A")), Scripted(None, die("A"))]
     with pytest.raises(TrainingError, match="died twice before its first step"):
         world.train(max_failures=9)
 
 
 @pytest.mark.parametrize("budget", [0, 2])
 def test_no_more_restarts_than_the_budget(world: World, budget: int) -> None:
-    world.script = [Played(10 + number, die("A")) for number in range(budget + 1)]
+    world.script = [Scripted(10 + number, die("A")) for number in range(budget + 1)]
     with pytest.raises(TrainingError, match=rf"{budget} restarts \(parallel.max_failures\)" if budget else "worker 1"):
         world.train(max_failures=budget)
     assert world.script == []
@@ -170,15 +174,15 @@ def test_a_training_error_is_not_retried(world: World) -> None:
     def refuse(run: RunFolder) -> None:
         raise TrainingError("step 3: the loss is nan.")
 
-    world.script = [Played(3, refuse), Played(9, complete)]
+    world.script = [Scripted(3, refuse), Scripted(9, complete)]
     with pytest.raises(TrainingError, match="the loss is nan"):
         world.train()
     assert len(world.script) == 1
 
 
 def test_a_stop_ends_the_run_and_a_move_continues_it(world: World) -> None:
-    world.script = [Played(5, be_asked("move")), Played(9, be_asked("move")), Played(12, be_asked("stop"))]
-    with pytest.raises(RunStopped, match=r"somebody asks.*ft resume r"):
+    world.script = [Scripted(5, request("move")), Scripted(9, request("move")), Scripted(12, request("stop"))]
+    with pytest.raises(RunStopped, match=r"a request.*ft resume r"):
         world.train(max_failures=0)
     assert world.events() == ["leaving", "moving", "leaving", "moving", "stopping"]
 
@@ -194,11 +198,11 @@ def test_a_stop_during_a_move_waits_for_the_checkpoint(world: World, monkeypatch
             run.write_request(Request(kind="move", reason="a node goes"))
         elif looks == 2:
             run.set_state("checkpointing")  # the first worker saves what it leaves with
-            run.write_request(Request(kind="stop", reason="somebody asks"))
+            run.write_request(Request(kind="stop", reason="a request"))
 
-    world.script = [Played(5, be_moved_then_stopped)]
-    with pytest.raises(RunStopped, match="somebody asks"):
-        world.train(patient=lambda: looks < 3)
+    world.script = [Scripted(5, be_moved_then_stopped)]
+    with pytest.raises(RunStopped, match="a request"):
+        world.train(is_saving=lambda: looks < 3)
     assert looks == 3 and world.events() == ["leaving", "stopping"]
 
 
@@ -207,7 +211,7 @@ def test_no_room_means_another_choice_and_not_a_failure(world: World) -> None:
         world.room = 2
         raise NoRoom("timed out")
 
-    world.script = [Played(None, no_room), Played(5, complete)]
+    world.script = [Scripted(None, no_room), Scripted(5, complete)]
     world.train(num_workers={"min": 2, "max": 8}, max_failures=0)
     assert world.counts == [8, 2] and "recovering" not in world.events()
 
@@ -225,22 +229,22 @@ def test_a_move_never_replaces_a_stop(world: World) -> None:
 def test_workers_that_die_during_a_stop_stay_dead(world: World) -> None:
     def asked_and_dead(run: RunFolder) -> None:
         if run.request() is None:
-            run.write_request(Request(kind="stop", reason="somebody asks"))
+            run.write_request(Request(kind="stop", reason="a request"))
         else:
             raise TrainingDied("worker 0 failed: killed", DeathReason("worker", "A"))
 
-    world.script = [Played(5, asked_and_dead)]
+    world.script = [Scripted(5, asked_and_dead)]
     with pytest.raises(RunStopped):
         world.train()
 
 
 def test_a_stop_between_two_attempts_is_obeyed(world: World) -> None:
     def die_and_be_stopped(run: RunFolder) -> None:
-        run.write_request(Request(kind="stop", reason="somebody asks"))
+        run.write_request(Request(kind="stop", reason="a request"))
         raise TrainingDied("worker 1 failed", DeathReason("worker", "A"))
 
-    world.script = [Played(5, die_and_be_stopped)]
-    with pytest.raises(RunStopped, match="somebody asks"):
+    world.script = [Scripted(5, die_and_be_stopped)]
+    with pytest.raises(RunStopped, match="a request"):
         world.train()
 
 
@@ -250,14 +254,14 @@ def test_a_trained_but_unpublished_run_needs_no_workers(world: World) -> None:
 
 
 def test_workers_that_exit_unasked_without_a_result_fail_the_run(world: World) -> None:
-    world.script = [Played(5, leave)]
+    world.script = [Scripted(5, leave)]
     with pytest.raises(TrainingError, match="without a result"):
         world.train()
 
 
 @pytest.mark.parametrize(("room", "count"), [(8, 8), (9, 8), (7, 4), (4, 4), (3, 2), (0, 2)])
 def test_a_range_uses_the_most_workers_that_fit(world: World, room: int, count: int) -> None:
-    world.room, world.script = room, [Played(5, complete)]
+    world.room, world.script = room, [Scripted(5, complete)]
     world.train(num_workers={"min": 2, "max": 8})
     assert world.counts == [count]
 
@@ -270,7 +274,7 @@ def test_a_replaced_driver_leaves_the_run(world: World) -> None:
         )
         run.write_request(Request(kind="move", reason="so that the driver looks once more"))
 
-    world.script = [Played(5, be_taken_over)]
+    world.script = [Scripted(5, be_taken_over)]
     with pytest.raises(RunStopped, match="Another driver has taken over"):
         world.train()
     assert world.ended == ["workers", "Ray"]
@@ -282,7 +286,7 @@ def test_an_error_in_the_driver_ends_its_workers_first(world: World, monkeypatch
 
     monkeypatch.setattr(attempts_module, "draining_nodes", fail)
     monkeypatch.setattr(attempts_module, "_DRAIN_SECONDS", 0.0)
-    world.script = [Played(5, leave)]
+    world.script = [Scripted(5, leave)]
     with pytest.raises(RuntimeError, match="knows nothing"):
-        world.train(patient=lambda: True)
+        world.train(is_saving=lambda: True)
     assert world.ended == ["workers"]

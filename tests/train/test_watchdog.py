@@ -27,21 +27,21 @@ from tests.worlds import prepared_run, start, write_world
 slow = pytest.mark.slow
 
 
-# -- what counts as silence ------------------------------------------------------------------------------------------
+# -- seconds without a beat ------------------------------------------------------------------------------------------
 
 
 def test_seconds_without_a_beat_grow_until_the_next_beat() -> None:
-    silence = SecondsWithoutBeat(tick_seconds=1.0)
-    assert [silence.update(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
-    assert silence.update(103.0, beats=8) == 0.0
-    assert silence.update(104.0, beats=8) == 1.0
+    counter = SecondsWithoutBeat(tick_seconds=1.0)
+    assert [counter.update(now, beats=7) for now in (100.0, 101.0, 102.5)] == [0.0, 1.0, 2.5]
+    assert counter.update(103.0, beats=8) == 0.0
+    assert counter.update(104.0, beats=8) == 1.0
 
 
 def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
-    silence = SecondsWithoutBeat(tick_seconds=1.0)
-    silence.update(0.0, beats=1)
-    assert silence.update(3600.0, beats=1) <= 2.0
-    assert silence.update(3601.0, beats=1) <= 3.0
+    counter = SecondsWithoutBeat(tick_seconds=1.0)
+    counter.update(0.0, beats=1)
+    assert counter.update(3600.0, beats=1) <= 2.0
+    assert counter.update(3601.0, beats=1) <= 3.0
 
 
 def test_suspect_ranks_are_those_without_stacks(tmp_path: Path) -> None:
