@@ -13,11 +13,11 @@ from tests.worlds import kill_when, prepared_run, start, work, write_world
 
 pytestmark = pytest.mark.slow
 
-STEPS = 120
+STEPS = 60
 SETTINGS = {
     "train.max_steps": STEPS,
     "train.global_batch_size": 6,
-    "train.validate_every_steps": 24,
+    "train.validate_every_steps": 12,
     "train.learning_rate": 3e-3,
     "checkpoint.every_steps": 5,
     "train.precision": "bf16",
