@@ -801,7 +801,7 @@ def fill(disk: Path) -> Path:
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_outlives_a_full_disk(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
     run = prepared_run(world, "full", 2, **REAL, storage=small_disk / "storage")
     with Running(run) as running:
@@ -820,7 +820,7 @@ def test_a_run_outlives_a_full_disk(world: Path, undisturbed: RunFolder, small_d
     assert {folder[:11] for folder in folders(run)} == {f"step-{step:06}" for step in (STEPS - 10, STEPS)}
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_that_shall_stop_at_a_full_disk_says_so_and_can_go_on(
     world: Path, undisturbed: RunFolder, small_disk: Path
 ) -> None:
@@ -837,7 +837,7 @@ def test_a_run_that_shall_stop_at_a_full_disk_says_so_and_can_go_on(
     ended_as_if_nothing_had_happened(run, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_outlives_an_object_store_that_is_away(
     world: Path, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from ft_service.runs.metrics import StepMetrics, read_events, read_metrics
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.worlds import kill_when, prepared_run, start, work, write_world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.multiprocess
 
 STEPS = 60
 SETTINGS = {

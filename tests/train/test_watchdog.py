@@ -17,7 +17,7 @@ from tests.forked import Workers
 from tests.train.watchdog_cases import run_watched
 from tests.worlds import prepared_run, start, write_world
 
-slow = pytest.mark.slow
+multiprocess = pytest.mark.multiprocess
 
 
 # -- what counts as silence ------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ START_SECONDS = 60.0
 """Most that a process takes to come to its case, on a busy machine."""
 
 
-@slow
+@multiprocess
 def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_path: Path) -> None:
     done, seconds = hang("waits_for_ever", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + START_SECONDS
@@ -81,14 +81,14 @@ def test_a_process_that_waits_for_ever_ends_with_its_stacks_and_an_event(tmp_pat
     assert str(tmp_path / told["stacks"]) in event.message
 
 
-@slow
+@multiprocess
 def test_a_process_that_is_slow_but_gets_on_is_left_alone(tmp_path: Path) -> None:
     done, seconds = hang("is_slow", tmp_path, 2)
     assert done.returncode == 0, done.printed
     assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
 
 
-@slow
+@multiprocess
 def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path: Path) -> None:
     timeout = 3
     workers = start_case("is_suspended", tmp_path, timeout)
@@ -100,21 +100,21 @@ def test_a_process_that_was_stopped_for_longer_than_the_timeout_goes_on(tmp_path
     assert workers.returncode == 0, printed
 
 
-@slow
+@multiprocess
 def test_a_storage_that_hangs_too_costs_the_file_and_not_the_end(tmp_path: Path) -> None:
     done, seconds = hang("storage_hangs", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + LAST_WORDS_SECONDS + START_SECONDS
     assert "in storage_hangs" in done.printed
 
 
-@slow
+@multiprocess
 def test_code_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path: Path) -> None:
     done, _ = hang("keeps_the_interpreter", tmp_path, 1)
     assert done.returncode not in (0, HANG_EXIT_CODE)
     assert "in keeps_the_interpreter" in done.printed
 
 
-@slow
+@multiprocess
 def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
     done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
     assert done.returncode == 0, done.printed
@@ -126,7 +126,7 @@ def test_no_process_group_gives_up_before_the_watchdog(tmp_path: Path) -> None:
 # -- workers ---------------------------------------------------------------------------------------------------------
 
 
-@slow
+@multiprocess
 def test_when_a_collective_is_missing_both_workers_leave_their_stacks(tmp_path: Path) -> None:
     done, _ = hang("skips_a_collective", tmp_path, 4, world_size=2)
     assert done.returncode == HANG_EXIT_CODE
@@ -174,7 +174,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("hung", [0, 1])
 def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_is_suspect(
     world: Path, hung: int
@@ -198,7 +198,7 @@ def test_when_one_worker_is_stopped_the_other_ends_in_time_and_the_stopped_one_i
     assert "loop.py" in report and "Thread MainThread" in report
 
 
-@slow
+@multiprocess
 def test_workers_that_were_all_stopped_for_a_while_go_on(world: Path) -> None:
     timeout, steps = 5, 60
     run, workers, pids = training(world, "suspended", timeout, steps)
