@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test check format clean
+# All tests of a group (see tests/conftest.py) go to one of these processes.
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help setup quickstart test test-quick check format clean
 
 help:
 	@echo "make quickstart   the whole path on this machine's CPU: data, base, adapter, HTTP answers"
 	@echo "make test         all tests"
+	@echo "make test-quick   the tests that need no cluster and no second process: about a minute"
 	@echo "make check        lint, format and types"
 	@echo "make setup        only the virtual environment in $(VENV)"
 
@@ -26,7 +30,10 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not cluster and not multiprocess and not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

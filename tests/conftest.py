@@ -1,12 +1,14 @@
 """What all tests share: no hub, no stray Ray, a GPU marker that skips where there is none."""
 
 import os
+from pathlib import Path
 
 # Before any import of ray or transformers: tests never look for a hub, and start their own Ray without token files.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and several test processes at a time
 os.environ.pop("RAY_ADDRESS", None)
 
 import hypothesis
@@ -18,10 +20,26 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _skip_without_gpu([item for item in items if "gpu" in item.keywords])
+    # For pytest-xdist: a file's tests share fixtures and go to one process, as do all that use the session's cluster.
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.keywords else item.path.name))
+    # The files that take longest begin first, so that all processes end at about the same time.
+    places: dict[Path, int] = {}
+    for item in items:
+        places[item.path] = min(places.get(item.path, 2), _place(item))
+    items.sort(key=lambda item: places[item.path])
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
+    if not items:
+        return
     import torch
 
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
+    if not torch.cuda.is_available():
+        for item in items:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _place(item: pytest.Item) -> int:
+    return 0 if "cluster" in item.keywords else 1 if "multiprocess" in item.keywords else 2

@@ -6,6 +6,7 @@ Nothing here may start a thread, join a process group or touch a GPU: a fork wou
 import gc
 import importlib
 
+import tqdm
 from deepspeed.accelerator import get_accelerator
 
 from ft_service.train.parallel import prepare_process
@@ -23,5 +24,6 @@ for _module in (
     importlib.import_module(_module)
 # Each worker would otherwise ask ninja whether the operator is still built.
 get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+tqdm.tqdm.get_lock()  # a lock that a worker makes is leaked where the worker is killed
 gc.collect()
 gc.freeze()  # a garbage collection in a worker would copy all these pages

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +17,7 @@ from ft_service.model.load import WholeWeights, load_causal_lm
 from ft_service.model.weight_files import WeightFiles
 from tests.forked import run_cases
 from tests.model.loading_cases import run_case, same_bits, write_base
+from tests.needs import LIBAIO, can_offload_to_nvme, needs
 from tests.train.training_cases import stock_4bit
 
 LORA: dict[str, Any] = {"type": "lora", "lora_rank": 4}
@@ -56,7 +56,7 @@ def cases_of(bases: dict[str, Path], world_size: int) -> dict[str, Any]:
     if world_size == 4:
         cases["node"] = common | {"base": "bf16-files", "method": LORA, "stage": 3, "node_size": 2}
         cases["node-4-bit"] = common | {"base": "bf16-files", "method": QLORA, "stage": 3, "node_size": 2}
-    if world_size == 2 and AsyncIOBuilder().is_compatible():
+    if world_size == 2 and can_offload_to_nvme():
         drive = str(bases["large"].parent / "drive")
         cases["swapped"] = common | {"base": "large", "method": LORA, "stage": 3, "offload": "nvme", "nvme_path": drive}
     batch = {"train": {"global_batch_size": 12}}  # divisible by every world size
@@ -68,6 +68,7 @@ def loaded(request: pytest.FixtureRequest, bases: dict[str, Path]) -> tuple[int,
     return request.param, run_cases(run_case, cases_of(bases, request.param), request.param)
 
 
+@pytest.mark.multiprocess
 def test_every_share_is_bit_for_bit_that_of_transformers(loaded: tuple[int, dict[str, Any]]) -> None:
     _, results = loaded
     for name, result in results.items():
@@ -75,20 +76,21 @@ def test_every_share_is_bit_for_bit_that_of_transformers(loaded: tuple[int, dict
         assert result["names"] and result["tied"], name
 
 
+@pytest.mark.multiprocess
 def test_large_partitions_rest_on_the_drive_that_was_named(
     loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
 ) -> None:
     world_size, results = loaded
     if world_size != 2:
         pytest.skip("two processes alone try it")
-    if "swapped" not in results:
-        pytest.skip("offload: nvme needs libaio (Debian's libaio-dev)")
+    needs(can_offload_to_nvme(), LIBAIO)
     tensors = WeightFiles(bases["large"]).tensors.values()
     large = [tensor for tensor in tensors if tensor.numel * 2 / world_size >= 2**20]
     assert results["swapped"]["swapped"] == len(large) > 0
     assert results["offloaded"]["swapped"] == 0
 
 
+@pytest.mark.multiprocess
 def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
     _world_size, results = loaded
     for name, base in (("bf16", "bf16-files"), ("cast-to-bf16", "fp32-tied"), ("offloaded", "bf16-files")):
@@ -104,6 +106,7 @@ def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str,
             assert all(before[1] <= after[0] for before, after in itertools.pairwise(pieces))
 
 
+@pytest.mark.multiprocess
 def test_each_process_reads_its_part_alone(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
     world_size, results = loaded
     tensors = WeightFiles(bases["bf16-files"]).tensors.values()
@@ -114,6 +117,7 @@ def test_each_process_reads_its_part_alone(loaded: tuple[int, dict[str, Any]], b
     assert results["whole"]["bytes_read"] == [whole] * world_size
 
 
+@pytest.mark.multiprocess
 def test_the_dry_run_foretells_what_each_process_reads(
     loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
 ) -> None:

@@ -65,6 +65,7 @@ def resting_cases(wide: Path, small: Path) -> dict[str, dict[str, Any]]:
     return cases
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_what_rests_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> None:
     wide, small = tmp_path / "wide", tmp_path / "small"

@@ -736,10 +736,11 @@ def test_all_workers_raise_the_error_of_one_model_writer(tmp_path: Path, monkeyp
 
 # -- real runs -------------------------------------------------------------------------------------------------------
 
+STEPS = 300
 REAL = {
-    "train.max_steps": 600,
+    "train.max_steps": STEPS,
     "train.global_batch_size": 4,
-    "train.validate_every_steps": 600,
+    "train.validate_every_steps": STEPS,
     "train.learning_rate": 1e-3,
     "checkpoint.every_steps": 10,
     "method": "{type: full}",
@@ -782,7 +783,7 @@ def fill(disk: Path) -> Path:
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_survives_a_full_disk(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
     run = prepared_run(world, "full", 2, **REAL, storage=small_disk / "storage")
     with Running(run) as running:
@@ -798,10 +799,10 @@ def test_a_run_survives_a_full_disk(world: Path, undisturbed: RunFolder, small_d
     failed = [told["step"] for told in events_of(run, "checkpoint_failed")]
     assert len(failed) >= 3
     assert all(printed.count(f"The checkpoint of step {step} ") == 1 for step in failed)
-    assert {folder[:11] for folder in folders(run)} == {f"step-{step:06}" for step in (590, 600)}
+    assert {folder[:11] for folder in folders(run)} == {f"step-{step:06}" for step in (STEPS - 10, STEPS)}
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_on_failure_stop_at_a_full_disk_can_resume(world: Path, undisturbed: RunFolder, small_disk: Path) -> None:
     stop = {"checkpoint.on_failure": "stop"}
     run = prepared_run(world, "stopped", 2, **REAL, **stop, storage=small_disk / "storage")
@@ -816,7 +817,7 @@ def test_on_failure_stop_at_a_full_disk_can_resume(world: Path, undisturbed: Run
     ended_as_if_nothing_had_happened(run, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_survives_an_object_store_that_is_away(
     world: Path, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -841,7 +842,7 @@ def test_a_run_survives_an_object_store_that_is_away(
 
 def ended_as_if_nothing_had_happened(run: RunFolder, undisturbed: RunFolder) -> None:
     ours, theirs = read_metrics(run.storage, run.run_id), read_metrics(undisturbed.storage, undisturbed.run_id)
-    assert [m.step for m in ours] == list(range(1, 601))
+    assert [m.step for m in ours] == list(range(1, STEPS + 1))
     assert [(m.loss, m.validation_loss) for m in ours] == [(m.loss, m.validation_loss) for m in theirs]
     assert run.outcome() == undisturbed.outcome()
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):

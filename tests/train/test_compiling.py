@@ -26,7 +26,7 @@ print(load(name="seven", sources=[sys.argv[1]], build_directory=sys.argv[2]).sev
 """
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next(tmp_path: Path) -> None:
     (tmp_path / "seven.cpp").write_text(EXTENSION)
     (tmp_path / "lock").touch()  # what torch's own lock is, after its process was killed
@@ -49,6 +49,7 @@ def wait(path: str, told: Connection) -> None:
     told.send("waited")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("is_killed", [False, True], ids=["released", "killed"])
 def test_one_builds_and_the_others_wait_until_it_is_done_or_dead(tmp_path: Path, is_killed: bool) -> None:
     lock = tmp_path / "lock"

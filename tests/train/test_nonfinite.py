@@ -17,7 +17,7 @@ from tests.train.nonfinite_cases import run_case
 from tests.train.training_cases import write_base
 from tests.worlds import prepared_run, start, write_world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.multiprocess
 
 METHODS = {"full": {"type": "full"}, "lora": {"type": "lora", "lora_rank": 4}}
 

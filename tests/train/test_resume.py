@@ -12,13 +12,13 @@ from ft_service.runs.metrics import StepMetrics, read_metrics
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.worlds import kill_when, prepared_run, start, work, write_world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.multiprocess
 
-STEPS = 120
+STEPS = 60
 SETTINGS = {
     "train.max_steps": STEPS,
     "train.global_batch_size": 6,
-    "train.validate_every_steps": 24,
+    "train.validate_every_steps": 12,
     "train.learning_rate": 3e-3,
     "checkpoint.every_steps": 5,
     "train.precision": "bf16",

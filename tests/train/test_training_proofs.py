@@ -12,7 +12,7 @@ from ft_service.data.order import step_rows
 from tests.forked import run_cases
 from tests.train.training_cases import DOCUMENTS_PER_ROW, documents, fixed_rows, run_case, write_base
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.multiprocess
 
 TOLERANCE = 1e-3
 FULL = {"type": "full"}

@@ -24,7 +24,7 @@ from tests.forked import Workers
 from tests.train.watchdog_cases import run_watched
 from tests.worlds import prepared_run, start, write_world
 
-slow = pytest.mark.slow
+multiprocess = pytest.mark.multiprocess
 
 
 # -- seconds without a beat ------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ START_SECONDS = 60.0
 """Most that a process takes to come to its case, on a busy machine."""
 
 
-@slow
+@multiprocess
 def test_a_hung_process_saves_stacks_and_an_event_and_exits(tmp_path: Path) -> None:
     done, seconds = hang("waits_for_ever", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + START_SECONDS
@@ -88,14 +88,14 @@ def test_a_hung_process_saves_stacks_and_an_event_and_exits(tmp_path: Path) -> N
     assert str(tmp_path / told["stacks"]) in event.message
 
 
-@slow
+@multiprocess
 def test_a_slow_process_that_makes_progress_continues(tmp_path: Path) -> None:
     done, seconds = hang("is_slow", tmp_path, 2)
     assert done.returncode == 0, done.printed
     assert seconds > 3 * 2 and not (tmp_path / "runs").exists()
 
 
-@slow
+@multiprocess
 def test_a_process_stopped_beyond_the_timeout_continues_afterwards(tmp_path: Path) -> None:
     timeout = 3
     workers = start_case("is_suspended", tmp_path, timeout)
@@ -107,21 +107,21 @@ def test_a_process_stopped_beyond_the_timeout_continues_afterwards(tmp_path: Pat
     assert workers.returncode == 0, printed
 
 
-@slow
+@multiprocess
 def test_a_process_exits_even_if_storage_hangs(tmp_path: Path) -> None:
     done, seconds = hang("storage_hangs", tmp_path, 2)
     assert done.returncode == HANG_EXIT_CODE and seconds < 2 + SAVE_STACKS_SECONDS + START_SECONDS
     assert "in storage_hangs" in done.printed
 
 
-@slow
+@multiprocess
 def test_a_process_that_holds_the_gil_exits(tmp_path: Path) -> None:
     done, _ = hang("keeps_the_interpreter", tmp_path, 1)
     assert done.returncode not in (0, HANG_EXIT_CODE)
     assert "in keeps_the_interpreter" in done.printed
 
 
-@slow
+@multiprocess
 def test_process_group_timeouts_are_longer_than_the_watchdogs(tmp_path: Path) -> None:
     done, _ = hang("prints_group_timeouts", tmp_path, 100_000)
     assert done.returncode == 0, done.printed
@@ -133,7 +133,7 @@ def test_process_group_timeouts_are_longer_than_the_watchdogs(tmp_path: Path) ->
 # -- workers ---------------------------------------------------------------------------------------------------------
 
 
-@slow
+@multiprocess
 def test_a_missing_collective_makes_both_workers_save_stacks(tmp_path: Path) -> None:
     done, _ = hang("skips_a_collective", tmp_path, 4, world_size=2)
     assert done.returncode == HANG_EXIT_CODE
@@ -181,7 +181,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("hung", [0, 1])
 def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
     timeout, alive = 10, 1 - hung
@@ -203,7 +203,7 @@ def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
     assert "loop.py" in report and "Thread MainThread" in report
 
 
-@slow
+@multiprocess
 def test_workers_that_were_all_stopped_continue(world: Path) -> None:
     timeout, steps = 5, 60
     run, workers, pids = training(world, "suspended", timeout, steps)

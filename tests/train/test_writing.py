@@ -20,6 +20,7 @@ from ft_service.model.writer import TensorFormat, WeightWriter, index_of, lay_ou
 from ft_service.registry.registry import DIGESTS_FILE, sha256_of
 from ft_service.storage.storage import Storage
 from tests.forked import run_cases
+from tests.needs import LIBAIO, can_offload_to_nvme, needs
 from tests.train.training_cases import write_base
 from tests.train.writing_cases import run_case
 
@@ -161,7 +162,7 @@ def test_weights_that_never_came_are_noticed(tmp_path: Path) -> None:
 
 # -- by all workers --------------------------------------------------------------------------------------------------
 
-slow = pytest.mark.slow
+multiprocess = pytest.mark.multiprocess
 
 WORLDS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"zero3": {"stage": 3}},
@@ -200,7 +201,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], t
     return found
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_stock_transformers_loads_bit_for_bit_what_one_worker_would_have_gathered(written: Any, case: Any) -> None:
     folder, _ = written[case]
@@ -212,7 +213,7 @@ def test_stock_transformers_loads_bit_for_bit_what_one_worker_would_have_gathere
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_the_folder_is_a_whole_checkpoint_with_a_file_of_each_worker(written: Any, case: Any) -> None:
     folder, workers = written[case]
@@ -225,7 +226,7 @@ def test_the_folder_is_a_whole_checkpoint_with_a_file_of_each_worker(written: An
     assert sum(worker["owned"] for worker in workers) == index["metadata"]["total_size"]
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_the_digests_are_those_of_the_files(written: Any, case: Any) -> None:
     folder, _ = written[case]
@@ -234,7 +235,7 @@ def test_the_digests_are_those_of_the_files(written: Any, case: Any) -> None:
     assert digests == files
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_each_worker_writes_its_weights_and_what_says_that_all_is_there_comes_last(written: Any, case: Any) -> None:
     _, (first, *others) = written[case]
@@ -244,7 +245,7 @@ def test_each_worker_writes_its_weights_and_what_says_that_all_is_there_comes_la
     assert {INDEX_FILE, DIGESTS_FILE} < set(first["written"])
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_no_worker_makes_room_for_a_tensor_that_it_does_not_own(written: Any, case: Any) -> None:
     _, workers = written[case]
@@ -258,12 +259,9 @@ def test_no_worker_makes_room_for_a_tensor_that_it_does_not_own(written: Any, ca
         assert min(worker["largest_owned"] for worker in workers) < workers[0]["largest"] / 2
 
 
-@slow
+@multiprocess
 def test_weights_that_rest_on_nvme_are_written_too(tmp_path: Path) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        pytest.skip("offload: nvme needs libaio (Debian's libaio-dev)")
+    needs(can_offload_to_nvme(), LIBAIO)
     # DeepSpeed leaves tensors of less than 1 MiB in memory; half of 768 x 1600 x 4 bytes is more.
     write_base(tmp_path / "base", hidden_size=768, intermediate_size=1600)
     case = {"base": str(tmp_path / "base"), "method": FULL, "stage": 3, "micro": 2, "train": {"max_steps": 2}}
@@ -276,7 +274,7 @@ def test_weights_that_rest_on_nvme_are_written_too(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in gathered.items())
 
 
-@slow
+@multiprocess
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_worker_that_cannot_write_leaves_nothing_that_counts_as_whole(tmp_path: Path, stage: int) -> None:
     write_base(tmp_path / "base")

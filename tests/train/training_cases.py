@@ -194,7 +194,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         "losses": [m.loss for m in metrics],
         "validation_losses": [m.validation_loss for m in metrics if m.validation_loss is not None],
         "optimizer": type(parallel._engine.basic_optimizer).__name__,
-        "validated_again": mean_loss(parallel, batches()),
+        "validated_again": mean_loss(parallel, batches()) if case.get("validate_again") else None,
         "grad_norms": [m.grad_norm for m in metrics],
         "learning_rates": [m.learning_rate for m in metrics],
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
