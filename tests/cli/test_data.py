@@ -168,6 +168,19 @@ def test_a_cleaned_copy_holds_the_rest_in_order_and_is_clean(
     assert again.usable == again.read == len(kept)
 
 
+def test_cleaning_keeps_the_text_of_unreadable_records(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", records_of(3), '{"instruction": "cut o', "[1, 2]")
+    clean(spec_of(base, path), tmp_path / "out")
+    broken, other = read_lines(tmp_path / "out" / "left_out.jsonl")
+    assert (broken["line"], broken["text"], broken["excerpt"]) == (
+        4,
+        '{"instruction": "cut o',
+        '{"instruction": "cut o',
+    )
+    assert (other["line"], other["text"]) == (5, "[1, 2]")
+    assert "record" not in broken and "record" not in other
+
+
 def test_cleaning_never_writes_over_anything(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", records_of(5))
     (tmp_path / "out").mkdir()

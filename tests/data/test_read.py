@@ -20,8 +20,8 @@ from ft_service.chat.format import Message
 from ft_service.data import read as reading
 from ft_service.data.convert import BadRecord, convert
 from ft_service.data.read import Fault, ShardChanged, read_shard, read_source, scan
-from ft_service.errors import DataError
-from ft_service.spec.schema import DataSource
+from ft_service.errors import DataError, SpecError
+from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
 
 RECORDS = [
     {"instruction": "Translate, please", "input": 'a "quoted"\nline', "output": "zwei, drei"},
@@ -141,6 +141,51 @@ def test_a_csv_field_may_be_longer_than_pythons_limit(tmp_path: Path) -> None:
     assert read(tmp_path / "data.csv") == [{"text": "long " * 40_000}]
 
 
+def test_a_csv_record_of_several_lines_is_numbered_by_its_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\r\n"one\r\ntwo\nthree",x\r\n1,2\r\n"","y\n"\r\n3\r\n4,"5\r6"\r\n')
+    assert places(path) == [f"{path}:{line}" for line in (2, 5, 6, 8, 9)]
+    assert [place for place, _ in faults(path)] == [f"{path}:8"]
+
+
+YEAR_10000 = 2_932_897  # days after 1970-01-01
+
+
+def dated_rows() -> pa.Table:
+    """A column of dates of which the second is later than Python's last."""
+    days = pa.array([0, YEAR_10000, None], pa.int32()).cast(pa.date32())
+    return pa.table({"text": ["a", "b", "c"], "day": days})
+
+
+@pytest.mark.parametrize("unit", ["date32", "timestamp[s]", "duration"])
+def test_parquet_dates_beyond_year_9999_keep_the_other_columns(tmp_path: Path, unit: str) -> None:
+    seconds = pa.array([0, YEAR_10000 * 86_400, None], pa.int64())
+    durations = pa.array([0, 2**62, None], pa.int64()).cast(pa.duration("s"))
+    column = {"date32": dated_rows()["day"], "timestamp[s]": seconds.cast(pa.timestamp("s")), "duration": durations}
+    pyarrow.parquet.write_table(dated_rows().set_column(1, "day", column[unit]), tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet")
+    assert [row["text"] for row in rows] == ["a", "b", "c"]
+    assert rows[1]["day"] is not None and rows[2]["day"] is None
+    if unit != "duration":
+        assert str(rows[0]["day"]).startswith("1970-01-01") and str(rows[1]["day"]).startswith("10000-01-01")
+
+
+def test_a_saved_date_beyond_year_9999_faults_only_its_record(tmp_path: Path) -> None:
+    datasets.Dataset(dated_rows()).save_to_disk(str(tmp_path / "saved"))
+    records = list(read_source(DataSource(path=str(tmp_path / "saved"))))
+    ((place, fault),) = faults(tmp_path / "saved")
+    assert place == f"{tmp_path / 'saved'}:2" and fault.code == "form.wrong-type"
+    assert [record["text"] for _, record in records if not isinstance(record, Fault)] == ["a", "c"]
+
+
+def test_the_digest_depends_on_the_suffix(tmp_path: Path) -> None:
+    """The suffix decides how a file is read: ``[...]`` is an array in .json, and one bad line in .jsonl."""
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text('[{"text": "a"}]')
+    lines, array = (scan(0, DataSource(path=str(tmp_path / name))).digest for name in ("a.jsonl", "a.json"))
+    assert lines != array
+
+
 def test_the_digest_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     write_jsonl(tmp_path / "b.jsonl", RECORDS)
@@ -228,6 +273,26 @@ def test_a_record_that_cannot_be_used_says_what_it_lacks(format_: Any, record: d
         convert(record, DataSource(path="x", format=format_))
 
 
+# -- specs -------------------------------------------------------------------------------------------------------------
+
+
+def spec_with(columns: dict[str, str], *overrides: str) -> RunSpec:
+    data = {"train": [{"path": "a.jsonl", "columns": columns}]}
+    document = {"name": "case", "model": {"base": "none"}, "data": data, "storage": "none"}
+    return parse_run_spec(json.dumps(document), list(overrides))
+
+
+def test_an_unknown_key_of_columns_is_refused() -> None:
+    assert spec_with({"input": "context"}).data.train[0].columns == {"input": "context"}
+    with pytest.raises(SpecError, match=r"'answer'.*instruction, input, output, system, messages, text"):
+        spec_with({"answer": "output"})
+
+
+def test_an_override_waives_a_code_with_dots() -> None:
+    waive = spec_with({}, "data.waive.form.unreadable=two lines are known").data.waive
+    assert waive == {"form.unreadable": "two lines are known"}
+
+
 # -- files that cannot be read -----------------------------------------------------------------------------------------
 
 
@@ -272,6 +337,9 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(
         ("a.json", b'[{"a": 1},\n {"a": "\xff"}]', ":2", "is not UTF-8"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "", "is UTF-16. Convert it to UTF-8: iconv -f UTF-16"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16"), "", "is UTF-16. Convert it to UTF-8: iconv -f UTF-16"),
+        ("a.jsonl", b"\xff\xfe\0\0" + '{"a": 1}\n'.encode("utf-32-le"), "", "is UTF-32. Convert it to UTF-8"),
+        ("a.jsonl", b"\0\0\xfe\xff" + '{"a": 1}\n'.encode("utf-32-be"), "", "is UTF-32. Convert it to UTF-8"),
+        ("a.csv", b"\xff\xfe\0\0" + "a,b\n1,2\n".encode("utf-32-le"), "", "is UTF-32. Convert it to UTF-8"),
         ("a.parquet", b"PAR1 not really", "", "cannot be read as Parquet"),
         ("a.parquet", b"", "", "cannot be read as Parquet"),
     ],
@@ -281,6 +349,31 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, plac
     path.write_bytes(content)
     ((found, fault),) = faults(path)
     assert (found, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_file_of_another_encoding_is_one_shard(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(('{"a": 1}\n' * 100).encode(encoding))
+    assert len(scan(0, DataSource(path=str(path)), shard_bytes=50).shards) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.jsonl", b'{"a": "b",\n', '{"a": "b",'),
+        ("a.jsonl", b'{"a": "\xff"}\r\n', '{"a": "\\xff"}'),
+        ("a.jsonl", '["東京", 1]\n'.encode(), '["東京", 1]'),
+        ("a.csv", b"a,b\nalone\n", '["alone", null]'),
+        ("a.csv", b"a,b\n1,2,three\n", '["1", "2", ["three"]]'),
+        ("a.csv", b"a,b\n1,caf\xe9\n", '["1", "caf\\udce9"]'),
+    ],
+)
+def test_an_unreadable_record_keeps_its_text(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    ((_, fault),) = faults(path)
+    assert fault.text == text
 
 
 def test_a_quotation_mark_left_open_in_a_csv_is_named_where_it_opens(tmp_path: Path) -> None:
@@ -330,7 +423,7 @@ def test_any_bytes_make_the_same_lines_in_any_shards(content: bytes, shard_bytes
 
         assert found(shard_bytes) == found(1 << 30)
         lines = path.read_bytes().split(b"\n")
-        if lines[0][:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        if not content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):  # marks of other encodings
             assert [number for number, _ in found(shard_bytes)] == [
                 n for n, line in enumerate(lines, 1) if line.strip()
             ]
