@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from ft_service.cluster.ray_cluster import spread
 from ft_service.data import prepare
-from ft_service.data.check import Judged
+from ft_service.data.check import CheckResult
 from ft_service.data.gate import Record
-from ft_service.data.gate.judge import Seen
+from ft_service.data.gate.gate import PartialResult
 from ft_service.data.read import scan
-from ft_service.data.tasks import Work, examine, pack, seen_of
+from ft_service.data.tasks import TaskContext, check_shard, load_partial_result, pack
 from ft_service.spec.schema import RunSpec, parse_run_spec
 from ft_service.storage.storage import Storage
 
@@ -64,7 +64,7 @@ def write_records(data: Path, columns: dict[str, str], count: int, out: Path) ->
 
 
 @dataclass(frozen=True)
-class Unjudged(Work):
+class Unjudged(TaskContext):
     """The work of preparing data, with a judge that only remembers which records there are."""
 
     def judge(self, **_: Any) -> Any:
@@ -82,8 +82,8 @@ class Remembering:
     def is_left_out(self, _: Any) -> None:
         return None
 
-    def seen(self) -> Seen:
-        return Seen({0: len(self._keys)}, 0, np.array(self._keys, dtype=[("key", "u8")]))
+    def seen(self) -> PartialResult:
+        return PartialResult({0: len(self._keys)}, 0, np.array(self._keys, dtype=[("key", "u8")]))
 
 
 def ours(world: Path, cores: int) -> dict[str, Any]:
@@ -93,12 +93,12 @@ def ours(world: Path, cores: int) -> dict[str, Any]:
     storage = Storage(spec.storage)
     inputs = prepare._Inputs(spec, [scan(0, spec.data.train[0])])
     work = Unjudged(**vars(inputs.work(storage, "datasets/unjudged", tokenizer)))
-    for _ in spread(examine, work, list(enumerate(inputs.shards))):
+    for _ in spread(check_shard, work, list(enumerate(inputs.shards))):
         pass
     with tempfile.TemporaryDirectory() as fetched:
-        seen = [seen_of(work, number, Path(fetched))[0] for number in range(len(inputs.shards))]
+        seen = [load_partial_result(work, number, Path(fetched))[0] for number in range(len(inputs.shards))]
         keys = np.sort(np.concatenate([some.facts["key"] for some in seen]))
-    everything = Judged(None, keys, np.zeros(len(keys), dtype=bool))  # type: ignore[arg-type]
+    everything = CheckResult(None, keys, np.zeros(len(keys), dtype=bool))  # type: ignore[arg-type]
     packed = list(spread(pack, work, list(prepare._groups(work, inputs.shards, everything))))
     took = time.perf_counter() - began
     tokens, rows = sum(done.tokens[0] for done in packed), sum(done.rows[0] for done in packed)

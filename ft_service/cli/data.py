@@ -14,7 +14,7 @@ from ft_service.spec.schema import RunSpec, load_run_spec, parse_run_spec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-data_app = typer.Typer(help="Judge data, look at what is trained on, write a cleaned copy.", no_args_is_help=True)
+data_app = typer.Typer(help="Gate data, look at what is trained on, write a cleaned copy.", no_args_is_help=True)
 console = Console()
 _errors = Console(stderr=True)
 
@@ -24,7 +24,7 @@ Overrides = Annotated[
 ]
 Format = Annotated[
     Literal["alpaca", "chat", "text"] | None,
-    typer.Option("--format", help="Of a data file: what a record is (default: as its first record looks)."),
+    typer.Option("--format", help="Of a data file: what a record is (default: as its first record second_pass)."),
 ]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", help="Of a data file: OUR=FILE'S name, such as instruction=question.")
@@ -50,18 +50,18 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge data as a run would: what is wrong, where, why it hurts, what to do. Exit code 1 if a run would stop."""
+    """Gate data as a run would: what is wrong, where, why it hurts, what to do. Exit code 1 if a run would stop."""
     spec = _spec(what, overrides, format, columns, base, source, license)
     from ft_service.cli.data_view import show_judgement
     from ft_service.data.gate.waivers import check_waivers, enforce
-    from ft_service.data.prepare import judge_dataset
+    from ft_service.data.prepare import check_dataset
     from ft_service.pages.data_report import render_data_report
 
     check_waivers(spec.data.waive)
     folder = output or Path(f"{spec.name}-data-check")
     folder.mkdir(parents=True, exist_ok=True)
     with _errors.status("Data: looking at the files") as status:
-        judgement = judge_dataset(spec, _tokenizer(spec), folder, status.update, _run)
+        judgement = check_dataset(spec, _tokenizer(spec), folder, status.update, _run)
     (folder / REPORT_FILE).write_text(render_data_report(spec.name, judgement, spec.data.waive), encoding="utf-8")
     if as_json:
         print(judgement.model_dump_json(indent=2))

@@ -59,7 +59,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Shard:
+class FileShard:
     """A part of a source that one task reads: some lines, row groups or rows, or all of a file."""
 
     source: int
@@ -84,7 +84,7 @@ class Scan:
 
     files: tuple[str, ...]
     """In the order in which shards and findings number them. A hub dataset is one."""
-    shards: tuple[Shard, ...]
+    shards: tuple[FileShard, ...]
     digest: str
     """SHA-256 over the bytes of the files and their suffixes, which say how they are read; of a hub dataset, over its
     fingerprint."""
@@ -100,7 +100,7 @@ def scan(number: int, source: DataSource, shard_bytes: int = SHARD_BYTES) -> Sca
     """Read a source once through. Raises `DataError` where a file is missing or may not be read."""
     if (rows := _dataset(source)) is not None:
         shards = tuple(
-            Shard(number, 0, source.path, "dataset", start, min(start + _DATASET_ROWS, len(rows)), start + 1, "")
+            FileShard(number, 0, source.path, "dataset", start, min(start + _DATASET_ROWS, len(rows)), start + 1, "")
             for start in range(0, max(1, len(rows)), _DATASET_ROWS)
         )
         return Scan((source.path,), shards, hashlib.sha256(_fingerprint(source, rows).encode()).hexdigest())
@@ -148,7 +148,9 @@ def check_sources(sources: list[DataSource]) -> None:
             files_of(source)
 
 
-def read_shard(shard: Shard, source: DataSource, wants: Wants | None = None) -> Iterator[tuple[int, Record | Fault]]:
+def read_shard(
+    shard: FileShard, source: DataSource, wants: Wants | None = None
+) -> Iterator[tuple[int, Record | Fault]]:
     """Every record of a shard with its number (line, row, place in an array), from 1; 0 stands for the whole file.
 
     With `wants`, records of other numbers are passed over, where possible unread. Raises `ShardChanged`.
@@ -178,7 +180,7 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Record | Fault]]:
 # -- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def _cut(source: int, number: int, file: Path, shard_bytes: int) -> tuple[tuple[Shard, ...], bytes]:
+def _cut(source: int, number: int, file: Path, shard_bytes: int) -> tuple[tuple[FileShard, ...], bytes]:
     """The shards of a file, and the digest of all of it."""
     kind = _kind_of(file)
     whole, part = hashlib.sha256(), hashlib.sha256()
@@ -205,11 +207,11 @@ def _cut(source: int, number: int, file: Path, shard_bytes: int) -> tuple[tuple[
         cuts.append((start, first, part.hexdigest()))
     if kind == "parquet":
         groups = _row_groups(file, shard_bytes)
-        shards = [Shard(source, number, str(file), kind, *group, _digest_of_end(file)) for group in groups]
+        shards = [FileShard(source, number, str(file), kind, *group, _digest_of_end(file)) for group in groups]
     else:
         ends = [*(start for start, _, _ in cuts[1:]), position]
         shards = [
-            Shard(source, number, str(file), kind, start, end, first + 1, digest)
+            FileShard(source, number, str(file), kind, start, end, first + 1, digest)
             for (start, first, digest), end in zip(cuts, ends, strict=True)
         ]
     return tuple(shards), whole.digest()
@@ -247,7 +249,7 @@ def _row_groups(file: Path, shard_bytes: int) -> list[tuple[int, int, int]]:
 # -- one reader a kind -----------------------------------------------------------------------------------------------
 
 
-def _read_lines(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
+def _read_lines(shard: FileShard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
     digest = hashlib.sha256()
     with open(shard.path, "rb") as stream:
         if shard.start == 0 and (encoding := _other_encoding_of(stream.read(4))):
@@ -292,7 +294,7 @@ def _as_text(line: bytes) -> str:
     return line.decode("utf-8", "backslashreplace").rstrip("\r\n")
 
 
-def _read_array(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
+def _read_array(shard: FileShard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
     if shard.end > LONGEST_ARRAY_BYTES:
         limit = LONGEST_ARRAY_BYTES // 2**20
         yield (
@@ -317,7 +319,7 @@ def _read_array(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record
         yield number, _if_object(record)
 
 
-def _read_csv(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
+def _read_csv(shard: FileShard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
     csv.field_size_limit(LONGEST_LINE_BYTES)
     with open(shard.path, "rb") as file:
         if encoding := _other_encoding_of(file.read(4)):
@@ -376,7 +378,7 @@ class _Hashed(io.RawIOBase):
         return count
 
 
-def _read_parquet(shard: Shard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
+def _read_parquet(shard: FileShard, wants: Wants | None) -> Iterator[tuple[int, Record | Fault]]:
     if _digest_of_end(Path(shard.path)) != shard.digest:
         raise _changed(shard)
     number = shard.first
@@ -409,7 +411,7 @@ def _values(column: pyarrow.Array) -> list[Any]:
     return ["<values that Python has not>"] * len(column)
 
 
-def _read_dataset(shard: Shard, source: DataSource) -> Iterator[tuple[int, Record | Fault]]:
+def _read_dataset(shard: FileShard, source: DataSource) -> Iterator[tuple[int, Record | Fault]]:
     rows = _dataset(source)
     if rows is None or len(rows) < shard.end:
         raise _changed(shard)
@@ -420,12 +422,12 @@ def _read_dataset(shard: Shard, source: DataSource) -> Iterator[tuple[int, Recor
             yield at + 1, Fault("form.wrong-type", f"holds a value that Python has not ({error})")
 
 
-def _check(shard: Shard, digest: str) -> None:
+def _check(shard: FileShard, digest: str) -> None:
     if digest != shard.digest:
         raise _changed(shard)
 
 
-def _changed(shard: Shard) -> ShardChanged:
+def _changed(shard: FileShard) -> ShardChanged:
     return ShardChanged(f"{shard.path}: has changed since it was looked at, or is another file on this machine.")
 
 

@@ -18,7 +18,7 @@ from ft_service.cli.data import _format_of
 from ft_service.data.clean import clean
 from ft_service.data.gate import CODES, Judgement
 from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
-from ft_service.data.prepare import judge_dataset
+from ft_service.data.prepare import check_dataset
 from ft_service.data.preview import preview
 from ft_service.errors import SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
@@ -66,7 +66,7 @@ def spec_of(base: Path, *paths: Path, rights: bool = True, **data: Any) -> RunSp
 
 def judged(spec: RunSpec, folder: Path) -> Judgement:
     folder.mkdir(exist_ok=True)
-    return judge_dataset(spec, None, folder)
+    return check_dataset(spec, None, folder)
 
 
 def ft(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

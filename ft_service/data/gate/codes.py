@@ -61,7 +61,7 @@ _TABLE = (
     ),
     Code(
         "form.absent-column",
-        "No record has the column named here, so its content (a context, a system prompt) is not trained on.",
+        "No record has this column, so what it should hold (a context, a system prompt) is not trained on.",
         "Correct the name in the source's `columns`, or remove it there.",
         fails_from=0.0,
     ),
@@ -194,7 +194,7 @@ _TABLE = (
     Code(
         "quality.refusal",
         "Refusals left over from another assistant teach the model to refuse.",
-        "Remove them, unless the model should refuse here.",
+        "Remove them, unless refusing is the skill to learn.",
     ),
     Code(
         "quality.boilerplate",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ft_service.data.gate import CODES, Judge, Looks, Record, Source, read_source
+from ft_service.data.gate import CODES, Gate, Record, SecondPass, Source, read_source
 from ft_service.data.gate.form import check_record
 from ft_service.spec.schema import DataSource
 from tests.data.gate.gate_cases import chat, clean_records, record, text
@@ -84,46 +84,49 @@ def test_a_file_that_breaks_off_is_a_finding_and_the_next_file_is_still_read(tmp
 
 # -- absent columns --------------------------------------------------------------------------------------------------
 
-SOURCES = [Source("a.jsonl", ("a.jsonl",), optional=("context", "sys")), Source("b.jsonl", ("b.jsonl",))]
+SOURCES = [
+    Source("a.jsonl", ("a.jsonl",), optional=("context", "sys")),
+    Source("b.jsonl", ("b.jsonl",), optional=("sys",)),
+]
 
 
 def with_columns(line: int, *columns: str, source: int = 0) -> Record:
     return replace(record("q", "a", line, raw=dict.fromkeys(columns, "x")), source=source)
 
 
-def absent(gate: Judge) -> list[str]:
+def absent(gate: Gate) -> list[str]:
     """Columns that the gate reports absent."""
-    finding = gate.close(Looks()).finding("form.absent-column")
+    finding = gate.judgement(SecondPass()).finding("form.absent-column")
     return [] if finding is None else [place.detail.split("'")[1] for place in finding.places]
 
 
 def test_a_named_column_that_no_record_has_fails() -> None:
-    gate = Judge(SOURCES)
-    gate.see(with_columns(1, "instruction", "output", "context"))
-    gate.see(with_columns(1, "sys", source=1))  # another source's column
-    finding = gate.close(Looks()).finding("form.absent-column")
+    gate = Gate(SOURCES)
+    gate.check(with_columns(1, "instruction", "output", "context"))
+    gate.check(with_columns(1, "sys", source=1))  # another source's column
+    finding = gate.judgement(SecondPass()).finding("form.absent-column")
     assert finding is not None and (finding.severity, finding.count) == ("fail", 1)
     assert absent(gate) == ["sys"] and finding.places[0].file == "a.jsonl"
 
 
 def test_one_record_with_a_named_column_is_enough() -> None:
-    gate = Judge(SOURCES)
+    gate = Gate(SOURCES)
     for one in (with_columns(1, "context"), with_columns(2), with_columns(3, "sys")):
-        gate.see(one)
+        gate.check(one)
     assert absent(gate) == []
 
 
 def test_a_column_that_only_another_shard_has_is_not_absent() -> None:
-    gates = [Judge(SOURCES), Judge(SOURCES)]
-    hits = [gates[1].see(with_columns(2, "sys"))]
-    gates[0].see(with_columns(1, "context"))
+    gates = [Gate(SOURCES), Gate(SOURCES)]
+    hits = [gates[1].check(with_columns(2, "sys"))]
+    gates[0].check(with_columns(1, "context"))
     assert absent(gates[0]) == ["sys"] and absent(gates[1]) == ["context"]
-    gates[0].absorb(gates[1].seen(), hits)
+    gates[0].merge(gates[1].partial_result(), hits)
     assert absent(gates[0]) == []
 
 
 def test_an_empty_source_has_no_absent_columns() -> None:
-    assert absent(Judge(SOURCES)) == []
+    assert absent(Gate(SOURCES)) == []
 
 
 # -- order of turns --------------------------------------------------------------------------------------------------
