@@ -232,7 +232,7 @@ storage: {tmp_path}/storage
     shown = ft("check", "spec.yaml", folder=tmp_path)
     for finding in judgement.findings:
         assert finding.code in shown.stdout and finding.code in page
-    assert f"{tmp_path}/a.jsonl:1201 is not JSON" in shown.stdout
+    assert f"{tmp_path}/a.jsonl:1201: is not JSON" in shown.stdout
     refused = ft("check", "a.jsonl", folder=tmp_path)
     assert refused.returncode == 1 and "rights.no-license" in refused.stdout and "No --base" in refused.stderr
     assert not (tmp_path / "storage").exists()

@@ -249,7 +249,7 @@ BAD_RECORDS = [
     ("alpaca", {"instruction": "q", "output": 7}, "output is int, not text"),
     ("alpaca", {"instruction": None, "output": "a"}, "instruction is NoneType, not text"),
     ("alpaca", {"instruction": "q", "output": "a", "input": ["x"]}, "input is list, not text"),
-    ("alpaca", {"instruction": "q", "output": "a\ud83d"}, r"output contains half a character, '\\ud83d', at 1"),
+    ("alpaca", {"instruction": "q", "output": "a\ud83d"}, r"contains half a character, '\\ud83d', at position 1"),
     ("text", {"body": "b"}, r"has no column 'text' \(its columns: body\)"),
     ("text", {"text": {"a": 1}}, "text is dict, not text"),
     ("chat", {"conversations": []}, r"has no column 'messages' \(its columns: conversations\)"),
@@ -260,12 +260,12 @@ BAD_RECORDS = [
     (
         "chat",
         chat_record({"role": "robot", "content": "x"}),
-        "message 1 has the unknown role 'robot' \(known: system, user",
+        r"message 1 has the unknown role 'robot' \(known: system, user",
     ),
     ("chat", chat_record(USER, {**ANSWER, "content": None}), "the content of message 2 is not text"),
     ("chat", chat_record(USER, {**ANSWER, "content": " "}), "the content of message 2 is empty"),
     ("chat", chat_record(USER, {**ANSWER, "content": "\udc00"}), "content of message 2 contains half a character"),
-    ("chat", chat_record(USER, {**ANSWER, "weight": 0.5}), "message 2 has weight 0.5 \(allowed: 0 and 1\)"),
+    ("chat", chat_record(USER, {**ANSWER, "weight": 0.5}), r"message 2 has weight 0.5 \(allowed: 0 and 1\)"),
     ("chat", chat_record(USER), "no assistant message to train on"),
     ("chat", chat_record(USER, {**ANSWER, "weight": 0}), "no assistant message to train on"),
 ]

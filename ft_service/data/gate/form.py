@@ -11,6 +11,7 @@ from ft_service.data.gate.findings import Finding, Place, source_finding
 from ft_service.data.gate.private import detail, excerpt, find_private, visible
 from ft_service.data.gate.records import Record, Source
 from ft_service.data.gate.text import fold, is_cjk
+from ft_service.text import counted
 
 _VALUE_CHARACTERS = 8000  # far more than an excerpt, so that masking sees private data whole
 
@@ -254,4 +255,4 @@ def private_data(record: Record) -> Iterator[Hit]:
     for code, start, _ in find_private(text):
         starts_of.setdefault(code, []).append(start)
     for code, starts in starts_of.items():
-        yield Hit(code, record.key, f"{len(starts)} in this record", excerpt(text, starts[0]))
+        yield Hit(code, record.key, counted(len(starts), "occurrence"), excerpt(text, starts[0]))

@@ -60,7 +60,9 @@ def enforce(judgement: Judgement, waive: Mapping[str, str], report: str) -> None
 
 
 def _summary(finding: Finding) -> str:
-    places = "; ".join(f"{place} {place.detail}".strip() for place in finding.places[:_SHOWN_PLACES])
+    places = "; ".join(
+        ": ".join(part for part in (str(place), place.detail) if part) for place in finding.places[:_SHOWN_PLACES]
+    )
     more = f"; and {finding.count - _SHOWN_PLACES} more" if finding.count > _SHOWN_PLACES else ""
     message = f" {finding.message}" if finding.message else ""
     place_line = f"\n    {places}{more}" if places else ""
