@@ -168,7 +168,8 @@ def _spec(
 
 def _format_of(what: Path, names: Mapping[str, str]) -> str:
     """Chat or text if the first readable record has their column and no instruction; otherwise alpaca."""
-    from ft_service.data.read import Fault, read_shard, scan
+    from ft_service.data.files.shard import Fault
+    from ft_service.data.read import read_shard, scan
     from ft_service.spec.schema import DataSource
 
     source = DataSource(path=str(what))

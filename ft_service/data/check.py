@@ -9,10 +9,10 @@ from typing import TextIO
 
 import numpy as np
 
+from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import Gate, Hit, Judgement, SecondPass
 from ft_service.data.gate.gate import add_base_and_steps
 from ft_service.data.gate.records import place_key, place_of
-from ft_service.data.read import FileShard
 from ft_service.data.tasks import Reread, RunTasks, TaskContext, check_shard, load_partial_result, read_again
 from ft_service.spec.schema import RunSpec
 

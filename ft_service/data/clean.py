@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ft_service.data.check import QUARANTINE_FILE
+from ft_service.data.files.shard import Fault
 from ft_service.data.gate import Judgement
 from ft_service.data.gate.private import visible
 from ft_service.data.prepare import all_sources, check_dataset
-from ft_service.data.read import Fault, read_shard, scan
+from ft_service.data.read import read_shard, scan
 from ft_service.data.tasks import RunTasks, run_locally
 from ft_service.errors import UsageError
 from ft_service.spec.schema import RunSpec

@@ -4,8 +4,9 @@ import numpy as np
 
 from ft_service.chat.format import Message
 from ft_service.data.convert import BadRecord, Conversation, convert
+from ft_service.data.files.shard import Fault
 from ft_service.data.pack import pack_lengths
-from ft_service.data.read import Fault, read_source
+from ft_service.data.read import read_source
 from ft_service.errors import DataError
 from ft_service.plan.facts import DatasetFacts
 from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction

@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import CHAT_TEMPLATE
 from ft_service.data.check import FINDINGS_FILE, JUDGEMENT_FILE, CheckResult, Say, check_shards, judgement_for_run
+from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import EvaluationSets, Judgement, Source
 from ft_service.data.gate.codes import RULES_VERSION
 from ft_service.data.gate.records import place_key, read_questions
-from ft_service.data.read import FileShard, Scan, scan
+from ft_service.data.read import Scan, scan
 from ft_service.data.tasks import (
     ROWS,
     PackedGroup,

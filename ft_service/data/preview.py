@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat, encode_texts
 from ft_service.data.convert import BadRecord, convert
+from ft_service.data.files.shard import Fault
 from ft_service.data.pack import pack_lengths
-from ft_service.data.read import Fault, read_shard, scan
+from ft_service.data.read import read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec.schema import DataSource, RunSpec
 

@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat, Example
 from ft_service.data.encode import Encoder
+from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import EvaluationSets, Gate, Hit, Record, SecondPass, Source, records_of
 from ft_service.data.gate.gate import PartialResult
 from ft_service.data.pack import pack_lengths
-from ft_service.data.read import FileShard
 from ft_service.spec.schema import DataSource
 from ft_service.storage.storage import Storage
 
@@ -99,10 +99,10 @@ class TaskContext:
             return None
         return ChatFormat(self.tokenizer)
 
-    def records(self, shard: FileShard, wants: Callable[[int], bool] | None = None) -> Iterator[Record]:
+    def records(self, shard: FileShard, is_wanted: Callable[[int], bool] | None = None) -> Iterator[Record]:
         """The records of a shard. Raises `ShardChanged`."""
         split = "train" if shard.source < self.num_train else "validation"
-        return records_of(shard, self.inputs[shard.source], split, wants)  # type: ignore[arg-type]
+        return records_of(shard, self.inputs[shard.source], split, is_wanted)  # type: ignore[arg-type]
 
     def place(self, number: int) -> str:
         """A shard's folder on storage."""

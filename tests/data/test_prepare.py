@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ft_service.chat.format import ChatFormat, Message, encode_texts
 from ft_service.data import prepare, tasks
+from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import Judgement, Record, records_of
 from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_dataset, open_dataset, prepare_dataset
-from ft_service.data.read import FileShard, scan
+from ft_service.data.read import scan
 from ft_service.errors import DataError, StorageError
 from ft_service.model.scratch import train_tokenizer
 from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
@@ -429,10 +430,10 @@ def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
     whole = prepare_dataset(case.spec(path), tokenizer, Storage(str(case.folder / "undisturbed")))
     read: list[FileShard] = []
 
-    def counted(shard: FileShard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:
-        if wants is None:
+    def counted(shard: FileShard, source: DataSource, split: Any, is_wanted: Any) -> Iterator[Record]:
+        if is_wanted is None:
             read.append(shard)
-        return records_of(shard, source, split, wants)
+        return records_of(shard, source, split, is_wanted)
 
     def until_the_third(task: Any, work: Any, items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
@@ -450,9 +451,9 @@ def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
     assert texts(tokenizer, dataset.train) == texts(tokenizer, whole.train)
 
 
-def some_may_be_read(shard: FileShard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:
-    assert wants is not None, "a shard was read whole again"
-    return records_of(shard, source, split, wants)
+def some_may_be_read(shard: FileShard, source: DataSource, split: Any, is_wanted: Any) -> Iterator[Record]:
+    assert is_wanted is not None, "a shard was read whole again"
+    return records_of(shard, source, split, is_wanted)
 
 
 def test_where_no_record_can_be_used_the_first_are_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:

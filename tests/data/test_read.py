@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from ft_service.chat.format import Message
 from ft_service.data import read as reading
 from ft_service.data.convert import BadRecord, convert
-from ft_service.data.read import Fault, ShardChanged, read_shard, read_source, scan
+from ft_service.data.files import json_files
+from ft_service.data.files.shard import Fault, ShardChanged
+from ft_service.data.read import read_shard, read_source, scan
 from ft_service.errors import DataError, SpecError
 from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
 
@@ -319,8 +321,8 @@ FILE, LINE, CODING = "form.unreadable-file", "form.unreadable", "form.encoding"
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b'\n{"a": 2}', ":2", LINE, "is not JSON"),
         ("a.json", b'[{"a": 1}, "b", {"a": 2}]', ":2", LINE, "is a JSON str, not an object"),
         ("a.json", b'{"a": 1}\n{"a": \n{"a": 2}', ":2", LINE, "is not JSON"),
-        ("a.csv", b"a,b\n1,2\n3\n5,6\n", ":3", LINE, "has not the 2 columns of the header"),
-        ("a.csv", b"a,b\n1,2\n3,4,5\n5,6\n", ":3", LINE, "has not the 2 columns of the header"),
+        ("a.csv", b"a,b\n1,2\n3\n5,6\n", ":3", LINE, "does not have the 2 columns of the header"),
+        ("a.csv", b"a,b\n1,2\n3,4,5\n5,6\n", ":3", LINE, "does not have the 2 columns of the header"),
         ("a.csv", b"a,b\n1,2\n3,\xe9\n5,6\n", ":3", CODING, "is not UTF-8"),
     ],
 )
@@ -457,7 +459,7 @@ def test_a_file_that_changes_between_scan_and_reading_is_noticed(tmp_path: Path,
 def test_a_line_beyond_the_limit_is_a_finding_and_the_next_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "%s"}\n{"a": 1}\n' % (b"x" * 5000))
     (first, fault), (second, record) = read_source(DataSource(path=str(path)))
@@ -472,10 +474,10 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
 
 
 def test_a_json_array_too_large_to_be_read_whole_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONGEST_ARRAY_BYTES", 100)
+    monkeypatch.setattr(json_files, "MAX_ARRAY_BYTES", 100)
     write_json(tmp_path / "a.json", RECORDS * 10)
     ((_, fault),) = faults(tmp_path / "a.json")
-    assert fault.code == FILE and "Write one record a line" in fault.reason
+    assert fault.code == FILE and "Write one record per line" in fault.reason
 
 
 def test_a_large_file_is_scanned_and_read_in_little_memory(tmp_path: Path) -> None:
@@ -504,7 +506,7 @@ def test_a_saved_dataset_that_is_cut_off_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path) -> None:
     split = datasets.Dataset.from_list(RECORDS)
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "both"))
-    assert "holds the splits train, test. Name the folder of one of them" in refused(tmp_path / "both")
+    assert "has the splits train, test. Name the folder of one of them" in refused(tmp_path / "both")
     assert read(tmp_path / "both" / "train") == RECORDS
 
 
@@ -513,9 +515,11 @@ def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").mkdir()
     (tmp_path / "dangling" / "data.jsonl").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"absent\.jsonl: no such file\. Mend the path"):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file\. Fix the path"):
         read(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match=r"data\.xlsx: files of this kind are not read\. Use one of \.jsonl, \.json"):
+    with pytest.raises(
+        DataError, match=r"data\.xlsx: files of this type are not supported\. Use one of \.jsonl, \.json"
+    ):
         read(tmp_path / "data.xlsx")
     with pytest.raises(DataError, match=r"empty: a folder without \.jsonl, \.json, \.csv, \.parquet files"):
         read(tmp_path / "empty")
@@ -524,7 +528,7 @@ def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset_that_cannot_be_fetched_names_the_way_to_write_it() -> None:
-    with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be fetched .*Write hub:OWNER/NAME"):
+    with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be downloaded .*Write hub:OWNER/NAME"):
         scan(0, DataSource(path="hub:nobody/nothing"))
 
 

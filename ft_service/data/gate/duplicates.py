@@ -75,7 +75,7 @@ class SecondPass:
         """Keys of the records to read again, uint64, sorted."""
         return np.array(sorted(self._keys), dtype=np.uint64)
 
-    def wants(self, key: int) -> bool:
+    def is_wanted(self, key: int) -> bool:
         """Whether this record is to be read again. Skip the others without converting them."""
         return key in self._keys
 

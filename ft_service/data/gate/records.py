@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ft_service.data.convert import BadRecord, Conversation, convert
-from ft_service.data.read import Fault, FileShard, Scan, Wants, read_shard, scan
+from ft_service.data.files.shard import Fault, FileShard, IsWanted
+from ft_service.data.read import Scan, read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec.schema import OPTIONAL_COLUMNS, DataSource
 
@@ -125,10 +126,10 @@ def place_of(key: int) -> tuple[int, int, int]:
 
 
 def records_of(
-    shard: FileShard, source: DataSource, split: Split = "train", wants: Wants | None = None
+    shard: FileShard, source: DataSource, split: Split = "train", is_wanted: IsWanted | None = None
 ) -> Iterator[Record]:
     """Every record of a shard, in order, including those that cannot be used. Raises `ShardChanged`."""
-    for number, raw in read_shard(shard, source, wants):
+    for number, raw in read_shard(shard, source, is_wanted):
         if isinstance(raw, Fault):
             yield Record(shard.source, shard.file, number, fault=raw, split=split)
         else:

@@ -228,7 +228,7 @@ def test_few_records_are_read_again() -> None:
     for one in records:
         gate.check(one)
     second_pass = gate.second_pass()
-    wanted = [one.line for one in records if second_pass.wants(one.key)]
+    wanted = [one.line for one in records if second_pass.is_wanted(one.key)]
     assert {1, 2} <= set(wanted) and len(wanted) < len(records) / 2
 
 
