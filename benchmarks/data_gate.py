@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from ft_service.chat.format import ChatFormat
 from ft_service.data.encode import Encoder
-from ft_service.data.gate import EvaluationSets, Hit, Judge, Judgement, Source, read_source
+from ft_service.data.gate import EvaluationSets, Gate, Hit, Judgement, Source, read_source
 from ft_service.data.gate.records import place_of
 from ft_service.data.read import scan
 from ft_service.model.scratch import train_tokenizer
@@ -462,7 +462,7 @@ def judge(lines: list[bytes], held_out: list[Pair], chat: ChatFormat, folder: Pa
     source = DataSource(path=str(file), format="chat", source="planted", license="MIT")
     started = time.process_time()
     evaluation = EvaluationSets([("held-out", read_source(0, DataSource(path=str(other), format="chat")))])
-    gate = Judge([Source.of(source, scan(0, source))], max_seq_len=MAX_SEQ_LEN, evaluation=evaluation, chat=chat)
+    gate = Gate([Source.of(source, scan(0, source))], max_seq_len=MAX_SEQ_LEN, evaluation=evaluation, chat=chat)
     hits: dict[str, set[int]] = defaultdict(set)
 
     def note(hit: Hit) -> None:
@@ -472,12 +472,12 @@ def judge(lines: list[bytes], held_out: list[Pair], chat: ChatFormat, folder: Pa
     encoded = Encoder(chat.tokenizer, chat, MAX_SEQ_LEN)(read)
     records = [replace(record, tokens=tokens) for record, (tokens, _) in zip(read, encoded, strict=True)]
     for record in records:
-        for hit in gate.see(record):
+        for hit in gate.check(record):
             note(hit)
-    looks = gate.second_look()
+    second_pass = gate.second_pass()
     for record in records:
-        looks.see(record)
-    judgement = gate.close(looks, note)
+        second_pass.add(record)
+    judgement = gate.judgement(second_pass, note)
     assert judgement.read == len(lines) == judgement.usable + sum(judgement.left_out.values())
     return Judged(judgement, hits, time.process_time() - started)
 

@@ -3,7 +3,7 @@
 python benchmarks/data_scale.py [--records 1000000] [--kinds mixed,templated] [--cores 2]
 
 Synthetic records of 40 to 300 characters, three in a hundred of them exact copies and as many near-copies. `templated`
-is the hard case for finding near-duplicates: all questions are of one template and differ in a few words. Judged,
+is the hard case for finding near-duplicates: all questions are of one template and differ in a few words. CheckResult,
 tokenised and packed as Ray tasks, then once more, which finds the result of the first time.
 
     memory   of each process, twice a second: what is its own (USS), without pages that others share

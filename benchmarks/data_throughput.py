@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from ft_service.cluster.ray_cluster import map_on_cluster
 from ft_service.data import prepare
-from ft_service.data.check import Judged
+from ft_service.data.check import CheckResult
 from ft_service.data.gate import Record
-from ft_service.data.gate.judge import Seen
+from ft_service.data.gate.gate import PartialResult
 from ft_service.data.read import scan
-from ft_service.data.tasks import Work, examine, pack, seen_of
+from ft_service.data.tasks import TaskContext, check_shard, load_partial_result, pack
 from ft_service.spec.schema import RunSpec, parse_run_spec
 from ft_service.storage.storage import Storage
 
@@ -64,42 +64,42 @@ def write_records(data: Path, columns: dict[str, str], count: int, out: Path) ->
 
 
 @dataclass(frozen=True)
-class Unjudged(Work):
-    """The work of preparing data, with a judge that only remembers which records there are."""
+class UncheckedContext(TaskContext):
+    """The context of preparing data, with a gate that only collects the keys of the records."""
 
-    def judge(self, **_: Any) -> Any:
-        return Remembering()
+    def gate(self, **_: Any) -> Any:
+        return KeyCollector()
 
 
-class Remembering:
+class KeyCollector:
     def __init__(self) -> None:
         self._keys: list[int] = []
 
-    def see(self, record: Record) -> list[Any]:
+    def check(self, record: Record) -> list[Any]:
         self._keys.append(record.key)
         return []
 
-    def is_left_out(self, _: Any) -> None:
+    def reason_left_out(self, _: Any) -> None:
         return None
 
-    def seen(self) -> Seen:
-        return Seen({0: len(self._keys)}, 0, np.array(self._keys, dtype=[("key", "u8")]))
+    def partial_result(self) -> PartialResult:
+        return PartialResult({0: len(self._keys)}, 0, np.array(self._keys, dtype=[("key", "u8")]))
 
 
 def ours(world: Path, cores: int) -> dict[str, Any]:
-    """The tasks that a run has, without a judge, on a Ray of so many cores."""
+    """The tasks of a run, without the checks of the gate, on a Ray of so many cores."""
     spec, tokenizer = started(world, cores)
     began = time.perf_counter()
     storage = Storage(spec.storage)
     inputs = prepare._Inputs(spec, [scan(0, spec.data.train[0])])
-    work = Unjudged(**vars(inputs.work(storage, "datasets/unjudged", tokenizer)))
-    for _ in map_on_cluster(examine, work, list(enumerate(inputs.shards))):
+    context = UncheckedContext(**vars(inputs.context(storage, "datasets/unchecked", tokenizer)))
+    for _ in map_on_cluster(check_shard, context, list(enumerate(inputs.shards))):
         pass
     with tempfile.TemporaryDirectory() as fetched:
-        seen = [seen_of(work, number, Path(fetched))[0] for number in range(len(inputs.shards))]
-        keys = np.sort(np.concatenate([some.facts["key"] for some in seen]))
-    everything = Judged(None, keys, np.zeros(len(keys), dtype=bool))  # type: ignore[arg-type]
-    packed = list(map_on_cluster(pack, work, list(prepare._groups(work, inputs.shards, everything))))
+        results = [load_partial_result(context, number, Path(fetched))[0] for number in range(len(inputs.shards))]
+        keys = np.sort(np.concatenate([result.facts["key"] for result in results]))
+    everything = CheckResult(None, keys, np.zeros(len(keys), dtype=bool))  # type: ignore[arg-type]
+    packed = list(map_on_cluster(pack, context, list(prepare._groups(context, inputs.shards, everything))))
     took = time.perf_counter() - began
     tokens, rows = sum(done.tokens[0] for done in packed), sum(done.rows[0] for done in packed)
     return {"seconds": took, "tokens": tokens, "rows": rows, "records": len(keys)}
@@ -109,7 +109,7 @@ def gate(world: Path, cores: int) -> dict[str, Any]:
     """All that a run does, on a Ray of so many cores."""
     spec, tokenizer = started(world, cores)
     began = time.perf_counter()
-    facts = prepare.prepare_dataset(spec, tokenizer, Storage(spec.storage), run=map_on_cluster).facts
+    facts = prepare.prepare_dataset(spec, tokenizer, Storage(spec.storage), run_tasks=map_on_cluster).facts
     took = time.perf_counter() - began
     return {"seconds": took, "tokens": facts.tokens, "rows": facts.rows, "records": facts.conversations}
 

@@ -1,11 +1,11 @@
-"""Llama 3's chat format: a conversation to token ids and a loss mask, and back. Imports neither torch nor ray.
+"""Llama 3's chat format: a conversation to token ids and a loss mask, and back. Needs neither torch nor transformers.
 
     <|begin_of_text|>
     <|start_header_id|>user<|end_header_id|>\\n\\n{content}<|eot_id|>
     <|start_header_id|>assistant<|end_header_id|>\\n\\n{content}<|eot_id|>      trained: {content}<|eot_id|>
 
-Source: Meta's ``llama_models.llama3.chat_format.ChatFormat``, which the tests hold this against token by token. Text is
-tokenised as text: ``<|eot_id|>`` inside a message never becomes the special token.
+Source: Meta's ``llama_models.llama3.chat_format.ChatFormat``; the tests compare every token with it. The content of a
+message is plain text: ``<|eot_id|>`` inside it never becomes the special token.
 """
 
 import hashlib
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-from transformers import PreTrainedTokenizerBase
-
-from ft_service.chat.word_cache import word_ids
+from ft_service.chat.word_cache import word_cache_for
 from ft_service.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -30,7 +31,7 @@ HEADER_END = "<|end_header_id|>"
 END_OF_TURN = "<|eot_id|>"
 END_OF_MESSAGE = "<|eom_id|>"
 _PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad|>", "<pad>", "[PAD]")
-# Meta writes the role that answers a tool call as "ipython".
+# Meta calls the role that answers a tool call "ipython".
 _HEADER_NAMES = {"tool": "ipython"}
 
 CHAT_TEMPLATE = (
@@ -44,12 +45,12 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
-"""The same format for stock `tokenizer.apply_chat_template`, with the marks it needs to tell answers from the rest."""
+"""The same format for `tokenizer.apply_chat_template` of stock transformers; `generation` marks the trained answers."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `weight` 0 keeps an assistant turn from being trained on; None means 1 there."""
+    """One turn. An assistant turn of `weight` 0 is not trained on; None means 1."""
 
     role: Role
     content: str
@@ -62,7 +63,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised conversation or text: ids [T], which of them are loss tokens [T], whether its end was cut off."""
+    """One tokenised conversation or text: `input_ids` [T], `loss_mask` [T], and whether its end was cut off."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -70,41 +71,41 @@ class Example:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Loss tokens that are predicted; the first token of a document never is."""
+        """Loss tokens that are predicted: all but the first token of a document, which has nothing before it."""
         return sum(self.loss_mask[1:])
 
 
-def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, in which nothing is special. Many texts in one call are faster."""
-    words = word_ids(tokenizer)
-    takes = [words is not None and words.takes(text) for text in texts]
-    from_words = iter(words.encode(list(compress(texts, takes))) if words is not None else [])
-    others = iter(_plain_ids(tokenizer, [text for text, taken in zip(texts, takes, strict=True) if not taken]))
-    return [next(from_words if taken else others) for taken in takes]
+def plain_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text; special tokens in it are plain text. Many texts in one call are faster."""
+    cache = word_cache_for(tokenizer)
+    use_cache = [cache is not None and cache.accepts(text) for text in texts]
+    cached = iter(cache.encode(list(compress(texts, use_cache))) if cache is not None else [])
+    others = iter(_uncached_ids(tokenizer, [text for text, cached in zip(texts, use_cache, strict=True) if not cached]))
+    return [next(cached if from_cache else others) for from_cache in use_cache]
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def _uncached_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
     return cast(list[list[int]], encoded["input_ids"])
 
 
-def special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    """The id of a special token, or None if the tokenizer has it not."""
+def special_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int | None:
+    """The id of a special token; None if the tokenizer lacks it."""
     return tokenizer.get_added_vocab().get(token)
 
 
 class ChatFormat:
     """Llama 3's chat format over one tokenizer. Raises `ModelError` when the tokenizer lacks its special tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         needed = (BEGIN, HEADER_START, HEADER_END, END_OF_TURN)
         ids = {token: special_id(tokenizer, token) for token in needed}
         if missing := [token for token, token_id in ids.items() if token_id is None]:
             raise ModelError(
-                f"tokenizer of {tokenizer.name_or_path!r}: has no {', '.join(missing)}, so it cannot write Llama 3's "
-                "chat format. Use a Llama 3 checkpoint, or data in the text format."
+                f"tokenizer of {tokenizer.name_or_path!r}: has no {', '.join(missing)}, which Llama 3's chat format "
+                "needs. Use a Llama 3 checkpoint, or data in the text format."
             )
         self.tokenizer = tokenizer
         self._begin, self._header_start, self._header_end, self._end = (cast(int, ids[token]) for token in needed)
@@ -121,9 +122,11 @@ class ChatFormat:
         contents = iter(plain_ids(self.tokenizer, texts))
         examples = []
         for messages in conversations:
-            ids, mask = [self._begin], [False]
+            ids = [self._begin]
+            mask = [False]
             for message in messages:
-                header, body = self._header(message.role), [*next(contents), self._end]
+                header = self._header(message.role)
+                body = [*next(contents), self._end]
                 ids += header + body
                 mask += [False] * len(header) + [message.is_trained] * len(body)
             examples.append(
@@ -132,11 +135,11 @@ class ChatFormat:
         return examples
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation that the assistant is to continue: they end with its open header."""
+        """Ids of a conversation for the assistant to continue: they end with the header of its turn."""
         return self.encode(messages).input_ids + self._header("assistant")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """The text of token ids, without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _header(self, role: str) -> list[int]:
@@ -155,13 +158,13 @@ class ChatFormat:
 
     @cached_property
     def end_of_turn_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer, the one that is trained first."""
+        """Ids that end an answer. The first of them is the one that is trained."""
         others = (special_id(self.tokenizer, token) for token in (END_OF_TEXT, END_OF_MESSAGE))
         return (self._end, *(other for other in others if other is not None))
 
     @cached_property
     def pad_id(self) -> int:
-        """An id to fill with that never ends or begins anything. Raises `ModelError` if the tokenizer offers none."""
+        """An id for padding that never ends or begins a turn. Raises `ModelError` if the tokenizer has none."""
         taken = {self._begin, *self.end_of_turn_ids}
         candidates = (special_id(self.tokenizer, token) for token in (*_PADS, str(self.tokenizer.pad_token)))
         for candidate in candidates:
@@ -174,7 +177,7 @@ class ChatFormat:
 
     @property
     def template(self) -> str:
-        """A chat template with which stock transformers gives the same ids."""
+        """A chat template that gives the same ids in stock transformers."""
         return CHAT_TEMPLATE
 
     @property
@@ -183,11 +186,11 @@ class ChatFormat:
         return hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_seq_len: int) -> list[list[Example]]:
-    """Of each text the examples it makes for continued pretraining: begin, text, end, all but the first trained.
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_seq_len: int) -> list[list[Example]]:
+    """The examples of each text for continued pretraining: begin, text, end. All tokens but the first are loss tokens.
 
-    A text longer than `max_seq_len` tokens goes on in further examples; nothing is cut off. Raises `DataError` when the
-    tokenizer knows no token that ends a text.
+    A text longer than `max_seq_len` tokens continues in further examples; nothing is cut off. Raises `DataError` when
+    the tokenizer has no end-of-text token.
     """
     end = special_id(tokenizer, END_OF_TEXT)
     end = tokenizer.eos_token_id if end is None else end

@@ -1,4 +1,4 @@
-"""`ft data`: judge the data, look at what is trained on, write a cleaned copy."""
+"""`ft data`: check the data, preview the packed rows, write a cleaned copy."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,22 +14,26 @@ from ft_service.spec.schema import RunSpec, load_run_spec, parse_run_spec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-data_app = typer.Typer(help="Judge data, look at what is trained on, write a cleaned copy.", no_args_is_help=True)
+data_app = typer.Typer(help="Check data, preview packed rows, write a cleaned copy.", no_args_is_help=True)
 console = Console()
 _errors = Console(stderr=True)
 
 What = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec (YAML), or a data file or folder.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[setting=value]...", help="Such as data.packing=false.")
+    list[str] | None,
+    typer.Argument(metavar="[setting=value]...", help="Settings of the spec to override, such as data.packing=false."),
 ]
 Format = Annotated[
     Literal["alpaca", "chat", "text"] | None,
-    typer.Option("--format", help="Of a data file: what a record is (default: as its first record looks)."),
+    typer.Option("--format", help="For a data file: its format (default: from its first record)."),
 ]
 Columns = Annotated[
-    list[str] | None, typer.Option("--column", help="Of a data file: OUR=FILE'S name, such as instruction=question.")
+    list[str] | None,
+    typer.Option("--column", help="For a data file: OURS=FILE'S column name, such as instruction=question."),
 ]
-Base = Annotated[str | None, typer.Option("--base", help="Of a data file: hub id or folder whose tokenizer counts.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="For a data file: hub id or checkpoint folder of the tokenizer.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 _FEW_SHARDS = 2
@@ -42,32 +46,35 @@ def check(
     overrides: Overrides = None,
     format: Format = None,
     columns: Columns = None,
-    source: Annotated[str | None, typer.Option(help="Of a data file: where it comes from.")] = None,
-    license: Annotated[str | None, typer.Option(help="Of a data file: SPDX id of its license.")] = None,
+    source: Annotated[str | None, typer.Option(help="For a data file: where the data comes from.")] = None,
+    license: Annotated[str | None, typer.Option(help="For a data file: SPDX id of its license.")] = None,
     base: Base = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report.html and all places (default: NAME-data-check).")
+        Path | None, typer.Option(help="Folder for the report and the lists of findings (default: NAME-data-check).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge data as a run would: what is wrong, where, why it hurts, what to do. Exit code 1 if a run would stop."""
+    """Check data as a run does: each finding, its places, why it hurts, what to do. Exit code 1 if a run would stop."""
     spec = _spec(what, overrides, format, columns, base, source, license)
     from ft_service.cli.data_view import show_judgement
+    from ft_service.data.check import FINDINGS_FILE
     from ft_service.data.gate.waivers import check_waivers, enforce
-    from ft_service.data.prepare import judge_dataset
+    from ft_service.data.prepare import check_dataset
     from ft_service.pages.data_report import render_data_report
 
     check_waivers(spec.data.waive)
     folder = output or Path(f"{spec.name}-data-check")
     folder.mkdir(parents=True, exist_ok=True)
-    with _errors.status("Data: looking at the files") as status:
-        judgement = judge_dataset(spec, _tokenizer(spec), folder, status.update, _run)
+    with _errors.status("Data: scanning the files") as status:
+        judgement = check_dataset(spec, _tokenizer(spec), folder, status.update, _run_tasks)
     (folder / REPORT_FILE).write_text(render_data_report(spec.name, judgement, spec.data.waive), encoding="utf-8")
     if as_json:
         print(judgement.model_dump_json(indent=2))
     else:
         show_judgement(spec.name, judgement, spec.data.waive, console)
-        console.print(f"\n  {folder / REPORT_FILE}; all places: {folder / 'findings.jsonl'}", soft_wrap=True)
+        console.print(
+            f"\n  Report: {folder / REPORT_FILE}\n  All places of findings: {folder / FINDINGS_FILE}", soft_wrap=True
+        )
     try:
         enforce(judgement, spec.data.waive, str(folder / REPORT_FILE))
     except FtError:
@@ -81,18 +88,18 @@ def preview(
     format: Format = None,
     columns: Columns = None,
     base: Base = None,
-    records: Annotated[int, typer.Option(min=1, max=1000, help="Of each source.")] = 5,
-    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+    records: Annotated[int, typer.Option(min=1, max=1000, help="Number of records from each source.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show packed rows as the model sees them: trained, only read, special tokens, where documents begin."""
+    """Show packed rows as the model sees them: tokens trained on, tokens only read, special tokens, documents."""
     spec = _spec(what, overrides, format, columns, base)
     from ft_service.cli.data_view import rows_as_json, rows_as_page, show_rows
     from ft_service.data.preview import preview as rows_of
     from ft_service.model.base import load_tokenizer, resolve_base
 
     if spec.model.base == _NO_BASE:
-        raise UsageError("--base: a preview needs a tokenizer. Name a hub id or a checkpoint folder.")
+        raise UsageError("--base: missing. A preview needs a tokenizer; name a hub id or a checkpoint folder.")
     rows = rows_of(spec, load_tokenizer(resolve_base(spec.model.base, spec.model.revision, weights=False)), records)
     if as_json:
         print(json.dumps(rows_as_json(rows), indent=2, ensure_ascii=False))
@@ -112,24 +119,24 @@ def clean(
     columns: Columns = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a cleaned copy: without what cannot be read or trained on, and without exact copies; each is listed."""
+    """Write a cleaned copy, without unusable records and exact copies. Each record left out is listed."""
     spec = _spec(what, overrides, format, columns, None)
-    from ft_service.data.clean import DECISIONS_FILE
+    from ft_service.data.clean import LEFT_OUT_FILE
     from ft_service.data.clean import clean as write_clean
 
-    judgement = write_clean(spec, out, _run)
+    judgement = write_clean(spec, out, _run_tasks)
     if as_json:
         print(json.dumps({"read": judgement.read, "left_out": judgement.left_out, "folder": str(out)}, indent=2))
         return
-    left_out = sum(judgement.left_out.values())
-    console.print(f"{judgement.read - left_out:,} of {judgement.read:,} records in {out}", soft_wrap=True)
+    left_out = judgement.num_left_out
+    console.print(f"{judgement.read - left_out:,} of {judgement.read:,} records written to {out}", soft_wrap=True)
     for code, count in judgement.left_out.items():
-        console.print(f"  {count:,} {code}", highlight=False)
+        console.print(f"  {count:,} left out: {code}", highlight=False)
     if left_out:
-        console.print(f"Each of them, with its reason: {out / DECISIONS_FILE}", soft_wrap=True)
+        console.print(f"Each record left out, with its reason: {out / LEFT_OUT_FILE}", soft_wrap=True)
 
 
-# -- what is judged --------------------------------------------------------------------------------------------------
+# -- the spec --------------------------------------------------------------------------------------------------------
 
 _NO_BASE = "none"
 
@@ -143,7 +150,7 @@ def _spec(
     source: str | None = None,
     license: str | None = None,
 ) -> RunSpec:
-    """The spec in a file, or one made up around a data file."""
+    """The spec in a YAML file, or a spec for a single data file."""
     if what.suffix in (".yaml", ".yml"):
         return load_run_spec(what, overrides or [])
     names = dict(_pair(column) for column in columns or [])
@@ -160,8 +167,9 @@ def _spec(
 
 
 def _format_of(what: Path, names: Mapping[str, str]) -> str:
-    """Chat or text where the first record that can be read has their column and not an instruction's."""
-    from ft_service.data.read import Fault, read_shard, scan
+    """Chat or text if the first readable record has their column and no instruction; otherwise alpaca."""
+    from ft_service.data.files.shard import Fault
+    from ft_service.data.read import read_shard, scan
     from ft_service.spec.schema import DataSource
 
     source = DataSource(path=str(what))
@@ -177,32 +185,32 @@ def _format_of(what: Path, names: Mapping[str, str]) -> str:
 def _pair(column: str) -> tuple[str, str]:
     name, equals, value = column.partition("=")
     if not equals or not name or not value:
-        raise UsageError(f"--column = {column!r}: write OUR=FILE'S, such as instruction=question.")
+        raise UsageError(f"--column = {column!r}: write OURS=FILE'S, such as instruction=question.")
     return name, value
 
 
 def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase | None":
-    """The base's; without it, what takes tokens is not judged, and that is said."""
+    """The base's tokenizer. None prints a note that checks which need tokens are skipped."""
     from ft_service.model.base import load_tokenizer, looks_like_folder, resolve_base
 
     if spec.model.base == _NO_BASE:
-        _errors.print("No --base: nothing that takes tokens is judged.")
+        _errors.print("No --base: checks that need a tokenizer are skipped.")
         return None
     try:
         return load_tokenizer(resolve_base(spec.model.base, spec.model.revision, weights=False))
     except ModelError as error:
         if looks_like_folder(spec.model.base):
             raise
-        _errors.print(f"Without the base's tokenizer nothing that takes tokens is judged. {error}", markup=False)
+        _errors.print(f"No tokenizer of the base: checks that need one are skipped. {error}", markup=False)
         return None
 
 
-def _run(task: Callable[[Any, Any], Any], work: Any, items: Sequence[Any]) -> Iterator[Any]:
-    """Little data here; much on the cluster of RAY_ADDRESS, or on all CPUs of this machine."""
-    from ft_service.data.tasks import here
+def _run_tasks(task: Callable[[Any, Any], Any], work: Any, items: Sequence[Any]) -> Iterator[Any]:
+    """Run few tasks in this process, many on the cluster of RAY_ADDRESS or on all CPUs of this machine."""
+    from ft_service.data.tasks import run_locally
 
     if len(items) <= _FEW_SHARDS:
-        return here(task, work, items)
+        return run_locally(task, work, items)
     from ft_service.cluster.ray_cluster import connect, map_on_cluster
 
     connect()

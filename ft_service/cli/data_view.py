@@ -1,4 +1,4 @@
-"""What the data gate found, and what the model will see: in a terminal, as JSON, as a page."""
+"""The judgement of a data check, and packed rows: in a terminal, as JSON, as a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,17 +21,19 @@ _SHOWN_PLACES = 3
 
 
 def show_judgement(name: str, judgement: Judgement, waive: Mapping[str, str], console: Console) -> None:
-    """Print the verdict, the figures, and every finding with what to do about it."""
+    """Print the verdict, the figures, and every finding with its cure."""
     verdict = judgement.verdict
     console.print(f"[bold]{escape(name)}[/bold]  [bold {_COLORS[verdict]}]{verdict}[/]", highlight=False)
     for sentence in _figures(judgement):
-        console.print(f"  {escape(sentence)}", highlight=False)
+        console.print(Padding(escape(sentence), (0, 0, 0, 2)), highlight=False)
     for finding in judgement.findings:
         console.print()
         _show(finding, waive.get(finding.code), console)
     if judgement.entropy:
         console.print()
-        table = Table("variety", "kinds", "entropy, bits", "the largest", box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            "variety of", "different values", "entropy, bits", "most frequent", box=None, padding=(0, 2, 0, 0)
+        )
         for name, entropy in judgement.entropy.items():
             table.add_row(name, f"{entropy.kinds:,}", f"{entropy.bits:.1f}", f"{entropy.largest_share:.1%}")
         console.print(Padding(table, (0, 2)))
@@ -39,16 +41,12 @@ def show_judgement(name: str, judgement: Judgement, waive: Mapping[str, str], co
 
 def _figures(judgement: Judgement) -> list[str]:
     signal = judgement.signal
-    left_out = ", ".join(f"{count:,} {code}" for code, count in judgement.left_out.items())
-    records = counted(judgement.read, "record")
-    sentences = [
-        f"{records}, {judgement.usable:,} usable" + (f"; left out: {left_out}" if left_out else ""),
-        judgement.size.text,
-    ]
+    sentences = [judgement.records_text, judgement.size.text]
     if signal.records:
         lost = signal.lost_tokens / (signal.tokens + signal.lost_tokens)
         sentences.append(
-            f"{signal.tokens:,} tokens, {signal.loss_share:.0%} of them trained on, {lost:.1%} cut off by max_seq_len"
+            f"{counted(signal.tokens, 'training token')}, {signal.loss_share:.0%} of them loss tokens; "
+            f"max_seq_len cuts off {lost:.1%} of all tokens"
         )
     return sentences
 
@@ -59,11 +57,11 @@ def _show(finding: Finding, waived: str | None, console: Console) -> None:
         f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count:,} ({finding.percent})",
         highlight=False,
     )
-    for text in (finding.message, f"{finding.why} {finding.cure}", f"Accepted: {waived}" if waived else ""):
+    for text in (finding.message, f"{finding.why} {finding.cure}", f"Waived: {waived}" if waived else ""):
         if text:
             console.print(Padding(escape(text), (0, 0, 0, 7)), highlight=False)
     for place in finding.places[:_SHOWN_PLACES]:
-        text = " ".join(part for part in (str(place), place.detail) if part)
+        text = ": ".join(part for part in (str(place), place.detail) if part)
         console.print(f"       [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
 
 
@@ -73,10 +71,11 @@ _SPAN_STYLES = {("trained", False): "green", ("trained", True): "black on green"
 
 
 def show_rows(rows: Sequence[PreviewRow], console: Console) -> None:
-    """Print packed rows: trained on in green, only read dim, special tokens on a ground of their own."""
+    """Print packed rows: trained tokens in green, tokens that are only read dim, special tokens reversed."""
     for number, row in enumerate(rows, start=1):
         filled = row.tokens / row.length
-        title = f"row {number}: {row.tokens:,} of {row.length:,} tokens ({filled:.0%}), {len(row.documents)} documents"
+        documents = counted(len(row.documents), "document")
+        title = f"row {number}: {row.tokens:,} of {row.length:,} tokens ({filled:.0%}), {documents}"
         console.rule(title, align="left")
         for document in row.documents:
             console.print(_caption(document), style="bold", highlight=False, markup=False, soft_wrap=True)
@@ -87,18 +86,18 @@ def show_rows(rows: Sequence[PreviewRow], console: Console) -> None:
 
 
 def rows_as_json(rows: Sequence[PreviewRow]) -> list[dict[str, Any]]:
-    """The same as values."""
+    """Packed rows as JSON values."""
     return [asdict(row) for row in rows]
 
 
 def rows_as_page(name: str, rows: Sequence[PreviewRow]) -> str:
-    """The same as one HTML page."""
+    """Packed rows as one HTML page."""
     return render("data_preview.html.jinja", name=name, rows=rows, caption=_caption, visible=visible)
 
 
 def _caption(document: Document) -> str:
     cut = ", cut off" if document.truncated else ""
-    return f"┌ {visible(document.place)}  {document.tokens:,} tokens, {document.loss_tokens:,} trained on{cut}"
+    return f"┌ {visible(document.place)}  {counted(document.tokens, 'token')}, {document.loss_tokens:,} trained on{cut}"
 
 
 def _colored(document: Document) -> Text:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from ft_service.data.read import ShardChanged
+from ft_service.data.files.shard import ShardChanged
 from ft_service.errors import ClusterError, FtError
 from ft_service.text import last_line
 

@@ -1,4 +1,4 @@
-"""From shards to a judgement: every shard is examined, and what was seen of all of them is judged as one."""
+"""Checks a dataset: every shard by itself, then all shards together. The result is one judgement."""
 
 import json
 import tempfile
@@ -9,11 +9,11 @@ from typing import TextIO
 
 import numpy as np
 
-from ft_service.data.gate import Hit, Judge, Judgement, Looks
-from ft_service.data.gate.judge import rights_and_size
+from ft_service.data.files.shard import FileShard
+from ft_service.data.gate import Gate, Hit, Judgement, SecondPass
+from ft_service.data.gate.gate import add_base_and_steps
 from ft_service.data.gate.records import place_key, place_of
-from ft_service.data.read import Shard
-from ft_service.data.tasks import Run, Wanted, Work, examine, look_again, seen_of
+from ft_service.data.tasks import Reread, RunTasks, TaskContext, check_shard, load_partial_result, read_again
 from ft_service.spec.schema import RunSpec
 
 Say = Callable[[str], None]
@@ -26,8 +26,8 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A judgement, and which records it leaves."""
+class CheckResult:
+    """A judgement, and the records that are not left out."""
 
     judgement: Judgement
     keys: np.ndarray
@@ -36,57 +36,65 @@ class Judged:
     """bool [used records]: for validation."""
 
 
-def judge_shards(
-    work: Work, shards: Sequence[Shard], run: Run, folder: Path, fraction: float, seed: int, say: Say
-) -> Judged:
-    """Examine and judge; writes the three files into `folder`. Raises `ShardChanged`."""
-    records = 0
-    for examined in run(examine, work, list(enumerate(shards))):
-        records += examined.records
-        say(f"Data: shard {examined.number + 1} of {len(shards)}, {records:,} records read")
-    judge = work.judge(fraction=fraction, seed=seed)
-    with tempfile.TemporaryDirectory(prefix="ft-data-") as fetched, _Notes(folder, judge) as notes:
+def check_shards(
+    context: TaskContext,
+    shards: Sequence[FileShard],
+    run_tasks: RunTasks,
+    folder: Path,
+    fraction: float,
+    seed: int,
+    say: Say,
+) -> CheckResult:
+    """Check all shards, and write the three files into `folder`. Raises `ShardChanged`."""
+    num_records = 0
+    for checked in run_tasks(check_shard, context, list(enumerate(shards))):
+        num_records += checked.records
+        say(f"Data: read shard {checked.number + 1} of {len(shards)}, {num_records:,} records so far")
+    gate = context.gate(fraction=fraction, seed=seed)
+    with tempfile.TemporaryDirectory(prefix="ft-data-") as fetched, _HitWriter(folder, gate) as writer:
         for number in range(len(shards)):
-            seen, hits = seen_of(work, number, Path(fetched))
-            judge.absorb(seen, notes.taking(hits))
-        looks = judge.second_look()
-        wanted = list(_wanted(shards, looks))
-        if wanted:
-            say(f"Data: {sum(len(some.keys) for some in wanted):,} records are read again, to compare them")
-        for seen_again in run(look_again, work, wanted):
-            looks.merge(seen_again)
-        judgement = judge.close(looks, notes.note)
-        used = judge.used()
+            partial_result, hits = load_partial_result(context, number, Path(fetched))
+            gate.merge(partial_result, writer.write_through(hits))
+        second_pass = gate.second_pass()
+        rereads = list(_rereads(shards, second_pass))
+        if rereads:
+            num_records = sum(len(reread.keys) for reread in rereads)
+            say(f"Data: reading {num_records:,} records a second time, to compare them")
+        for partial_pass in run_tasks(read_again, context, rereads):
+            second_pass.merge(partial_pass)
+        judgement = gate.judgement(second_pass, writer.write)
+        used = gate.used_records()
     (folder / JUDGEMENT_FILE).write_text(judgement.model_dump_json(indent=2), encoding="utf-8")
-    return Judged(judgement, *used)
+    return CheckResult(judgement, *used)
 
 
-def for_run(judgement: Judgement, spec: RunSpec) -> Judgement:
-    """The judgement with what a run adds to the data: the duties that its base brings, and the steps that follow."""
-    return rights_and_size(judgement, spec.model.base, spec.data.max_seq_len, spec.train.global_batch_size)
+def judgement_for_run(judgement: Judgement, spec: RunSpec) -> Judgement:
+    """The judgement with what depends on the run: its base's license, and the number of steps."""
+    return add_base_and_steps(judgement, spec.model.base, spec.data.max_seq_len, spec.train.global_batch_size)
 
 
-def _wanted(shards: Sequence[Shard], looks: Looks) -> Iterator[Wanted]:
-    """Which records of which shard are read again."""
+def _rereads(shards: Sequence[FileShard], second_pass: SecondPass) -> Iterator[Reread]:
+    """The records of each shard that are read a second time."""
     starts = np.array([place_key(shard.source, shard.file, shard.first) for shard in shards], dtype=np.uint64)
-    keys = looks.keys()
-    of_shard = np.searchsorted(starts, keys, side="right") - 1
-    for number in np.unique(of_shard).tolist():
-        chosen = keys[of_shard == number]
-        first = place_key(shards[number].source, shards[number].file, 0)
-        yield Wanted(shards[number], chosen, frozenset((chosen - np.uint64(first)).tolist()))
+    keys = second_pass.keys()
+    shard_of_key = np.searchsorted(starts, keys, side="right") - 1
+    for number in np.unique(shard_of_key).tolist():
+        shard_keys = keys[shard_of_key == number]
+        start = place_key(shards[number].source, shards[number].file, 0)
+        yield Reread(shards[number], shard_keys, frozenset((shard_keys - np.uint64(start)).tolist()))
 
 
-class _Notes:
-    """Writes all places of findings, and the records that are left out."""
+class _HitWriter:
+    """Writes the places of all findings, and the records that are left out."""
 
-    def __init__(self, folder: Path, judge: Judge) -> None:
-        self._judge = judge
-        self._paths = folder / FINDINGS_FILE, folder / QUARANTINE_FILE
+    def __init__(self, folder: Path, gate: Gate) -> None:
+        self._gate = gate
+        self._folder = folder
 
-    def __enter__(self) -> "_Notes":
+    def __enter__(self) -> "_HitWriter":
         self._findings, self._quarantine = (
-            path.open("w", encoding="utf-8", errors="backslashreplace") for path in self._paths
+            (self._folder / name).open("w", encoding="utf-8", errors="backslashreplace")
+            for name in (FINDINGS_FILE, QUARANTINE_FILE)
         )
         return self
 
@@ -94,31 +102,31 @@ class _Notes:
         self._findings.close()
         self._quarantine.close()
 
-    def taking(self, hits: Iterator[list[Hit]]) -> Iterator[list[Hit]]:
-        """The same hits, written down on their way."""
-        for of_record in hits:
-            self._write(of_record)
-            yield of_record
+    def write_through(self, hits: Iterator[list[Hit]]) -> Iterator[list[Hit]]:
+        """The same hits; each record's hits are written as they pass."""
+        for record_hits in hits:
+            self._write(record_hits)
+            yield record_hits
 
-    def note(self, hit: Hit) -> None:
+    def write(self, hit: Hit) -> None:
+        """Write one hit across records."""
         self._write([hit])
 
-    def _write(self, of_record: list[Hit]) -> None:
-        for hit in of_record:
-            _line(self._findings, {"code": hit.code, **self._judge.place(hit).model_dump()})
-        if (reason := self._judge.is_left_out(of_record)) is not None:
-            place = self._judge.place(reason)
-            source = place_of(reason.key)[0]
-            told = {
+    def _write(self, record_hits: list[Hit]) -> None:
+        for hit in record_hits:
+            _write_line(self._findings, {"code": hit.code, **self._gate.place(hit).model_dump()})
+        if (reason := self._gate.reason_left_out(record_hits)) is not None:
+            place = self._gate.place(reason)
+            left_out = {
                 "code": reason.code,
                 "reason": place.detail,
                 "file": place.file,
                 "line": place.line,
-                "source": source,
+                "source": place_of(reason.key)[0],
                 "excerpt": place.excerpt,
             }
-            _line(self._quarantine, told)
+            _write_line(self._quarantine, left_out)
 
 
-def _line(stream: TextIO, value: dict[str, object]) -> None:
+def _write_line(stream: TextIO, value: dict[str, object]) -> None:
     stream.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A cleaned copy of the data: what cannot be trained on, and exact copies, are left out, and each decision is told."""
+"""A cleaned copy of the data, without unusable records and exact copies. Each record left out is listed."""
 
 import json
 import tempfile
@@ -7,64 +7,66 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ft_service.data.check import QUARANTINE_FILE
+from ft_service.data.files.shard import Fault
 from ft_service.data.gate import Judgement
 from ft_service.data.gate.private import visible
-from ft_service.data.prepare import all_sources, judge_dataset
-from ft_service.data.read import Fault, read_shard, scan
-from ft_service.data.tasks import Run, here
+from ft_service.data.prepare import all_sources, check_dataset
+from ft_service.data.read import read_shard, scan
+from ft_service.data.tasks import RunTasks, run_locally
 from ft_service.errors import UsageError
 from ft_service.spec.schema import RunSpec
 
-DECISIONS_FILE = "left_out.jsonl"
-"""A line for each record that is left out: ``{code, reason, file, line, source, excerpt}`` and the whole of it as
-``record``, or as ``text`` where it could not be read."""
+LEFT_OUT_FILE = "left_out.jsonl"
+"""One line for each record that is left out: ``{code, reason, file, line, source, excerpt}``, and the whole record as
+``record``, or as ``text`` if it could not be read."""
 
 
-def clean(spec: RunSpec, out: Path, run: Run = here) -> Judgement:
-    """Write the spec's sources, one file of JSON lines each, and `DECISIONS_FILE` into the new folder `out`.
+def clean(spec: RunSpec, out: Path, run_tasks: RunTasks = run_locally) -> Judgement:
+    """Write each source as one file of JSON lines, and `LEFT_OUT_FILE`, into the new folder `out`.
 
-    Returns the judgement of the data as they were. Records keep their order and all their columns. Raises `UsageError`
-    if `out` exists, and `DataError` where a file is missing; nothing is left behind then.
+    Returns the judgement of the original data. Records keep their order and all their columns. Raises `UsageError` if
+    `out` exists, and `DataError` if a file is missing; then nothing is written.
     """
     if out.exists():
-        raise UsageError(f"OUT = {str(out)!r}: exists already. Name a folder that does not.")
+        raise UsageError(f"OUT = {str(out)!r}: already exists. Name a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        made, judged = Path(temporary, "made"), Path(temporary, "judged")
-        made.mkdir()
-        judged.mkdir()
-        # Before they are judged: a file that changes meanwhile is told, and not copied by the lines it had.
+        copy = Path(temporary, "copy")
+        check_folder = Path(temporary, "check")
+        copy.mkdir()
+        check_folder.mkdir()
+        # Scan before the check: if a file changes between the two, reading it fails, so the line numbers agree.
         scans = [scan(number, source) for number, source in enumerate(all_sources(spec))]
-        judgement = judge_dataset(spec, None, judged, run=run)
-        left_out = _left_out(judged / QUARANTINE_FILE)
-        with _opened(made / DECISIONS_FILE) as decisions:
+        judgement = check_dataset(spec, None, check_folder, run_tasks=run_tasks)
+        left_out = _left_out(check_folder / QUARANTINE_FILE)
+        with _opened(copy / LEFT_OUT_FILE) as left_out_file:
             for number, source in enumerate(all_sources(spec)):
                 name = f"{number}-{Path(source.path.replace(':', '-')).stem}.jsonl"
-                with _opened(made / name) as kept:
+                with _opened(copy / name) as kept:
                     for shard in scans[number].shards:
                         for line, raw in read_shard(shard, source):
-                            told = left_out.get((number, visible(shard.path), line))
-                            if told is not None:
+                            entry = left_out.get((number, visible(shard.path), line))
+                            if entry is not None:
                                 record = {"text": raw.text} if isinstance(raw, Fault) else {"record": raw}
-                                _write(decisions, {**json.loads(told), **record})
+                                _write(left_out_file, {**json.loads(entry), **record})
                             elif not isinstance(raw, Fault):
                                 _write(kept, raw)
-        made.rename(out)
+        copy.rename(out)
     return judgement
 
 
 def _left_out(quarantine: Path) -> dict[tuple[int, str, int], str]:
-    """The lines of the quarantine by source, file and number of the record: a file may be in two sources."""
-    found = {}
+    """The lines of the quarantine by (source, file, record number); two sources may share a file."""
+    lines = {}
     with quarantine.open(encoding="utf-8") as stream:
         for line in stream:
-            told = json.loads(line)
-            found[told["source"], told["file"], told["line"]] = line
-    return found
+            entry = json.loads(line)
+            lines[entry["source"], entry["file"], entry["line"]] = line
+    return lines
 
 
 def _opened(file: Path) -> TextIO:
-    """For JSON: half a surrogate pair, which UTF-8 has no bytes for, is then written as JSON's own escape of it."""
+    """Open for JSON. Half a surrogate pair, which UTF-8 cannot encode, is written as its JSON escape."""
     return file.open("w", encoding="utf-8", errors="backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""A record to what is trained on: a conversation, or a text. Says exactly what a record lacks."""
+"""Converts a record to what is trained on: a conversation or a text. Errors name what the record lacks."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,7 +14,7 @@ _EMPTY = ("form.empty-input", "form.empty-output")
 
 
 class BadRecord(ValueError):
-    """Why one record cannot be used, and the data gate's code for it; the caller knows its place."""
+    """One record cannot be used. Carries the data gate's code; the caller adds the place."""
 
     def __init__(self, reason: str, code: str = "form.wrong-type") -> None:
         super().__init__(reason, code)
@@ -25,16 +25,16 @@ class BadRecord(ValueError):
 
 
 def convert(record: Mapping[str, Any], source: DataSource, needs_answer: bool = True) -> Conversation | str:
-    """The conversation (formats alpaca and chat) or text (format text) of a record. Raises `BadRecord`.
+    """The conversation (formats alpaca and chat) or the text (format text) of a record. Raises `BadRecord`.
 
-    Without `needs_answer` a question is enough, as in a set that is only compared with.
+    Without `needs_answer`, a question is enough, as in an evaluation set.
     """
     column = {**_COLUMNS, **source.columns}
     for name in _REQUIRED[source.format]:
         if column[name] not in record and (needs_answer or name != "output"):
-            there = ", ".join(map(str, record)) or "none"
+            columns = ", ".join(map(str, record)) or "none"
             raise BadRecord(
-                f"has no column {column[name]!r} (there: {there}). Set columns: {{{name}: ...}} in its source",
+                f"has no column {column[name]!r} (its columns: {columns}). Set columns: {{{name}: ...}} in the source",
                 "form.missing-column",
             )
     if source.format == "text":
@@ -57,26 +57,28 @@ def _alpaca(record: Mapping[str, Any], column: Mapping[str, str], needs_answer: 
 
 def _chat(messages: object, needs_answer: bool) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise BadRecord("its messages are not a list with at least one message")
+        raise BadRecord("its messages are not a list of at least one message")
     turns = tuple(_message(number, message) for number, message in enumerate(messages, 1))
     if needs_answer and not any(turn.is_trained for turn in turns):
-        raise BadRecord("has no assistant message to train on (or all have weight 0)", "form.no-answer")
+        raise BadRecord("has no assistant message to train on (none, or all with weight 0)", "form.no-answer")
     return turns
 
 
 def _message(number: int, message: object) -> Message:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise BadRecord(f"message {number} is not {{role, content}}")
+        raise BadRecord(f"message {number} is not an object with role and content")
     role, content, weight = message["role"], message["content"], message.get("weight")
     if role not in ROLES:
-        raise BadRecord(f"message {number} has role {role!r}; known are {', '.join(ROLES)}", "form.unknown-role")
+        raise BadRecord(
+            f"message {number} has the unknown role {role!r} (known: {', '.join(ROLES)})", "form.unknown-role"
+        )
     if not isinstance(content, str):
-        raise BadRecord(f"message {number} has no text as content")
+        raise BadRecord(f"the content of message {number} is not text")
     if not content.strip():
-        raise BadRecord(f"message {number} has no text as content", _EMPTY[role == "assistant"])
+        raise BadRecord(f"the content of message {number} is empty", _EMPTY[role == "assistant"])
     _check_unicode(content, f"the content of message {number}")
     if weight not in (None, 0, 1):
-        raise BadRecord(f"message {number} has weight {weight!r}; 0 and 1 are known")
+        raise BadRecord(f"message {number} has weight {weight!r} (allowed: 0 and 1)")
     return Message(cast(Role, role), content, weight)
 
 
@@ -101,10 +103,10 @@ def _optional_string(record: Mapping[str, Any], column: str, is_output: bool = F
 
 
 def _check_unicode(text: str, name: str) -> None:
-    """JSON can escape half a character (``\\ud83d`` alone), which no tokenizer can take."""
+    """JSON can escape half a character (``\\ud83d`` alone), which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRecord(
-            f"{name} holds half a character, {text[error.start]!r}, at {error.start}", "form.encoding"
+            f"{name} contains half a character, {text[error.start]!r}, at position {error.start}", "form.encoding"
         ) from None

@@ -1,4 +1,4 @@
-"""Which rows a step trains on: a function of seed and step alone, the same for every number of workers."""
+"""The rows of each training step: a function of seed and step alone, the same for any number of workers."""
 
 from functools import lru_cache
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def step_rows(seed: int, step: int, global_batch_size: int, num_rows: int) -> np.ndarray:
-    """Row numbers [global_batch_size], int64, of the update after `step` completed ones.
+    """Row numbers, int64 [global_batch_size], of the step that follows `step` completed steps.
 
-    The run reads an endless stream of epochs, each a permutation of all rows drawn from (seed, epoch); a batch may
-    straddle two epochs, and no row is left out.
+    A run reads an endless stream of epochs. Each epoch is a permutation of all rows, drawn from (seed, epoch). A batch
+    may span two epochs; no row is skipped.
     """
     positions = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
     epochs, places = np.divmod(positions, num_rows)

@@ -1,11 +1,11 @@
-"""Sources to a prepared dataset on storage: judged, tokenised, masked and packed once, before any worker starts.
+"""Sources to a prepared dataset on storage: checked, tokenised, masked and packed once, before any worker starts.
 
     <storage>/datasets/<digest>/   rows-00000/{train,validation}.arrow ...   manifest.json
-                                   judged/{judgement.json, findings.jsonl, quarantine.jsonl}
+                                   check/{judgement.json, findings.jsonl, quarantine.jsonl}
 
-The digest covers everything the result depends on, so the same data is prepared once and a changed file never meets an
-old cache. Shards that were examined wait beside the rows until all is done: a preparation that was interrupted, or that
-the gate refused, goes on from them.
+The digest covers everything that the result depends on. So the same data is prepared once, and a changed file never
+uses an old cache. Checked shards stay on storage until the dataset is complete: an interrupted preparation, or one that
+the data gate stopped, continues with them.
 """
 
 import hashlib
@@ -21,12 +21,23 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import CHAT_TEMPLATE
-from ft_service.data.check import FINDINGS_FILE, JUDGEMENT_FILE, Judged, Say, for_run, judge_shards
+from ft_service.data.check import FINDINGS_FILE, JUDGEMENT_FILE, CheckResult, Say, check_shards, judgement_for_run
+from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import EvaluationSets, Judgement, Source
 from ft_service.data.gate.codes import RULES_VERSION
 from ft_service.data.gate.records import place_key, read_questions
-from ft_service.data.read import Scan, Shard, scan
-from ft_service.data.tasks import ROWS, Group, Packed, Run, Work, here, pack, preparing, tokens_of
+from ft_service.data.read import Scan, scan
+from ft_service.data.tasks import (
+    ROWS,
+    PackedGroup,
+    RunTasks,
+    ShardGroup,
+    TaskContext,
+    num_tokens_of,
+    pack,
+    run_locally,
+    shards_folder,
+)
 from ft_service.errors import DataError, StorageError
 from ft_service.plan.facts import DatasetFacts
 from ft_service.registry.registry import DatasetRef
@@ -34,18 +45,18 @@ from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
-Gate = Callable[[Judgement, Path], None]
-"""Told the judgement and the folder with all its findings; raises where the data shall not be trained on."""
+OnJudgement = Callable[[Judgement, Path], None]
+"""Called with the judgement and the folder of its findings; raises to stop the preparation."""
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
-_JUDGED = "judged"
+_CHECK = "check"
 _GROUP_TOKENS = 2**25
-"""Packed together: enough that a row or two left open make no difference, in half a GiB of memory."""
-_WAIVED_IS_KEPT = frozenset({"quality.exact-duplicate"})
-"""Records that can be trained on, and are where the spec waives the code."""
+"""Tokens that are packed together: enough that a partly filled row does not matter, in half a GiB of memory."""
+_KEPT_IF_WAIVED = frozenset({"quality.exact-duplicate"})
+"""Records with these codes can be trained on, and are if the spec waives the code."""
 _MEASURED_BYTES = 2**22
-"""Of each source, `measure_dataset` prepares about so much, and scales up."""
+"""`measure_dataset` prepares about this much of each source, and scales up."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Row:
 
 
 class RowTable:
-    """Packed rows in Arrow files, memory-mapped: opening costs nothing, and processes of a node share the pages."""
+    """Packed rows in Arrow files. They are memory-mapped: opening is free, and processes of a node share the pages."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
@@ -77,7 +88,7 @@ class RowTable:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """A dataset as workers read it."""
+    """A prepared dataset, as workers read it."""
 
     digest: str
     facts: DatasetFacts
@@ -92,55 +103,55 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     storage: Storage,
     say: Say = lambda text: None,
-    run: Run = here,
-    gate: Gate = lambda judgement, folder: None,
+    run_tasks: RunTasks = run_locally,
+    on_judgement: OnJudgement = lambda judgement, folder: None,
 ) -> PreparedDataset:
-    """Prepare the spec's data, or open it if that was done before; `gate` sees its judgement in both cases.
+    """Prepare the spec's data, or open it if it is prepared already. `on_judgement` is called in both cases.
 
-    Raises `DataError` where a file is missing or no record can be used, and whatever `gate` raises.
+    Raises `DataError` if a file is missing or no record can be used, and whatever `on_judgement` raises.
     """
     inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
     digest = _dataset_digest(inputs, tokenizer)
     place = f"datasets/{digest}"
     if not storage.exists(f"{place}/{_MANIFEST}"):
         try:
-            _prepare(inputs, tokenizer, storage, place, say, run, gate)
+            _prepare(inputs, tokenizer, storage, place, say, run_tasks, on_judgement)
             return open_dataset(storage, digest)
         except (StorageError, OSError):
             if not storage.exists(f"{place}/{_MANIFEST}"):
-                raise  # otherwise another run prepared the same data meanwhile, and has tidied up
-    say(f"Data: prepared before, {storage.uri(place)}")
+                raise  # otherwise another run has prepared the same data meanwhile, and deleted the shards
+    say(f"Data: already prepared, {storage.uri(place)}")
     dataset = open_dataset(storage, digest)
-    gate(for_run(dataset.judgement, spec), storage.local_folder(place) / _JUDGED)
+    on_judgement(judgement_for_run(dataset.judgement, spec), storage.local_folder(place) / _CHECK)
     return dataset
 
 
-def judge_dataset(
+def check_dataset(
     spec: RunSpec,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     say: Say = lambda text: None,
-    run: Run = here,
+    run_tasks: RunTasks = run_locally,
 ) -> Judgement:
-    """Judge the spec's data without preparing it; the files of `judging` go to `folder`, which must exist.
+    """Check the spec's data without preparing it, and write the files of `check_shards` into the existing `folder`.
 
-    Without a tokenizer nothing that takes tokens is judged. Raises `DataError` where a file is missing.
+    Without a tokenizer, checks that need tokens are skipped. Raises `DataError` if a file is missing.
     """
     inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
-        work = inputs.work(Storage(temporary), "judged", tokenizer, writes_examples=False)
-        judged = judge_shards(work, inputs.shards, run, folder, inputs.fraction, spec.train.seed, say)
-    judgement = for_run(judged.judgement, spec)
+        context = inputs.context(Storage(temporary), "check", tokenizer, writes_examples=False)
+        result = check_shards(context, inputs.shards, run_tasks, folder, inputs.fraction, spec.train.seed, say)
+    judgement = judgement_for_run(result.judgement, spec)
     (folder / JUDGEMENT_FILE).write_text(judgement.model_dump_json(indent=2), encoding="utf-8")
     return judgement
 
 
 def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
-    """A dataset that was prepared before; raises `StorageError` if it is not there."""
+    """A prepared dataset. Raises `StorageError` if it does not exist."""
     manifest = storage.read_json(f"datasets/{digest}/{_MANIFEST}")
     folder = storage.local_folder(f"datasets/{digest}")
     train, validation = (sorted(folder.glob(f"rows-*/{split}.arrow")) for split in ("train", "validation"))
-    judgement = (folder / _JUDGED / JUDGEMENT_FILE).read_text(encoding="utf-8")
+    judgement = (folder / _CHECK / JUDGEMENT_FILE).read_text(encoding="utf-8")
     return PreparedDataset(
         digest=digest,
         facts=DatasetFacts.model_validate(manifest["facts"]),
@@ -152,13 +163,16 @@ def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
 
 
 def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> DatasetFacts:
-    """The facts of the spec's data, without leaving anything; of large data only a part is measured (`exact` False)."""
+    """The facts of the spec's data; stores nothing. Only a part of large data is measured (then `exact` is False)."""
     scans = [scan(number, source, _MEASURED_BYTES) for number, source in enumerate(all_sources(spec))]
-    parts = [replace(found, shards=found.shards[:1]) for found in scans]
+    parts = [replace(scan, shards=scan.shards[:1]) for scan in scans]
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
-        storage, inputs = Storage(temporary), _Inputs(spec, parts)
-        facts = _prepare(inputs, tokenizer, storage, "datasets/measured", lambda text: None, here, lambda *_: None)
-    if all(len(found.shards) <= 1 for found in scans):
+        storage = Storage(temporary)
+        inputs = _Inputs(spec, parts)
+        facts = _prepare(
+            inputs, tokenizer, storage, "datasets/measured", lambda text: None, run_locally, lambda *_: None
+        )
+    if all(len(scan.shards) <= 1 for scan in scans):
         return facts.model_copy(update={"digest": "not prepared"})
     train_scale = _scale(scans[: len(spec.data.train)])
     validation_scale = _scale(scans[len(spec.data.train) :]) if isinstance(spec.data.validation, list) else train_scale
@@ -170,7 +184,7 @@ def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Datase
 
 
 def all_sources(spec: RunSpec) -> list[DataSource]:
-    """Training sources, then validation sources."""
+    """The training sources of a spec, then its validation sources."""
     validation = spec.data.validation
     return [*spec.data.train, *(validation if isinstance(validation, list) else [])]
 
@@ -180,13 +194,13 @@ def all_sources(spec: RunSpec) -> list[DataSource]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """A spec's sources, each scanned."""
+    """A spec and the scans of its sources."""
 
     spec: RunSpec
     scans: Sequence[Scan]
 
     @property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[FileShard]:
         return [shard for scan in self.scans for shard in scan.shards]
 
     @property
@@ -196,14 +210,17 @@ class _Inputs:
 
     @property
     def keep(self) -> frozenset[str]:
-        return _WAIVED_IS_KEPT & frozenset(self.spec.data.waive)
+        return _KEPT_IF_WAIVED & frozenset(self.spec.data.waive)
 
-    def work(
+    def context(
         self, storage: Storage, folder: str, tokenizer: PreTrainedTokenizerBase | None, writes_examples: bool = True
-    ) -> Work:
-        spec, sources = self.spec, all_sources(self.spec)
-        held = [(source.path, read_questions(number, source)) for number, source in enumerate(spec.data.evaluation)]
-        return Work(
+    ) -> TaskContext:
+        spec = self.spec
+        sources = all_sources(spec)
+        evaluation = [
+            (source.path, read_questions(number, source)) for number, source in enumerate(spec.data.evaluation)
+        ]
+        return TaskContext(
             storage=storage,
             folder=folder,
             inputs=tuple(sources),
@@ -211,7 +228,7 @@ class _Inputs:
             sources=tuple(Source.of(source, scan) for source, scan in zip(sources, self.scans, strict=True)),
             tokenizer=tokenizer,
             max_seq_len=spec.data.max_seq_len,
-            evaluation=EvaluationSets(held) if held else None,
+            evaluation=EvaluationSets(evaluation) if evaluation else None,
             keep=self.keep,
             packing=spec.data.packing,
             writes_examples=writes_examples,
@@ -224,31 +241,33 @@ def _prepare(
     storage: Storage,
     place: str,
     say: Say,
-    run: Run,
-    gate: Gate,
+    run_tasks: RunTasks,
+    on_judgement: OnJudgement,
 ) -> DatasetFacts:
-    spec, shards = inputs.spec, inputs.shards
-    say(f"Data: reading, judging and tokenising, {counted(len(shards), 'shard')}")
-    work = inputs.work(storage, place, tokenizer)
+    spec = inputs.spec
+    shards = inputs.shards
+    say(f"Data: reading, checking and tokenising {counted(len(shards), 'shard')}")
+    context = inputs.context(storage, place, tokenizer)
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
-        folder = Path(temporary, _JUDGED)
+        folder = Path(temporary, _CHECK)
         folder.mkdir()
-        judged = judge_shards(work, shards, run, folder, inputs.fraction, spec.train.seed, say)
-        gate(for_run(judged.judgement, spec), folder)
-        if not (~judged.held_out).any():
-            raise _nothing_usable(judged.judgement, folder)
-        groups = list(_groups(work, shards, judged))
+        result = check_shards(context, shards, run_tasks, folder, inputs.fraction, spec.train.seed, say)
+        on_judgement(judgement_for_run(result.judgement, spec), folder)
+        if not (~result.held_out).any():
+            raise _nothing_usable(result.judgement, folder)
+        groups = list(_groups(context, shards, result))
         packed = []
-        for number, found in enumerate(run(pack, work, groups), start=1):
-            packed.append(found)
-            say(f"Data: packed {number} of {len(groups)}, {sum(done.rows[0] for done in packed):,} rows")
-        storage.put_folder(folder, f"{place}/{_JUDGED}", marker=JUDGEMENT_FILE)
+        for number, group in enumerate(run_tasks(pack, context, groups), start=1):
+            packed.append(group)
+            num_rows = sum(group.rows[0] for group in packed)
+            say(f"Data: packed group {number} of {len(groups)}, {counted(num_rows, 'training row')} so far")
+        storage.put_folder(folder, f"{place}/{_CHECK}", marker=JUDGEMENT_FILE)
     facts = _facts(place.rpartition("/")[2], packed)
     sources = [
         DatasetRef(
-            path=source.path, source=source.source, license=source.license, records=told.read, digest=found.digest
+            path=source.path, source=source.source, license=source.license, records=count.read, digest=scan.digest
         )
-        for source, found, told in zip(work.inputs, inputs.scans, judged.judgement.sources, strict=True)
+        for source, scan, count in zip(context.inputs, inputs.scans, result.judgement.sources, strict=True)
     ]
     manifest = {
         "format_version": _FORMAT_VERSION,
@@ -256,29 +275,32 @@ def _prepare(
         "sources": [source.model_dump(mode="json") for source in sources],
     }
     storage.write_json(f"{place}/{_MANIFEST}", manifest)
-    storage.delete(preparing(place))
+    storage.delete(shards_folder(place))
     return facts
 
 
-def _groups(work: Work, shards: Sequence[Shard], judged: Judged) -> Iterator[Group]:
-    """Neighbouring shards, so many that they fill rows well, with their records that are used."""
+def _groups(context: TaskContext, shards: Sequence[FileShard], result: CheckResult) -> Iterator[ShardGroup]:
+    """Groups of neighbouring shards, large enough to fill rows well, with their used records."""
     starts = [place_key(shard.source, shard.file, shard.first) for shard in shards]
     starts.append(2**64 - 1)
     members: list[int] = []
-    tokens = count = 0
+    tokens = 0
+    count = 0
     for number in range(len(shards)):
         members.append(number)
-        tokens += tokens_of(work, number)
+        tokens += num_tokens_of(context, number)
         if tokens >= _GROUP_TOKENS or number == len(shards) - 1:
             bounds = np.array([starts[members[0]], starts[number + 1]], dtype=np.uint64)
-            first, last = np.searchsorted(judged.keys, bounds)
-            yield Group(count, tuple(members), judged.keys[first:last], judged.held_out[first:last])
-            members, tokens, count = [], 0, count + 1
+            first, last = np.searchsorted(result.keys, bounds)
+            yield ShardGroup(count, tuple(members), result.keys[first:last], result.held_out[first:last])
+            members = []
+            tokens = 0
+            count += 1
 
 
-def _facts(digest: str, packed: Sequence[Packed]) -> DatasetFacts:
+def _facts(digest: str, packed: Sequence[PackedGroup]) -> DatasetFacts:
     def total(name: str, split: int) -> int:
-        return sum(getattr(found, name)[split] for found in packed)
+        return sum(getattr(group, name)[split] for group in packed)
 
     return DatasetFacts(
         digest=digest,
@@ -296,15 +318,16 @@ def _facts(digest: str, packed: Sequence[Packed]) -> DatasetFacts:
 
 def _nothing_usable(judgement: Judgement, folder: Path) -> DataError:
     if judgement.read == 0:
-        return DataError("data.train: holds no records. Name a file that has some.")
+        return DataError("data.train: has no records. Name a file that has records.")
     lines = (folder / FINDINGS_FILE).read_text(encoding="utf-8").splitlines()[:10]
-    told = [json.loads(line) for line in lines]
-    first = "\n".join(f"  - {found['file']}:{found['line']}: {found['detail']}" for found in told)
-    return DataError(f"None of {judgement.read:,} records can be trained on. Mend them:\n{first}")
+    findings = [json.loads(line) for line in lines]
+    first = "\n".join(f"  - {finding['file']}:{finding['line']}: {finding['detail']}" for finding in findings)
+    records = f"None of {counted(judgement.read, 'record')}"
+    return DataError(f"data.train: {records} can be trained on. Fix them; the first findings:\n{first}")
 
 
 def _scale(scans: Sequence[Scan]) -> float:
-    """All of these sources against the first shard of each."""
+    """The bytes of these sources, relative to those of their first shards."""
     parts = sum(shard.end - shard.start for scan in scans for shard in scan.shards[:1])
     return sum(shard.end - shard.start for scan in scans for shard in scan.shards) / max(1, parts)
 
@@ -313,13 +336,13 @@ def _dataset_digest(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> str:
     spec = inputs.spec
     evaluation = [scan(number, source) for number, source in enumerate(spec.data.evaluation)]
 
-    def identity_of(source: DataSource, found: Scan) -> dict[str, Any]:
-        # The names too, since findings tell them.
+    def identity_of(source: DataSource, scan: Scan) -> dict[str, Any]:
+        # With the names, because findings show them.
         return {
-            "digest": found.digest,
+            "digest": scan.digest,
             "path": source.path,
-            "files": found.files,
-            "foreign": found.foreign,
+            "files": scan.files,
+            "foreign": scan.foreign,
             "format": source.format,
             "columns": source.columns,
         }
@@ -327,10 +350,12 @@ def _dataset_digest(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> str:
     identity = {
         "version": [_FORMAT_VERSION, RULES_VERSION],
         "sources": [
-            {**identity_of(source, found), "source": source.source, "license": source.license}
-            for source, found in zip(all_sources(spec), inputs.scans, strict=True)
+            {**identity_of(source, scan), "source": source.source, "license": source.license}
+            for source, scan in zip(all_sources(spec), inputs.scans, strict=True)
         ],
-        "evaluation": [identity_of(s, found) for s, found in zip(spec.data.evaluation, evaluation, strict=True)],
+        "evaluation": [
+            identity_of(source, scan) for source, scan in zip(spec.data.evaluation, evaluation, strict=True)
+        ],
         "train_sources": len(spec.data.train),
         "fraction": inputs.fraction or None,
         "keep": sorted(inputs.keep),
@@ -348,7 +373,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     content: dict[str, Any]
     if backend is None:
         content = tokenizer.get_vocab()
-    else:  # without what the last call asked for, which is no part of the tokenizer
+    else:  # without truncation and padding, which the last call set
         content = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
     content = {"tokenizer": content, "special": [tokenizer.bos_token_id, tokenizer.eos_token_id]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What the model will see: packed rows, with what is trained on, what is only read, and where documents begin."""
+"""A preview of packed rows: which tokens are trained on, which are only read, and where documents begin."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat, encode_texts
 from ft_service.data.convert import BadRecord, convert
+from ft_service.data.files.shard import Fault
 from ft_service.data.pack import pack_lengths
-from ft_service.data.read import Fault, read_shard, scan
+from ft_service.data.read import read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec.schema import DataSource, RunSpec
 
@@ -20,7 +21,7 @@ Kind = Literal["trained", "read"]
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens of one kind."""
+    """Consecutive tokens of one kind."""
 
     text: str
     kind: Kind
@@ -32,7 +33,7 @@ class Document:
     """One example in a row."""
 
     place: str
-    """file:number."""
+    """``file:number``."""
     spans: tuple[Span, ...]
     tokens: int
     loss_tokens: int
@@ -45,7 +46,7 @@ class PreviewRow:
 
     documents: tuple[Document, ...]
     length: int
-    """Tokens that it could hold."""
+    """Capacity in tokens."""
 
     @property
     def tokens(self) -> int:
@@ -53,9 +54,9 @@ class PreviewRow:
 
 
 def preview(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, records: int) -> list[PreviewRow]:
-    """The first `records` records of each training source, packed as they would be alone.
+    """The first `records` usable records of each training source, packed by themselves.
 
-    A record that cannot be used is passed over. Raises `DataError` where none can be used or a file is missing.
+    Raises `DataError` if no record can be used or a file is missing.
     """
     documents = [
         document
@@ -63,7 +64,7 @@ def preview(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, records: int) -> 
         for document in islice(_documents(number, source, tokenizer, spec.data.max_seq_len), records)
     ]
     if not documents:
-        raise DataError("data.train: holds no record that can be shown. `ft data check` says why.")
+        raise DataError("data.train: has no usable record. Run `ft data check` to see why.")
     if not spec.data.packing:
         return [PreviewRow((document,), spec.data.max_seq_len) for document in documents]
     lengths = np.array([document.tokens for document in documents], dtype=np.int64)
@@ -96,7 +97,7 @@ def _documents(
 
 
 def _spans(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool]) -> Iterator[Span]:
-    """Decoded together, since a character may take several tokens."""
+    """Spans of tokens that are decoded together, because a character may take several tokens."""
     special = frozenset(tokenizer.get_added_vocab().values())
 
     def kind_of(pair: tuple[int, bool]) -> tuple[bool, bool]:

@@ -1,11 +1,11 @@
-"""The tasks of preparing data, each over a part of it: run here one after another, or on a cluster side by side.
+"""The tasks of preparing data. They run in this process one after another, or in parallel on a cluster.
 
-    examine      a shard       -> tokenised examples, facts and findings, in a folder on storage
-    look_again   a shard       -> what records that may repeat each other really say
-    pack         some shards   -> packed rows, of the records that are used
+    check_shard   one shard     -> tokenised examples, facts and hits, in a folder on storage
+    read_again    one shard     -> sketches of the records that may repeat each other
+    pack          some shards   -> packed rows of the used records
 
-A task reads its shard and what it is told, and nothing else; it keeps no more than a batch of records in memory, its
-facts (half a KiB a record) and, for `pack`, the examples of its shards.
+A task reads its shard and the `TaskContext`, nothing else. In memory it keeps one batch of records, half a KiB of facts
+for each record and, in `pack`, the examples of its shards.
 """
 
 import dataclasses
@@ -24,22 +24,25 @@ from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat, Example
 from ft_service.data.encode import Encoder
-from ft_service.data.gate import EvaluationSets, Hit, Judge, Looks, Record, Source, records_of
-from ft_service.data.gate.judge import Seen
+from ft_service.data.files.shard import FileShard
+from ft_service.data.gate import EvaluationSets, Gate, Hit, Record, SecondPass, Source, records_of
+from ft_service.data.gate.gate import PartialResult
 from ft_service.data.pack import pack_lengths
-from ft_service.data.read import Shard
 from ft_service.spec.schema import DataSource
 from ft_service.storage.storage import Storage
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Run = Callable[[Callable[["Work", Item], Result], "Work", Sequence[Item]], Iterator[Result]]
-"""Runs a task for each item; gives the results in order."""
+RunTasks = Callable[[Callable[["TaskContext", Item], Result], "TaskContext", Sequence[Item]], Iterator[Result]]
+"""Runs a task for each item, and yields the results in order."""
 
 BATCH_RECORDS = 1000
-_SEEN, _MARKER = "seen", "seen.json"
-_EXAMPLES, _EXAMPLES_FILE = "examples", "examples.arrow"
-"""What was seen of a shard goes to the driver, its examples to whoever packs them."""
+_RESULT = "result"
+_RESULT_FILE = "result.json"
+"""The facts and hits of a shard, which the driver reads."""
+_EXAMPLES = "examples"
+_EXAMPLES_FILE = "examples.arrow"
+"""The tokenised examples of a shard, which the packing tasks read."""
 
 EXAMPLES = pa.schema(
     [
@@ -59,133 +62,146 @@ ROWS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all tasks of a preparation know."""
+class TaskContext:
+    """The settings that all tasks of one preparation share."""
 
     storage: Storage
     folder: str
-    """On storage; what is wanted only until it is whole is `preparing` it, beside it."""
+    """The dataset's folder on storage; the shards lie in its `shards_folder`."""
     inputs: tuple[DataSource, ...]
     """Training sources, then validation sources."""
     num_train: int
-    """How many of them are for training."""
+    """The number of training sources."""
     sources: tuple[Source, ...]
-    """The same, as the gate knows them."""
+    """The same sources, as the gate needs them."""
     tokenizer: PreTrainedTokenizerBase | None
-    """None judges without counting tokens."""
+    """None checks the data without counting tokens."""
     max_seq_len: int
     evaluation: EvaluationSets | None = None
     keep: frozenset[str] = frozenset()
     packing: bool = True
     writes_examples: bool = True
 
-    def judge(self, **more: Any) -> Judge:
-        """A judge of these sources; `more` are settings that only the last judgement needs."""
-        return Judge(
+    def gate(self, **settings: Any) -> Gate:
+        """A gate for these sources; `settings` are those that only the whole judgement needs."""
+        return Gate(
             self.sources,
             max_seq_len=self.max_seq_len,
             evaluation=self.evaluation,
             chat=self.chat(),
             keep=self.keep,
-            **more,
+            **settings,
         )
 
     def chat(self) -> ChatFormat | None:
-        """None where there is no tokenizer, or no conversation that would need the format."""
+        """The chat format; None without a tokenizer, or if all sources are texts."""
         if self.tokenizer is None or all(source.format == "text" for source in self.inputs):
             return None
         return ChatFormat(self.tokenizer)
 
-    def records(self, shard: Shard, wants: Callable[[int], bool] | None = None) -> Iterator[Record]:
+    def records(self, shard: FileShard, is_wanted: Callable[[int], bool] | None = None) -> Iterator[Record]:
         """The records of a shard. Raises `ShardChanged`."""
         split = "train" if shard.source < self.num_train else "validation"
-        return records_of(shard, self.inputs[shard.source], split, wants)  # type: ignore[arg-type]
+        return records_of(shard, self.inputs[shard.source], split, is_wanted)  # type: ignore[arg-type]
 
     def place(self, number: int) -> str:
         """A shard's folder on storage."""
-        return f"{preparing(self.folder)}/shard-{number:05}"
+        return f"{shards_folder(self.folder)}/shard-{number:05}"
 
 
-def preparing(folder: str) -> str:
-    """Where the shards of a dataset lie until it is whole: beside it, so that who fetches it never fetches them."""
+def shards_folder(folder: str) -> str:
+    """The folder of the shards until the dataset is complete. Beside the dataset, so that workers never fetch it."""
     return f"{folder}.preparing"
 
 
-def here(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]:
-    """One after another in this process (a `Run`)."""
-    return (task(work, item) for item in items)
+def run_locally(
+    task: Callable[[TaskContext, Item], Result], context: TaskContext, items: Sequence[Item]
+) -> Iterator[Result]:
+    """Run the tasks one after another in this process (a `RunTasks`)."""
+    return (task(context, item) for item in items)
 
 
-# -- examine ---------------------------------------------------------------------------------------------------------
+# -- checking ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Examined:
-    """A shard that was examined; the rest of it lies on storage."""
+class CheckedShard:
+    """The counts of a checked shard. Its result and examples are on storage."""
 
     number: int
     records: int
     tokens: int
 
 
-def examine(work: Work, item: tuple[int, Shard]) -> Examined:
-    """Read, judge and tokenise a shard, unless that was done before. Raises `ShardChanged`."""
+def check_shard(context: TaskContext, item: tuple[int, FileShard]) -> CheckedShard:
+    """Read, check and tokenise a shard, unless its result is on storage already. Raises `ShardChanged`."""
     number, shard = item
-    place = work.place(number)
-    if work.storage.exists(f"{place}/{_SEEN}/{_MARKER}"):
-        told = work.storage.read_json(f"{place}/{_SEEN}/{_MARKER}")
-        return Examined(number, sum(told["read"].values()), told["tokens"])
-    judge, encode = work.judge(), Encoder(work.tokenizer, work.chat(), work.max_seq_len)
+    place = context.place(number)
+    if context.storage.exists(f"{place}/{_RESULT}/{_RESULT_FILE}"):
+        result = context.storage.read_json(f"{place}/{_RESULT}/{_RESULT_FILE}")
+        return CheckedShard(number, sum(result["read"].values()), result["tokens"])
+    gate = context.gate()
+    encode = Encoder(context.tokenizer, context.chat(), context.max_seq_len)
     tokens = 0
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as files:
-        folder, beside = Path(temporary, _SEEN), Path(temporary, _EXAMPLES)
-        folder.mkdir()
-        beside.mkdir()
-        hits = files.enter_context((folder / "hits.jsonl").open("w", encoding="utf-8", errors="surrogatepass"))
-        examples = files.enter_context(_Examples(beside / _EXAMPLES_FILE)) if work.writes_examples else None
-        for batch in batched(work.records(shard), BATCH_RECORDS):
+        result_folder = Path(temporary, _RESULT)
+        examples_folder = Path(temporary, _EXAMPLES)
+        result_folder.mkdir()
+        examples_folder.mkdir()
+        hits_file = files.enter_context(
+            (result_folder / "hits.jsonl").open("w", encoding="utf-8", errors="surrogatepass")
+        )
+        examples = (
+            files.enter_context(_ExampleWriter(examples_folder / _EXAMPLES_FILE)) if context.writes_examples else None
+        )
+        for batch in batched(context.records(shard), BATCH_RECORDS):
             encoded = encode(batch)
             used: list[tuple[int, list[Example]]] = []
-            for record, (counted, made) in zip(batch, encoded, strict=True):
-                found = judge.see(dataclasses.replace(record, tokens=counted))
-                if found:
-                    hits.write(_line_of(found))
-                if made and judge.is_left_out(found) is None:
-                    used.append((record.key, made))
-                    tokens += sum(len(example.input_ids) for example in made)
+            for record, (token_counts, record_examples) in zip(batch, encoded, strict=True):
+                hits = gate.check(dataclasses.replace(record, tokens=token_counts))
+                if hits:
+                    hits_file.write(_line_of(hits))
+                if record_examples and gate.reason_left_out(hits) is None:
+                    used.append((record.key, record_examples))
+                    tokens += sum(len(example.input_ids) for example in record_examples)
             if examples is not None:
                 examples.write(used)
         files.close()
-        seen = judge.seen()
-        np.save(folder / "facts.npy", seen.facts, allow_pickle=False)
-        told = {"read": seen.read, "rendered": seen.rendered, "tokens": tokens, "columns": sorted(seen.columns)}
-        (folder / _MARKER).write_text(json.dumps(told), encoding="utf-8")
+        partial = gate.partial_result()
+        np.save(result_folder / "facts.npy", partial.facts, allow_pickle=False)
+        result = {
+            "read": partial.read,
+            "rendered": partial.rendered,
+            "tokens": tokens,
+            "columns": sorted(partial.columns),
+        }
+        (result_folder / _RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
         if examples is not None:
-            work.storage.put_folder(beside, f"{place}/{_EXAMPLES}", marker=_EXAMPLES_FILE)
-        work.storage.put_folder(folder, f"{place}/{_SEEN}", marker=_MARKER)
-    return Examined(number, sum(seen.read.values()), tokens)
+            context.storage.put_folder(examples_folder, f"{place}/{_EXAMPLES}", marker=_EXAMPLES_FILE)
+        context.storage.put_folder(result_folder, f"{place}/{_RESULT}", marker=_RESULT_FILE)
+    return CheckedShard(number, sum(partial.read.values()), tokens)
 
 
-def tokens_of(work: Work, number: int) -> int:
-    """Tokens of the examples of a shard that was examined."""
-    return int(work.storage.read_json(f"{work.place(number)}/{_SEEN}/{_MARKER}")["tokens"])
+def num_tokens_of(context: TaskContext, number: int) -> int:
+    """Tokens of the examples of a checked shard."""
+    return int(context.storage.read_json(f"{context.place(number)}/{_RESULT}/{_RESULT_FILE}")["tokens"])
 
 
-def seen_of(work: Work, number: int, fetched: Path) -> tuple[Seen, Iterator[list[Hit]]]:
-    """What was seen of a shard that was examined, and the hits of each record that has any.
+def load_partial_result(context: TaskContext, number: int, fetched: Path) -> tuple[PartialResult, Iterator[list[Hit]]]:
+    """The result of a checked shard, and the hits of each record that has any.
 
-    The files stay in use; from remote storage they are fetched below the folder `fetched`.
+    The result reads its files while it is used; from remote storage they are fetched into the folder `fetched`.
     """
-    folder = work.storage.local_folder(f"{work.place(number)}/{_SEEN}", fetched)
-    told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    read = {int(source): records for source, records in told["read"].items()}
+    folder = context.storage.local_folder(f"{context.place(number)}/{_RESULT}", fetched)
+    result = json.loads((folder / _RESULT_FILE).read_text(encoding="utf-8"))
+    read = {int(source): records for source, records in result["read"].items()}
     facts = np.load(folder / "facts.npy", mmap_mode="r", allow_pickle=False)
-    columns = frozenset((source, name) for source, name in told["columns"])
-    return Seen(read, told["rendered"], facts, columns), hits_of(folder / "hits.jsonl")
+    columns = frozenset((source, name) for source, name in result["columns"])
+    return PartialResult(read, result["rendered"], facts, columns), read_hits(folder / "hits.jsonl")
 
 
-def hits_of(file: Path) -> Iterator[list[Hit]]:
-    """Hits as `examine` wrote them, a record at a time."""
+def read_hits(file: Path) -> Iterator[list[Hit]]:
+    """The hits that `check_shard` wrote, one list for each record."""
     with file.open(encoding="utf-8", errors="surrogatepass") as stream:
         for line in stream:
             yield [Hit(*values) for values in json.loads(line)]
@@ -196,14 +212,14 @@ def _line_of(hits: Iterable[Hit]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-class _Examples:
+class _ExampleWriter:
     """Writes examples to an Arrow file."""
 
     def __init__(self, file: Path) -> None:
         self._sink = pa.OSFile(str(file), "wb")
         self._writer = pa.ipc.new_file(self._sink, EXAMPLES)
 
-    def __enter__(self) -> "_Examples":
+    def __enter__(self) -> "_ExampleWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,33 +241,33 @@ class _Examples:
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=EXAMPLES))
 
 
-# -- look again ------------------------------------------------------------------------------------------------------
+# -- second pass -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The records of a shard that are read a second time."""
+class Reread:
+    """Records of a shard to read a second time."""
 
-    shard: Shard
+    shard: FileShard
     keys: np.ndarray
     """uint64, sorted."""
     lines: frozenset[int]
 
 
-def look_again(work: Work, wanted: Wanted) -> Looks:
-    """Read some records of a shard once more. Raises `ShardChanged`."""
-    looks = Looks(wanted.keys.tolist())
-    for record in work.records(wanted.shard, wanted.lines.__contains__):
-        looks.see(record)
-    return looks
+def read_again(context: TaskContext, reread: Reread) -> SecondPass:
+    """Read some records of a shard a second time. Raises `ShardChanged`."""
+    second_pass = SecondPass(reread.keys.tolist())
+    for record in context.records(reread.shard, reread.lines.__contains__):
+        second_pass.add(record)
+    return second_pass
 
 
-# -- pack ------------------------------------------------------------------------------------------------------------
+# -- packing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Group:
-    """Shards whose examples are packed together, and which of their records are used."""
+class ShardGroup:
+    """Shards whose examples are packed together, and their used records."""
 
     number: int
     shards: tuple[int, ...]
@@ -262,8 +278,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What came of a group: of training, of validation."""
+class PackedGroup:
+    """The counts of a packed group: (training, validation)."""
 
     rows: tuple[int, int]
     conversations: tuple[int, int]
@@ -272,27 +288,29 @@ class Packed:
     truncated: tuple[int, int]
 
 
-def pack(work: Work, group: Group) -> Packed:
-    """Write the rows of a group, training and validation apart, into ``<folder>/rows-<number>/``."""
+def pack(context: TaskContext, group: ShardGroup) -> PackedGroup:
+    """Write the training rows and the validation rows of a group into ``<folder>/rows-<number>/``."""
     with tempfile.TemporaryDirectory() as temporary:
-        places = [f"{work.place(number)}/{_EXAMPLES}" for number in group.shards]
-        folders = [work.storage.local_folder(place, Path(temporary, "fetched")) for place in places]
-        examples = _Flat([folder / _EXAMPLES_FILE for folder in folders])
+        places = [f"{context.place(number)}/{_EXAMPLES}" for number in group.shards]
+        folders = [context.storage.local_folder(place, Path(temporary, "fetched")) for place in places]
+        examples = _ExampleTable([folder / _EXAMPLES_FILE for folder in folders])
         at = np.minimum(np.searchsorted(group.keys, examples.keys), max(0, len(group.keys) - 1))
         is_used = group.keys[at] == examples.keys if len(group.keys) else np.zeros(len(examples.keys), dtype=bool)
         is_held_out = group.held_out[at] if len(group.keys) else is_used
-        found = []
+        counts = []
         folder = Path(temporary, "rows")
         folder.mkdir()
         for name, chosen in (("train", is_used & ~is_held_out), ("validation", is_used & is_held_out)):
             numbers = np.flatnonzero(chosen)
             lengths = examples.lengths[numbers]
             rows = (
-                pack_lengths(lengths, work.max_seq_len) if work.packing else [[place] for place in range(len(numbers))]
+                pack_lengths(lengths, context.max_seq_len)
+                if context.packing
+                else [[place] for place in range(len(numbers))]
             )
             if rows:
                 examples.write_rows(folder / f"{name}.arrow", [numbers[row] for row in rows])
-            found.append(
+            counts.append(
                 (
                     len(rows),
                     len(numbers),
@@ -301,13 +319,13 @@ def pack(work: Work, group: Group) -> Packed:
                     int(examples.truncated[numbers].sum()),
                 )
             )
-        (folder / "packed.json").write_text(json.dumps(found), encoding="utf-8")
-        work.storage.put_folder(folder, f"{work.folder}/rows-{group.number:05}", marker="packed.json")
-    return Packed(*zip(*found, strict=True))
+        (folder / "packed.json").write_text(json.dumps(counts), encoding="utf-8")
+        context.storage.put_folder(folder, f"{context.folder}/rows-{group.number:05}", marker="packed.json")
+    return PackedGroup(*zip(*counts, strict=True))
 
 
-class _Flat:
-    """The examples of some files as flat arrays."""
+class _ExampleTable:
+    """The examples of some files, as flat arrays."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         table = pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files])
@@ -320,17 +338,17 @@ class _Flat:
         self.lengths = np.diff(self._starts)
         trained = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])
         first = self._mask[np.minimum(self._starts[:-1], max(0, len(self._mask) - 1))] if len(self._mask) else 0
-        # The first token of an example is never predicted.
+        # The first token of an example is not predicted.
         self.loss_tokens = trained[self._starts[1:]] - trained[self._starts[:-1]] - np.asarray(first, dtype=np.int64)
 
     def write_rows(self, file: Path, rows: Sequence[np.ndarray]) -> None:
-        """Write rows, each of the examples of these numbers."""
+        """Write one row for each array of example numbers."""
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, ROWS) as writer:
-            for some in batched(rows, BATCH_RECORDS):
-                order = np.concatenate(some)
+            for batch in batched(rows, BATCH_RECORDS):
+                order = np.concatenate(batch)
                 lengths = self.lengths[order]
                 tokens = _ranges(self._starts[order], lengths)
-                documents = np.cumsum([0, *map(len, some)])
+                documents = np.cumsum([0, *map(len, batch)])
                 ends = np.concatenate([[0], np.cumsum(lengths)])[documents]
                 writer.write_batch(
                     pa.RecordBatch.from_arrays(
@@ -345,7 +363,7 @@ class _Flat:
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each range, one after another."""
+    """The numbers start, start + 1, ... of all ranges, concatenated."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
@@ -355,13 +373,13 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
 
 
 def _array(values: np.ndarray) -> pa.Array:
-    """As `pa.array` makes it, which would load pandas first: a third of a second in every worker."""
+    """The same as `pa.array`, which imports pandas: a third of a second in every worker."""
     bits = np.packbits(values, bitorder="little") if values.dtype == np.bool_ else values
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)])
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of so many items, the last one shorter."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
+    """Lists of `size` items; the last one may be shorter."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""report.html of the data gate: what it found, on one page that needs no network."""
+"""The report of a data check: its findings and figures, on one page that needs no network."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _DUPLICATES = ("quality.exact-duplicate", "quality.near-duplicate", "quality.con
 
 
 def render_data_report(name: str, judgement: Judgement, waive: dict[str, str] | None = None) -> str:
-    """The page; `waive` are the codes that the spec accepts, with its reasons. Private data stays masked."""
+    """The page of a judgement. `waive` maps the codes that the spec waives to its reasons. Private data is masked."""
     return render(
         "data_report.html.jinja",
         name=name,
@@ -26,29 +26,27 @@ def render_data_report(name: str, judgement: Judgement, waive: dict[str, str] | 
 
 
 def _groups(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
-    """Findings by gravity, none of them empty."""
-    titles = {"fail": "These stop a run", "warn": "Warnings", "info": "Worth knowing"}
+    """Findings by severity, without empty groups."""
+    titles = {"fail": "Failures (they stop a run)", "warn": "Warnings", "info": "Information"}
     groups = [(title, [f for f in findings if f.severity == severity]) for severity, title in titles.items()]
-    return [(title, some) for title, some in groups if some]
+    return [(title, findings) for title, findings in groups if findings]
 
 
 def _tiles(judgement: Judgement) -> list[Tile]:
-    signal, left_out = judgement.signal, sum(judgement.left_out.values())
+    signal = judgement.signal
+    size = judgement.size
     tiles = [
-        Tile(
-            "Records",
-            f"{judgement.read:,}",
-            f"of {counted(len(judgement.sources), 'source')}",
-        ),
-        Tile("Usable", f"{judgement.usable:,}", f"{left_out:,} left out"),
-        Tile("Enough for", judgement.size.level, f"begin with {judgement.size.epochs:g} epochs"),
+        Tile("Records read", f"{judgement.read:,}", f"from {counted(len(judgement.sources), 'source')}"),
+        Tile("Usable", f"{judgement.usable:,}", f"{judgement.num_left_out:,} left out"),
+        Tile("For training", f"{size.training_records:,}", f"{judgement.validation_records:,} for validation"),
+        Tile("Enough for", size.level, f"start with {counted(int(size.epochs), 'epoch')}" if size.epochs else ""),
     ]
     if signal.records:
         lost = signal.lost_tokens / (signal.tokens + signal.lost_tokens)
         tiles += [
-            Tile("Tokens", format_count(signal.tokens), f"{signal.tokens / signal.records:,.0f} a record"),
-            Tile("Trained on", f"{signal.loss_share:.0%}", "of the tokens"),
-            Tile("Cut off", f"{lost:.1%}", "of the tokens, by max_seq_len"),
+            Tile("Training tokens", format_count(signal.tokens), f"{signal.tokens / signal.records:,.0f} per record"),
+            Tile("Loss tokens", f"{signal.loss_share:.0%}", "of the training tokens"),
+            Tile("Cut off", f"{lost:.1%}", "of all tokens, by max_seq_len"),
         ]
     return tiles
 
@@ -74,9 +72,9 @@ def _lengths(judgement: Judgement) -> Chart:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: _edge(edges, at)))
-        axes.set_xlabel(f"{lengths.unit} of a record, from")
+        axes.set_xlabel(f"{lengths.unit} per record, from")
 
-    return Chart(f"Lengths, in {lengths.unit}", svg(draw, width=10.8, height=2.6), is_wide=True)
+    return Chart(f"Lengths of training records, in {lengths.unit}", svg(draw, width=10.8, height=2.6), is_wide=True)
 
 
 def _edge(edges: Sequence[int], at: float) -> str:
@@ -86,23 +84,28 @@ def _edge(edges: Sequence[int], at: float) -> str:
 def _signal(judgement: Judgement) -> Chart:
     signal = judgement.signal
     parts = [
-        (signal.loss_tokens, TRAIN, "train", "trained on"),
+        (signal.loss_tokens, TRAIN, "train", "trained on (loss)"),
         (signal.tokens - signal.loss_tokens, OTHER, "accent", "only read"),
         (signal.lost_tokens, WARNING, "limit", "cut off"),
     ]
-    return _stacked("What the tokens are for", [("tokens", parts)])
+    return _stacked("Training records by use, in tokens", [("tokens", parts)])
 
 
 def _duplicates(judgement: Judgement) -> Chart:
-    exact, near, contradicting = (found.count if (found := judgement.finding(code)) else 0 for code in _DUPLICATES)
+    exact, near, contradicting = (_count(judgement, code) for code in _DUPLICATES)
     rest = max(0, judgement.read - exact - near - contradicting)
     parts = [
-        (rest, TRAIN, "train", f"{rest:,} once"),
-        (near, OTHER, "accent", f"{near:,} nearly repeated"),
-        (exact, WARNING, "limit", f"{exact:,} repeated"),
-        (contradicting, VALIDATION, "validation", f"{contradicting:,} contradicting"),
+        (rest, TRAIN, "train", f"{rest:,} unique"),
+        (near, OTHER, "accent", f"{near:,} near-duplicates"),
+        (exact, WARNING, "limit", f"{exact:,} exact duplicates"),
+        (contradicting, VALIDATION, "validation", f"{contradicting:,} contradictions"),
     ]
-    return _stacked("Repeats, in records", [("records", parts)])
+    return _stacked("Repeated records", [("records", parts)])
+
+
+def _count(judgement: Judgement, code: str) -> int:
+    finding = judgement.finding(code)
+    return 0 if finding is None else finding.count
 
 
 def _sources(judgement: Judgement) -> Chart:
@@ -113,14 +116,14 @@ def _sources(judgement: Judgement) -> Chart:
         )
         for source in judgement.sources
     ]
-    return _stacked("Sources, in records", rows)
+    return _stacked("Records by source", rows)
 
 
 _Parts = Sequence[tuple[float, str, str, str]]
 
 
 def _stacked(title: str, rows: Sequence[tuple[str, _Parts]]) -> Chart:
-    """Horizontal bars of parts: (size, colour, its class in the legend, its name)."""
+    """Horizontal stacked bars; a part is (size, color, CSS class of its legend entry, name)."""
 
     def draw(axes: Axes) -> None:
         for at, (_, parts) in enumerate(rows):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from ft_service.chat.format import ChatFormat, Message, encode_texts, plain_ids, special_id
-from ft_service.chat.word_cache import word_ids
+from ft_service.chat.word_cache import word_cache_for
 from ft_service.errors import DataError, ModelError
 from ft_service.model.scratch import train_tokenizer
 
@@ -302,7 +302,7 @@ PIECES = st.sampled_from(
 @settings(deadline=None)
 @given(texts=st.lists(ASCII | st.lists(PIECES | ASCII, max_size=8).map("".join), max_size=5))
 def test_ids_are_the_tokenizers_own(small: PreTrainedTokenizerFast, texts: list[str]) -> None:
-    assert word_ids(small) is not None
+    assert word_cache_for(small) is not None
     assert plain_ids(small, texts) == [stock_ids(small, text) for text in texts]
 
 
@@ -316,7 +316,7 @@ def test_a_tokenizer_that_cuts_text_otherwise_is_asked_for_whole_texts(small: Pr
     ]
     for other in others:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(other)))
-        assert word_ids(tokenizer) is None
+        assert word_cache_for(tokenizer) is None
         assert plain_ids(tokenizer, ["It's  12345"]) == [stock_ids(tokenizer, "It's  12345")]
 
 

@@ -18,7 +18,7 @@ from ft_service.cli.data import _format_of
 from ft_service.data.clean import clean
 from ft_service.data.gate import CODES, Judgement
 from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
-from ft_service.data.prepare import judge_dataset
+from ft_service.data.prepare import check_dataset
 from ft_service.data.preview import preview
 from ft_service.errors import SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
@@ -66,7 +66,7 @@ def spec_of(base: Path, *paths: Path, rights: bool = True, **data: Any) -> RunSp
 
 def judged(spec: RunSpec, folder: Path) -> Judgement:
     folder.mkdir(exist_ok=True)
-    return judge_dataset(spec, None, folder)
+    return check_dataset(spec, None, folder)
 
 
 def ft(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -168,6 +168,19 @@ def test_a_cleaned_copy_holds_the_rest_in_order_and_is_clean(
     assert again.usable == again.read == len(kept)
 
 
+def test_cleaning_keeps_the_text_of_unreadable_records(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", records_of(3), '{"instruction": "cut o', "[1, 2]")
+    clean(spec_of(base, path), tmp_path / "out")
+    broken, other = read_lines(tmp_path / "out" / "left_out.jsonl")
+    assert (broken["line"], broken["text"], broken["excerpt"]) == (
+        4,
+        '{"instruction": "cut o',
+        '{"instruction": "cut o',
+    )
+    assert (other["line"], other["text"]) == (5, "[1, 2]")
+    assert "record" not in broken and "record" not in other
+
+
 def test_cleaning_never_writes_over_anything(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", records_of(5))
     (tmp_path / "out").mkdir()
@@ -219,7 +232,7 @@ storage: {tmp_path}/storage
     shown = ft("check", "spec.yaml", folder=tmp_path)
     for finding in judgement.findings:
         assert finding.code in shown.stdout and finding.code in page
-    assert f"{tmp_path}/a.jsonl:1201 is not JSON" in shown.stdout
+    assert f"{tmp_path}/a.jsonl:1201: is not JSON" in shown.stdout
     refused = ft("check", "a.jsonl", folder=tmp_path)
     assert refused.returncode == 1 and "rights.no-license" in refused.stdout and "No --base" in refused.stderr
     assert not (tmp_path / "storage").exists()

@@ -95,7 +95,7 @@ def test_a_wrong_call_is_told_and_exits_with_two(spec: Path, arguments: list[Any
 def test_missing_data_is_an_error_that_names_its_cure(spec: Path) -> None:
     done = ft(spec, "data.train.0.path=absent.jsonl")
     assert done.returncode == 1
-    assert "absent.jsonl: no such file. Mend the path" in " ".join(done.stderr.split())
+    assert "absent.jsonl: no such file. Fix the path" in " ".join(done.stderr.split())
 
 
 def test_the_table_covers_every_method_and_number_of_gpus() -> None:

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ft_service.cluster.ray_cluster import kill_actors, map_on_cluster
 from ft_service.data import prepare
+from ft_service.data.files.shard import ShardChanged
 from ft_service.data.prepare import prepare_dataset
-from ft_service.data.read import ShardChanged, scan
+from ft_service.data.read import scan
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
 from tests.data.test_prepare import Case, alpaca_records, rows_of

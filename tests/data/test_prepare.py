@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ft_service.chat.format import ChatFormat, Message, encode_texts
 from ft_service.data import prepare, tasks
+from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import Judgement, Record, records_of
 from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_dataset, open_dataset, prepare_dataset
-from ft_service.data.read import Shard, scan
+from ft_service.data.read import scan
 from ft_service.errors import DataError, StorageError
 from ft_service.model.scratch import train_tokenizer
 from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
@@ -182,7 +183,7 @@ def test_the_second_time_nothing_is_read_or_written(
     assert {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()} == before
     assert (second.digest, second.facts, second.sources) == (first.digest, first.facts, first.sources)
     assert list(documents(second.train)) == list(documents(first.train))
-    assert said[-1].startswith("Data: prepared before")
+    assert said[-1].startswith("Data: already prepared")
 
 
 def test_a_worker_opens_what_was_prepared(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -368,7 +369,7 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
 
 def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, str, str]]:
     """(file, line, code, reason) of every record that is left out."""
-    file = case.folder / "storage" / "datasets" / dataset.digest / "judged" / "quarantine.jsonl"
+    file = case.folder / "storage" / "datasets" / dataset.digest / "check" / "quarantine.jsonl"
     told = [json.loads(line) for line in file.read_text().splitlines()]
     return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in told]
 
@@ -381,8 +382,8 @@ def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, st
         ('{"instruction": "q", "output": ["a"]}', "form.wrong-type", "output is list, not text"),
         ('{"instruction": "q", "output": ""}', "form.empty-output", "output is empty"),
         ('{"instruction": "q", "answer": "a"}', "form.missing-column", "has no column 'output'"),
-        ('{"instruction": "q", "output": "\\ud83d"}', "form.encoding", "output holds half a character"),
-        ('{"instruction": "%s", "output": "a"}' % ("words " * 60), "signal.no-loss-tokens", "has no loss token left"),
+        ('{"instruction": "q", "output": "\\ud83d"}', "form.encoding", "output contains half a character"),
+        ('{"instruction": "%s", "output": "a"}' % ("words " * 60), "signal.no-loss-tokens", "no loss token is left"),
         ('{"instruction": "q1", "output": "a"}', "quality.exact-duplicate", "same as "),
     ],
 )
@@ -409,13 +410,13 @@ def test_what_the_gate_refuses_is_not_packed_and_what_was_examined_is_not_examin
         raise DataError(judgement.verdict)
 
     with pytest.raises(DataError, match="fail"):  # there is neither a source nor a license
-        prepare_dataset(spec, tokenizer, case.storage, gate=refuse)
+        prepare_dataset(spec, tokenizer, case.storage, on_judgement=refuse)
     assert not list(case.folder.glob("storage/datasets/*/rows-*"))
     monkeypatch.setattr(tasks, "records_of", some_may_be_read)
     verdicts: list[str] = []
     gate = lambda judgement, folder: verdicts.append(judgement.verdict)  # noqa: E731
-    first = prepare_dataset(spec, tokenizer, case.storage, gate=gate)
-    second = prepare_dataset(spec, tokenizer, case.storage, gate=gate)
+    first = prepare_dataset(spec, tokenizer, case.storage, on_judgement=gate)
+    second = prepare_dataset(spec, tokenizer, case.storage, on_judgement=gate)
     assert first.facts == second.facts and first.facts.conversations == 20
     assert verdicts == ["fail", "fail"]  # the cache does not pass the gate by
     assert not list(case.folder.glob("storage/datasets/*/shard-*"))
@@ -427,12 +428,12 @@ def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
     monkeypatch.setattr(prepare, "scan", partial(scan, shard_bytes=4000))
     path = case.write("a.jsonl", [*alpaca_records(100), {"instruction": "q", "output": 1}])
     whole = prepare_dataset(case.spec(path), tokenizer, Storage(str(case.folder / "undisturbed")))
-    read: list[Shard] = []
+    read: list[FileShard] = []
 
-    def counted(shard: Shard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:
-        if wants is None:
+    def counted(shard: FileShard, source: DataSource, split: Any, is_wanted: Any) -> Iterator[Record]:
+        if is_wanted is None:
             read.append(shard)
-        return records_of(shard, source, split, wants)
+        return records_of(shard, source, split, is_wanted)
 
     def until_the_third(task: Any, work: Any, items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
@@ -442,7 +443,7 @@ def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
 
     monkeypatch.setattr(tasks, "records_of", counted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_dataset(case.spec(path), tokenizer, case.storage, run=until_the_third)
+        prepare_dataset(case.spec(path), tokenizer, case.storage, run_tasks=until_the_third)
     assert len(read) == 2
     dataset = prepare_dataset(case.spec(path), tokenizer, case.storage)
     assert len(read) == len({shard.start for shard in read}) > 3
@@ -450,9 +451,9 @@ def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
     assert texts(tokenizer, dataset.train) == texts(tokenizer, whole.train)
 
 
-def some_may_be_read(shard: Shard, source: DataSource, split: Any, wants: Any) -> Iterator[Record]:
-    assert wants is not None, "a shard was read whole again"
-    return records_of(shard, source, split, wants)
+def some_may_be_read(shard: FileShard, source: DataSource, split: Any, is_wanted: Any) -> Iterator[Record]:
+    assert is_wanted is not None, "a shard was read whole again"
+    return records_of(shard, source, split, is_wanted)
 
 
 def test_where_no_record_can_be_used_the_first_are_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -460,7 +461,7 @@ def test_where_no_record_can_be_used_the_first_are_named(case: Case, tokenizer: 
     with pytest.raises(DataError) as caught:
         prepare_dataset(case.spec(path), tokenizer, case.storage)
     message = str(caught.value)
-    assert message.startswith("None of 12 records can be trained on")
+    assert message.startswith("data.train: None of 12 records can be trained on")
     assert f"{path}:10: output is int" in message and f"{path}:11:" not in message
     with pytest.raises(DataError, match="None of"):
         measure_dataset(case.spec(path), tokenizer)
@@ -473,7 +474,7 @@ def test_a_source_without_records_is_a_finding(case: Case, tokenizer: PreTrained
     dataset = prepare_dataset(case.spec(case.write("a.jsonl", alpaca_records(30)), str(empty)), tokenizer, case.storage)
     finding = dataset.judgement.finding("form.empty-source")
     assert finding is not None and finding.severity == "fail" and finding.places[0].file == str(empty)
-    with pytest.raises(DataError, match="holds no records"):
+    with pytest.raises(DataError, match="has no records"):
         prepare_dataset(case.spec(str(empty)), tokenizer, case.storage)
 
 

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from ft_service.chat.format import Message
 from ft_service.data import read as reading
 from ft_service.data.convert import BadRecord, convert
-from ft_service.data.read import Fault, ShardChanged, read_shard, read_source, scan
-from ft_service.errors import DataError
-from ft_service.spec.schema import DataSource
+from ft_service.data.files import json_files
+from ft_service.data.files.shard import Fault, ShardChanged
+from ft_service.data.read import read_shard, read_source, scan
+from ft_service.errors import DataError, SpecError
+from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
 
 RECORDS = [
     {"instruction": "Translate, please", "input": 'a "quoted"\nline', "output": "zwei, drei"},
@@ -141,6 +143,51 @@ def test_a_csv_field_may_be_longer_than_pythons_limit(tmp_path: Path) -> None:
     assert read(tmp_path / "data.csv") == [{"text": "long " * 40_000}]
 
 
+def test_a_csv_record_of_several_lines_is_numbered_by_its_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\r\n"one\r\ntwo\nthree",x\r\n1,2\r\n"","y\n"\r\n3\r\n4,"5\r6"\r\n')
+    assert places(path) == [f"{path}:{line}" for line in (2, 5, 6, 8, 9)]
+    assert [place for place, _ in faults(path)] == [f"{path}:8"]
+
+
+YEAR_10000 = 2_932_897  # days after 1970-01-01
+
+
+def dated_rows() -> pa.Table:
+    """A column of dates of which the second is later than Python's last."""
+    days = pa.array([0, YEAR_10000, None], pa.int32()).cast(pa.date32())
+    return pa.table({"text": ["a", "b", "c"], "day": days})
+
+
+@pytest.mark.parametrize("unit", ["date32", "timestamp[s]", "duration"])
+def test_parquet_dates_beyond_year_9999_keep_the_other_columns(tmp_path: Path, unit: str) -> None:
+    seconds = pa.array([0, YEAR_10000 * 86_400, None], pa.int64())
+    durations = pa.array([0, 2**62, None], pa.int64()).cast(pa.duration("s"))
+    column = {"date32": dated_rows()["day"], "timestamp[s]": seconds.cast(pa.timestamp("s")), "duration": durations}
+    pyarrow.parquet.write_table(dated_rows().set_column(1, "day", column[unit]), tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet")
+    assert [row["text"] for row in rows] == ["a", "b", "c"]
+    assert rows[1]["day"] is not None and rows[2]["day"] is None
+    if unit != "duration":
+        assert str(rows[0]["day"]).startswith("1970-01-01") and str(rows[1]["day"]).startswith("10000-01-01")
+
+
+def test_a_saved_date_beyond_year_9999_faults_only_its_record(tmp_path: Path) -> None:
+    datasets.Dataset(dated_rows()).save_to_disk(str(tmp_path / "saved"))
+    records = list(read_source(DataSource(path=str(tmp_path / "saved"))))
+    ((place, fault),) = faults(tmp_path / "saved")
+    assert place == f"{tmp_path / 'saved'}:2" and fault.code == "form.wrong-type"
+    assert [record["text"] for _, record in records if not isinstance(record, Fault)] == ["a", "c"]
+
+
+def test_the_digest_depends_on_the_suffix(tmp_path: Path) -> None:
+    """The suffix decides how a file is read: ``[...]`` is an array in .json, and one bad line in .jsonl."""
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text('[{"text": "a"}]')
+    lines, array = (scan(0, DataSource(path=str(tmp_path / name))).digest for name in ("a.jsonl", "a.json"))
+    assert lines != array
+
+
 def test_the_digest_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     write_jsonl(tmp_path / "b.jsonl", RECORDS)
@@ -194,29 +241,33 @@ BAD_RECORDS = [
     (
         "alpaca",
         {"question": "q", "answer": "a"},
-        r"has no column 'instruction' \(there: question, answer\). Set columns",
+        r"has no column 'instruction' \(its columns: question, answer\). Set columns",
     ),
-    ("alpaca", {"instruction": "q", "answer": "a"}, r"has no column 'output' \(there: instruction, answer\)"),
-    ("alpaca", {}, r"has no column 'instruction' \(there: none\)"),
+    ("alpaca", {"instruction": "q", "answer": "a"}, r"has no column 'output' \(its columns: instruction, answer\)"),
+    ("alpaca", {}, r"has no column 'instruction' \(its columns: none\)"),
     ("alpaca", {"instruction": "q", "output": ""}, "output is empty"),
     ("alpaca", {"instruction": "q", "output": " \n"}, "output is empty"),
     ("alpaca", {"instruction": "", "output": "a"}, "instruction is empty"),
     ("alpaca", {"instruction": "q", "output": 7}, "output is int, not text"),
     ("alpaca", {"instruction": None, "output": "a"}, "instruction is NoneType, not text"),
     ("alpaca", {"instruction": "q", "output": "a", "input": ["x"]}, "input is list, not text"),
-    ("alpaca", {"instruction": "q", "output": "a\ud83d"}, r"output holds half a character, '\\ud83d', at 1"),
-    ("text", {"body": "b"}, r"has no column 'text' \(there: body\)"),
+    ("alpaca", {"instruction": "q", "output": "a\ud83d"}, r"contains half a character, '\\ud83d', at position 1"),
+    ("text", {"body": "b"}, r"has no column 'text' \(its columns: body\)"),
     ("text", {"text": {"a": 1}}, "text is dict, not text"),
-    ("chat", {"conversations": []}, r"has no column 'messages' \(there: conversations\)"),
+    ("chat", {"conversations": []}, r"has no column 'messages' \(its columns: conversations\)"),
     ("chat", {"messages": "hi"}, "messages are not a list"),
     ("chat", chat_record(), "at least one message"),
-    ("chat", chat_record("hi"), "message 1 is not {role, content}"),
-    ("chat", chat_record(USER, {"role": "assistant"}), "message 2 is not {role, content}"),
-    ("chat", chat_record({"role": "robot", "content": "x"}), "message 1 has role 'robot'; known are system, user"),
-    ("chat", chat_record(USER, {**ANSWER, "content": None}), "message 2 has no text as content"),
-    ("chat", chat_record(USER, {**ANSWER, "content": " "}), "message 2 has no text as content"),
-    ("chat", chat_record(USER, {**ANSWER, "content": "\udc00"}), "content of message 2 holds half a character"),
-    ("chat", chat_record(USER, {**ANSWER, "weight": 0.5}), "message 2 has weight 0.5; 0 and 1 are known"),
+    ("chat", chat_record("hi"), "message 1 is not an object with role and content"),
+    ("chat", chat_record(USER, {"role": "assistant"}), "message 2 is not an object with role and content"),
+    (
+        "chat",
+        chat_record({"role": "robot", "content": "x"}),
+        r"message 1 has the unknown role 'robot' \(known: system, user",
+    ),
+    ("chat", chat_record(USER, {**ANSWER, "content": None}), "the content of message 2 is not text"),
+    ("chat", chat_record(USER, {**ANSWER, "content": " "}), "the content of message 2 is empty"),
+    ("chat", chat_record(USER, {**ANSWER, "content": "\udc00"}), "content of message 2 contains half a character"),
+    ("chat", chat_record(USER, {**ANSWER, "weight": 0.5}), r"message 2 has weight 0.5 \(allowed: 0 and 1\)"),
     ("chat", chat_record(USER), "no assistant message to train on"),
     ("chat", chat_record(USER, {**ANSWER, "weight": 0}), "no assistant message to train on"),
 ]
@@ -226,6 +277,26 @@ BAD_RECORDS = [
 def test_a_record_that_cannot_be_used_says_what_it_lacks(format_: Any, record: dict[str, Any], why: str) -> None:
     with pytest.raises(BadRecord, match=why):
         convert(record, DataSource(path="x", format=format_))
+
+
+# -- specs -------------------------------------------------------------------------------------------------------------
+
+
+def spec_with(columns: dict[str, str], *overrides: str) -> RunSpec:
+    data = {"train": [{"path": "a.jsonl", "columns": columns}]}
+    document = {"name": "case", "model": {"base": "none"}, "data": data, "storage": "none"}
+    return parse_run_spec(json.dumps(document), list(overrides))
+
+
+def test_an_unknown_key_of_columns_is_refused() -> None:
+    assert spec_with({"input": "context"}).data.train[0].columns == {"input": "context"}
+    with pytest.raises(SpecError, match=r"'answer'.*instruction, input, output, system, messages, text"):
+        spec_with({"answer": "output"})
+
+
+def test_an_override_waives_a_code_with_dots() -> None:
+    waive = spec_with({}, "data.waive.form.unreadable=two lines are known").data.waive
+    assert waive == {"form.unreadable": "two lines are known"}
 
 
 # -- files that cannot be read -----------------------------------------------------------------------------------------
@@ -250,8 +321,8 @@ FILE, LINE, CODING = "form.unreadable-file", "form.unreadable", "form.encoding"
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b'\n{"a": 2}', ":2", LINE, "is not JSON"),
         ("a.json", b'[{"a": 1}, "b", {"a": 2}]', ":2", LINE, "is a JSON str, not an object"),
         ("a.json", b'{"a": 1}\n{"a": \n{"a": 2}', ":2", LINE, "is not JSON"),
-        ("a.csv", b"a,b\n1,2\n3\n5,6\n", ":3", LINE, "has not the 2 columns of the header"),
-        ("a.csv", b"a,b\n1,2\n3,4,5\n5,6\n", ":3", LINE, "has not the 2 columns of the header"),
+        ("a.csv", b"a,b\n1,2\n3\n5,6\n", ":3", LINE, "does not have the 2 columns of the header"),
+        ("a.csv", b"a,b\n1,2\n3,4,5\n5,6\n", ":3", LINE, "does not have the 2 columns of the header"),
         ("a.csv", b"a,b\n1,2\n3,\xe9\n5,6\n", ":3", CODING, "is not UTF-8"),
     ],
 )
@@ -272,6 +343,9 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(
         ("a.json", b'[{"a": 1},\n {"a": "\xff"}]', ":2", "is not UTF-8"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "", "is UTF-16. Convert it to UTF-8: iconv -f UTF-16"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16"), "", "is UTF-16. Convert it to UTF-8: iconv -f UTF-16"),
+        ("a.jsonl", b"\xff\xfe\0\0" + '{"a": 1}\n'.encode("utf-32-le"), "", "is UTF-32. Convert it to UTF-8"),
+        ("a.jsonl", b"\0\0\xfe\xff" + '{"a": 1}\n'.encode("utf-32-be"), "", "is UTF-32. Convert it to UTF-8"),
+        ("a.csv", b"\xff\xfe\0\0" + "a,b\n1,2\n".encode("utf-32-le"), "", "is UTF-32. Convert it to UTF-8"),
         ("a.parquet", b"PAR1 not really", "", "cannot be read as Parquet"),
         ("a.parquet", b"", "", "cannot be read as Parquet"),
     ],
@@ -281,6 +355,31 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, plac
     path.write_bytes(content)
     ((found, fault),) = faults(path)
     assert (found, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_file_of_another_encoding_is_one_shard(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(('{"a": 1}\n' * 100).encode(encoding))
+    assert len(scan(0, DataSource(path=str(path)), shard_bytes=50).shards) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.jsonl", b'{"a": "b",\n', '{"a": "b",'),
+        ("a.jsonl", b'{"a": "\xff"}\r\n', '{"a": "\\xff"}'),
+        ("a.jsonl", '["東京", 1]\n'.encode(), '["東京", 1]'),
+        ("a.csv", b"a,b\nalone\n", '["alone", null]'),
+        ("a.csv", b"a,b\n1,2,three\n", '["1", "2", ["three"]]'),
+        ("a.csv", b"a,b\n1,caf\xe9\n", '["1", "caf\\udce9"]'),
+    ],
+)
+def test_an_unreadable_record_keeps_its_text(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    ((_, fault),) = faults(path)
+    assert fault.text == text
 
 
 def test_a_quotation_mark_left_open_in_a_csv_is_named_where_it_opens(tmp_path: Path) -> None:
@@ -330,7 +429,7 @@ def test_any_bytes_make_the_same_lines_in_any_shards(content: bytes, shard_bytes
 
         assert found(shard_bytes) == found(1 << 30)
         lines = path.read_bytes().split(b"\n")
-        if lines[0][:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        if not content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):  # marks of other encodings
             assert [number for number, _ in found(shard_bytes)] == [
                 n for n, line in enumerate(lines, 1) if line.strip()
             ]
@@ -360,7 +459,7 @@ def test_a_file_that_changes_between_scan_and_reading_is_noticed(tmp_path: Path,
 def test_a_line_beyond_the_limit_is_a_finding_and_the_next_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "%s"}\n{"a": 1}\n' % (b"x" * 5000))
     (first, fault), (second, record) = read_source(DataSource(path=str(path)))
@@ -375,10 +474,10 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
 
 
 def test_a_json_array_too_large_to_be_read_whole_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONGEST_ARRAY_BYTES", 100)
+    monkeypatch.setattr(json_files, "MAX_ARRAY_BYTES", 100)
     write_json(tmp_path / "a.json", RECORDS * 10)
     ((_, fault),) = faults(tmp_path / "a.json")
-    assert fault.code == FILE and "Write one record a line" in fault.reason
+    assert fault.code == FILE and "Write one record per line" in fault.reason
 
 
 def test_a_large_file_is_scanned_and_read_in_little_memory(tmp_path: Path) -> None:
@@ -407,7 +506,7 @@ def test_a_saved_dataset_that_is_cut_off_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path) -> None:
     split = datasets.Dataset.from_list(RECORDS)
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "both"))
-    assert "holds the splits train, test. Name the folder of one of them" in refused(tmp_path / "both")
+    assert "has the splits train, test. Name the folder of one of them" in refused(tmp_path / "both")
     assert read(tmp_path / "both" / "train") == RECORDS
 
 
@@ -416,9 +515,11 @@ def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").mkdir()
     (tmp_path / "dangling" / "data.jsonl").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"absent\.jsonl: no such file\. Mend the path"):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file\. Fix the path"):
         read(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match=r"data\.xlsx: files of this kind are not read\. Use one of \.jsonl, \.json"):
+    with pytest.raises(
+        DataError, match=r"data\.xlsx: files of this type are not supported\. Use one of \.jsonl, \.json"
+    ):
         read(tmp_path / "data.xlsx")
     with pytest.raises(DataError, match=r"empty: a folder without \.jsonl, \.json, \.csv, \.parquet files"):
         read(tmp_path / "empty")
@@ -427,7 +528,7 @@ def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset_that_cannot_be_fetched_names_the_way_to_write_it() -> None:
-    with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be fetched .*Write hub:OWNER/NAME"):
+    with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be downloaded .*Write hub:OWNER/NAME"):
         scan(0, DataSource(path="hub:nobody/nothing"))
 
 

@@ -1,13 +1,13 @@
-"""The data gate's judgement: records in, findings out. See `judge.Judge`."""
+"""The data gate: checks records and reports findings. Start reading at `gate.Gate`."""
 
+from ft_service.data.files.shard import Fault
 from ft_service.data.gate.codes import CODES, LEFT_OUT, Code
-from ft_service.data.gate.duplicates import Looks
+from ft_service.data.gate.duplicates import SecondPass
 from ft_service.data.gate.findings import Finding, Judgement, Place
 from ft_service.data.gate.form import Hit
-from ft_service.data.gate.judge import Judge
+from ft_service.data.gate.gate import Gate
 from ft_service.data.gate.leakage import EvaluationSets
 from ft_service.data.gate.records import Record, Source, Tokens, read_source, records_of
-from ft_service.data.read import Fault
 
 __all__ = [
     "CODES",
@@ -16,12 +16,12 @@ __all__ = [
     "EvaluationSets",
     "Fault",
     "Finding",
+    "Gate",
     "Hit",
-    "Judge",
     "Judgement",
-    "Looks",
     "Place",
     "Record",
+    "SecondPass",
     "Source",
     "Tokens",
     "read_source",

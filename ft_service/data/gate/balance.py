@@ -1,57 +1,59 @@
-"""One-sidedness: whether few openings, templates or labels make up most of the data, with entropies."""
+"""Balance: whether a few openings, templates or labels make up most of the data, with their entropies."""
 
 from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
 
-from ft_service.data.gate.duplicates import Looks
+from ft_service.data.gate.duplicates import SecondPass
 from ft_service.data.gate.facts import Facts
 from ft_service.data.gate.findings import Entropy
 from ft_service.data.gate.form import Hit
 
 FEWEST = 50
-"""Records below which frequencies say little."""
+"""With fewer records, frequencies mean little."""
 DOMINANT = (0.5, 0.7, 0.8)
-"""Share of the records from which one opening, two, three together dominate the others."""
+"""One opening dominates from the first of these shares of the records on, two together from the second, and so on."""
 DOMINANT_LABEL = (0.8,)
-"""Always giving this label is right four times in five."""
+"""A model that always gives this label is right four times in five."""
 MOST_LABELS, LABEL_REPEATS = 100, 10
-"""Answers are labels where there are at most 100 kinds, each given ten times on average."""
+"""Answers are labels if there are at most 100 different ones, each given ten times on average."""
 
 
-def judge_balance(facts: Facts, looks: Looks) -> tuple[dict[str, Entropy], Iterator[Hit]]:
-    """Entropy figures, and hits on the records of the few kinds that dominate. `looks` lends examples."""
-    keys, train = facts["key"], ~facts["validation"]
+def check_balance(facts: Facts, second_pass: SecondPass) -> tuple[dict[str, Entropy], Iterator[Hit]]:
+    """Entropies, and hits on the records of the few kinds that dominate. Examples come from `second_pass`."""
+    keys = facts["key"]
+    train = ~facts["validation"]
     if not train.any():
         return {}, iter(())
     rows = np.flatnonzero(train)
     outputs = _Kinds(facts["output"][train])
     labels = len(outputs.counts) <= MOST_LABELS and len(outputs.counts) * LABEL_REPEATS <= len(rows)
-    judged = [("answer openings", "balance.openings", _Kinds(facts["output_opening"][train]), "answers begin")]
+    checked = [("answer openings", "balance.openings", _Kinds(facts["output_opening"][train]), "answers begin")]
     if labels:
-        judged.insert(0, ("labels", "balance.labels", outputs, "answers are"))
+        checked.insert(0, ("labels", "balance.labels", outputs, "answers are"))
     if (facts["prompt"][train] != 0).any():
         kinds = _Kinds(facts["prompt_opening"][train])
-        judged.append(("question openings", "balance.templates", kinds, "questions begin"))
-    entropies, hits = {}, []
-    for name, code, kinds, what in judged:
-        examples = looks.questions if code == "balance.templates" else looks.answers
+        checked.append(("question openings", "balance.templates", kinds, "questions begin"))
+    entropies = {}
+    hits = []
+    for name, code, kinds, what in checked:
+        examples = second_pass.questions if code == "balance.templates" else second_pass.answers
         entropy = entropy_of(kinds.counts)
         largest = int(keys[rows[kinds.members(1)[0]]])
         entropies[name] = entropy.model_copy(update={"largest": examples.get(largest, "")})
         few = kinds.dominant(DOMINANT_LABEL if name == "labels" else DOMINANT)
         if few and len(rows) >= FEWEST and not (labels and name == "answer openings"):
-            ways = "alike" if few == 1 else f"in one of {few} ways"
+            ways = "the same way" if few == 1 else f"in one of {few} ways"
             members = kinds.members(few)
             share = f"{len(members) / len(rows):.0%} of the {what} {'the same' if name == 'labels' else ways}"
-            detail = f"{share} (as varied as {entropy.effective:.1f} equal kinds)"
+            detail = f"{share} (as varied as {entropy.effective:.1f} equally frequent kinds)"
             hits.append(_hits(code, keys[rows[members]], detail))
     return entropies, chain.from_iterable(hits)
 
 
 class _Kinds:
-    """How often each value occurs among some records."""
+    """The values of some records and their counts."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
@@ -59,13 +61,15 @@ class _Kinds:
         self._by_count = kinds[np.argsort(-self.counts, kind="stable")]
 
     def dominant(self, shares: tuple[float, ...]) -> int:
-        """The fewest kinds that together have the share for so many; 0 where there are none."""
-        together = np.cumsum(-np.sort(-self.counts)) / len(self._values)
-        reached = (few for few, share in enumerate(shares, 1) if few <= len(together) and together[few - 1] >= share)
+        """The smallest number of kinds whose total share reaches the limit for that number; 0 if none does."""
+        total_shares = np.cumsum(-np.sort(-self.counts)) / len(self._values)
+        reached = (
+            few for few, share in enumerate(shares, 1) if few <= len(total_shares) and total_shares[few - 1] >= share
+        )
         return next(reached, 0)
 
     def members(self, few: int) -> np.ndarray:
-        """Positions of the records of the most frequent kinds."""
+        """Positions of the records of the `few` most frequent kinds."""
         return np.flatnonzero(np.isin(self._values, self._by_count[:few]))
 
 
@@ -74,7 +78,7 @@ def _hits(code: str, keys: np.ndarray, detail: str) -> Iterator[Hit]:
 
 
 def entropy_of(counts: np.ndarray) -> Entropy:
-    """Shannon entropy of frequencies, in bits."""
+    """Shannon entropy of counts, in bits."""
     shares = counts / counts.sum()
     bits = float(-(shares * np.log2(shares)).sum()) + 0.0
     return Entropy(bits=bits, effective=2**bits, kinds=len(counts), largest_share=float(shares.max()))

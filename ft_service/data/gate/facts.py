@@ -1,7 +1,7 @@
-"""What is kept of each usable record: half a KiB of hashes and counts, never its text. Tables of shards join.
+"""The facts that are kept of each usable record: half a KiB of hashes and counts, never its text.
 
-A million records take about 0.6 GiB, whatever their length. All checks that compare records with each other are
-functions over this table.
+A million records take about 0.6 GiB, independent of their length. All checks that compare records with each other use
+this table. The tables of shards can be joined.
 """
 
 import json
@@ -26,15 +26,15 @@ from ft_service.data.gate.text import (
 
 BANDS, BAND_ROWS = 12, 5
 """Two texts of Jaccard similarity s share a band with probability 1 - (1 - s^5)^12: 0.99 at 0.8, 0.96 at 0.75, 0.31 at
-0.5 (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Chance meetings are sorted out afterwards."""
+0.5 (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Chance matches are dropped afterwards."""
 SIGNATURE = BANDS * BAND_ROWS
 _SEED = 1
 _BUFFER, _BUFFER_HASHES = 2048, 2**18
-"""Records and hashes that wait for their signatures at most: many at a time are faster, and 2 MiB are enough."""
-_COMPARED = 200_000
-"""Characters of a prompt and of an answer that are compared with others'."""
-_LOOKED_AT = 20_000
-"""Characters in which the format of an answer shows."""
+"""At most this many records and hashes wait for their signatures: batches are faster, and 2 MiB are enough."""
+_COMPARED_CHARACTERS = 200_000
+"""Only the first characters of a prompt and of an answer are compared with others."""
+_SHAPE_CHARACTERS = 20_000
+"""The first characters of an answer show its format."""
 
 FACTS = np.dtype(
     [
@@ -67,7 +67,7 @@ FACTS = np.dtype(
 
 
 class FactTable:
-    """Rows of `FACTS`, in no order until `freeze`."""
+    """Rows of `FACTS`, unordered until `freeze`."""
 
     def __init__(self) -> None:
         self._chunks: list[np.ndarray] = []
@@ -79,13 +79,15 @@ class FactTable:
         return sum(map(len, self._chunks)) + len(self._rows)
 
     def add(self, record: Record) -> None:
-        """Keep the facts of a usable record."""
-        prompt, output = fold(record.prompt), fold(record.output)
-        content, tokens = _read_by_the_model(record), record.tokens
+        """Add the facts of a usable record."""
+        prompt = fold(record.prompt)
+        output = fold(record.output)
+        content = _model_input(record)
+        tokens = record.tokens
         self._rows.append(
             (
                 record.key,
-                hash64(content + _trained(record)),
+                hash64(content + _trained_turns(record)),
                 hash64(content),
                 hash64(prompt) if prompt else 0,
                 hash64(output),
@@ -105,7 +107,8 @@ class FactTable:
                 is_cjk(record.output),
             )
         )
-        prompt, output = prompt[:_COMPARED], output[:_COMPARED]
+        prompt = prompt[:_COMPARED_CHARACTERS]
+        output = output[:_COMPARED_CHARACTERS]
         self._shingles += [all_shingles(prompt), all_shingles(prompt + output)]
         self._waiting += len(self._shingles[-2]) + len(self._shingles[-1])
         if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
@@ -117,11 +120,11 @@ class FactTable:
         return np.concatenate(self._chunks) if self._chunks else np.empty(0, dtype=FACTS)
 
     def add_rows(self, rows: np.ndarray) -> None:
-        """Take over the rows of another table."""
+        """Add the rows of another table."""
         self._chunks.append(rows)
 
     def freeze(self) -> "Facts":
-        """All rows by columns, in order of the data."""
+        """The columns of all rows, in order of the data."""
         self._flush()
         return Facts(self._chunks)
 
@@ -133,13 +136,16 @@ class FactTable:
         for name, column in zip(names, zip(*self._rows, strict=True), strict=True):
             chunk[name] = column
         signatures = _signatures(self._shingles)
-        chunk["prompt_signature"], chunk["whole_signature"] = signatures[0::2], signatures[1::2]
+        chunk["prompt_signature"] = signatures[0::2]
+        chunk["whole_signature"] = signatures[1::2]
         self._chunks.append(chunk)
-        self._rows, self._shingles, self._waiting = [], [], 0
+        self._rows = []
+        self._shingles = []
+        self._waiting = 0
 
 
 class Facts:
-    """Columns of a finished table, in order of the data, gathered one at a time: the table is never copied whole."""
+    """The columns of a finished table, in order of the data. Each is gathered on access: no copy of the table."""
 
     def __init__(self, chunks: Sequence[np.ndarray]) -> None:
         self._chunks = chunks
@@ -157,7 +163,7 @@ class Facts:
         return self._gather(name)[self._order]
 
     def hold_out(self, rows: np.ndarray) -> None:
-        """From now on the column `validation` is this one, bool [N]."""
+        """Replace the column `validation` by `rows`, bool [N]."""
         self._held_out = rows
 
     def band(self, name: str, band: int) -> np.ndarray:
@@ -170,11 +176,11 @@ class Facts:
         """Signatures [len(rows), SIGNATURE] of some rows."""
         at = self._order[rows]
         chunks = np.searchsorted(self._starts, at, side="right") - 1
-        found = np.empty((len(rows), SIGNATURE), dtype=np.uint32)
+        signatures = np.empty((len(rows), SIGNATURE), dtype=np.uint32)
         for chunk in np.unique(chunks):
-            here = chunks == chunk
-            found[here] = self._chunks[chunk][name][at[here] - self._starts[chunk]]
-        return found
+            in_chunk = chunks == chunk
+            signatures[in_chunk] = self._chunks[chunk][name][at[in_chunk] - self._starts[chunk]]
+        return signatures
 
     def _gather(self, name: str) -> np.ndarray:
         if not self._chunks:
@@ -190,14 +196,14 @@ def _signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(sets), SIGNATURE)
 
 
-def _read_by_the_model(record: Record) -> str:
-    """The same for records that are the same to the model: the chat format strips white space at the ends."""
+def _model_input(record: Record) -> str:
+    """Equal for records that the model sees as equal: the chat format strips white space at the ends of a message."""
     if isinstance(record.item, str):
         return record.item
     return json.dumps([[message.role, message.content.strip()] for message in record.item or ()])
 
 
-def _trained(record: Record) -> str:
+def _trained_turns(record: Record) -> str:
     return "" if isinstance(record.item, str) else "".join("01"[message.is_trained] for message in record.item or ())
 
 
@@ -205,20 +211,20 @@ def _trained(record: Record) -> str:
 
 ENDINGS = ("short", "sentence", "figure", "letter", "digit", "other", "open")
 WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
-"""Characters: shorter answers are names and labels, which end in no full stop."""
-_FIGURE = 16
-"""Characters: a last line as short as this is a result by itself ("#### 18", "答え：はい")."""
+"""In characters; shorter answers are names and labels, which do not end like a sentence."""
+_RESULT_CHARACTERS = 16
+"""A last line as short as this is a result ("#### 18", "答え：はい")."""
 _RESULT = re.compile(r"[\d:：]")
 _TAIL = 100
 _SENTENCE_END = re.compile(
     r"""[.!?…。！？．♪☆★]["'”’」』）)\]】*_`\s]*$|[」』】）)"”’>}|;$]$|[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?$"""
 )
 _OPEN_END = re.compile(r"[,、，；:：(（\[「『【＜<{\-–—&×÷\\]$")
-"""Not ; / + = and $, in which SQL, addresses, C++, base64 and formulas end as a whole."""
+"""Without ; / + = and $, with which complete SQL, addresses, C++, base64 and formulas end."""
 
 
 def ending(output: str) -> str:
-    """How an answer ends: like a sentence, in a short last line, in a letter or digit, or wanting more ("open")."""
+    """How an answer ends: like a sentence, with a short result, with a letter or digit, or unfinished ("open")."""
     text = output.strip()
     if len(text) < (WHOLE_FROM_CJK if is_cjk(text) else WHOLE_FROM_LATIN):
         return "short"
@@ -229,7 +235,7 @@ def ending(output: str) -> str:
         return "sentence"
     if _OPEN_END.search(last_line):
         return "open"
-    if len(last_line) <= _FIGURE and _RESULT.search(last_line):
+    if len(last_line) <= _RESULT_CHARACTERS and _RESULT.search(last_line):
         return "figure"
     last = last_line[-1]
     return "letter" if last.isalpha() else "digit" if last.isdigit() else "other"
@@ -256,7 +262,7 @@ _CASUAL_WORDS = {
     *("u", "gonna", "wanna", "gotta", "kinda", "sorta", "dunno", "lemme", "gimme", "y", "ain", "lol", "lmao", "omg"),
     *("btw", "tbh", "imo", "idk", "thx", "pls", "plz", "yeah", "yep", "nope", "dude", "cuz", "ya"),
 }
-"""Of `_CASUAL`, cut at apostrophes."""
+"""The words of `_CASUAL`, split at apostrophes."""
 _CASUAL_SIGNS = (
     *("!!", "??", "!?", "?!"),
     *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
@@ -265,7 +271,7 @@ _NO_LETTERS = {code: " " for code in range(128) if not (chr(code).isalnum() or c
 
 
 def register(output: str) -> str:
-    """The tone: of Japanese polite or plain, by the ends of sentences; of English neutral or casual, by its words."""
+    """The tone of an answer: polite or plain by sentence endings (Japanese), neutral or casual by words (English)."""
     if is_cjk(output):
         sentences = [s.rstrip("」』）) \u3000") for s in _SENTENCES.split(output[:4000])]
         polite = sum(bool(_POLITE.search(sentence)) for sentence in sentences)
@@ -277,7 +283,7 @@ def register(output: str) -> str:
 
 
 def _may_be_casual(text: str) -> bool:
-    """Whether `_CASUAL`, which is slow, can find anything at all."""
+    """A fast test: False if `_CASUAL`, which is slow, cannot match."""
     if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
         return True
     lower = text.lower()
@@ -302,7 +308,7 @@ def shape(output: str) -> str:
             pass
     if len(text) < (WHOLE_FROM_CJK if is_cjk(text) else WHOLE_FROM_LATIN):
         return "short"
-    text = text[:_LOOKED_AT]
+    text = text[:_SHAPE_CHARACTERS]
     if "```" in text:
         return "code"
     if "|" in text and len(_TABLE_LINE.findall(text)) >= _LIST_FROM:

@@ -1,124 +1,145 @@
-"""What the gate says: findings with their places, and the judgement over all of them. JSON in, JSON out."""
+"""The gate's report: findings with their places, and the judgement of all of them. Written and read as JSON."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.data.gate.codes import CODES, Severity
+from ft_service.text import counted
 
 Verdict = Literal["pass", "warn", "fail"]
 
 
-class _Said(BaseModel):
+class _Report(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Place(_Said):
-    """Where a record stands, and what was seen there."""
+class Place(_Report):
+    """Where a finding is, and what is wrong there."""
 
     file: str
-    line: int = Field(description="Line, row or record number from 1; 0 is the whole file.")
+    line: int = Field(description="Line, row or record number from 1; 0 means the whole file.")
     detail: str = Field(default="", description="What is wrong with this record.")
-    excerpt: str = Field(default="", description="A piece of it, private data masked.")
+    excerpt: str = Field(default="", description="A piece of the record, with private data masked.")
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
-class Finding(_Said):
-    """One thing that is wrong, or worth knowing."""
+class Finding(_Report):
+    """A problem of the data, or a fact worth knowing."""
 
     code: str
     severity: Severity
-    count: int = Field(description="Records it concerns (sources, for rights).")
-    share: float = Field(description="Of all records read (of all sources, for rights).")
-    places: list[Place] = Field(description="The first of them, in order.")
+    count: int = Field(description="Records with the finding (sources, for rights).")
+    share: float = Field(description="Share of all records read (of all sources, for rights).")
+    places: list[Place] = Field(description="The first places, in order of the data.")
     why: str
     cure: str
-    message: str = Field(default="", description="What was found, where a count does not say it.")
+    message: str = Field(default="", description="Details, where the count alone does not explain the finding.")
 
     @property
     def percent(self) -> str:
-        """The share as people read it: what is there never looks like nothing."""
+        """The share in per cent; a small share never reads as 0.0%."""
         return "<0.1%" if 0 < self.share < 0.0005 else f"{self.share:.1%}"
 
 
-class SourceCount(_Said):
-    """What one source holds."""
+class SourceCount(_Report):
+    """The records of one source."""
 
     path: str
     license: str | None
-    read: int
-    usable: int
-    tokens: int
+    read: int = Field(description="Records read.")
+    usable: int = Field(description="Records that are not left out, for training or validation.")
+    tokens: int = Field(description="Tokens of its training records.")
     loss_tokens: int
     findings: dict[str, int] = Field(description="Code -> records.")
 
 
-class Histogram(_Said):
-    """Counts between edges; `counts[i]` lies in [edges[i], edges[i + 1])."""
+class Histogram(_Report):
+    """A histogram; `counts[i]` values lie in [edges[i], edges[i + 1])."""
 
     unit: Literal["tokens", "characters"]
     edges: list[int]
     counts: list[int]
 
 
-class Signal(_Said):
-    """What of the data is trained on, in tokens; all zero where no tokenizer was at hand."""
+class Signal(_Report):
+    """The tokens of the training records; all zero without a tokenizer."""
 
     records: int
-    tokens: int = Field(description="Within max_seq_len.")
+    tokens: int = Field(description="Tokens within max_seq_len.")
     loss_tokens: int
-    lost_tokens: int = Field(description="Beyond max_seq_len.")
+    lost_tokens: int = Field(description="Tokens beyond max_seq_len.")
     lost_loss_tokens: int
 
     @property
     def loss_share(self) -> float:
-        """Loss tokens among all tokens."""
+        """Loss tokens as a share of all tokens within max_seq_len."""
         return self.loss_tokens / self.tokens if self.tokens else 0.0
 
 
-class Entropy(_Said):
-    """How varied something is over the records."""
+class Entropy(_Report):
+    """How varied something is among the records."""
 
     bits: float
-    effective: float = Field(description="2 ** bits: as many equally frequent kinds would be as varied.")
+    effective: float = Field(description="2 ** bits: this many equally frequent kinds would be as varied.")
     kinds: int
     largest_share: float
-    largest: str = Field(default="", description="The most frequent kind, where it could be looked up.")
+    largest: str = Field(default="", description="An example of the most frequent kind, if there is one.")
 
 
-class SizeAdvice(_Said):
-    """What this many records are enough for."""
+class SizeAdvice(_Report):
+    """What the training records are enough for."""
 
-    usable: int
+    training_records: int = Field(description="Usable records that are not held out for validation.")
     level: Literal["too few", "little", "narrow skill", "between", "stable skill", "broad skill", "expert"]
     text: str
     epochs: float
-    steps: int | None = Field(description="Optimizer steps of these epochs; none without token counts.")
+    steps: int | None = Field(description="Optimizer steps in these epochs; null without a tokenizer.")
 
 
-class Judgement(_Said):
-    """Everything the gate found. `counts` add up: read = usable + all that were left out."""
+class Judgement(_Report):
+    """All findings and figures of the gate. read = usable + left out; usable = for training + for validation."""
 
     verdict: Verdict
-    findings: list[Finding] = Field(description="The gravest first.")
-    read: int
-    usable: int
-    left_out: dict[str, int] = Field(description="Code -> records left out for it.")
+    findings: list[Finding] = Field(description="The most severe first.")
+    read: int = Field(description="Records read.")
+    usable: int = Field(description="Records that are not left out, for training or validation.")
+    left_out: dict[str, int] = Field(description="Code -> records left out because of it.")
     sources: list[SourceCount]
     lengths: Histogram
     signal: Signal
-    entropy: dict[str, Entropy] = Field(description="Of openings of answers, templates of questions, and labels.")
+    entropy: dict[str, Entropy] = Field(description="Of the openings of answers and questions, and of labels.")
     size: SizeAdvice
 
     def finding(self, code: str) -> Finding | None:
-        """The finding of that code, if there is one."""
+        """The finding with this code, if there is one."""
         return next((finding for finding in self.findings if finding.code == code), None)
 
+    @property
+    def num_left_out(self) -> int:
+        """Records left out."""
+        return sum(self.left_out.values())
 
-def of_sources(code: str, places: list[Place], share: float) -> Finding:
-    """A finding on this share of the sources, not on their records."""
+    @property
+    def validation_records(self) -> int:
+        """Usable records that are for validation."""
+        return self.usable - self.size.training_records
+
+    @property
+    def records_text(self) -> str:
+        """The records read, usable and left out, in one line; every number says what it counts."""
+        training = self.size.training_records
+        validation = self.validation_records
+        split = f" ({training:,} for training, {validation:,} for validation)" if validation else ""
+        codes = ", ".join(f"{count:,} {code}" for code, count in self.left_out.items())
+        left_out = f"; {self.num_left_out:,} left out: {codes}" if codes else ""
+        return f"{counted(self.read, 'record')} read, {self.usable:,} usable{split}{left_out}"
+
+
+def source_finding(code: str, places: list[Place], share: float) -> Finding:
+    """A finding about sources, not about records; `share` is the share of all sources."""
     known = CODES[code]
     return Finding(
         code=code,
@@ -131,15 +152,15 @@ def of_sources(code: str, places: list[Place], share: float) -> Finding:
     )
 
 
-_GRAVITY: dict[Severity, int] = {"fail": 0, "warn": 1, "info": 2}
+_SEVERITY_ORDER: dict[Severity, int] = {"fail": 0, "warn": 1, "info": 2}
 
 
-def by_gravity(findings: list[Finding]) -> list[Finding]:
-    """The gravest first; of equally grave ones the more frequent."""
-    return sorted(findings, key=lambda finding: (_GRAVITY[finding.severity], -finding.share, finding.code))
+def by_severity(findings: list[Finding]) -> list[Finding]:
+    """The most severe findings first; among equally severe ones, the most frequent first."""
+    return sorted(findings, key=lambda finding: (_SEVERITY_ORDER[finding.severity], -finding.share, finding.code))
 
 
 def verdict_of(findings: list[Finding]) -> Verdict:
-    """The gravest severity, where info counts as a pass."""
+    """The highest severity of the findings; info counts as a pass."""
     severities = {finding.severity for finding in findings}
     return "fail" if "fail" in severities else "warn" if "warn" in severities else "pass"

@@ -1,4 +1,4 @@
-"""Checks of one record at a time: its form, and what its answers say. Each yields what it finds, at once."""
+"""Checks of single records: their form and the text of their answers."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -7,17 +7,18 @@ from itertools import pairwise
 
 import ftfy.badness
 
-from ft_service.data.gate.findings import Finding, Place, of_sources
+from ft_service.data.gate.findings import Finding, Place, source_finding
 from ft_service.data.gate.private import detail, excerpt, find_private, visible
 from ft_service.data.gate.records import Record, Source
 from ft_service.data.gate.text import fold, is_cjk
+from ft_service.text import counted
 
-_SHOWN_OF_VALUE = 8000  # characters; far more than an excerpt, so that nothing private is cut in half there
+_VALUE_CHARACTERS = 8000  # far more than an excerpt, so that masking sees private data whole
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A record that a check found something in."""
+    """One finding on one record."""
 
     code: str
     key: int
@@ -26,11 +27,11 @@ class Hit:
 
 
 def check_record(record: Record) -> Iterator[Hit]:
-    """Everything that can be told of a record by itself."""
+    """All findings on a record by itself."""
     if record.fault is not None:
-        told = list(record.raw.values())[:5] or [record.fault.text]
-        values = " ".join(str(value)[:_SHOWN_OF_VALUE] for value in told)
-        yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(values))
+        values = list(record.raw.values())[:5] or [record.fault.text]
+        text = " ".join(str(value)[:_VALUE_CHARACTERS] for value in values)
+        yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(text))
         return
     for check in (
         role_order,
@@ -44,7 +45,7 @@ def check_record(record: Record) -> Iterator[Hit]:
 
 
 def role_order(record: Record) -> Iterator[Hit]:
-    """System first, then user and assistant in turn, tools after the assistant, the assistant last."""
+    """Turns out of order. The order: system first, user and assistant in turn, tools after it, the assistant last."""
     if not isinstance(record.item, tuple):
         return
     roles = [message.role for message in record.item]
@@ -63,12 +64,12 @@ def role_order(record: Record) -> Iterator[Hit]:
         yield Hit("form.role-order", record.key, " → ".join(roles[:12]), excerpt(record.text))
 
 
-def judge_files(
+def check_files(
     sources: Sequence[Source], read: Mapping[int, int], columns: Collection[tuple[int, str]]
 ) -> list[Finding]:
-    """Findings on sources that hold nothing, on columns that none of their records has, and on files that are not read.
+    """Findings on sources without records, on named columns that no record has, and on files that are not read.
 
-    `read` counts the records of each source; `columns` are those of its optional columns that were there.
+    `read` counts the records of each source; `columns` are the (source, column) that some record has.
     """
     empty = [
         Place(file=source.path, line=0, detail="holds no records")
@@ -82,9 +83,9 @@ def judge_files(
         if read.get(number) and (number, name) not in columns
     ]
     foreign = [Place(file=visible(name), line=0) for source in sources for name in source.foreign]
-    found = [("form.empty-source", empty), ("form.absent-column", absent), ("form.foreign-file", foreign)]
-    # A source may have several places.
-    return [of_sources(code, places, min(1.0, len(places) / len(sources))) for code, places in found if places]
+    places_of = [("form.empty-source", empty), ("form.absent-column", absent), ("form.foreign-file", foreign)]
+    # One source may have several places, so the share is at most 1.
+    return [source_finding(code, places, min(1.0, len(places) / len(sources))) for code, places in places_of if places]
 
 
 # -- characters ------------------------------------------------------------------------------------------------------
@@ -92,20 +93,20 @@ def judge_files(
 _LOST = "\ufffd"
 _UTF8_AS_SHIFT_JIS = re.compile("[縺繧繝][\u3041-\u30fe\u3400-\u9fff\uff61-\uff9f]|窶[\u3400-\u9fff\uff61-\uff9f]")
 """UTF-8 hiragana and katakana begin with E3 81, E3 82 or E3 83, which Shift-JIS reads as these rare characters (E2 80,
-of typographic quotes, as the last). ftfy does not look for this mistake."""
+of typographic quotes, as the last). ftfy does not check for this error."""
 _SHIFT_JIS_SIGNS_FROM = 2
-"""One may be a real, rare word."""
+"""A single one may be a rare word."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u200b\u202a-\u202e\u2060\ufff9-\ufffb]")
-"""C0 and C1 but tab and line ends; invisible marks that come of copying. Joiners (U+200D) belong to emoji."""
+"""C0 and C1 without tab and line ends, and invisible marks that copying adds. Joiners (U+200D) belong to emoji."""
 
 
 def broken_text(record: Record) -> Iterator[Hit]:
-    """Lost characters, mojibake, and control characters."""
+    """Lost characters, mojibake and control characters."""
     text = record.text
     if text.isascii():
         mojibake = None
     elif (at := text.find(_LOST)) >= 0:
-        yield Hit("form.encoding", record.key, "holds U+FFFD, a character that was lost", excerpt(text, at))
+        yield Hit("form.encoding", record.key, "contains U+FFFD, a lost character", excerpt(text, at))
         return
     else:
         mojibake = ftfy.badness.BADNESS_RE.search(text)
@@ -113,8 +114,10 @@ def broken_text(record: Record) -> Iterator[Hit]:
             mojibake = signs[0]
     if mojibake is not None:
         yield Hit("form.mojibake", record.key, "was decoded with the wrong encoding", excerpt(text, mojibake.start()))
-    elif found := _CONTROL.search(text):
-        yield Hit("form.control-characters", record.key, f"holds U+{ord(found[0]):04X}", excerpt(text, found.start()))
+    elif match := _CONTROL.search(text):
+        yield Hit(
+            "form.control-characters", record.key, f"contains U+{ord(match[0]):04X}", excerpt(text, match.start())
+        )
 
 
 # -- template and markup ---------------------------------------------------------------------------------------------
@@ -126,10 +129,10 @@ _SPECIAL = re.compile(
     r"|^(?:#{2,3} ?(?:Instruction|Input|Response|指示|入力|応答|回答)\s?[:：])",  # Alpaca and its Japanese editions
     re.MULTILINE,
 )
-_END, _STRUCK_OUT = re.compile("</s>"), re.compile("<s[ >]", re.IGNORECASE)
-"""Llama 2 and Mistral end a turn so; where it is opened before, HTML strikes something out."""
+_END = re.compile("</s>")  # ends a turn of Llama 2 and Mistral
+_STRUCK_OUT = re.compile("<s[ >]", re.IGNORECASE)  # with it, </s> is HTML
 _ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]", re.MULTILINE)
-"""In an answer; a question may well hold a conversation that it is about."""
+"""In answers only; a question may quote a conversation."""
 _HTML = re.compile(
     r"</?(?:p|div|span|br|hr|a|li|ul|ol|table|tbody|tr|td|th|h[1-6]|b|i|u|em|strong|font|img|script|style|body|center|"
     r"blockquote|iframe|input|button|form|section|article|nav|footer|header)(?:\s(?=[^<>=]{0,300}=)[^<>]{0,600}|\s{1,9})?/?>"
@@ -143,44 +146,45 @@ _ABOUT_MARKUP = re.compile(
     r"タグ|ウェブ|マークアップ|ホームページ",
     re.IGNORECASE,
 )
-"""A question about markup has markup in its answer."""
+"""The answer to a question about markup may contain markup."""
 
 
 def leftovers(record: Record) -> Iterator[Hit]:
-    """Template text and HTML that were not meant for the model."""
+    """Template text and HTML in messages."""
     messages = [(record.item, True)] if isinstance(record.item, str) else []
     messages += [(m.content, m.is_trained) for m in record.item or () if not isinstance(m, str)]
     for message, is_trained in messages:
-        if found := _leaked(message, is_trained):
-            yield Hit("form.special-tokens", record.key, f"holds {found[0]!r}", excerpt(message, found.start()))
+        if match := _template_text(message, is_trained):
+            yield Hit("form.special-tokens", record.key, f"contains {match[0]!r}", excerpt(message, match.start()))
             break
     text = record.text
     if ("<" in text or "&" in text) and not _ABOUT_MARKUP.search(record.prompt):
         bare = _CODE.sub(lambda code: " " * len(code[0]), text)
-        if found := _HTML.search(bare):
-            yield Hit("form.html", record.key, detail(f"holds {found[0]!r}"), excerpt(text, found.start()))
+        if match := _HTML.search(bare):
+            yield Hit("form.html", record.key, detail(f"contains {match[0]!r}"), excerpt(text, match.start()))
 
 
-def _leaked(message: str, is_trained: bool) -> re.Match[str] | None:
-    """The first sign of a template in a message."""
+def _template_text(message: str, is_trained: bool) -> re.Match[str] | None:
+    """The first template text in a message."""
     if any(sign in message for sign in "<[#"):
-        found = _SPECIAL.search(message) or (None if _STRUCK_OUT.search(message) else _END.search(message))
-        if found:
-            return found
+        match = _SPECIAL.search(message) or (None if _STRUCK_OUT.search(message) else _END.search(message))
+        if match:
+            return match
     return _ROLE_NAME.search(message) if is_trained else None
 
 
-# -- what answers say ------------------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------------------------
 
 COPIED_FROM_LATIN, COPIED_FROM_CJK = 30, 12
-"""Characters of a folded question: shorter ones occur in answers by chance ("What is the sun?")."""
+"""In characters of a folded question; shorter ones occur in answers by chance ("What is the sun?")."""
 _STOCK_WITHIN = 300
-"""Characters at the start (refusals) or either end (boilerplate) of an answer. Later ones are quotations."""
+"""Only this many characters at the start (refusals) or at both ends (boilerplate) count; others may be quotations."""
 
 
 def copied_instruction(record: Record) -> Iterator[Hit]:
-    """The question, or its first paragraph, word for word inside the answer."""
-    question, answer = record.question, fold(record.output)
+    """An answer that contains the question, or its first paragraph, word for word."""
+    question = record.question
+    answer = fold(record.output)
     for part in (question, question.split("\n\n", 1)[0]):
         folded = fold(part)
         if len(folded) >= (COPIED_FROM_CJK if is_cjk(folded) else COPIED_FROM_LATIN) and folded in answer:
@@ -215,28 +219,29 @@ _BOILERPLATE_HINTS = (
     *("certainly", "of course", "sure", "absolutely", "great question", "happy to"),
     *("hope ", "let me know", "feel free", "hesitate", "anything else"),
 )
-"""In English neither says anything without one of these, and the patterns are slow."""
+"""English text matches the slow patterns only if it contains one of these."""
 _CURLY = str.maketrans("’‘", "''")
 
 
 def stock_phrases(record: Record) -> Iterator[Hit]:
-    """Refusals at the start of an answer, and empty phrases at either end."""
+    """Refusals at the start of an answer, and stock phrases at either end."""
     if isinstance(record.item, str):
         return
     for output in record.outputs:
         output = output.strip().translate(_CURLY)
-        start, ending = output[:_STOCK_WITHIN], max(0, len(output) - _STOCK_WITHIN)
-        if found := _may_hold(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
-            yield Hit("quality.refusal", record.key, detail(f"says {found[0]!r}"), excerpt(output, found.start()))
+        start = output[:_STOCK_WITHIN]
+        ending = max(0, len(output) - _STOCK_WITHIN)
+        if match := _may_match(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
+            yield Hit("quality.refusal", record.key, detail(f"says {match[0]!r}"), excerpt(output, match.start()))
             return
-        if not _may_hold(start + output[ending:], _BOILERPLATE_HINTS):
+        if not _may_match(start + output[ending:], _BOILERPLATE_HINTS):
             continue
-        if found := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
-            yield Hit("quality.boilerplate", record.key, detail(f"says {found[0]!r}"), excerpt(output, found.start()))
+        if match := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
+            yield Hit("quality.boilerplate", record.key, detail(f"says {match[0]!r}"), excerpt(output, match.start()))
             return
 
 
-def _may_hold(text: str, hints: Sequence[str]) -> bool:
+def _may_match(text: str, hints: Sequence[str]) -> bool:
     if not text.isascii():
         return True
     lower = text.lower()
@@ -244,10 +249,10 @@ def _may_hold(text: str, hints: Sequence[str]) -> bool:
 
 
 def private_data(record: Record) -> Iterator[Hit]:
-    """One hit a kind of private data, which the excerpt masks."""
+    """One hit for each kind of private data; the excerpt masks it."""
     text = record.text
-    found: dict[str, list[int]] = {}
+    starts_of: dict[str, list[int]] = {}
     for code, start, _ in find_private(text):
-        found.setdefault(code, []).append(start)
-    for code, starts in found.items():
-        yield Hit(code, record.key, f"{len(starts)} in it", excerpt(text, starts[0]))
+        starts_of.setdefault(code, []).append(start)
+    for code, starts in starts_of.items():
+        yield Hit(code, record.key, counted(len(starts), "occurrence"), excerpt(text, starts[0]))

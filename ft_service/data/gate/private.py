@@ -1,16 +1,16 @@
-"""Private data in text: found, counted, and masked wherever the gate shows a piece of a record."""
+"""Private data in text: found, counted, and masked wherever the gate shows a part of a record."""
 
 import re
 from collections.abc import Callable, Iterator
 
-# ASCII throughout: in Unicode the は of "連絡先は090-1234-5678" is a word character, so no number would begin after it.
+# ASCII throughout: in Unicode the は of "連絡先は090-1234-5678" is a word character, so no number could begin after it.
 _EMAIL = re.compile(
     r"(?<![\w.+-])[A-Za-z0-9_%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w-])", re.ASCII
 )
 _FOR_DOCUMENTATION = re.compile(
     r"^git@|@(?:[\w-]+\.)*(?:example\.(?:com|net|org|jp)|example|test|invalid|localhost)$", re.I
 )
-"""RFC 2606 and RFC 6761: nobody's addresses; and the user of every repository."""
+"""Addresses that belong to nobody (RFC 2606 and RFC 6761), and the user name of every git server."""
 _PHONE = re.compile(
     r"(?<![\w,/#=$¥-])(?<!\d\.)(?:"
     r"\+\d{1,3}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,3}"  # international
@@ -33,10 +33,11 @@ _CARD_START = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|35|6(?:011|4|5|2)")
 _CARD_LENGTHS = (14, 15, 16, 19)
 _CARD_BEFORE = re.compile(r"card|visa|master|amex|american express|jcb|diners|カード|クレジット|決済", re.IGNORECASE)
 _CARD_AFTER = re.compile(r"[\s,;/]*(?:exp\w*\s*)?(?:0[1-9]|1[0-2])/\d{2}")
-_NEAR = 40
-_FIGURE_BEFORE, _FIGURE_AFTER = re.compile(r"\d{4} $"), re.compile(r" \d{4}\b")
-"""One in ten numbers passes the check digit: one that is unbroken, or part of a row of figures, is a card's where cards
-are spoken of."""
+_NEARBY_CHARACTERS = 40
+_FIGURE_BEFORE = re.compile(r"\d{4} $")
+_FIGURE_AFTER = re.compile(r" \d{4}\b")
+"""One number in ten passes the check digit. So a number without groups, or in a row of figures, counts as a card number
+only near words about cards."""
 _TEST_CARDS = frozenset(
     [
         "4111111111111111",
@@ -55,11 +56,11 @@ _TEST_CARDS = frozenset(
         "38520000023237",
     ]
 )
-"""What payment services publish for trials."""
+"""Test numbers that payment services publish."""
 _KEYS = re.compile(
     r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
     r"(?:(?:(?!-----)[\s\S]){0,8000}-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
-    r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{40,}){1,200}(?:(?:\s|\\[nr])+[A-Za-z0-9+/=]{1,80})?)?"  # without its end
+    r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{40,}){1,200}(?:(?:\s|\\[nr])+[A-Za-z0-9+/=]{1,80})?)?"  # cut off
     r"|(?<![A-Za-z0-9_])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}"  # GitHub
@@ -78,13 +79,13 @@ _KEY_MATERIAL = {
     "-----BEGIN": re.compile(r"[A-Za-z0-9+/]{40}"),
     "sk-": re.compile(r"(?=[A-Za-z]*\d)[A-Za-z0-9]{16}"),
 }
-"""What such a key must have in it: manuals show the frame of one, and `sk-` begins names too (sk-fading-circle)."""
-_KEY_OF_A_MANUAL = re.compile(r"EXAMPLE$|\.eyJzdWIiOiIxMjM0NTY3ODkwI")
-"""AWS's, and the JSON web token of all tutorials, whose subject is 1234567890."""
+"""What such a key must contain: manuals show the frame alone, and names begin with `sk-` too (sk-fading-circle)."""
+_DOCUMENTATION_KEY = re.compile(r"EXAMPLE$|\.eyJzdWIiOiIxMjM0NTY3ODkwI")
+"""AWS's example keys, and the JSON web token of most tutorials, whose subject is 1234567890."""
 _LONG_WORD = re.compile(r"-----BEGIN|[A-Za-z0-9_-]{20}")
 _DIGITS = re.compile(r"\d(?:\D{0,2}\d){8}", re.ASCII)
-"""Nine digits are the fewest of a phone number, and two signs the most that stand between two of them. Text without
-this, or without what keys and addresses have, does not get to the longer patterns, which are slow."""
+"""A phone number has nine digits or more, with at most two other characters between two of them. Text without this, or
+without the marks of keys and addresses, skips the longer patterns, which are slow."""
 _FULL_WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B), 0xFF20, 0xFF0E)}
 _FULL_WIDTH |= {0xFF0D: "-", 0x2212: "-", 0x2010: "-", 0x2011: "-", 0x30FC: "ー", 0xFF08: "(", 0xFF09: ")", 0xFF0B: "+"}
 
@@ -97,9 +98,9 @@ MASKS = {
 
 
 def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int, int]]:
-    """Code, start and end of what is private in a text. `everything`: also what belongs to nobody (for masking)."""
+    """(code, start, end) of private data in a text. `everything` adds what belongs to nobody, such as test numbers."""
     if not text.isascii():
-        text = text.translate(_FULL_WIDTH)  # one character for one, so that places stay
+        text = text.translate(_FULL_WIDTH)  # one character for one, so that positions stay
     may_hold = {
         "private.key": _LONG_WORD.search(text),
         "private.email": "@" in text,
@@ -109,15 +110,16 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
     for code, pattern, accepts in _KINDS:
         if not may_hold[code]:
             continue
-        found = [match.span() for match in pattern.finditer(text) if accepts(match, everything)]
-        for start, end in found:
+        spans = [match.span() for match in pattern.finditer(text) if accepts(match, everything)]
+        for start, end in spans:
             yield code, start, end
-        text = _hidden(text, found)
+        text = _without(text, spans)
 
 
-def _hidden(text: str, spans: list[tuple[int, int]]) -> str:
-    """The text with these spans blotted out, so that nothing in it is found twice."""
-    pieces, at = [], 0
+def _without(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text with these spans overwritten, so that nothing is found twice."""
+    pieces = []
+    at = 0
     for start, end in spans:
         pieces += [text[at:start], "\0" * (end - start)]
         at = end
@@ -125,7 +127,7 @@ def _hidden(text: str, spans: list[tuple[int, int]]) -> str:
 
 
 def is_card_number(text: str) -> bool:
-    """Whether the digits have a card's first digits, length and check digit (Luhn, ISO/IEC 7812-1)."""
+    """Whether the first digits, the length and the check digit (Luhn, ISO/IEC 7812-1) are those of a card."""
     digits = [int(character) for character in text if character.isdigit()]
     if len(digits) not in _CARD_LENGTHS or not _CARD_START.match("".join(map(str, digits))) or len(set(digits)) < 2:
         return False
@@ -133,43 +135,44 @@ def is_card_number(text: str) -> bool:
     return sum(doubled) % 10 == 0
 
 
-def _is_key(found: re.Match[str], everything: bool) -> bool:
+def _is_key(match: re.Match[str], everything: bool) -> bool:
     if everything:
         return True
-    material = next((needed for start, needed in _KEY_MATERIAL.items() if found[0].startswith(start)), None)
-    return (material is None or material.search(found[0]) is not None) and not _KEY_OF_A_MANUAL.search(found[0])
+    material = next((needed for start, needed in _KEY_MATERIAL.items() if match[0].startswith(start)), None)
+    return (material is None or material.search(match[0]) is not None) and not _DOCUMENTATION_KEY.search(match[0])
 
 
-def _is_email(found: re.Match[str], everything: bool) -> bool:
-    return everything or not _FOR_DOCUMENTATION.search(found[0])
+def _is_email(match: re.Match[str], everything: bool) -> bool:
+    return everything or not _FOR_DOCUMENTATION.search(match[0])
 
 
-def _is_card(found: re.Match[str], everything: bool) -> bool:
-    if not is_card_number(found[0]):
+def _is_card(match: re.Match[str], everything: bool) -> bool:
+    if not is_card_number(match[0]):
         return False
     if everything:
         return True
-    if "".join(filter(str.isdigit, found[0])) in _TEST_CARDS:
+    if "".join(filter(str.isdigit, match[0])) in _TEST_CARDS:
         return False
-    text, (start, end) = found.string, found.span()
-    before = text[max(0, start - _NEAR) : start]
-    groups = found[0].split()
+    text = match.string
+    start, end = match.span()
+    before = text[max(0, start - _NEARBY_CHARACTERS) : start]
+    groups = match[0].split()
     is_in_a_row = (
         _FIGURE_BEFORE.search(before) is not None
         or _FIGURE_AFTER.match(text, end) is not None
         or (len(groups) == 4 and groups in (sorted(groups), sorted(groups, reverse=True)))
     )
     return (
-        not (found[0].isdigit() or is_in_a_row)
+        not (match[0].isdigit() or is_in_a_row)
         or _CARD_BEFORE.search(before) is not None
         or _CARD_AFTER.match(text, end) is not None
     )
 
 
-def _is_phone_number(found: re.Match[str], everything: bool) -> bool:
-    # From 0 on it is Japan's or the United Kingdom's, of ten or eleven digits.
-    least = 10 if found[0].lstrip("(").startswith("0") else 9
-    return least <= sum(map(str.isdigit, found[0])) <= 15 and (everything or not _FICTIONAL_PHONE.search(found[0]))
+def _is_phone_number(match: re.Match[str], everything: bool) -> bool:
+    # A number that begins with 0 is Japanese or British, with ten or eleven digits.
+    min_digits = 10 if match[0].lstrip("(").startswith("0") else 9
+    return min_digits <= sum(map(str.isdigit, match[0])) <= 15 and (everything or not _FICTIONAL_PHONE.search(match[0]))
 
 
 _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[re.Match[str], bool], bool]], ...] = (
@@ -181,12 +184,12 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[re.Match[str], bool], bool]]
 
 
 def mask(text: str) -> str:
-    """The text with everything private replaced by what it is."""
+    """The text with all private data replaced by their kind, such as ``[phone]``."""
     return _masked(text, 0)
 
 
-_UNSEEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "␡"}
-_UNSEEN |= {
+_SYMBOLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "␡"}
+_SYMBOLS |= {
     code: f"<U+{code:04X}>"
     for code in (*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
 }
@@ -194,20 +197,20 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """The text for a terminal, log or page: control characters, which could steer it, and half characters as signs."""
+    """The text, safe for a terminal, log or page: control characters and half characters are replaced by symbols."""
     if text.isascii() and text.isprintable():
         return text
-    return _HALF_CHARACTER.sub(lambda half: f"<U+{ord(half[0]):04X}>", text.translate(_UNSEEN))
+    return _HALF_CHARACTER.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.translate(_SYMBOLS))
 
 
 DETAIL_CHARACTERS = 400
 EXCERPT_CHARACTERS = 80
 _WINDOW = 8200
-"""Characters masked around an excerpt: what is private may begin well before it, a key's block at most this long."""
+"""Characters masked around an excerpt: private data may begin before it; a key block is at most this long."""
 
 
 def detail(text: str) -> str:
-    """What was seen of a record, for people: masked before it is cut to `DETAIL_CHARACTERS`."""
+    """A finding's detail, safe to print: masked first, then cut to `DETAIL_CHARACTERS`."""
     shown = visible(mask(text[:_WINDOW]))
     return shown if len(shown) <= DETAIL_CHARACTERS else shown[: DETAIL_CHARACTERS - 1] + "…"
 
@@ -223,9 +226,9 @@ def excerpt(text: str, at: int = 0) -> str:
 
 
 def _masked(text: str, start: int) -> str:
-    """From `start` on; what is private and begins before it is told by its mask."""
+    """The masked text from `start` on; private data that begins before it is replaced too."""
     pieces = []
-    for code, first, last in sorted(find_private(text, everything=True), key=lambda found: found[1]):
+    for code, first, last in sorted(find_private(text, everything=True), key=lambda span: span[1]):
         if last > start:
             pieces += [text[start:first], MASKS[code]]
             start = last

@@ -1,4 +1,4 @@
-"""The records that the gate sees: one type for all of them, also for those that could not be read or converted."""
+"""Records as the gate checks them: one type, also for records that could not be read or converted."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ft_service.data.convert import BadRecord, Conversation, convert
-from ft_service.data.read import Fault, Scan, Shard, Wants, read_shard, scan
+from ft_service.data.files.shard import Fault, FileShard, IsWanted
+from ft_service.data.read import Scan, read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec.schema import OPTIONAL_COLUMNS, DataSource
 
@@ -17,7 +18,7 @@ _SOURCE_BITS, _FILE_BITS, _LINE_BITS = 10, 20, 34
 
 @dataclass(frozen=True)
 class Source:
-    """A source as the gate knows it: its settings, and its files in the order in which records number them."""
+    """A source as the gate needs it: its settings, and its files in the order of their numbers in records."""
 
     path: str
     files: tuple[str, ...]
@@ -25,39 +26,39 @@ class Source:
     source: str | None = None
     license: str | None = None
     foreign: tuple[str, ...] = ()
-    """Files beside them that are of no kind that is read."""
+    """Files of the folder whose type is not read."""
     optional: tuple[str, ...] = ()
-    """Columns that its spec names, and that a record may lack; not all of them may."""
+    """Columns that the spec names and a single record may lack. At least one record must have each."""
 
     @classmethod
     def of(cls, source: DataSource, scan: Scan) -> "Source":
-        """The gate's view of a spec's source."""
+        """Made from a source of a spec."""
         optional = tuple(source.columns[name] for name in OPTIONAL_COLUMNS if name in source.columns)
         return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign, optional)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Lengths of a record in tokens, before and after max_seq_len cuts it."""
+    """Lengths of a record in tokens, before (`total`, `loss`) and after (`kept`, `kept_loss`) max_seq_len cuts it."""
 
     total: int
     loss: int
     kept: int
     kept_loss: int
     ends: bool
-    """Whether the end of the last turn (or of the text) is kept and trained."""
+    """Whether the end of the last turn (or of the text) is kept and trained on."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record: where it stands, and either what it says or why it cannot be used."""
+    """One record: its place, and either its content or why it cannot be used."""
 
     source: int
-    """Number of its source among the judge's."""
+    """Number of its source among the gate's."""
     file: int
     """Number of its file among the source's."""
     line: int
-    """Line, row or record number from 1; 0 where a whole file is meant."""
+    """Line, row or record number from 1; 0 means the whole file."""
     item: Conversation | str | None = None
     fault: Fault | None = None
     raw: Mapping[str, Any] = field(default_factory=dict)
@@ -66,12 +67,12 @@ class Record:
 
     @property
     def key(self) -> int:
-        """Its place in one number: records in order of their keys are in order of the data."""
+        """Its place as one number. Keys sort in the order of the data."""
         return place_key(self.source, self.file, self.line)
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
-        """The texts that are trained on."""
+        """All texts that are trained on."""
         if isinstance(self.item, str):
             return (self.item,)
         return tuple(message.content for message in self.item or () if message.is_trained)
@@ -83,7 +84,7 @@ class Record:
 
     @cached_property
     def prompt(self) -> str:
-        """All that stands before the last answer; a text has none."""
+        """All text before the last answer; empty for a text."""
         if self.item is None or isinstance(self.item, str):
             return ""
         last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
@@ -99,18 +100,18 @@ class Record:
 
     @cached_property
     def text(self) -> str:
-        """All of it."""
+        """All text of the record."""
         if isinstance(self.item, str):
             return self.item
         return "\n".join(message.content for message in self.item or ())
 
 
 def place_key(source: int, file: int, line: int) -> int:
-    """Source, file and line in one number of 64 bits, in this order."""
+    """Source, file and line, in this order, as one number of 64 bits."""
     if source >> _SOURCE_BITS or file >> _FILE_BITS or line >> _LINE_BITS:
         raise DataError(
-            f"source {source}, file {file}, line {line}: more than the gate can number "
-            f"({2**_SOURCE_BITS} sources of {2**_FILE_BITS} files). Join small files."
+            f"source {source}, file {file}, line {line}: too many for the gate "
+            f"(at most {2**_SOURCE_BITS} sources of {2**_FILE_BITS} files). Join small files."
         )
     return (source << _FILE_BITS | file) << _LINE_BITS | line
 
@@ -125,10 +126,10 @@ def place_of(key: int) -> tuple[int, int, int]:
 
 
 def records_of(
-    shard: Shard, source: DataSource, split: Split = "train", wants: Wants | None = None
+    shard: FileShard, source: DataSource, split: Split = "train", is_wanted: IsWanted | None = None
 ) -> Iterator[Record]:
-    """Every record of a shard, in order, also those that cannot be used. Raises `ShardChanged`."""
-    for number, raw in read_shard(shard, source, wants):
+    """Every record of a shard, in order, including those that cannot be used. Raises `ShardChanged`."""
+    for number, raw in read_shard(shard, source, is_wanted):
         if isinstance(raw, Fault):
             yield Record(shard.source, shard.file, number, fault=raw, split=split)
         else:
@@ -142,7 +143,7 @@ def read_source(number: int, source: DataSource, split: Split = "train") -> Iter
 
 
 def read_questions(number: int, source: DataSource) -> Iterator[Record]:
-    """Every record of a set that training data are compared with: it needs no answers. Raises `DataError`."""
+    """Every record of an evaluation set; records need no answers. Raises `DataError` where a file is missing."""
     for shard in scan(number, source).shards:
         for line, raw in read_shard(shard, source):
             if isinstance(raw, Fault):
@@ -160,7 +161,7 @@ def to_record(
     split: Split = "train",
     needs_answer: bool = True,
 ) -> Record:
-    """A raw record converted, or with the reason why it cannot be."""
+    """A raw record, converted; or the reason why it cannot be converted."""
     try:
         return Record(number, file, line, convert(raw, source, needs_answer), raw=raw, split=split)
     except BadRecord as error:

@@ -1,6 +1,6 @@
-"""Rights: what each source's license asks of whoever publishes the adapter, and what the base's does.
+"""Rights: the conditions that the licenses of the sources and of the base put on publishing the adapter.
 
-A summary by kind, no legal advice. Ids are SPDX's (spdx.org/licenses), or the hub's names of the same.
+A summary by kind, not legal advice. Ids are SPDX ids (spdx.org/licenses), or the hub's names of the same licenses.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ft_service.catalog.models import find
-from ft_service.data.gate.findings import Finding, Place, of_sources
+from ft_service.data.gate.findings import Finding, Place, source_finding
 from ft_service.data.gate.records import Source
 
 Kind = Literal["free", "attribution", "share-alike", "restricted-use", "non-commercial", "no-derivatives", "unknown"]
@@ -36,7 +36,7 @@ _RESTRICTED_USE = (
     "llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma openrail openrail++ bigscience-openrail-m "
     "creativeml-openrail-m bigcode-openrail-m deepfloyd-if-license"
 )
-"""Data made by such models: their licenses list forbidden uses, and some ask for a name."""
+"""Licenses of data made by such models: they list forbidden uses, and some require a name."""
 _NON_COMMERCIAL = "PolyForm-Noncommercial-1.0.0"
 _TABLE: dict[str, Kind] = {
     **{name.lower(): "free" for name in _FREE.split()},
@@ -50,33 +50,33 @@ _OPERATOR = re.compile(r"\s+(AND|OR)\s+", re.IGNORECASE)
 
 
 def license_kinds(license: str) -> frozenset[Kind]:
-    """What an SPDX expression asks for. Of "A OR B" the milder is chosen; of "A AND B" both hold."""
+    """The conditions of an SPDX expression. "A OR B" gives those of the milder one; "A AND B" gives both."""
     expression = license.strip().strip("()")
     parts = _OPERATOR.split(expression)
     if "(" in expression or len({operator.upper() for operator in parts[1::2]}) > 1:
-        return frozenset({"unknown"})  # nested expressions are rare for data, and a wrong reading is worse than none
+        return frozenset({"unknown"})  # nested expressions are rare for data, and a wrong result is worse than none
     kinds = [_kinds_of_one(part) for part in parts[::2]]
     if len(parts) > 1 and parts[1].upper() == "OR":
-        return min(kinds, key=lambda found: max(_STRICTEST.index(kind) for kind in found))
+        return min(kinds, key=lambda kinds: max(_STRICTEST.index(kind) for kind in kinds))
     return frozenset().union(*kinds)
 
 
 def _kinds_of_one(license: str) -> frozenset[Kind]:
     name = license.split(" WITH ")[0].strip().lower().removesuffix("+")
     name = re.sub(r"-(?:only|or-later)$", "", name)
-    if found := _CREATIVE_COMMONS.fullmatch(name):
+    if match := _CREATIVE_COMMONS.fullmatch(name):
         second: dict[str | None, Kind] = {"-nd": "no-derivatives", "-sa": "share-alike"}
         kinds: set[Kind] = {"attribution"}
-        if found[1]:
+        if match[1]:
             kinds.add("non-commercial")
-        if found[2]:
-            kinds.add(second[found[2]])
+        if match[2]:
+            kinds.add(second[match[2]])
         return frozenset(kinds)
     return frozenset({_TABLE.get(name, "unknown")})
 
 
-def judge_rights(sources: Sequence[Source]) -> list[Finding]:
-    """Findings on the sources' rights."""
+def check_rights(sources: Sequence[Source]) -> list[Finding]:
+    """Findings on the origin and the license of each source."""
     by_code: dict[str, list[Place]] = {}
 
     def add(code: str, source: Source, detail: str) -> None:
@@ -84,20 +84,20 @@ def judge_rights(sources: Sequence[Source]) -> list[Finding]:
 
     for source in sources:
         if not (source.source or "").strip():
-            add("rights.no-source", source, "says not where it comes from")
+            add("rights.no-source", source, "has no `source`")
         if not (source.license or "").strip():
-            add("rights.no-license", source, "has no license")
+            add("rights.no-license", source, "has no `license`")
             continue
         license = source.license or ""
         for kind in sorted(license_kinds(license) - {"free"}):
             add(f"rights.{kind}-license" if kind == "unknown" else f"rights.{kind}", source, license)
-    return [of_sources(code, places, len(places) / len(sources)) for code, places in by_code.items()]
+    return [source_finding(code, places, len(places) / len(sources)) for code, places in by_code.items()]
 
 
 def base_duties(base: str) -> list[Finding]:
-    """What the base's license asks, if the catalogue knows it."""
+    """The conditions of the base's license, if the base is in the catalog."""
     facts = find(base)
     if facts is None:
         return []
-    finding = of_sources("rights.base-license", [Place(file=facts.id, line=0, detail=facts.license.name)], 1.0)
+    finding = source_finding("rights.base-license", [Place(file=facts.id, line=0, detail=facts.license.name)], 1.0)
     return [finding.model_copy(update={"message": " ".join(facts.license.duties)})]

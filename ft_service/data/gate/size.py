@@ -1,4 +1,4 @@
-"""Size and fit: what this many records are enough for, and the epochs and steps that follow."""
+"""Size: what a number of training records is enough for, and how many epochs and steps to train."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,31 +10,33 @@ TOO_FEW = 10
 NARROW, NARROW_END = 500, 3_000
 STABLE, STABLE_END = 5_000, 20_000
 EXPERT = 50_000
-"""The field's rule of thumb, in usable records: 500-3,000 for a narrow skill, 5,000-20,000 for a stable one, 50,000 and
-more for an expert."""
+"""A rule of thumb, in training records: 500-3,000 for a narrow skill, 5,000-20,000 for a stable one, 50,000 and more
+for an expert model."""
 _Level = Literal["too few", "little", "narrow skill", "between", "stable skill", "broad skill", "expert"]
 _STEPS: Sequence[tuple[int, _Level, float, str]] = (
-    (TOO_FEW, "too few", 0.0, "too few to teach anything."),
-    (NARROW, "little", 5.0, f"less than the {NARROW:,} with which a narrow skill begins."),
-    (NARROW_END, "narrow skill", 4.0, "enough for a narrow skill: one task, one tone, one format."),
-    (STABLE, "between", 3.0, f"more than a narrow skill needs; from {STABLE:,} on a skill becomes stable."),
+    (TOO_FEW, "too few", 0.0, "too few to learn from."),
+    (NARROW, "little", 5.0, f"fewer than the {NARROW:,} that a narrow skill needs."),
+    (NARROW_END, "narrow skill", 4.0, "enough for a narrow skill (one task, one tone, one format)."),
+    (STABLE, "between", 3.0, f"more than a narrow skill needs, fewer than the {STABLE:,} for a stable one."),
     (STABLE_END, "stable skill", 3.0, "enough for a stable skill."),
-    (EXPERT, "broad skill", 2.0, f"more than a stable skill needs; from {EXPERT:,} on a model becomes an expert."),
+    (EXPERT, "broad skill", 2.0, f"more than a stable skill needs, fewer than the {EXPERT:,} for an expert model."),
 )
-_EXPERT: tuple[_Level, float, str] = ("expert", 1.0, "enough for an expert in its field.")
-"""Fewer than, level, epochs. Few records bear more passes (LIMA, arXiv:2305.11206, takes 15 over 1,000; Alpaca 3 over
-52,000), many need one or two; five is where LoRA on some hundred records begins to recite."""
+_EXPERT: tuple[_Level, float, str] = ("expert", 1.0, "enough for an expert model.")
+"""(upper bound, level, epochs, meaning). Few records allow more epochs (LIMA, arXiv:2305.11206, trains 15 on 1,000;
+Alpaca 3 on 52,000), many need one or two. With five, LoRA on a few hundred records begins to memorise."""
 
 
-def advise(usable: int, kept_tokens: int, max_seq_len: int | None, global_batch_size: int | None) -> SizeAdvice:
-    """The advice for so many usable records, which come to so many tokens when packed."""
-    level, epochs, meaning = next((step[1:] for step in _STEPS if usable < step[0]), _EXPERT)
+def advise(
+    training_records: int, kept_tokens: int, max_seq_len: int | None, global_batch_size: int | None
+) -> SizeAdvice:
+    """Advice for this number of training records, which have `kept_tokens` tokens within max_seq_len."""
+    level, epochs, meaning = next((step[1:] for step in _STEPS if training_records < step[0]), _EXPERT)
     steps = None
     if kept_tokens and max_seq_len and global_batch_size and epochs:
         rows = -(-kept_tokens // max_seq_len)
         steps = max(1, round(epochs * rows / global_batch_size))
-    text = f"{counted(usable, 'usable record')}: {meaning}"
+    text = f"{counted(training_records, 'training record')}: {meaning}"
     if epochs:
-        text += f" Begin with {epochs:g} epoch{'s' if epochs != 1 else ''}"
-        text += f", {steps:,} steps of {global_batch_size} rows." if steps else "."
-    return SizeAdvice(usable=usable, level=level, text=text, epochs=epochs, steps=steps)
+        text += f" Start with {counted(int(epochs), 'epoch')}"
+        text += f", {counted(steps, 'step')} of {counted(global_batch_size or 0, 'row')}." if steps else "."
+    return SizeAdvice(training_records=training_records, level=level, text=text, epochs=epochs, steps=steps)

@@ -1,7 +1,6 @@
-"""Answers that do not go with the others of their source: cut off, too short, of another length, tone, format or
-language than usual.
+"""Answers that differ from the others of their source: cut off, too short, of unusual length, tone, format or language.
 
-What is usual is taken from the data. Each source is judged by itself: two sources may differ on purpose.
+The data define what is usual. Each source is checked by itself, because two sources may differ on purpose.
 """
 
 from collections.abc import Iterator
@@ -13,29 +12,32 @@ from ft_service.data.gate.form import Hit
 from ft_service.data.gate.text import LANGUAGES
 
 FEWEST = 20
-"""Answers from which on one can speak of what is usual."""
+"""With fewer answers, nothing counts as usual."""
 RARE_ENDING = 0.1
-"""Where nine answers in ten end otherwise, one that ends in a letter (digit, sign) in mid-line was cut."""
-SPIKE_FROM, SPIKE_TIMES = 5, 6
-"""A length at which so many answers end without a sentence's end, and so many times its neighbours' median: a limit."""
+"""If fewer answers than this share end with a letter (digit, other sign) in mid-line, those were cut off."""
+SPIKE_FROM = 5
+SPIKE_TIMES = 6
+"""A length is a limit if at least 5 answers end there in mid-sentence, and 6 times the median of nearby lengths."""
 _SPIKE_NEIGHBOURS = 10
 TOO_SHORT_LATIN, TOO_SHORT_CJK = 10, 4
-"""Characters: about two words."""
+"""In characters: about two words."""
 SHORT_AGAINST_MEDIAN = 0.1
 FAR_OUT = 2.0
-"""Interquartile ranges beyond the quartiles, of the logarithm of lengths: 1 in 1,300 of a normal distribution, between
-Tukey's outliers (1.5 ranges) and his "far out" (3)."""
+"""In interquartile ranges beyond the quartiles, of the logarithm of lengths: 1 in 1,300 of a normal distribution,
+between Tukey's outliers (1.5) and his "far out" (3)."""
 FAR_OUT_AT_LEAST = 4.0
-"""Times longer or shorter than the quartile: the range alone is too strict where all are of nearly one length."""
+"""At least this factor beyond the quartile: the range alone is too strict if all lengths are nearly equal."""
 DOMINANT = 0.8
-"""Share from which one format or language is the usual one, and the others are exceptions to it."""
+"""From this share on, one format or language is the usual one."""
 DOMINANT_TONE = 0.5
-"""Of tones there are two, and no reason to mix them: the rarer one is always told."""
+"""There are only two tones, and no reason to mix them: the rarer one is always reported."""
 
 
-def judge_style(facts: Facts) -> Iterator[Hit]:
-    """All of it, over the training records."""
-    keys, train, sources = facts["key"], ~facts["validation"], facts["source"]
+def check_style(facts: Facts) -> Iterator[Hit]:
+    """All these checks, on the training records."""
+    keys = facts["key"]
+    train = ~facts["validation"]
+    sources = facts["source"]
     columns = {
         name: facts[name]
         for name in (
@@ -58,42 +60,46 @@ def judge_style(facts: Facts) -> Iterator[Hit]:
                 yield from (Hit(code, int(keys[rows[at]]), detail) for at in where)
 
 
-_Found = Iterator[tuple[str, np.ndarray, str]]
+_Findings = Iterator[tuple[str, np.ndarray, str]]
 
 
-def _findings(part: dict[str, np.ndarray]) -> _Found:
+def _findings(part: dict[str, np.ndarray]) -> _Findings:
     yield from _cut_off(part)
     short = _too_short(part)
-    yield "quality.too-short", np.flatnonzero(short), "far shorter than the others"
+    yield "quality.too-short", np.flatnonzero(short), "far shorter than the other answers"
     yield from _lengths(part["output_length"], short)
     yield from _exceptions("style.register", part["register"], REGISTERS, unknown=("none",), dominant=DOMINANT_TONE)
     yield from _exceptions("style.format", part["shape"], SHAPES, unknown=("short",))
     yield from _languages(part)
 
 
-def _cut_off(part: dict[str, np.ndarray]) -> _Found:
+def _cut_off(part: dict[str, np.ndarray]) -> _Findings:
     ending = part["ending"]
     whole = ending != ENDINGS.index("short")
-    told = ending == ENDINGS.index("open")
-    if told.sum() >= DOMINANT_TONE * whole.sum():
-        told[:] = False  # where most end so, they mean it
-    yield "form.cut-off", np.flatnonzero(told), "ends where more must follow"
+    reported = ending == ENDINGS.index("open")
+    if reported.sum() >= DOMINANT_TONE * whole.sum():
+        reported[:] = False  # most end so, so it is intended
+    yield "form.cut-off", np.flatnonzero(reported), "ends with an open bracket, comma or the like"
     for name in ("letter", "digit", "other"):
         unusual = (ending == ENDINGS.index(name)) & (part["shape"] == SHAPES.index("prose"))
         if whole.sum() >= FEWEST and unusual.sum() < RARE_ENDING * whole.sum():
             yield "form.cut-off", np.flatnonzero(unusual), "ends in the middle of a sentence"
-            told |= unusual
+            reported |= unusual
     unfinished = whole & ~np.isin(ending, [ENDINGS.index("sentence"), ENDINGS.index("figure")])
     for unit, lengths in (("characters", part["output_length"]), ("tokens", part["kept_loss"])):
         spikes = _spikes(lengths[unfinished], part["output"][unfinished])
         for spike in spikes:
-            at_limit = unfinished & ~told & (lengths == spike)
-            told |= at_limit
-            yield "form.cut-off", np.flatnonzero(at_limit), f"ends after {spike} {unit}, like many others"
+            at_limit = unfinished & ~reported & (lengths == spike)
+            reported |= at_limit
+            yield (
+                "form.cut-off",
+                np.flatnonzero(at_limit),
+                f"ends after {spike:,} {unit}, like many others: probably a length limit",
+            )
 
 
 def _spikes(lengths: np.ndarray, outputs: np.ndarray) -> list[int]:
-    """Lengths that far more answers have than those around them; an answer given often counts once."""
+    """Lengths that far more answers have than nearby lengths; a repeated answer counts once."""
     lengths = lengths[np.unique(outputs, return_index=True)[1]]
     lengths = lengths[lengths > 0]
     values, counts = np.unique(lengths, return_counts=True)
@@ -109,26 +115,35 @@ def _spikes(lengths: np.ndarray, outputs: np.ndarray) -> list[int]:
 
 
 def _too_short(part: dict[str, np.ndarray]) -> np.ndarray:
-    lengths, cjk = part["output_length"], part["cjk"]
+    lengths = part["output_length"]
+    cjk = part["cjk"]
     usual = float(np.median(lengths))
     least = np.where(cjk, TOO_SHORT_CJK, TOO_SHORT_LATIN)
     whole = WHOLE_FROM_CJK if cjk.mean() > 0.5 else WHOLE_FROM_LATIN
     return (lengths <= least) & (lengths < SHORT_AGAINST_MEDIAN * usual) if usual >= whole else np.zeros(len(cjk), bool)
 
 
-def _lengths(lengths: np.ndarray, told: np.ndarray) -> _Found:
+def _lengths(lengths: np.ndarray, reported: np.ndarray) -> _Findings:
     logs = np.log(np.maximum(1, lengths).astype(float))
     low, high = np.quantile(logs, [0.25, 0.75])
     reach = max(FAR_OUT * (high - low), np.log(FAR_OUT_AT_LEAST))
-    usual = f"(half of them have {np.exp(low):.0f} to {np.exp(high):.0f} characters)"
-    yield "style.length", np.flatnonzero((logs > high + reach) & ~told), f"far longer than the others {usual}"
-    yield "style.length", np.flatnonzero((logs < low - reach) & ~told), f"far shorter than the others {usual}"
+    usual = f"(half of them have {np.exp(low):,.0f} to {np.exp(high):,.0f} characters)"
+    yield (
+        "style.length",
+        np.flatnonzero((logs > high + reach) & ~reported),
+        f"far longer than the other answers {usual}",
+    )
+    yield (
+        "style.length",
+        np.flatnonzero((logs < low - reach) & ~reported),
+        f"far shorter than the other answers {usual}",
+    )
 
 
 def _exceptions(
     code: str, values: np.ndarray, names: tuple[str, ...], unknown: tuple[str, ...], dominant: float = DOMINANT
-) -> _Found:
-    """Values other than the dominant one, among those that are known."""
+) -> _Findings:
+    """Known values that differ from the dominant one."""
     known = ~np.isin(values, [names.index(name) for name in unknown])
     if known.sum() < FEWEST:
         return
@@ -138,19 +153,20 @@ def _exceptions(
         return
     for value in np.flatnonzero(counts):
         if value != usual:
-            yield code, np.flatnonzero(known & (values == value)), f"{names[value]}, where most are {names[usual]}"
+            yield code, np.flatnonzero(known & (values == value)), f"{names[value]}; most others are {names[usual]}"
 
 
-def _languages(part: dict[str, np.ndarray]) -> _Found:
-    """Answers in another language than the others that were asked in the same, or than nearly all of the source."""
-    asked, answered = part["prompt_language"].astype(np.int64), part["output_language"].astype(np.int64)
+def _languages(part: dict[str, np.ndarray]) -> _Findings:
+    """Answers in an unusual language for the language of their question, or for their source."""
+    asked = part["prompt_language"].astype(np.int64)
+    answered = part["output_language"].astype(np.int64)
     code = np.isin(part["shape"], [SHAPES.index("code"), SHAPES.index("json")])
     answered = np.where(code, 0, answered)
-    told = np.zeros(len(asked), dtype=bool)
+    reported = np.zeros(len(asked), dtype=bool)
     for language in (None, *np.unique(asked).tolist()):
         among = np.ones(len(asked), dtype=bool) if language is None else asked == language
         for name, where, detail in _exceptions("style.language", answered[among], LANGUAGES, unknown=("none",)):
             rows = np.flatnonzero(among)[where]
-            rows = rows[~told[rows]]
-            told[rows] = True
+            rows = rows[~reported[rows]]
+            reported[rows] = True
             yield name, rows, detail

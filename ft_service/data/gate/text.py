@@ -1,4 +1,4 @@
-"""Text as the checks see it: folded, cut into shingles and n-grams, told by script. Works without spaces."""
+"""Text for the checks: folding, shingles, n-grams and script detection. Works for languages without spaces."""
 
 import re
 import unicodedata
@@ -19,54 +19,54 @@ _LATIN_LETTER = re.compile("[A-Za-z\u00c0-\u024f]")
 _HANGUL = re.compile("[\u1100-\u11ff\uac00-\ud7af]")
 _CYRILLIC = re.compile("[\u0400-\u052f]")
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+|[+*/=<>^%#×÷−≠≤≥√]|(?<!\\S)-(?=[\\d\\s])")
-"""Operators are words: 3 + 4 is not 3 * 4, and C++ not C#."""
+"""Operators are words: 3 + 4 differs from 3 * 4, and C++ from C#."""
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _BRACKETS = re.compile(r"(?<=\w)'{0,2}[(\[{]|[(\[{](?=\w{1,20} ?[-+*/^=×÷])|[-+*/^=×÷] ?[(\[{]|(?<=\w)_(?=\w)")
-"""Calls, indices and derivatives; brackets beside operators; names with underscores. Folding drops all of these."""
+"""Calls, indices and derivatives; brackets beside operators; names with underscores. Folding drops all of them."""
 _PUNCTUATION = re.compile(r"""[\s.,!?;:'"“”‘’、。・…「」『』()\[\]{}_~〜—–]+""")
 
 _ASCII_PUNCTUATION = {code: None for code in range(128) if _PUNCTUATION.match(chr(code))}
 
 SHINGLE_LATIN, SHINGLE_CJK = 5, 3
-"""Characters. Five are about a word (Broder 1997; the usual choice for English); a Japanese character says more than a
-Latin one, and questions of 20 characters are common, so that five would let one changed character cost a quarter."""
+"""In characters. Five are about a word (Broder 1997; the usual choice for English). Japanese needs fewer characters:
+questions of 20 are common, and with five, one changed character would change a quarter of the shingles."""
 LATIN_LETTERS_PER_CJK_CHARACTER = 3
-"""A Japanese character stands for about as much as three Latin letters; so mixed text is told by the larger part."""
+"""A Japanese character has about the weight of three Latin letters when the larger part of mixed text is sought."""
 CHINESE_FROM = 20
-"""So many Han characters without one kana are no Japanese sentence."""
+"""Text with this many Han characters and no kana is not Japanese."""
 
 
 def fold(text: str) -> str:
-    """Letters, digits and operators alone: width, case, spaces and punctuation make no difference."""
-    if text.isascii():  # the same by another way, ten times as fast
+    """Only the letters, digits and operators: width, case, spaces and punctuation are removed."""
+    if text.isascii():  # the same result, ten times as fast
         return text.lower().translate(_ASCII_PUNCTUATION)
     return _PUNCTUATION.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
 def hash64(text: str) -> int:
-    """The same in every process, unlike `hash`."""
+    """A 64-bit hash, the same in every process, unlike `hash`."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def hash32(text: str) -> int:
-    """See `hash64`."""
+    """The low 32 bits of `hash64`."""
     return hash64(text) & 0xFFFFFFFF
 
 
 def numbers(text: str) -> str:
-    """The numbers in a text and how its formulas are bracketed, in order: what differs in them is another problem."""
+    """The numbers of a text, in order, and the brackets of its formulas. Problems that differ in them are different."""
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
     brackets = "".join(_BRACKETS.findall(plain)) if any(sign in plain for sign in "([{_") else ""
     return " ".join([*_NUMBER.findall(plain), brackets]).replace(",", "")
 
 
 def has_cjk(text: str) -> bool:
-    """Whether there is Han or kana in it."""
+    """Whether the text has Han characters or kana."""
     return not text.isascii() and _CJK_CHARACTER.search(text) is not None
 
 
 def is_cjk(text: str) -> bool:
-    """Whether Han and kana are the larger part."""
+    """Whether Han characters and kana are the larger part of the text."""
     if text.isascii():
         return False
     cjk = len(_CJK_CHARACTER.findall(text))
@@ -74,7 +74,7 @@ def is_cjk(text: str) -> bool:
 
 
 def language(text: str) -> Language:
-    """The script family of the larger part of the letters; "none" where there are hardly any."""
+    """The script family of most of the letters; "none" if there are hardly any."""
     if text.isascii():
         return "latin" if _TWO_LETTERS.search(text) else "none"
     weights: dict[Language, float] = {
@@ -89,12 +89,12 @@ def language(text: str) -> Language:
     weights["other"] = max(0.0, sum(character.isalpha() for character in text) - known)
     best = max(weights, key=lambda name: weights[name])
     if best == "japanese" and not _KANA.search(text):
-        return "none"  # a few Han characters may be either
+        return "none"  # a few Han characters may be Japanese or Chinese
     return best if weights[best] >= 2 / LATIN_LETTERS_PER_CJK_CHARACTER else "none"
 
 
 def words(text: str) -> list[str]:
-    """Words where there are spaces, characters where there are none; folded."""
+    """Folded words; single characters where text has no spaces."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -104,20 +104,20 @@ def shingles(folded: str) -> np.ndarray:
 
 
 def all_shingles(folded: str) -> np.ndarray:
-    """Like `shingles`, as they stand in the text: for MinHash, to which order and repetition are nothing."""
+    """Like `shingles`, unsorted and with repetitions, which MinHash ignores."""
     size = SHINGLE_CJK if is_cjk(folded) else SHINGLE_LATIN
     codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     return _rolled(codes, size)
 
 
 def grams(text: str, size: int) -> np.ndarray:
-    """Distinct hashes, uint64, of the n-grams of words (see `words`); of a shorter text, one hash of the whole."""
+    """Distinct hashes, uint64, of the n-grams of `words`; a shorter text gives one hash of all of it."""
     codes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words(text)], dtype=np.uint64)
     return np.unique(_rolled(codes, size))
 
 
 def _rolled(codes: np.ndarray, size: int) -> np.ndarray:
-    """Hashes of all windows of `size` codes: a polynomial modulo 2**64, then mixed so that all bits are good."""
+    """Hashes of all windows of `size` codes: a polynomial modulo 2**64, then mixed so that all bits are uniform."""
     size = min(size, len(codes))
     if size == 0:
         return np.empty(0, dtype=np.uint64)
@@ -129,14 +129,14 @@ def _rolled(codes: np.ndarray, size: int) -> np.ndarray:
 
 
 def mixed(hashes: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): numbers that differ little come out far apart."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): similar inputs give unrelated outputs."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
 
 
 def opening(text: str) -> str:
-    """How a text begins: three words, or six characters where there are no spaces; numbers all alike."""
+    """The first three words of a text, or six characters where it has no spaces; all numbers are equal."""
     start = words(text[:80])
     size = 6 if is_cjk("".join(start[:6])) else 3
     return " ".join("0" if word[0].isdigit() else word for word in start[:size])

@@ -1,4 +1,4 @@
-"""The data gate: what a judgement means for a run. A finding that fails stops it, unless the spec waives its code."""
+"""What a judgement means for a run: a failing finding stops it, unless the spec waives its code."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,25 @@ _SHOWN_PLACES = 3
 
 
 class GateError(DataError):
-    """The data gate refuses the data."""
+    """Failing findings of the data gate stop the run."""
 
 
 def check_waivers(waive: Mapping[str, str]) -> None:
-    """Raises `SpecError` where the spec waives a code that does not exist, or gives no reason."""
+    """Raises `SpecError` if the spec waives an unknown code, or gives no reason."""
     problems = [
-        Problem(f"data.waive.{code}", reason, "is no code of the data gate", "`ft data check` tells the codes.")
+        Problem(
+            f"data.waive.{code}", reason, "is not a code of the data gate", "Use a code that `ft data check` reports."
+        )
         for code, reason in waive.items()
         if code not in CODES
     ]
     problems += [
-        Problem(f"data.waive.{code}", reason, "is no reason", "Say why the finding is accepted; the record keeps it.")
+        Problem(
+            f"data.waive.{code}",
+            reason,
+            "is not a reason",
+            "Say why you accept the finding; the adapter's record keeps the reason.",
+        )
         for code, reason in waive.items()
         if code in CODES and not reason.strip()
     ]
@@ -31,7 +38,7 @@ def check_waivers(waive: Mapping[str, str]) -> None:
 
 
 def waivers(judgement: Judgement, waive: Mapping[str, str]) -> list[Waiver]:
-    """What of the findings is accepted, and why; codes that were not found are no waivers."""
+    """The findings that the spec waives, with its reasons. Waived codes without a finding are skipped."""
     return [
         Waiver(code=finding.code, severity=finding.severity, count=finding.count, reason=waive[finding.code])
         for finding in judgement.findings
@@ -40,21 +47,25 @@ def waivers(judgement: Judgement, waive: Mapping[str, str]) -> list[Waiver]:
 
 
 def enforce(judgement: Judgement, waive: Mapping[str, str], report: str) -> None:
-    """Raises `GateError` if a finding fails that is not waived; `report` is where all of it can be read."""
+    """Raises `GateError` if a failing finding is not waived; `report` is the path of the full report."""
     failing = [finding for finding in judgement.findings if finding.severity == "fail" and finding.code not in waive]
     if not failing:
         return
     raise GateError(
-        f"The data gate refuses the data: {counted(len(failing), 'finding')}.\n"
-        + "\n".join(_told(finding) for finding in failing)
-        + f"\nAll of it: {report}\nTo accept one, give its reason in the spec, which the adapter's record keeps: "
-        f"data: {{waive: {{{failing[0].code}: why}}}}"
+        f"The data check fails: {counted(len(failing), 'finding')}.\n"
+        + "\n".join(_summary(finding) for finding in failing)
+        + f"\nFull report: {report}\nTo accept a finding, waive its code in the spec and give a reason, which the "
+        f"adapter's record keeps: data: {{waive: {{{failing[0].code}: REASON}}}}"
     )
 
 
-def _told(finding: Finding) -> str:
-    places = "; ".join(f"{place} {place.detail}".strip() for place in finding.places[:_SHOWN_PLACES])
+def _summary(finding: Finding) -> str:
+    places = "; ".join(
+        ": ".join(part for part in (str(place), place.detail) if part) for place in finding.places[:_SHOWN_PLACES]
+    )
     more = f"; and {finding.count - _SHOWN_PLACES} more" if finding.count > _SHOWN_PLACES else ""
     message = f" {finding.message}" if finding.message else ""
-    found = f"\n    {places}{more}" if places else ""
-    return f"  - {finding.code} ({finding.count:,}, {finding.percent}):{message} {finding.why} {finding.cure}{found}"
+    place_line = f"\n    {places}{more}" if places else ""
+    return (
+        f"  - {finding.code} ({finding.count:,}, {finding.percent}):{message} {finding.why} {finding.cure}{place_line}"
+    )

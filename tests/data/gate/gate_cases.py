@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ft_service.chat.format import ChatFormat, Message
 from ft_service.data.encode import Encoder
-from ft_service.data.gate import Hit, Judge, Judgement, Record, Source
+from ft_service.data.gate import Gate, Hit, Judgement, Record, Source
 
 Pair = tuple[str, str]
 
@@ -24,19 +24,19 @@ def text(content: str, line: int = 1) -> Record:
     return Record(0, 0, line, content)
 
 
-def judge(**settings: object) -> Judge:
+def new_gate(**settings: object) -> Gate:
     source = Source("data.jsonl", ("data.jsonl",), source="made up", license="CC0-1.0")
-    return Judge([source], **settings)  # type: ignore[arg-type]
+    return Gate([source], **settings)  # type: ignore[arg-type]
 
 
-def judged(records: Sequence[Record], look: bool = True, **settings: object) -> tuple[Judgement, list[Hit]]:
+def check_all(records: Sequence[Record], look: bool = True, **settings: object) -> tuple[Judgement, list[Hit]]:
     """The judgement over records and all hits, at once and late."""
-    gate = judge(**settings)
-    hits = [hit for one in records for hit in gate.see(one)]
-    looks = gate.second_look()
+    gate = new_gate(**settings)
+    hits = [hit for one in records for hit in gate.check(one)]
+    second_pass = gate.second_pass()
     for one in records if look else ():
-        looks.see(one)
-    return gate.close(looks, hits.append), hits
+        second_pass.add(one)
+    return gate.judgement(second_pass, hits.append), hits
 
 
 def with_tokens(records: Sequence[Record], chat: ChatFormat, max_seq_len: int) -> list[Record]:

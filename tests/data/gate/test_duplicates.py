@@ -6,7 +6,7 @@ import pytest
 from ft_service.data.gate import Hit, Judgement, Record
 from ft_service.data.gate.duplicates import jaccard
 from ft_service.data.gate.text import fold, shingles
-from tests.data.gate.gate_cases import chat, clean_pairs, clean_records, judged, lines, record, text
+from tests.data.gate.gate_cases import chat, check_all, clean_pairs, clean_records, lines, record, text
 
 EN = (
     "How many boats cross the river of Oslo in spring when the snow melts?",
@@ -33,7 +33,7 @@ def with_others(*pairs: tuple[str, str], language: str = "en") -> list[Record]:
 
 
 def repeated(records: list[Record], look: bool = True) -> dict[str, list[int]]:
-    _, hits = judged(records, look)
+    _, hits = check_all(records, look)
     codes = ("quality.exact-duplicate", "quality.near-duplicate", "quality.contradiction")
     return {code.removeprefix("quality."): found for code in codes if (found := lines(hits, code))}
 
@@ -48,11 +48,11 @@ def test_clean_records_repeat_nothing(language: str, look: bool) -> None:
 def test_a_copy_is_an_exact_duplicate_of_the_first_and_left_out(pair: tuple[str, str]) -> None:
     question, answer = pair
     records = with_others(pair, pair, (f" {question}\n", answer))
-    judgement, hits = judged(records)
+    judgement, hits = check_all(records)
     assert lines(hits, "quality.exact-duplicate") == [2, 3], "white space at the ends is stripped by the chat format"
     assert {hit.detail for hit in hits if hit.code == "quality.exact-duplicate"} == {"same as data.jsonl:1"}
     assert judgement.left_out == {"quality.exact-duplicate": 2}
-    assert judgement.usable == judgement.size.usable == len(records) - 2
+    assert judgement.usable == judgement.size.training_records == len(records) - 2
 
 
 @pytest.mark.parametrize("pair", [EN, JA])
@@ -145,7 +145,7 @@ def test_what_all_prompts_share_makes_no_two_of_them_the_same(shared: str) -> No
         "instruction": lambda at: record(INSTRUCTION + questions[at], answers[at], at + 1),
         "japanese": lambda at: record(JA_INSTRUCTION + questions[at], answers[at], at + 1),
     }[shared]
-    _, hits = judged([records(at) for at in range(60)])
+    _, hits = check_all([records(at) for at in range(60)])
     assert [hit for hit in hits if hit.code in ("quality.contradiction", "quality.near-duplicate")] == []
 
 
@@ -176,7 +176,7 @@ def test_a_template_filled_with_another_word_is_another_question(language: str, 
 def test_under_a_shared_prompt_the_same_question_is_still_found() -> None:
     pairs = clean_pairs(40, seed=5)
     records = [record(INSTRUCTION + question, "positive", line) for line, (question, _) in enumerate(pairs, 1)]
-    _, hits = judged([*records, record(INSTRUCTION + pairs[7][0], "negative", 41)])
+    _, hits = check_all([*records, record(INSTRUCTION + pairs[7][0], "negative", 41)])
     assert lines(hits, "quality.contradiction") == [8, 41]
 
 
@@ -195,10 +195,10 @@ def test_validation_that_training_repeats_is_a_leak_and_no_duplicate() -> None:
         record(question, answer, 101, split="validation"),
         record(*NEAR[JA], 102, split="validation"),
     ]
-    judgement, hits = judged(records)
+    judgement, hits = check_all(records)
     assert lines(hits, "leak.validation") == [1, 2]
     assert next(hit.detail for hit in hits if hit.code == "leak.validation") == "also in validation, data.jsonl:101"
-    assert judgement.left_out == {} and judgement.size.usable == 63
+    assert judgement.left_out == {} and judgement.size.training_records == 63
 
 
 # -- how -------------------------------------------------------------------------------------------------------------
@@ -221,19 +221,19 @@ def test_similarity_is_exact_for_short_texts_and_close_for_long_ones() -> None:
 
 
 def test_few_records_are_read_again() -> None:
-    from tests.data.gate.gate_cases import judge
+    from tests.data.gate.gate_cases import new_gate
 
     records = with_others(EN, NEAR[EN])
-    gate = judge()
+    gate = new_gate()
     for one in records:
-        gate.see(one)
-    looks = gate.second_look()
-    wanted = [one.line for one in records if looks.wants(one.key)]
+        gate.check(one)
+    second_pass = gate.second_pass()
+    wanted = [one.line for one in records if second_pass.is_wanted(one.key)]
     assert {1, 2} <= set(wanted) and len(wanted) < len(records) / 2
 
 
 def test_what_is_found_depends_neither_on_shards_nor_on_their_order() -> None:
-    from tests.data.gate.gate_cases import judge
+    from tests.data.gate.gate_cases import new_gate
 
     records = [
         *with_others(EN, EN, NEAR[EN], (EN[0], OTHER[EN]), language="ja"),
@@ -241,20 +241,19 @@ def test_what_is_found_depends_neither_on_shards_nor_on_their_order() -> None:
     ]
 
     def through(shards: list[list[Record]]) -> tuple[Judgement, list[Hit]]:
-        gates = [judge() for _ in shards]
-        hits_of = [[hit for one in shard for hit in gate.see(one)] for gate, shard in zip(gates, shards, strict=True)]
-        early = [hit for found in hits_of for hit in found]
+        gates = [new_gate() for _ in shards]
+        shard_hits = [[gate.check(one) for one in shard] for gate, shard in zip(gates, shards, strict=True)]
+        hits = [hit for of_shard in shard_hits for of_record in of_shard for hit in of_record]
         whole = gates[0]
-        for gate, found in zip(gates[1:], hits_of[1:], strict=True):
-            whole.absorb(gate.seen(), found)
-        looks = [whole.second_look() for _ in shards]
-        for look, shard in zip(looks, shards, strict=True):
+        for gate, of_shard in zip(gates[1:], shard_hits[1:], strict=True):
+            whole.merge(gate.partial_result(), of_shard)
+        passes = [whole.second_pass() for _ in shards]
+        for partial_pass, shard in zip(passes, shards, strict=True):
             for one in shard:
-                look.see(one)
-        for look in looks[1:]:
-            looks[0].merge(look)
-        late: list[Hit] = []
-        return whole.close(looks[0], late.append), sorted(early + late, key=str)
+                partial_pass.add(one)
+        for partial_pass in passes[1:]:
+            passes[0].merge(partial_pass)
+        return whole.judgement(passes[0], hits.append), sorted(hits, key=str)
 
     order = np.random.default_rng(0).permutation(len(records)).tolist()
     expected = through([records])

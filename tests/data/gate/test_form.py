@@ -1,12 +1,13 @@
 """What can be told of one record: form, leftovers, stock phrases. Each kind is found, its innocent likeness is not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ft_service.data.gate import CODES, Record, read_source
+from ft_service.data.gate import CODES, Gate, Record, SecondPass, Source, read_source
 from ft_service.data.gate.form import check_record
 from ft_service.spec.schema import DataSource
 from tests.data.gate.gate_cases import chat, clean_records, record, text
@@ -81,6 +82,53 @@ def test_a_file_that_breaks_off_is_a_finding_and_the_next_file_is_still_read(tmp
     assert (whole.item, whole.file, whole.line) == ("whole", 1, 1)
 
 
+# -- absent columns --------------------------------------------------------------------------------------------------
+
+SOURCES = [
+    Source("a.jsonl", ("a.jsonl",), optional=("context", "sys")),
+    Source("b.jsonl", ("b.jsonl",), optional=("sys",)),
+]
+
+
+def with_columns(line: int, *columns: str, source: int = 0) -> Record:
+    return replace(record("q", "a", line, raw=dict.fromkeys(columns, "x")), source=source)
+
+
+def absent(gate: Gate) -> list[str]:
+    """Columns that the gate reports absent."""
+    finding = gate.judgement(SecondPass()).finding("form.absent-column")
+    return [] if finding is None else [place.detail.split("'")[1] for place in finding.places]
+
+
+def test_a_named_column_that_no_record_has_fails() -> None:
+    gate = Gate(SOURCES)
+    gate.check(with_columns(1, "instruction", "output", "context"))
+    gate.check(with_columns(1, "sys", source=1))  # another source's column
+    finding = gate.judgement(SecondPass()).finding("form.absent-column")
+    assert finding is not None and (finding.severity, finding.count) == ("fail", 1)
+    assert absent(gate) == ["sys"] and finding.places[0].file == "a.jsonl"
+
+
+def test_one_record_with_a_named_column_is_enough() -> None:
+    gate = Gate(SOURCES)
+    for one in (with_columns(1, "context"), with_columns(2), with_columns(3, "sys")):
+        gate.check(one)
+    assert absent(gate) == []
+
+
+def test_a_column_that_only_another_shard_has_is_not_absent() -> None:
+    gates = [Gate(SOURCES), Gate(SOURCES)]
+    hits = [gates[1].check(with_columns(2, "sys"))]
+    gates[0].check(with_columns(1, "context"))
+    assert absent(gates[0]) == ["sys"] and absent(gates[1]) == ["context"]
+    gates[0].merge(gates[1].partial_result(), hits)
+    assert absent(gates[0]) == []
+
+
+def test_an_empty_source_has_no_absent_columns() -> None:
+    assert absent(Gate(SOURCES)) == []
+
+
 # -- order of turns --------------------------------------------------------------------------------------------------
 
 U, A, S, T = ("user", "q"), ("assistant", "a"), ("system", "s"), ("tool", "t")
@@ -144,6 +192,18 @@ def test_leftovers_are_found(content: str, code: str) -> None:
 )
 def test_what_only_looks_like_a_leftover_passes(content: str) -> None:
     assert codes(answer(content)) == set()
+
+
+@pytest.mark.parametrize("question", ["Write a React component.", "Use react.js here.", "What does this PHP print?"])
+def test_a_question_about_react_or_php_is_about_markup(question: str) -> None:
+    assert codes(record(question, "<p>It is so.</p>")) == set()
+
+
+@pytest.mark.parametrize(
+    "question", ["How do acids react?", "Name a reactor.", "What is glyphp?", "The morphphp of it"]
+)
+def test_a_word_that_holds_react_or_php_is_not_about_markup(question: str) -> None:
+    assert codes(record(question, "<p>It is so.</p>")) == {"form.html"}
 
 
 def test_an_answer_about_markup_may_hold_it() -> None:

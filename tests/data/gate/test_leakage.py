@@ -3,7 +3,7 @@
 import pytest
 
 from ft_service.data.gate import EvaluationSets, Record
-from tests.data.gate.gate_cases import clean_pairs, clean_records, judged, lines, record, text
+from tests.data.gate.gate_cases import check_all, clean_pairs, clean_records, lines, record, text
 
 
 def held_out(pairs: list[tuple[str, str]]) -> EvaluationSets:
@@ -61,11 +61,11 @@ def test_the_template_of_the_items_is_no_leak() -> None:
 def test_the_judge_names_the_item_and_fails_from_one_in_a_hundred() -> None:
     pairs = clean_pairs(30, seed=1)
     records = [*clean_records(150), record(pairs[4][0], "x", 151)]
-    judgement, hits = judged(records, evaluation=held_out(pairs))
+    judgement, hits = check_all(records, evaluation=held_out(pairs))
     assert lines(hits, "leak.evaluation") == [151]
     finding = judgement.finding("leak.evaluation")
     assert finding is not None and "item 5 of held-out" in finding.places[0].detail and finding.severity == "warn"
-    judgement, _ = judged([*records, record(pairs[5][0], "x", 152)], evaluation=held_out(pairs))
+    judgement, _ = check_all([*records, record(pairs[5][0], "x", 152)], evaluation=held_out(pairs))
     assert judgement.verdict == "fail"
 
 
@@ -73,7 +73,7 @@ def test_a_record_that_stands_in_several_sets_is_told_once() -> None:
     pairs = clean_pairs(30, seed=1)
     items = [record(*pair, line) for line, pair in enumerate(pairs, 1)]
     held = EvaluationSets([("dev", items), ("test", items)])
-    judgement, hits = judged([*clean_records(150), record(*pairs[4], 151), record(*pairs[4], 152)], evaluation=held)
+    judgement, hits = check_all([*clean_records(150), record(*pairs[4], 151), record(*pairs[4], 152)], evaluation=held)
     assert lines(hits, "leak.evaluation") == [151, 152]
     finding = judgement.finding("leak.evaluation")
     assert finding is not None and finding.count == 2 and "100% of item 5 of" in finding.places[0].detail

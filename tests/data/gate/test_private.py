@@ -1,6 +1,7 @@
 """Private data: found in the forms it really has, not where numbers only look like it, and never shown."""
 
 import random
+import re
 import time
 
 import pytest
@@ -77,6 +78,7 @@ def test_private_data_is_found_and_masked_in_any_surroundings(secret: str, aroun
         "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBg...\n-----END PRIVATE KEY-----",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
         "from 4539 5787 6362 1486 2500 to 2600",  # a row of figures, though the check digit fits
+        "levels of 4100 4205 5600 5800 and 5800 5600 4205 4100",  # figures in order, though the check digit fits
         "100-200-300個",
         "昭和64年1月7日、第123-456号",
     ],
@@ -95,10 +97,27 @@ def test_numbers_and_names_that_are_nobodys_are_not(text: str) -> None:
         "4539 5787 6362 1486 123",
         "no. 1 4539 5787 6362 1486",
         "Visa 4539 5787 6362 1486 1229",
+        "card 4100 4205 5600 5800",
     ],
 )
 def test_a_card_is_found_beside_what_stands_beside_cards(text: str) -> None:
-    assert found(text) == ["private.card"] and "6362" not in mask(text)
+    assert found(text) == ["private.card"] and "[card number]" in mask(text)
+    assert not re.search(r"6362|4205", mask(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_phone"),
+    [
+        ("03-1234-567", False),  # from 0 on: ten digits or more
+        ("(03) 123-4567", False),
+        ("03-1234-5678", True),
+        ("(03) 1234-5678", True),
+        ("+371 5 12 34", False),  # international: nine or more
+        ("+372 512 345", True),
+    ],
+)
+def test_a_phone_number_has_enough_digits(text: str, is_phone: bool) -> None:
+    assert found(f"Call {text} now.") == (["private.phone"] if is_phone else [])
 
 
 @pytest.mark.parametrize(

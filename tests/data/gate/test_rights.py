@@ -3,7 +3,7 @@
 import pytest
 
 from ft_service.data.gate import Source
-from ft_service.data.gate.rights import base_duties, judge_rights, license_kinds
+from ft_service.data.gate.rights import base_duties, check_rights, license_kinds
 
 
 def of(license: str | None, source: str | None = "https://example.com") -> Source:
@@ -44,7 +44,7 @@ def test_a_license_is_told_by_its_duties(license: str, kinds: set[str]) -> None:
 
 
 def test_every_source_needs_both_its_origin_and_its_license() -> None:
-    findings = judge_rights([of("CC0-1.0"), of(None), of(" ", source="")])
+    findings = check_rights([of("CC0-1.0"), of(None), of(" ", source="")])
     by_code = {finding.code: finding for finding in findings}
     assert set(by_code) == {"rights.no-license", "rights.no-source"}
     assert by_code["rights.no-license"].count == 2 and by_code["rights.no-license"].share == pytest.approx(2 / 3)
@@ -57,16 +57,16 @@ def test_every_source_needs_both_its_origin_and_its_license() -> None:
         ("CC-BY-NC-4.0", "rights.non-commercial", "commercial"),
         ("CC-BY-SA-4.0", "rights.share-alike", "same license"),
         ("CC-BY-ND-4.0", "rights.no-derivatives", "adaptations"),
-        ("secret", "rights.unknown-license", "Nothing is known"),
+        ("secret", "rights.unknown-license", "conditions are unknown"),
     ],
 )
 def test_each_kind_says_its_consequence(license: str, code: str, word: str) -> None:
-    finding = next(finding for finding in judge_rights([of(license)]) if finding.code == code)
+    finding = next(finding for finding in check_rights([of(license)]) if finding.code == code)
     assert word in finding.why and finding.severity == "warn" and finding.places[0].detail == license
 
 
 def test_attribution_alone_is_no_warning() -> None:
-    assert [finding.severity for finding in judge_rights([of("MIT")])] == ["info"]
+    assert [finding.severity for finding in check_rights([of("MIT")])] == ["info"]
 
 
 def test_the_base_brings_its_duties() -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ft_service.data.gate import Hit, Looks, Record
+from ft_service.data.gate import Hit, Record, SecondPass
 from ft_service.data.gate.balance import entropy_of
 from ft_service.data.gate.facts import ending, register, shape
 from ft_service.data.gate.text import language
-from tests.data.gate.gate_cases import clean_pairs, clean_records, judged, lines, record
+from tests.data.gate.gate_cases import check_all, clean_pairs, clean_records, lines, record
 
 STYLE = ("form.cut-off", "quality.too-short", "style.length", "style.register", "style.format", "style.language")
 
@@ -19,13 +19,13 @@ def with_answers(code: str, answers: list[str], spoken: str = "en", count: int =
         record(question, answers[at] if at < len(answers) else answer, at + 1)
         for at, (question, answer) in enumerate(pairs)
     ]
-    _, hits = judged(records)
+    _, hits = check_all(records)
     return lines(hits, code), [hit for hit in hits if hit.code in STYLE and hit.code != code]
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
 def test_clean_records_stand_out_in_nothing(spoken: str) -> None:
-    judgement, hits = judged(clean_records(600, spoken))
+    judgement, hits = check_all(clean_records(600, spoken))
     assert hits == [] and judgement.verdict == "pass" and judgement.findings == []
 
 
@@ -41,7 +41,7 @@ def test_answers_cut_in_mid_sentence_are_found(spoken: str) -> None:
 def test_where_no_answer_ends_in_a_full_stop_none_was_cut() -> None:
     pairs = clean_pairs(100)
     records = [record(q, a.rstrip("."), line) for line, (q, a) in enumerate(pairs, 1)]
-    assert lines(judged(records)[1], "form.cut-off") == []
+    assert lines(check_all(records)[1], "form.cut-off") == []
 
 
 def test_many_answers_of_exactly_one_length_were_cut_by_a_limit() -> None:
@@ -52,7 +52,7 @@ def test_many_answers_of_exactly_one_length_were_cut_by_a_limit() -> None:
     ]
     at_limit = [one.line for one in records if len(one.output) == 100]
     assert len(at_limit) >= 100
-    assert lines(judged(records)[1], "form.cut-off") == at_limit
+    assert lines(check_all(records)[1], "form.cut-off") == at_limit
 
 
 SHORT = {"en": ["OK", "Yes."], "ja": ["は", "はい"]}
@@ -66,7 +66,7 @@ def test_an_answer_of_a_word_among_sentences_is_too_short(spoken: str) -> None:
 @pytest.mark.parametrize("spoken", ["en", "ja"])
 def test_labels_are_not_too_short(spoken: str) -> None:
     records = [record(q, SHORT[spoken][at % 2], at) for at, (q, _) in enumerate(clean_pairs(100, spoken), 1)]
-    assert judged(records)[1] == []
+    assert check_all(records)[1] == []
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
@@ -91,14 +91,14 @@ def test_another_language_is_told_and_two_by_design_are_not() -> None:
     assert found == [1]
     both = [*clean_pairs(100, "en"), *clean_pairs(100, "ja")]
     records = [record(*pair, line) for line, pair in enumerate(both, 1)]
-    assert lines(judged(records)[1], "style.language") == []
+    assert lines(check_all(records)[1], "style.language") == []
     switched = record(clean_pairs(1, "ja", seed=8)[0][0], english, 999)
-    assert lines(judged([*records, switched])[1], "style.language") == [999]
+    assert lines(check_all([*records, switched])[1], "style.language") == [999]
     translations = [
         record(f"Translate: {q}", ja, at)
         for at, ((q, _), (_, ja)) in enumerate(zip(both[:100], both[100:], strict=True), 1)
     ]
-    assert lines(judged(translations)[1], "style.language") == []
+    assert lines(check_all(translations)[1], "style.language") == []
 
 
 def test_another_format_is_told() -> None:
@@ -111,13 +111,13 @@ def test_another_format_is_told() -> None:
 
 
 def test_each_source_is_judged_by_itself() -> None:
-    from ft_service.data.gate import Judge, Source
+    from ft_service.data.gate import Gate, Source
 
     english, japanese = clean_records(100), clean_records(100, "ja")
     second = [Record(1, 0, one.line, one.item) for one in japanese]
-    gate = Judge([Source(name, (name,), source="s", license="MIT") for name in ("en.jsonl", "ja.jsonl")])
-    hits = [hit for one in [*english, *second] for hit in gate.see(one)]
-    judgement = gate.close(Looks(), hits.append)
+    gate = Gate([Source(name, (name,), source="s", license="MIT") for name in ("en.jsonl", "ja.jsonl")])
+    hits = [hit for one in [*english, *second] for hit in gate.check(one)]
+    judgement = gate.judgement(SecondPass(), hits.append)
     assert hits == [] and [(s.path, s.read, s.usable) for s in judgement.sources] == [
         ("en.jsonl", 100, 100),
         ("ja.jsonl", 100, 100),
@@ -213,8 +213,8 @@ def test_answers_that_mostly_begin_alike_are_told(spoken: str) -> None:
     def begun(share: int) -> list[Record]:
         return [record(q, (opening if at <= share else "") + a, at) for at, (q, a) in enumerate(pairs, 1)]
 
-    assert lines(judged(begun(60))[1], "balance.openings") == list(range(1, 61))
-    judgement, hits = judged(begun(40))
+    assert lines(check_all(begun(60))[1], "balance.openings") == list(range(1, 61))
+    judgement, hits = check_all(begun(40))
     assert lines(hits, "balance.openings") == []
     entropy = judgement.entropy["answer openings"]
     assert entropy.largest_share == pytest.approx(0.4) and entropy.largest.startswith(opening[:8])
@@ -224,7 +224,7 @@ def test_answers_that_mostly_begin_alike_are_told(spoken: str) -> None:
 def test_questions_of_one_template_are_told(spoken: str) -> None:
     template = {"en": "Translate the following: ", "ja": "次の文を英語に訳してください："}[spoken]
     records = [record(template + q, a, at) for at, (q, a) in enumerate(clean_pairs(100, spoken), 1)]
-    assert lines(judged(records)[1], "balance.templates") == list(range(1, 101))
+    assert lines(check_all(records)[1], "balance.templates") == list(range(1, 101))
 
 
 def test_questions_of_three_templates_are_told_and_of_four_are_not() -> None:
@@ -235,9 +235,9 @@ def test_questions_of_three_templates_are_told_and_of_four_are_not() -> None:
         begun = (("" if at <= others else templates[at % count]) + q for at, (q, _) in enumerate(pairs, 1))
         return [record(q, a, at) for at, (q, (_, a)) in enumerate(zip(begun, pairs, strict=True), 1)]
 
-    assert lines(judged(records(3, others=12))[1], "balance.templates") == list(range(13, 121))
-    assert lines(judged(records(3, others=36))[1], "balance.templates") == []
-    assert lines(judged(records(4, others=0))[1], "balance.templates") == []
+    assert lines(check_all(records(3, others=12))[1], "balance.templates") == list(range(13, 121))
+    assert lines(check_all(records(3, others=36))[1], "balance.templates") == []
+    assert lines(check_all(records(4, others=0))[1], "balance.templates") == []
 
 
 @pytest.mark.parametrize(("spoken", "labels"), [("en", ("yes", "no")), ("ja", ("はい", "いいえ"))])
@@ -245,11 +245,11 @@ def test_a_label_that_dominates_is_told(spoken: str, labels: tuple[str, str]) ->
     pairs = clean_pairs(100, spoken)
     rare = {at for at in range(1, 101) if at % 10 == 0}
     records = [record(q, labels[at in rare], at) for at, (q, _) in enumerate(pairs, 1)]
-    judgement, hits = judged(records)
+    judgement, hits = check_all(records)
     assert lines(hits, "balance.labels") == [at for at in range(1, 101) if at not in rare]
     assert judgement.entropy["labels"].largest == labels[0]
     fair = [record(q, labels[at % 2], at) for at, (q, _) in enumerate(pairs, 1)]
-    judgement, hits = judged(fair)
+    judgement, hits = check_all(fair)
     assert hits == [] and judgement.entropy["labels"].bits == pytest.approx(1.0)
 
 

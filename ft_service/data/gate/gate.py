@@ -1,15 +1,15 @@
-"""The judge: sees records one by one, takes over what others saw of other shards, and comes to a judgement.
+"""The gate: checks records one by one, merges the results of other shards, and gives the judgement of all of them.
 
-    judge = Judge(sources, max_seq_len=..., evaluation=[...])
+    gate = Gate(sources, max_seq_len=..., evaluation=...)
     for record in records:
-        hits = judge.see(record)            # at once: what is wrong with it; is it left out?
-    judge.absorb(seen, hits)                # of another judge, which saw another shard
-    looks = judge.second_look()             # which records to read again: few
+        hits = gate.check(record)                 # findings of this record alone
+    gate.merge(partial_result, hits)              # of a gate that checked another shard
+    second_pass = gate.second_pass()              # which few records to read a second time
     for record in records:
-        if looks.wants(record.key): looks.see(record)
-    judgement = judge.close(looks, note)    # late hits go to `note`
+        second_pass.add(record)
+    judgement = gate.judgement(second_pass, on_hit)     # findings across records go to `on_hit`
 
-Memory: half a KiB a record (`facts`), and nothing of its text.
+Memory: half a KiB of facts for each record, and none of its text.
 """
 
 from collections import Counter
@@ -22,9 +22,9 @@ from typing import Literal
 import numpy as np
 
 from ft_service.chat.format import ChatFormat
-from ft_service.data.gate.balance import judge_balance
+from ft_service.data.gate.balance import check_balance
 from ft_service.data.gate.codes import CODES, LEFT_OUT
-from ft_service.data.gate.duplicates import Looks, Repeats, find_repeats, judge_repeats, suspects
+from ft_service.data.gate.duplicates import Repeats, SecondPass, check_repeats, find_repeats, suspects
 from ft_service.data.gate.facts import Facts, FactTable
 from ft_service.data.gate.findings import (
     Finding,
@@ -33,26 +33,27 @@ from ft_service.data.gate.findings import (
     Place,
     Signal,
     SourceCount,
-    by_gravity,
+    by_severity,
     verdict_of,
 )
-from ft_service.data.gate.form import Hit, check_record, judge_files
+from ft_service.data.gate.form import Hit, check_files, check_record
 from ft_service.data.gate.leakage import EvaluationSets
 from ft_service.data.gate.private import detail, visible
 from ft_service.data.gate.records import Record, Source, place_of
-from ft_service.data.gate.rights import base_duties, judge_rights
-from ft_service.data.gate.signal import FEW_LOSS_TOKENS, check_rendering, check_signal, is_rendered
+from ft_service.data.gate.rights import base_duties, check_rights
+from ft_service.data.gate.signal import FEW_LOSS_TOKENS, check_rendering, check_signal, is_rendering_sample
 from ft_service.data.gate.size import NARROW, TOO_FEW, advise
-from ft_service.data.gate.style import judge_style
+from ft_service.data.gate.style import check_style
 from ft_service.data.gate.text import mixed
+from ft_service.text import counted
 
 FIRST_PLACES = 20
-"""Places that a finding carries; all of them go to `note`."""
+"""Places that a finding carries; `on_hit` gets all of them."""
 _EDGES = [0, *(round(16 * 2 ** (step / 2)) for step in range(31))]
 
 
 class Tally:
-    """Hits by code: how many, of which source, and the first of them. Two tallies of two shards add up."""
+    """Counts of hits by code and by source, with the first hits of each code. The tallies of two shards add up."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -73,7 +74,7 @@ class Tally:
                 self._keep(hit)
 
     def first(self, code: str) -> list[Hit]:
-        """The first places of a code, in order of the data."""
+        """The first hits of a code, in order of the data."""
         return [hit for *_, hit in sorted(self._first.get(code, []), key=lambda kept: (-kept[0], -kept[1]))]
 
     def _keep(self, hit: Hit) -> None:
@@ -86,23 +87,24 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a judge saw, beside the hits that it gave at once."""
+class PartialResult:
+    """What a gate keeps of the records it checked, apart from their hits."""
 
     read: dict[int, int]
-    """Records of each source."""
+    """Source -> records read."""
     rendered: int
-    """Records whose rendering was tried."""
+    """Records whose rendering was checked."""
     facts: np.ndarray
     """[usable records] of `FACTS`."""
     columns: frozenset[tuple[int, str]] = frozenset()
-    """Of each source, its optional columns that were there."""
+    """(source, column): the optional columns that some record has."""
 
 
-class Judge:
-    """See the module. `keep` names codes of records that are not left out although they could be.
+class Gate:
+    """Checks the records of some sources; the module's docstring shows how.
 
-    With `fraction`, about that share of the records is held out, chosen by `seed` and content alone.
+    Records with a code in `keep` are not left out, although the code allows it. With `fraction`, about that share of
+    the records is held out for validation, chosen by `seed` and content alone.
     """
 
     def __init__(
@@ -118,22 +120,24 @@ class Judge:
     ) -> None:
         self.sources = tuple(sources)
         self._max_seq_len = max_seq_len
-        self._evaluation, self._chat = evaluation, chat
+        self._evaluation = evaluation
+        self._chat = chat
         self._leaves_out = LEFT_OUT - frozenset(keep)
-        self._fraction, self._seed = fraction, seed
+        self._fraction = fraction
+        self._seed = seed
         self._tally = Tally()
         self._read: Counter[int] = Counter()
         self._left_out: Counter[str] = Counter()
-        self._left_out_of: Counter[int] = Counter()
+        self._left_out_by_source: Counter[int] = Counter()
         self._rendered = 0
         self._columns: set[tuple[int, str]] = set()
         self._table = FactTable()
         self._frozen: tuple[Facts, Repeats] | None = None
 
-    # -- seeing --------------------------------------------------------------------------------------------------------
+    # -- records -------------------------------------------------------------------------------------------------------
 
-    def see(self, record: Record) -> list[Hit]:
-        """What is wrong with a record. If `is_left_out` of any of it, the record is not to be used."""
+    def check(self, record: Record) -> list[Hit]:
+        """The findings of one record alone. `reason_left_out` of them says whether the record is left out."""
         self._frozen = None
         self._read[record.source] += 1
         self._columns.update(
@@ -142,95 +146,96 @@ class Judge:
         hits = [*check_record(record), *check_signal(record)]
         if self._evaluation is not None:
             hits += self._evaluation.check(record)
-        if self._chat is not None and is_rendered(record):
+        if self._chat is not None and is_rendering_sample(record):
             self._rendered += 1
             hits += check_rendering(record, self._chat)
         if not self._count(record.key, hits) and record.fault is None:
             self._table.add(record)
         return hits
 
-    def is_left_out(self, hits: Iterable[Hit]) -> Hit | None:
-        """The first of these hits for which the record is left out, or None if it is used."""
+    def reason_left_out(self, hits: Iterable[Hit]) -> Hit | None:
+        """The first of a record's hits that leaves the record out; None if the record is used."""
         return next((hit for hit in hits if hit.code in self._leaves_out), None)
 
-    def seen(self) -> Seen:
-        """What was seen until now, for another judge of the same sources to absorb."""
-        return Seen(dict(self._read), self._rendered, self._table.rows(), frozenset(self._columns))
+    def partial_result(self) -> PartialResult:
+        """The result so far, for another gate of the same sources to `merge`."""
+        return PartialResult(dict(self._read), self._rendered, self._table.rows(), frozenset(self._columns))
 
-    def absorb(self, seen: Seen, hits: Iterable[Sequence[Hit]]) -> None:
-        """Take over what another judge saw, with all the hits that it gave, those of a record together."""
+    def merge(self, other: PartialResult, hits: Iterable[Sequence[Hit]]) -> None:
+        """Add the result of another gate, and all its hits: one sequence for each record."""
         self._frozen = None
-        self._read.update(seen.read)
-        self._rendered += seen.rendered
-        self._columns |= seen.columns
-        self._table.add_rows(seen.facts)
-        for of_record in hits:
-            if of_record:
-                self._count(of_record[0].key, of_record)
+        self._read.update(other.read)
+        self._rendered += other.rendered
+        self._columns |= other.columns
+        self._table.add_rows(other.facts)
+        for record_hits in hits:
+            if record_hits:
+                self._count(record_hits[0].key, record_hits)
 
     def _count(self, key: int, hits: Sequence[Hit]) -> bool:
-        """Count a record's hits; returns whether it is left out."""
+        """Count a record's hits; returns whether the record is left out."""
         for hit in hits:
             self._tally.add(hit)
-        if (reason := self.is_left_out(hits)) is None:
+        if (reason := self.reason_left_out(hits)) is None:
             return False
         self._left_out[reason.code] += 1
-        self._left_out_of[place_of(key)[0]] += 1
+        self._left_out_by_source[place_of(key)[0]] += 1
         return True
 
-    # -- judging -------------------------------------------------------------------------------------------------------
+    # -- the whole -----------------------------------------------------------------------------------------------------
 
-    def second_look(self) -> Looks:
-        """What to read again: the records that may repeat each other, and the first of those that stand out."""
+    def second_pass(self) -> SecondPass:
+        """The records to read a second time: possible repeats, and the examples that findings show."""
         facts, repeats = self._freeze()
         tally = Tally()
-        for hit in chain(judge_style(facts), judge_balance(facts, Looks())[1]):
+        for hit in chain(check_style(facts), check_balance(facts, SecondPass())[1]):
             tally.add(hit)
-        shown = [hit.key for code in tally.counts for hit in tally.first(code)]
-        for column in ("output", "output_opening", "prompt_opening"):  # balance tells an example of each
-            shown += _first_of_the_largest(facts, column)
-        return Looks([*suspects(facts, repeats).tolist(), *shown])
+        examples = [hit.key for code in tally.counts for hit in tally.first(code)]
+        for column in ("output", "output_opening", "prompt_opening"):  # the balance check shows an example of each
+            examples += _first_of_the_largest(facts, column)
+        return SecondPass([*suspects(facts, repeats).tolist(), *examples])
 
-    def close(self, looks: Looks, note: Callable[[Hit], None] = lambda hit: None) -> Judgement:
-        """The judgement. Every hit that only the whole shows goes to `note`; the others came from `see`."""
+    def judgement(self, second_pass: SecondPass, on_hit: Callable[[Hit], None] = lambda hit: None) -> Judgement:
+        """The judgement of all records. `on_hit` gets the hits across records; `check` returned the others."""
         facts, repeats = self._freeze()
         tally = Tally()
         tally.merge(self._tally)
-        left_out, left_out_of = Counter(self._left_out), Counter(self._left_out_of)
-        entropy, hits = judge_balance(facts, looks)
-        repeated = judge_repeats(facts, repeats, looks, self.say_place)
-        for hit in chain(hits, judge_style(facts), repeated):
+        left_out = Counter(self._left_out)
+        left_out_by_source = Counter(self._left_out_by_source)
+        entropy, balance_hits = check_balance(facts, second_pass)
+        repeat_hits = check_repeats(facts, repeats, second_pass, self.place_text)
+        for hit in chain(balance_hits, check_style(facts), repeat_hits):
             if not hit.excerpt:
-                hit = Hit(hit.code, hit.key, hit.detail, looks.excerpt(hit.key))
+                hit = Hit(hit.code, hit.key, hit.detail, second_pass.excerpt(hit.key))
             tally.add(hit)
             if hit.code in self._leaves_out:
                 left_out[hit.code] += 1
-                left_out_of[place_of(hit.key)[0]] += 1
-            note(hit)
+                left_out_by_source[place_of(hit.key)[0]] += 1
+            on_hit(hit)
         read = sum(self._read.values())
-        usable = read - sum(left_out.values())
-        train = self._used(facts, repeats) & ~facts["validation"]
+        train = self._is_used(facts, repeats) & ~facts["validation"]
         signal = _signal(facts, train)
         size = advise(int(train.sum()), signal.tokens, self._max_seq_len, None)
         findings = [self._finding(code, tally, read) for code in tally.counts]
-        findings += judge_rights(self.sources)
-        findings += judge_files(self.sources, self._read, self._columns)
+        findings += check_rights(self.sources)
+        findings += check_files(self.sources, self._read, self._columns)
         findings += self._evaluation.findings() if self._evaluation is not None else []
         if signal.records and signal.loss_share < FEW_LOSS_TOKENS:
-            findings.append(
-                _remark("signal.few-loss-tokens", signal.records, f"{signal.loss_share:.1%} are loss tokens.")
-            )
-        if size.usable < NARROW:
-            findings.append(_remark("size.too-few" if size.usable < TOO_FEW else "size.small", size.usable, size.text))
-        findings = by_gravity(findings)
+            message = f"{signal.loss_share:.1%} of the tokens are trained on."
+            findings.append(_finding_on_all("signal.few-loss-tokens", signal.records, message))
+        if size.training_records < NARROW:
+            code = "size.too-few" if size.training_records < TOO_FEW else "size.small"
+            findings.append(_finding_on_all(code, size.training_records, size.text))
+        findings = by_severity(findings)
         return Judgement(
             verdict=verdict_of(findings),
             findings=findings,
             read=read,
-            usable=usable,
+            usable=read - sum(left_out.values()),
             left_out=dict(sorted(left_out.items())),
             sources=[
-                self._source(number, facts, train, tally, left_out_of[number]) for number in range(len(self.sources))
+                self._source(number, facts, train, tally, left_out_by_source[number])
+                for number in range(len(self.sources))
             ],
             lengths=_lengths(facts, train),
             signal=signal,
@@ -238,23 +243,20 @@ class Judge:
             size=size,
         )
 
-    def say_place(self, key: int) -> str:
-        """A place as people write it: file:line."""
+    def place_text(self, key: int) -> str:
+        """A record's place as ``file:line``."""
         return str(self.place(Hit("", key)))
 
     def place(self, hit: Hit) -> Place:
-        """A hit's place, for people and files."""
+        """A hit's place, safe to print: masked, without control characters."""
         source, file, line = place_of(hit.key)
         name = visible(self.sources[source].files[file])
         return Place(file=name, line=line, detail=detail(hit.detail), excerpt=hit.excerpt)
 
-    def used(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys uint64 [N] of the records to train and validate on, in order, and which of them are held out, bool [N].
-
-        All that were seen, but those that are left out.
-        """
+    def used_records(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys of all records that are not left out, uint64 [N], in order; and whether each is held out, bool [N]."""
         facts, repeats = self._freeze()
-        used = self._used(facts, repeats)
+        used = self._is_used(facts, repeats)
         return facts["key"][used], facts["validation"][used]
 
     def _freeze(self) -> tuple[Facts, Repeats]:
@@ -265,23 +267,24 @@ class Judge:
             self._frozen = facts, find_repeats(facts)
         return self._frozen
 
-    def _used(self, facts: Facts, repeats: Repeats) -> np.ndarray:
+    def _is_used(self, facts: Facts, repeats: Repeats) -> np.ndarray:
         if "quality.exact-duplicate" not in self._leaves_out:
             return np.ones(len(facts), dtype=bool)
         return repeats.exact == np.arange(len(facts))
 
     def _finding(self, code: str, tally: Tally, read: int) -> Finding:
-        known, count = CODES[code], tally.counts[code]
-        of = self._rendered if code == "signal.round-trip" else read
+        known = CODES[code]
+        count = tally.counts[code]
+        checked = self._rendered if code == "signal.round-trip" else read
         return Finding(
             code=code,
-            severity=known.severity(count / of),
+            severity=known.severity(count / checked),
             count=count,
-            share=count / of,
+            share=count / checked,
             places=[self.place(hit) for hit in tally.first(code)],
             why=known.why,
             cure=known.cure,
-            message=f"Of {of} records that were tried." if code == "signal.round-trip" else "",
+            message=f"A sample of {counted(checked, 'record')} was checked." if code == "signal.round-trip" else "",
         )
 
     def _source(self, number: int, facts: Facts, train: np.ndarray, tally: Tally, left_out: int) -> SourceCount:
@@ -297,18 +300,18 @@ class Judge:
         )
 
 
-def rights_and_size(judgement: Judgement, base: str, max_seq_len: int, global_batch_size: int) -> Judgement:
-    """The judgement for a run: with the duties that its base brings, and the steps that follow from its batches."""
+def add_base_and_steps(judgement: Judgement, base: str, max_seq_len: int, global_batch_size: int) -> Judgement:
+    """The judgement for a run: with the conditions of its base's license, and the steps that its batches need."""
     findings = [*judgement.findings, *base_duties(base)]
-    size = advise(judgement.size.usable, judgement.signal.tokens, max_seq_len, global_batch_size)
-    return judgement.model_copy(update={"findings": by_gravity(findings), "size": size})
+    size = advise(judgement.size.training_records, judgement.signal.tokens, max_seq_len, global_batch_size)
+    return judgement.model_copy(update={"findings": by_severity(findings), "size": size})
 
 
 def held_out(contents: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which records are held out, bool [N], by hashes uint64 [N] of their contents.
+    """Which records are held out, bool [N], by the hashes of their contents, uint64 [N].
 
-    Equal contents stay on one side, and a record keeps its side when others are added (nearly always: of two or more
-    distinct contents at least one is on each side).
+    Equal contents are never split, and a record stays on its side when others are added. (The exception: if there are
+    two or more distinct contents, each side gets at least one.)
     """
     shares = mixed(contents ^ mixed(np.array([seed + 1], dtype=np.uint64))) / 2.0**64
     distinct = np.unique(shares)
@@ -317,8 +320,8 @@ def held_out(contents: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return shares < min(max(fraction, distinct[1]), distinct[-1])
 
 
-def _remark(code: str, count: int, message: str) -> Finding:
-    """A finding on the whole, which has no places."""
+def _finding_on_all(code: str, count: int, message: str) -> Finding:
+    """A finding about all records together, without places."""
     known = CODES[code]
     return Finding(
         code=code,
@@ -346,7 +349,7 @@ def _signal(facts: Facts, train: np.ndarray) -> Signal:
 
 
 def _lengths(facts: Facts, train: np.ndarray) -> Histogram:
-    """Of whole records in tokens; of answers in characters where tokens were not counted."""
+    """Lengths of whole records in tokens; without a tokenizer, of answers in characters."""
     tokens = facts["tokens"][train]
     unit: Literal["tokens", "characters"] = "tokens" if tokens.any() else "characters"
     values = tokens if unit == "tokens" else facts["output_length"][train]

@@ -14,21 +14,31 @@ from ft_service.data.gate import (
     CODES,
     LEFT_OUT,
     Fault,
+    Gate,
     Hit,
-    Judge,
     Judgement,
-    Looks,
     Record,
+    SecondPass,
     Source,
     Tokens,
 )
 from ft_service.data.gate.facts import FACTS
-from ft_service.data.gate.judge import FIRST_PLACES, rights_and_size
+from ft_service.data.gate.gate import FIRST_PLACES, add_base_and_steps
 from ft_service.data.gate.records import place_key, place_of
 from ft_service.data.gate.size import advise
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
-from tests.data.gate.gate_cases import chat, clean_pairs, clean_records, judge, judged, lines, record, text, with_tokens
+from tests.data.gate.gate_cases import (
+    chat,
+    check_all,
+    clean_pairs,
+    clean_records,
+    lines,
+    new_gate,
+    record,
+    text,
+    with_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,7 @@ def broken(line: int, code: str = "form.unreadable") -> Record:
 def test_counts_add_up_and_every_record_left_out_has_a_code_and_a_reason() -> None:
     good = clean_records(40)
     records = [*good, *(broken(41 + at) for at in range(3)), broken(44, "form.empty-output"), replace(good[0], line=45)]
-    judgement, hits = judged(records)
+    judgement, hits = check_all(records)
     assert judgement.read == 45
     assert judgement.left_out == {"form.unreadable": 3, "form.empty-output": 1, "quality.exact-duplicate": 1}
     assert judgement.usable == 40 == judgement.sources[0].usable
@@ -56,29 +66,29 @@ def test_counts_add_up_and_every_record_left_out_has_a_code_and_a_reason() -> No
 
 
 def test_see_says_at_once_whether_a_record_is_left_out() -> None:
-    gate = judge()
-    hit = gate.is_left_out(gate.see(broken(1)))
+    gate = new_gate()
+    hit = gate.reason_left_out(gate.check(broken(1)))
     assert hit is not None and hit.code == "form.unreadable"
-    found = gate.see(record("q?", "I'm sorry, but I cannot help you."))
-    assert [hit.code for hit in found] == ["quality.refusal"] and gate.is_left_out(found) is None
+    found = gate.check(record("q?", "I'm sorry, but I cannot help you."))
+    assert [hit.code for hit in found] == ["quality.refusal"] and gate.reason_left_out(found) is None
 
 
 def test_what_is_kept_on_purpose_counts_as_usable() -> None:
     good = clean_records(30)
-    judgement, hits = judged([*good, replace(good[4], line=31)], keep=["quality.exact-duplicate"])
+    judgement, hits = check_all([*good, replace(good[4], line=31)], keep=["quality.exact-duplicate"])
     assert lines(hits, "quality.exact-duplicate") == [31]
-    assert (judgement.left_out, judgement.usable, judgement.size.usable) == ({}, 31, 31)
+    assert (judgement.left_out, judgement.usable, judgement.size.training_records) == ({}, 31, 31)
 
 
 def test_an_empty_dataset_is_judged_and_fails() -> None:
-    judgement, _ = judged([])
+    judgement, _ = check_all([])
     assert (judgement.read, judgement.usable, judgement.verdict) == (0, 0, "fail")
     assert judgement.finding("size.too-few") is not None
 
 
 def test_a_finding_names_the_first_places_in_order_and_counts_all() -> None:
     numbers = random.Random(0).sample(range(1, 101), 60)
-    judgement, hits = judged([broken(line) for line in numbers])
+    judgement, hits = check_all([broken(line) for line in numbers])
     finding = judgement.finding("form.unreadable")
     assert finding is not None and (finding.count, finding.share, finding.severity) == (60, 1.0, "fail")
     assert [place.line for place in finding.places] == sorted(numbers)[:FIRST_PLACES]
@@ -87,8 +97,8 @@ def test_a_finding_names_the_first_places_in_order_and_counts_all() -> None:
 
 
 def test_severity_grows_with_the_share() -> None:
-    assert judged([*clean_records(100), broken(101)])[0].finding("form.unreadable").severity == "warn"  # type: ignore[union-attr]
-    assert judged([*clean_records(10), broken(101)])[0].finding("form.unreadable").severity == "fail"  # type: ignore[union-attr]
+    assert check_all([*clean_records(100), broken(101)])[0].finding("form.unreadable").severity == "warn"  # type: ignore[union-attr]
+    assert check_all([*clean_records(10), broken(101)])[0].finding("form.unreadable").severity == "fail"  # type: ignore[union-attr]
 
 
 def test_every_code_says_why_and_what_to_do() -> None:
@@ -125,34 +135,34 @@ def test_shards_in_any_order_judge_as_one_and_counts_add_up(items: list[object],
     records = numbered(items)
     owners = data.draw(st.lists(st.integers(0, 2), min_size=len(records), max_size=len(records)))
 
-    def through(gates: list[Judge], owner_of: list[int]) -> tuple[Judgement, list[str], int]:
+    def through(gates: list[Gate], owner_of: list[int]) -> tuple[Judgement, list[str], int]:
         hits_of: list[list[list[Hit]]] = [[] for _ in gates]
         for one, owner in zip(records, owner_of, strict=True):
-            hits_of[owner].append(gates[owner].see(one))
+            hits_of[owner].append(gates[owner].check(one))
         for gate, found in list(zip(gates, hits_of, strict=True))[:0:-1]:
-            gates[0].absorb(gate.seen(), found)
+            gates[0].merge(gate.partial_result(), found)
         hits = [hit for found in hits_of for of_record in found for hit in of_record]
-        looks = gates[0].second_look()
+        second_pass = gates[0].second_pass()
         for one in records:
-            looks.see(one)
-        judgement = gates[0].close(looks, hits.append)
-        return judgement, sorted(map(str, hits)), len(gates[0].used()[0])
+            second_pass.add(one)
+        judgement = gates[0].judgement(second_pass, hits.append)
+        return judgement, sorted(map(str, hits)), len(gates[0].used_records()[0])
 
-    whole = through([judge()], [0] * len(records))
-    assert through([judge() for _ in range(3)], owners) == whole
+    whole = through([new_gate()], [0] * len(records))
+    assert through([new_gate() for _ in range(3)], owners) == whole
     assert whole[0].read == len(records) == whole[0].usable + sum(whole[0].left_out.values())
     assert whole[0].usable == whole[2]
     assert Judgement.model_validate_json(whole[0].model_dump_json()) == whole[0]
 
 
 def test_a_judge_may_be_closed_twice_and_go_on() -> None:
-    gate = judge()
+    gate = new_gate()
     for one in clean_records(30):
-        gate.see(one)
-    assert gate.close(Looks()) == gate.close(Looks())
+        gate.check(one)
+    assert gate.judgement(SecondPass()) == gate.judgement(SecondPass())
     for one in clean_records(30, seed=1):
-        gate.see(replace(one, line=one.line + 30))
-    assert gate.close(Looks()).read == 60
+        gate.check(replace(one, line=one.line + 30))
+    assert gate.judgement(SecondPass()).read == 60
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def test_what_is_kept_of_a_record_has_one_size_whatever_its_text() -> None:
     assert FACTS.itemsize <= 640  # a million records in 0.6 GiB
 
     def kept(records: list[Record]) -> int:
-        table = judge()._table
+        table = new_gate()._table
         for one in records:
             table.add(one)
         table._flush()
@@ -174,16 +184,16 @@ def test_what_is_kept_of_a_record_has_one_size_whatever_its_text() -> None:
 
 
 def test_hits_are_kept_by_number_and_not_by_text() -> None:
-    gate = judge()
+    gate = new_gate()
     for line in range(1, 2001):
-        gate.see(broken(line))
+        gate.check(broken(line))
     assert len(gate._tally.first("form.unreadable")) == FIRST_PLACES and len(gate._table) == 0
 
 
 def test_texts_waiting_for_their_signatures_are_few() -> None:
-    gate = judge()
+    gate = new_gate()
     for line in range(1, 60):
-        gate.see(text("".join(map(chr, range(0x4E00 + line, 0x4E00 + 20_000))), line))
+        gate.check(text("".join(map(chr, range(0x4E00 + line, 0x4E00 + 20_000))), line))
     waiting = sum(hashes.nbytes for hashes in gate._table._shingles)
     assert waiting < 4 * 2**20
 
@@ -201,7 +211,7 @@ def test_places_fit_one_number_in_order() -> None:
 
 
 def tokenised(records: list[Record], chat_format: ChatFormat, max_seq_len: int) -> tuple[Judgement, list[Hit]]:
-    return judged(with_tokens(records, chat_format, max_seq_len), chat=chat_format, max_seq_len=max_seq_len)
+    return check_all(with_tokens(records, chat_format, max_seq_len), chat=chat_format, max_seq_len=max_seq_len)
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
@@ -254,9 +264,9 @@ def test_a_tokenizer_that_changes_texts_is_found(chat_format: ChatFormat) -> Non
     backend.normalizer = normalizers.Lowercase()
     special = {name: getattr(chat_format.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
     lowering = ChatFormat(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
-    _, hits = judged(clean_records(30), chat=lowering)
+    _, hits = check_all(clean_records(30), chat=lowering)
     assert lines(hits, "signal.round-trip") == list(range(1, 21)), "the first twenty are tried"
-    assert judged(clean_records(30), chat=chat_format)[1] == []
+    assert check_all(clean_records(30), chat=chat_format)[1] == []
 
 
 # -- size ------------------------------------------------------------------------------------------------------------
@@ -276,18 +286,18 @@ def test_steps_follow_from_tokens_rows_and_batch() -> None:
 
 
 def test_nine_records_fail_and_ten_only_warn() -> None:
-    nine, ten = judged(clean_records(9))[0], judged(clean_records(10))[0]
+    nine, ten = check_all(clean_records(9))[0], check_all(clean_records(10))[0]
     assert (nine.verdict, [f.code for f in nine.findings]) == ("fail", ["size.too-few"])
     assert (ten.verdict, [f.code for f in ten.findings]) == ("warn", ["size.small"])
 
 
 def test_the_gravest_findings_come_first() -> None:
     source = Source("data.jsonl", ("data.jsonl",), source="made up", license="CC-BY-SA-4.0")
-    gate = Judge([source])
+    gate = Gate([source])
     for one in [*clean_records(60), record("Mail?", "Write to taro@mail.co.jp, it is said.", 61)]:
-        gate.see(one)
-    gate.see(record("Key?", "Use AKIAIOSFODNN7ABCDEFG in the north of the town.", 62))
-    severities = [finding.severity for finding in gate.close(Looks()).findings]
+        gate.check(one)
+    gate.check(record("Key?", "Use AKIAIOSFODNN7ABCDEFG in the north of the town.", 62))
+    severities = [finding.severity for finding in gate.judgement(SecondPass()).findings]
     assert severities == sorted(severities, key=["fail", "warn", "info"].index) and set(severities) == {
         "fail",
         "warn",
@@ -297,9 +307,9 @@ def test_the_gravest_findings_come_first() -> None:
 
 def test_counted_tokens_need_no_tokenizer() -> None:
     tokens = Tokens(total=10, loss=4, kept=10, kept_loss=4, ends=True)
-    judgement, _ = judged([replace(one, tokens=tokens) for one in clean_records(20)], max_seq_len=100)
+    judgement, _ = check_all([replace(one, tokens=tokens) for one in clean_records(20)], max_seq_len=100)
     assert judgement.signal.loss_share == pytest.approx(0.4)
-    assert rights_and_size(judgement, "somebody/else", max_seq_len=100, global_batch_size=1).size.steps == 10
+    assert add_base_and_steps(judgement, "somebody/else", max_seq_len=100, global_batch_size=1).size.steps == 10
 
 
 def test_the_manual_tells_every_code_as_it_is() -> None:
