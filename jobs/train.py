@@ -37,7 +37,7 @@ def main() -> None:
         elif arguments.spec is None:
             raise UsageError("jobs/train.py: takes a SPEC, or --resume ID --storage ROOT.")
         else:
-            from ft_service.spec.schema import load_run_spec
+            from ft_service.spec.load import load_run_spec
 
             spec = load_run_spec(arguments.spec, overrides)
         from ft_service.model.light_imports import collector_at_rest

@@ -13,7 +13,7 @@ from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE, find_gpu
 from ft_service.cli.data import data_app
 from ft_service.errors import UsageError, exit_on_error
 from ft_service.registry.registry import AdapterRecord, Registry
-from ft_service.spec.schema import load_run_spec
+from ft_service.spec.load import load_run_spec
 from ft_service.storage.storage import Storage
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from ft_service.plan.explain import reasons, shortage, suggestions
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB, estimate_memory, trainable_parameters
 from ft_service.plan.search import Choice, Machine, Question, ask, best, judge, judge_all
+from ft_service.spec.rules import contradictions
 from ft_service.spec.schema import RunSpec
 
 DEFAULT_EPOCHS = 3.0
@@ -123,7 +124,7 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
     """
     asked, spec = spec, _with_workers_there_are(spec, resources)
     problems = [
-        *spec.contradictions(),
+        *contradictions(spec),
         *_unmet_resources(spec, resources),
         *_unmet_hpz(spec, resources),
         *_unusable_data(spec, dataset),

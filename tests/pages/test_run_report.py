@@ -16,7 +16,7 @@ from ft_service.runs.events import Event, EventLog, Notice
 from ft_service.runs.folder import RunFolder, RunStatus
 from ft_service.runs.lease import Lease
 from ft_service.runs.metrics import JsonlSink, StepMetrics
-from ft_service.spec.schema import parse_run_spec
+from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
 
 RUN = "support-bot-1"

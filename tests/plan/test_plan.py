@@ -12,7 +12,7 @@ from ft_service.errors import SpecError
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB, Layout, estimate_memory
 from ft_service.plan.plan import RunPlan, make_plan
-from ft_service.spec.schema import parse_run_spec
+from ft_service.spec.load import parse_run_spec
 
 FACTS = DatasetFacts(
     digest="d", conversations=900, rows=100, tokens=80_000, loss_tokens=30_000, truncated=0, validation_loss_tokens=9
