@@ -32,7 +32,7 @@ from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import TrainingError
 from ft_service.model.base import load_tokenizer, read_config
 from ft_service.plan.facts import Resources
-from ft_service.plan.plan import make_plan
+from ft_service.plan.make import make_plan
 from ft_service.runs.events import CheckpointSaved, read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics

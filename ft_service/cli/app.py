@@ -90,14 +90,14 @@ def plan(
         _print_dry_runs(dry_runs(table), as_json)
         return
     if table is not None:
-        from ft_service.plan.table import default_gpus, family
+        from ft_service.plan.table import default_gpus, plan_table
 
         per_node = gpus_per_node or GPUS_PER_NODE
-        found = family(table, [gpu] if gpu else default_gpus(), max_seq_len or 4096, per_node, price)
+        found = plan_table(table, [gpu] if gpu else default_gpus(), max_seq_len or 4096, per_node, price)
         if as_json:
             print(found.model_dump_json(indent=2))
         else:
-            plan_view.show_family(found, console)
+            plan_view.show_table(found, console)
         return
     assert spec_path is not None
     if max_seq_len is not None:
@@ -313,7 +313,7 @@ def verify(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJ
     else:
         for finding in findings:
             mark = "[green]ok[/green]    " if finding.passed else "[red]failed[/red]"
-            console.print(f"{mark} {finding.check}: {finding.detail}", highlight=False)
+            console.print(f"{mark} {finding.name}: {finding.detail}", highlight=False)
     if not all(finding.passed for finding in findings):
         raise SystemExit(1)
 

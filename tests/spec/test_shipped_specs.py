@@ -8,7 +8,8 @@ import pytest
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS
 from ft_service.plan.facts import DatasetFacts, Resources
-from ft_service.plan.plan import RunPlan, make_plan
+from ft_service.plan.make import make_plan
+from ft_service.plan.plan import RunPlan
 from ft_service.spec.load import load_run_spec
 from ft_service.spec.schema import RunSpec
 
