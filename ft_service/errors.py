@@ -40,16 +40,16 @@ class Problem:
     """One problem of a run spec.
 
     `setting` is the dotted path in the spec (``train.global_batch_size``), `value` its current value, `message` what is
-    wrong with it, and `cure` how to fix it.
+    wrong with it, and `fix` how to correct it.
     """
 
     setting: str
     value: object
     message: str
-    cure: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.setting} = {self.value!r}: {self.message}. {self.cure}"
+        return f"{self.setting} = {self.value!r}: {self.message}. {self.fix}"
 
 
 class SpecError(FtError):

@@ -97,7 +97,7 @@ tokenizer = AutoTokenizer.from_pretrained("{id}")"""
 {load}
 ```
 
-## Ask it
+## Send a request
 
 ```bash
 curl http://localhost:8000/v1/chat/completions \\

@@ -70,7 +70,9 @@ class _SpecLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         duplicates = {key for key in keys if keys.count(key) > 1}
         if duplicates:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {min(duplicates)!r}", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate keys: {', '.join(sorted(duplicates))}", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -178,14 +180,15 @@ def problems_of(error: ValidationError, document: dict[str, Any]) -> list[Proble
             section, _ = _field_of(keys[:-1])
             known = list(section.model_fields) if section else []
             close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-            cure = f"Did you mean {close[0]}?" if close else f"Settings here: {', '.join(known)}."
+            fix = f"Did you mean {close[0]}?" if close else f"Known settings: {', '.join(known)}."
         else:
             _, description = _field_of(keys)
-            cure = description or "Fix or remove it."
+            fix = description or "Fix or remove it."
         if setting in by_setting:  # every member of a union reports an error: keep one line per setting
             earlier = by_setting[setting]
-            message, cure = f"{earlier.message}; or {message}", earlier.cure
-        by_setting[setting] = Problem(setting, value, message, cure)
+            message = f"{earlier.message}; or {message}"
+            fix = earlier.fix
+        by_setting[setting] = Problem(setting, value, message, fix)
     return list(by_setting.values())
 
 

@@ -54,7 +54,7 @@ def a_plan(**changes: object) -> RunPlan:
         "tokens": 22_800,
         "loss_tokens": 5700,
         "memory_gib": {"weights": 5.9, "total": 33.6},
-        "summary": ["Batch: 8 rows x 4 workers x 2 accumulation = 64 rows a step."],
+        "summary": ["Batch: 8 rows x 4 workers x 2 accumulation = 64 rows per step."],
         "warnings": ["7 of 900 examples are cut."],
         "remarks": ["Built with Llama."],
     }
@@ -172,7 +172,7 @@ def test_every_section_shows_the_figures_of_the_run() -> None:
         "Time 5m00s",  # from the event at the start to the tenth step
         "Throughput 1.0k tokens/s, median",
         "Peak memory 31.4 GiB 33.6 GiB planned",
-        "Batch: 8 rows x 4 workers x 2 accumulation = 64 rows a step.",
+        "Batch: 8 rows x 4 workers x 2 accumulation = 64 rows per step.",
         "7 of 900 examples are cut.",
         "Built with Llama.",
         "memory_gib.weights 5.9",

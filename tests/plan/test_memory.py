@@ -67,11 +67,12 @@ def persistent_cases(wide: Path, small: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_persistent_memory_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> None:
-    wide, small = tmp_path / "wide", tmp_path / "small"
+    wide = tmp_path / "wide"
+    small = tmp_path / "small"
     write_sized_base(wide, "wide", tied=False)
     write_sized_base(small, "small", tied=True)
     cases = persistent_cases(wide, small)
-    held = run_cases(run_case, cases, workers)
+    measured = run_cases(run_case, cases, workers)
     wrong = {}
     for name, case in cases.items():
         targets = case["method"].get("target_modules", "all-linear")
@@ -87,8 +88,9 @@ def test_persistent_memory_is_predicted_to_the_byte(tmp_path: Path, workers: int
         shape = shape_of(Path(case["base"]))
         estimate = estimate_memory(shape, layout)
         predicted = {component: estimate.gpu[component] for component in COMPONENTS}
-        fullest = {component: max(worker[component] for worker in held[name]) for component in COMPONENTS}
-        predicted["trainable"], fullest["trainable"] = trainable_parameters(shape, layout), held[name][0]["trainable"]
+        fullest = {component: max(worker[component] for worker in measured[name]) for component in COMPONENTS}
+        predicted["trainable"] = trainable_parameters(shape, layout)
+        fullest["trainable"] = measured[name][0]["trainable"]
         if predicted != fullest:
             wrong[name] = (predicted, fullest)
     assert not wrong, wrong
@@ -145,10 +147,10 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
         model(batch).backward()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
@@ -231,7 +233,9 @@ def gib(base: str, **layout: Any) -> float:
     return estimate(base, **layout).gpu_bytes / GIB
 
 
-CARD_24, CARD_80, CARD_141 = 22.5, 79.2, 139.8
+CARD_24 = 22.5
+CARD_80 = 79.2
+CARD_141 = 139.8
 """GiB that the driver reports for an A10G, an H100 and an H200."""
 
 

@@ -118,8 +118,8 @@ def test_auto_offloads_only_what_does_not_fit_otherwise() -> None:
 
 def test_auto_uses_hpz_only_across_a_slow_network() -> None:
     large = ["model.base=meta-llama/Llama-3.3-70B-Instruct", "train.global_batch_size=256"]
-    asked = on("H100", 16, *large, "parallel.hpz=true", gpus_per_node=8)
-    assert (asked.zero_stage, asked.hpz_partition_size, asked.workers_per_node) == (3, 8, 8)
+    required = on("H100", 16, *large, "parallel.hpz=true", gpus_per_node=8)
+    assert (required.zero_stage, required.hpz_partition_size, required.workers_per_node) == (3, 8, 8)
     assert on("H100", 8, *large, gpus_per_node=8).hpz_partition_size == 1
     large += ["train.global_batch_size=32", "data.max_seq_len=1024", RECOMPUTED]  # little to hide a gather behind
     assert GPUS["A100-80G"].network * 8 == GPUS["H100"].network
@@ -138,8 +138,8 @@ def test_fixed_settings_stay_fixed() -> None:
         RECOMPUTED,
         "parallel.offload=cpu",
     )
-    found = decided.zero_stage, decided.micro_batch_size, decided.activation_checkpointing, decided.offload
-    assert found == (3, 2, True, "cpu")
+    settings = decided.zero_stage, decided.micro_batch_size, decided.activation_checkpointing, decided.offload
+    assert settings == (3, 2, True, "cpu")
     assert len(decided.reasons) == 0  # only hpZ is open, and it cannot be used on one node
 
 

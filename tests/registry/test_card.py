@@ -65,9 +65,9 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def code_block(card: str, language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
-    assert found
-    return found[1]
+    block = re.search(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
+    assert block
+    return block[1]
 
 
 def table_rows(card: str, heading: str) -> list[list[str]]:

@@ -39,7 +39,7 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "setting", "cure"),
+    ("overrides", "setting", "fix"),
     [
         (["method={type: full, lora_alpha: 8}"], "method.lora_alpha = 8", "Remove it"),
         (["method={type: qlora, init_lora_weights: pissa}"], "method.init_lora_weights = 'pissa'", "method.type: lora"),
@@ -64,11 +64,11 @@ def test_all_problems_are_reported_at_once() -> None:
         (["model.base=.", "model.revision=main"], "model.revision = 'main'", "Remove it"),
     ],
 )
-def test_a_contradiction_names_setting_and_fix(overrides: list[str], setting: str, cure: str) -> None:
+def test_a_contradiction_names_setting_and_fix(overrides: list[str], setting: str, fix: str) -> None:
     message = error_of(*overrides)
     assert "1 problem" in message
     assert setting in message
-    assert cure in message
+    assert fix in message
 
 
 def test_an_invalid_union_member_is_one_problem() -> None:
@@ -83,7 +83,7 @@ def test_an_invalid_union_member_is_one_problem() -> None:
         ("a: [1", "is not valid YAML"),
         ("- a\n- b", "is not a mapping"),
         ("", "is not a mapping"),
-        (SPEC + "name: other\n", "duplicate key 'name'"),
+        (SPEC + "name: other\n", "duplicate keys: name"),
         ("storage: x", "data = None: is missing"),
     ],
 )
