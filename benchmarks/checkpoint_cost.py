@@ -32,11 +32,11 @@ from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import TrainingError
 from ft_service.model.base import load_tokenizer, read_config
 from ft_service.plan.facts import Resources
-from ft_service.plan.plan import make_plan
+from ft_service.plan.make import make_plan
 from ft_service.runs.events import CheckpointSaved, read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
-from ft_service.spec.schema import parse_run_spec
+from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
 from tests.worlds import made_up_texts, write_base, write_records
 

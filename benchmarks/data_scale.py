@@ -95,7 +95,7 @@ def prepare(world: Path, kind: str, cores: int) -> dict[str, Any]:
     from ft_service.cluster.ray_cluster import map_on_cluster
     from ft_service.data.prepare import prepare_dataset
     from ft_service.model.base import load_tokenizer
-    from ft_service.spec.schema import parse_run_spec
+    from ft_service.spec.load import parse_run_spec
     from ft_service.storage.storage import Storage
 
     source = {"path": str(world / f"{kind}.jsonl"), "source": "benchmark", "license": "CC0-1.0"}

@@ -39,7 +39,8 @@ from ft_service.data.gate import Record
 from ft_service.data.gate.gate import PartialResult
 from ft_service.data.read import scan
 from ft_service.data.tasks import TaskContext, check_shard, load_partial_result, pack
-from ft_service.spec.schema import RunSpec, parse_run_spec
+from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 
 ROW_TOKENS = 2048

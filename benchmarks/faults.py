@@ -43,7 +43,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from ft_service.errors import FtError, TrainingError
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
-from ft_service.spec.schema import ParallelSpec, RunSpec, parse_run_spec
+from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import ParallelSpec, RunSpec
 from ft_service.storage.storage import Storage
 from tests.faults import (
     Driver,

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from ft_service.model.adapter import attach_adapter
 from ft_service.model.dry_run import tensors_from_shape
 from ft_service.model.load import load_causal_lm
 from ft_service.model.weight_files import TensorEntry, WeightFiles
+from ft_service.plan import speed
 from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.make import make_plan
 from ft_service.plan.memory import GIB
-from ft_service.plan.plan import make_plan, speed
-from ft_service.plan.search import ask
+from ft_service.plan.search import search_space
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches
@@ -154,7 +156,7 @@ def main() -> None:
     train(plan, parallel, Batches(rows, 0, rows_per_step, arguments.rows, 0, 1), None, hooks, TrainingState())
 
     rate = statistics.median(metrics.tokens_per_second for metrics in measured[WARMUP_STEPS:])
-    layout = models.replace(ask(spec, 1).layout, micro_batch_size=arguments.rows, activation_checkpointing=False)
+    layout = replace(search_space(spec, 1).layout, micro_batch_size=arguments.rows, activation_checkpointing=False)
     mfu = rate * speed.flops_per_token(shape, layout) / (gpu.bf16_tflops * 1e12)
     peak_gib = torch.cuda.max_memory_allocated() / GIB if on_gpu else parallel.peak_memory_gib()
     # The driver's context is outside what torch counts, and so is what the plan keeps in reserve.

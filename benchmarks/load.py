@@ -103,7 +103,7 @@ def run_side(side: str, model: Path, device: str) -> None:
     from ft_service.model.load import load_causal_lm
     from ft_service.model.weight_files import TensorEntry, WeightFiles
     from ft_service.plan.facts import DatasetFacts, Resources
-    from ft_service.plan.plan import make_plan
+    from ft_service.plan.make import make_plan
     from ft_service.spec.schema import RunSpec
     from ft_service.train.parallel import Parallel, end_process, init_process_group
 

@@ -79,7 +79,7 @@ def run_ours(model: Path, steps: int, device: str, answers_only: bool) -> dict[s
     from ft_service.model.load import load_causal_lm
     from ft_service.model.weight_files import WeightFiles
     from ft_service.plan.facts import DatasetFacts, Resources
-    from ft_service.plan.plan import make_plan
+    from ft_service.plan.make import make_plan
     from ft_service.runs.metrics import StepMetrics
     from ft_service.spec.schema import RunSpec
     from ft_service.train.batches import Batches

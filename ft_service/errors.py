@@ -1,20 +1,20 @@
-"""Every exception the project raises on purpose, in one tree, and how a command exits with one.
+"""The exception hierarchy of the project, and how a command exits on an exception.
 
     FtError                      exit code 1
-    ├── SpecError                exit code 2   the run spec, or spec and resources together, cannot be run
-    ├── UsageError               exit code 2   a command was called wrongly
-    ├── DataError                a file or record of the user's data
-    ├── ModelError               a base model that is absent, incomplete or of another architecture
-    │   └── ModelUnreachableError  where it lies does not answer now, and may later
-    ├── StorageError             the storage root or something on it
-    │   ├── NotPublishedError    no run or adapter of that id
-    │   └── UnreachableError     the storage does not answer now, and may later
-    ├── ClusterError             Ray does not answer, refuses the token, or lacks what was asked for
-    ├── TrainingError            training cannot go on (a non-finite loss, ...)
-    ├── RunStopped               exit code 3   a run ended on purpose, and can be resumed
-    └── ServingError             the server cannot start or answer
+    ├── SpecError                exit code 2   an invalid run spec, or one that the resources cannot run
+    ├── UsageError               exit code 2   invalid arguments of a command
+    ├── DataError                a file or record of the user's data is invalid
+    ├── ModelError               a base model is missing, incomplete or of another architecture
+    │   └── ModelUnreachableError  its source does not respond; a retry may help
+    ├── StorageError             the storage root, or something on it, is unusable
+    │   ├── NotPublishedError    no run or adapter with this id
+    │   └── UnreachableError     the storage does not respond; a retry may help
+    ├── ClusterError             Ray does not respond, rejects the token, or lacks resources
+    ├── TrainingError            training cannot continue (for example: non-finite loss)
+    ├── RunStopped               exit code 3   a run was stopped on purpose, and can be resumed
+    └── ServingError             the server cannot start or respond
 
-A message names the setting or file, its value, and the cure. Instances cross process borders inside Ray, so all of them
+A message names the setting or file, its value, and the fix. Ray sends exceptions between processes, so all of them must
 pickle: keep every constructor's positional arguments in ``self.args``.
 """
 
@@ -29,7 +29,7 @@ from ft_service.text import counted
 
 
 class FtError(Exception):
-    """Base of all errors of this project; a command prints its text, no traceback, and exits with `exit_code`."""
+    """Base of all errors of this project. A command prints its text without a traceback and exits with `exit_code`."""
 
     exit_code = 1
     label = "error"
@@ -37,23 +37,23 @@ class FtError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a run spec.
+    """One problem of a run spec.
 
-    `setting` is the dotted path in the spec (``train.global_batch_size``), `value` what stands there, `message` what is
-    wrong with it, and `cure` what to write instead.
+    `setting` is the dotted path in the spec (``train.global_batch_size``), `value` its current value, `message` what is
+    wrong with it, and `fix` how to correct it.
     """
 
     setting: str
     value: object
     message: str
-    cure: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.setting} = {self.value!r}: {self.message}. {self.cure}"
+        return f"{self.setting} = {self.value!r}: {self.message}. {self.fix}"
 
 
 class SpecError(FtError):
-    """A run spec that cannot be run; carries every problem found, not only the first."""
+    """A run spec that cannot be run, with all its problems."""
 
     exit_code = 2
 
@@ -69,57 +69,57 @@ class SpecError(FtError):
 
 
 class UsageError(FtError):
-    """A command called with arguments that make no sense."""
+    """Invalid arguments of a command."""
 
     exit_code = 2
 
 
 class DataError(FtError):
-    """Training or validation data that cannot be used; the text names file and line."""
+    """Unusable training or validation data. The text names file and line."""
 
 
 class ModelError(FtError):
-    """A base model that is absent, half-downloaded, or not a Llama."""
+    """A base model that is missing, incomplete, or not a Llama."""
 
 
 class ModelUnreachableError(ModelError):
-    """The hub, or the object store with the base, does not answer now, and may later."""
+    """The hub or object store with the base does not respond; a retry may help."""
 
 
 class StorageError(FtError):
-    """The storage root cannot be read or written, or something on it is damaged."""
+    """The storage root cannot be read or written, or its content is damaged."""
 
 
 class NotPublishedError(StorageError):
-    """No run, adapter or dataset of that id lies on the storage."""
+    """The storage has no run, adapter or dataset with this id."""
 
 
 class UnreachableError(StorageError):
-    """The storage does not answer now, and may later: a network, a server or a mount that is away."""
+    """The storage does not respond (network, server or mount); a retry may help."""
 
 
 class ClusterError(FtError):
-    """Ray does not answer, refuses the token, or lacks the resources asked for."""
+    """Ray does not respond, rejects the token, or lacks the requested resources."""
 
 
 class TrainingError(FtError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class RunStopped(FtError):
-    """A run was stopped on purpose: no mistake, and nothing is lost that a checkpoint holds."""
+    """A run was stopped on purpose. It can be resumed from its newest checkpoint."""
 
     exit_code = 3
     label = "stopped"
 
 
 class ServingError(FtError):
-    """The server cannot start, or an engine cannot answer."""
+    """The server cannot start, or an engine cannot respond."""
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn an `FtError` into its text on standard error and its exit code; anything else is a bug, with its trace."""
+    """Print an `FtError` on standard error and exit with its code. Any other exception is a bug: keep its traceback."""
     try:
         yield
     except FtError as error:
@@ -133,9 +133,9 @@ def exit_on_error() -> Iterator[None]:
 
 
 def _end(code: int) -> None:
-    """End this process without the interpreter's end.
+    """Exit without shutting down the interpreter.
 
-    Trap: a run that was stopped at once leaves a thread in a call of Ray's, which may abort the process meanwhile.
+    Trap: stopping a run immediately leaves a thread inside a Ray call, which may abort the process during shutdown.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,7 +25,8 @@ from ft_service.data.prepare import PreparedDataset, prepare_dataset
 from ft_service.errors import FtError, Problem, RunStopped, SpecError
 from ft_service.model.base import load_tokenizer, read_config, resolve_base
 from ft_service.plan.facts import Resources
-from ft_service.plan.plan import RunPlan, make_plan
+from ft_service.plan.make import make_plan
+from ft_service.plan.plan import RunPlan
 from ft_service.publish import publish
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import EventLog, Notice, Published

@@ -1,6 +1,7 @@
-"""`ft plan`: the plan of a run not begun. Writes nothing; needs the base's config and tokenizer, not its weights.
+"""`ft plan`: the plan of a run before it starts. Writes nothing; needs the base's config and tokenizer, but no weights.
 
-Where the hub cannot be asked, the catalogue tells the shape and tokens are guessed from bytes, and the plan says so.
+Without a connection to the hub, the shape comes from the catalogue and tokens are estimated from bytes; a remark in the
+plan says so.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from ft_service.errors import ModelError, UsageError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
 from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.facts import DatasetFacts, Resources
-from ft_service.plan.plan import RunPlan, make_plan
+from ft_service.plan.make import make_plan
+from ft_service.plan.plan import RunPlan
 from ft_service.plan.table import shape_of
 from ft_service.spec.schema import RunSpec
 
@@ -25,19 +27,19 @@ if TYPE_CHECKING:
 
 
 def plan_without_writing(spec: RunSpec, resources: Resources) -> RunPlan:
-    """The plan on the resources named; what is not named is not judged. Raises `FtError`."""
+    """The plan for these resources; unknown resources are not checked. Raises `FtError`."""
     if resources.gpu_type and spec.parallel.accelerator_type:
-        # Asked what another type would do, the spec's own wish for a type stands aside.
+        # --gpu-type asks "what if": it overrides the type in the spec.
         parallel = spec.parallel.model_copy(update={"accelerator_type": resources.gpu_type})
         spec = spec.model_copy(update={"parallel": parallel})
-    dataset, shape, remarks = _facts(spec)
+    dataset, shape, remarks = _measure(spec)
     decided = make_plan(spec, dataset, shape, resources)
     return decided.model_copy(update={"remarks": [*remarks, *decided.remarks]})
 
 
-def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
-    """Data, shape, and what is to be known about where they come from."""
-    check_sources(all_sources(spec))  # a missing file is told at once, not after the hub's time-outs
+def _measure(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
+    """Dataset statistics, shape, and remarks on how they were obtained."""
+    check_sources(all_sources(spec))  # report a missing file before waiting for the hub
     try:
         base = resolve_base(spec.model.base, spec.model.revision, weights=False)
         shape = models.shape_from_config(read_config(base))
@@ -48,8 +50,8 @@ def _facts(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
             raise
         reason = str(error).partition(" (")[0]
     remark = (
-        f"{reason}. Its shape is that of the catalogue, and tokens are guessed as one per {BYTES_PER_TOKEN} bytes of "
-        "UTF-8, Llama 3's figure for English: expect other languages and program text to be longer."
+        f"{reason}. The shape comes from the catalogue, and one token is assumed per {BYTES_PER_TOKEN} bytes of UTF-8, "
+        "Llama 3's average for English: other languages and code need more tokens."
     )
     return estimate_dataset(spec), known.shape, [remark]
 
@@ -58,15 +60,15 @@ DRY_RUN_WORLDS = (8, 16, 64)
 
 
 def dry_runs(model: str, worlds: Sequence[int] = DRY_RUN_WORLDS) -> "list[DryRun]":
-    """Loading a model of the catalogue or a checkpoint folder, bf16 and 4-bit, on worlds of these sizes."""
+    """Simulate loading a catalogue model or a checkpoint folder, in bf16 and 4-bit, for these world sizes."""
     return [_dry_run(model, four_bit, world, 1, "cuda") for four_bit in (False, True) for world in worlds]
 
 
 def dry_run_of(plan: RunPlan) -> "list[DryRun]":
-    """Loading as the workers of this plan will; raises `UsageError` where nothing is sharded."""
+    """Simulate loading as the workers of this plan will. Raises `UsageError` if the weights are not sharded."""
     if plan.zero_stage < 3:
         raise UsageError(
-            f"--dry-run: under ZeRO-{plan.zero_stage} each worker reads the whole base. Use parallel.zero_stage=3."
+            f"--dry-run: with ZeRO-{plan.zero_stage} each worker reads the whole base. Use parallel.zero_stage=3."
         )
     spec = plan.spec
     device = "cuda" if spec.parallel.use_gpu else "cpu"

@@ -1,4 +1,4 @@
-"""From a finished run to the registry: the record of what was produced, its model card, and the published folder."""
+"""Publishing a finished run: its record, its model card, and its folder in the registry."""
 
 import shutil
 import tempfile
@@ -17,8 +17,9 @@ _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes"
 
 
 def publish(run: RunFolder) -> AdapterRecord:
-    """Publish the weights that the run's outcome names; the same weights twice give the same record."""
-    plan, outcome = run.plan(), run.outcome()
+    """Publish the weights that the run's outcome names. Publishing the same weights again returns the same record."""
+    plan = run.plan()
+    outcome = run.outcome()
     spec = plan.spec
     base = spec.model.base
     verdict, waivers = run.data_check()
@@ -47,12 +48,13 @@ def publish(run: RunFolder) -> AdapterRecord:
         "packages": _packages(),
     }
     card = model_card(draft, models.find(spec.model.base))
-    registry, weights = Registry(run.storage), f"{run.path}/{outcome.weights}"
+    registry = Registry(run.storage)
+    weights = f"{run.path}/{outcome.weights}"
     if spec.method.type == "full":
         return registry.publish_stored(weights, draft, plan.base_short_name, card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "content")
-        # Not from the common cache: a run that was begun anew writes other weights to the same place.
+        # Do not use the shared cache: a restarted run writes other weights to the same path.
         shutil.copytree(run.storage.local_folder(weights, Path(temporary, "fetched")), folder)
         return registry.publish(folder, draft, plan.base_short_name, card)
 
@@ -61,7 +63,7 @@ def _chat_facts(base: str, revision: str | None) -> tuple[str, list[int]]:
     tokenizer = load_tokenizer(resolve_base(base, revision, weights=False))
     try:
         chat = ChatFormat(tokenizer)
-    except FtError:  # a base without Llama 3's chat tokens, trained on plain text
+    except FtError:  # a base without Llama 3's chat tokens, for plain text
         return content_digest({}), [tokenizer.eos_token_id]
     return chat.template_digest, list(chat.end_of_turn_ids)
 

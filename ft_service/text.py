@@ -1,4 +1,4 @@
-"""Numbers and messages as people read them. Formatted here, once for terminal, pages and logs."""
+"""Formatting of numbers and messages for terminal, pages and logs."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ _LARGE = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def format_count(value: float) -> str:
-    """Three or four digits: 980, 41.2k, 3.1M, 1.3G."""
+    """At most one decimal and a unit: 980, 41.2k, 3.1M, 1.3G."""
     for power, unit in _LARGE:
         if abs(value) >= power:
             return f"{value / power:.1f}{unit}"
@@ -26,12 +26,12 @@ def format_duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """``1 record``, ``3,229 records``; `plural` where it is not the noun with an s."""
+    """``1 record``, ``3,229 records``. `plural` defaults to the noun with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's text that says something; of one without text, its type."""
+    """The first non-empty line of an error's text, or the name of its type if it has no text."""
     return next(_lines(error), type(error).__name__)
 
 
@@ -43,7 +43,7 @@ def error_line(error: BaseException) -> str:
 
 
 def last_line(error: object) -> str:
-    """The last line of a long text, which is where a traceback says what happened."""
+    """The last non-empty line of a text: in a traceback, the error itself."""
     return ([*_lines(error)] or ["no reason given"])[-1]
 
 

@@ -1,1 +1,1 @@
-"""What `ray job submit` runs: parse arguments, call one function, exit with its code."""
+"""What `ray job submit` runs: each script parses arguments, calls one function, and exits with its code."""

@@ -3,14 +3,14 @@
 ray job submit --working-dir . -- python jobs/train.py SPEC [--run-id ID] [setting=value ...]
 ray job submit --working-dir . -- python jobs/train.py --resume ID --storage ROOT [setting=value ...]
 
-`ray job stop` (SIGTERM) finishes the step, saves a checkpoint, and ends with exit code 3.
+On `ray job stop` (SIGTERM) it finishes the step, saves a checkpoint, and exits with code 3.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job runs in a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job runs in the checkout, which is not installed
 
 from ft_service.cluster.detach import detach
 from ft_service.errors import UsageError, exit_on_error
@@ -19,10 +19,10 @@ from ft_service.errors import UsageError, exit_on_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", nargs="?", help="run spec (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="such as train.max_steps=10")
-    parser.add_argument("--run-id", help="default: <name>-<8 hex>; a complete run does not run again")
-    parser.add_argument("--resume", metavar="ID", help="resume this run, with its own spec")
-    parser.add_argument("--storage", metavar="ROOT", help="with --resume: the storage of the run")
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="override settings: train.max_steps=10")
+    parser.add_argument("--run-id", help="default: <name>-<8 hex>; a completed run does not run again")
+    parser.add_argument("--resume", metavar="ID", help="resume this run with the spec that it started with")
+    parser.add_argument("--storage", metavar="ROOT", help="with --resume: storage root of the run")
     arguments = parser.parse_intermixed_args()  # overrides may follow --run-id
     overrides = list(arguments.overrides)
     with exit_on_error():
@@ -30,20 +30,22 @@ def main() -> None:
             if arguments.spec is not None:
                 overrides.insert(0, arguments.spec)
             if arguments.storage is None or arguments.run_id:
-                raise UsageError(f"--resume = {arguments.resume!r}: requires --storage ROOT, and excludes --run-id.")
+                raise UsageError(
+                    f"--resume = {arguments.resume!r}: requires --storage ROOT, and conflicts with --run-id."
+                )
             from ft_service.runs.folder import resumed_spec
 
             spec = resumed_spec(arguments.resume, arguments.storage, overrides)
         elif arguments.spec is None:
-            raise UsageError("jobs/train.py: requires a SPEC, or --resume ID --storage ROOT.")
+            raise UsageError("jobs/train.py: needs either a SPEC or --resume ID --storage ROOT.")
         else:
-            from ft_service.spec.schema import load_run_spec
+            from ft_service.spec.load import load_run_spec
 
             spec = load_run_spec(arguments.spec, overrides)
         from ft_service.model.light_imports import collector_at_rest
 
         with collector_at_rest():
-            from ft_service.launch import run  # torch and Ray take seconds: a bad spec fails before
+            from ft_service.launch import run  # after the checks: importing torch and Ray takes seconds
 
         run(spec, arguments.resume or arguments.run_id)
 

@@ -9,7 +9,8 @@ from ft_service import launch
 from ft_service.errors import RunStopped, StorageError, TrainingError
 from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, resumed_spec
-from ft_service.spec.schema import RunSpec, parse_run_spec
+from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from tests.worlds import write_world
 

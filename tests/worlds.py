@@ -17,9 +17,9 @@ from ft_service.data.prepare import prepare_dataset
 from ft_service.model.base import load_tokenizer, read_config
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.plan.facts import Resources
-from ft_service.plan.plan import make_plan
+from ft_service.plan.make import make_plan
 from ft_service.runs.folder import RunFolder
-from ft_service.spec.schema import parse_run_spec
+from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
 from tests.forked import Workers, run_module
 

@@ -1,1 +1,1 @@
-"""Facts: the Llama 3 family, licenses, and GPU types. Needs neither torch nor a network."""
+"""Facts about the Llama 3 family, its licenses, and GPU types."""

@@ -1,33 +1,33 @@
-"""GPU types as facts, by the names Ray gives them (``accelerator_type:H100``).
+"""GPU types, by Ray's names for them (``accelerator_type:H100``).
 
-Sources: NVIDIA's datasheets of each type (memory, peak rate without sparsity, memory bandwidth, NVLink, PCIe) and, for
-the network, the AWS instance types that carry eight of them (g4dn, p3, g5, g6, g6e, p4d, p4de, p5, p5en, p6-b200).
+Sources: NVIDIA's datasheets (memory, peak rate without sparsity, memory bandwidth, NVLink, PCIe) and, for network and
+main memory, the AWS instance types with eight of them (g4dn, p3, g5, g6, g6e, p4d, p4de, p5, p5en, p6-b200).
 """
 
 from dataclasses import dataclass
 
 GPUS_PER_NODE = 8
-"""In one machine, where nobody said otherwise: what clouds rent of every type here."""
+"""Default number of GPUs in one machine: the usual cloud machine of every type listed here."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Bandwidths are GB/s (10^9 bytes) in one direction, as sold; nobody reaches them whole."""
+    """One GPU type. Bandwidths are nominal, in GB/s (10^9 bytes) and one direction."""
 
     name: str
     memory_gib: float
-    """As the driver reports it, in GiB (2^30)."""
+    """Memory that the driver reports, in GiB (2^30)."""
     bf16_tflops: float
     """Peak dense rate."""
     memory_bandwidth: float
     nvlink: float | None
-    """Between two GPUs of a node; None where they meet over PCIe."""
+    """Between two GPUs of a node; None if they are connected over PCIe."""
     pcie: float
     """Between GPU and host memory."""
     network: float
-    """Of a whole node, all its adapters together."""
+    """Of a whole node, over all its network adapters."""
     host_gib: float
-    """Main memory of a node with eight of them."""
+    """Main memory of a node with eight of these GPUs, in GiB."""
     has_bf16: bool = True
 
     @property
@@ -52,10 +52,10 @@ GPUS = {
         Gpu("B200", 179.0, 2250.0, 8000, 900, 64, 400, 2048),
     )
 }
-_ALSO_CALLED = {"H100-80G": "H100", "H200-141G": "H200", "A10": "A10G"}
+_ALIASES = {"H100-80G": "H100", "H200-141G": "H200", "A10": "A10G"}
 
 
 def find_gpu(name: str | None) -> Gpu | None:
-    """The type of that name, whatever its case; None if it is not known."""
-    known = {gpu.lower(): gpu for gpu in GPUS} | {other.lower(): gpu for other, gpu in _ALSO_CALLED.items()}
+    """The type with this name, ignoring case; None if unknown."""
+    known = {gpu.lower(): gpu for gpu in GPUS} | {other.lower(): gpu for other, gpu in _ALIASES.items()}
     return GPUS[known[name.lower()]] if name and name.lower() in known else None

@@ -1,7 +1,7 @@
-"""The Llama 3 family as facts: shapes, parameter counts, context, and what each license asks. No torch, no network.
+"""The Llama 3 family: shapes, parameter counts, context lengths and licenses.
 
-Any Llama-architecture checkpoint can be trained: its shape comes from its own config.json. What the catalogue adds is
-what no config says: the license, its duties of naming and attribution, and whether a model was tuned to give answers.
+Any checkpoint of the Llama architecture can be trained; its shape comes from its config.json. The catalogue adds what a
+config does not contain: the license, and whether the model is instruction-tuned.
 """
 
 import re
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ft_service.catalog.licenses import LLAMA_3, LLAMA_3_1, LLAMA_3_2, LLAMA_3_2_VISION, LLAMA_3_3, License
 from ft_service.errors import ModelError
 
 _HUB_ORGANISATION = "meta-llama/"
@@ -18,7 +19,7 @@ _ATTENTION_MAPS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Llama decoder; everything that depends on size is computed from them."""
+    """The sizes of a Llama decoder."""
 
     hidden_size: int
     num_layers: int
@@ -30,8 +31,9 @@ class ModelShape:
     tied_embeddings: bool = False
 
     def linear_shapes(self) -> list[tuple[str, int, int]]:
-        """Name, out_features and in_features of a layer's linear maps."""
-        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        """Name, out_features and in_features of each linear module in a decoder layer."""
+        query = self.num_heads * self.head_dim
+        key_value = self.num_kv_heads * self.head_dim
         return [
             ("q_proj", query, self.hidden_size),
             ("k_proj", key_value, self.hidden_size),
@@ -43,7 +45,7 @@ class ModelShape:
         ]
 
     def parameter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Every parameter by the name transformers gives it, in the order of `named_parameters`, with its shape."""
+        """Name and shape of every parameter, as in transformers and in the order of `named_parameters`."""
         norm = (self.hidden_size,)
         embedding = (self.vocab_size, self.hidden_size)
         shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", embedding)]
@@ -61,25 +63,26 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer: its linear maps and two norms."""
+        """Parameters of one decoder layer: its linear modules and two norms."""
         return sum(rows * columns for _, rows, columns in self.linear_shapes()) + 2 * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
-        """All parameters: embedding, layers, final norm, and the head unless it is the embedding."""
+        """All parameters: embedding, layers, final norm, and the head unless it is tied to the embedding."""
         embedding = self.vocab_size * self.hidden_size
         head = 0 if self.tied_embeddings else embedding
         return embedding + self.num_layers * self.layer_parameters + self.hidden_size + head
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a checkpoint's config.json describes; raises `ModelError` when a size is missing.
+    """The shape that a checkpoint's config.json describes. Raises `ModelError` if a size is missing.
 
-    What may be absent has the meaning transformers gives it: as many key/value heads as heads, a head width of
-    hidden_size / heads, and an untied head.
+    Optional keys default as in transformers: as many key/value heads as heads, a head width of hidden_size / heads, and
+    an untied head.
     """
     try:
-        hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+        hidden_size = config["hidden_size"]
+        num_heads = config["num_attention_heads"]
         return ModelShape(
             hidden_size=hidden_size,
             num_layers=config["num_hidden_layers"],
@@ -95,123 +98,31 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
 
 
 @dataclass(frozen=True)
-class License:
-    """What a model's license asks of whoever publishes a derived model. A summary, no legal advice: the text rules."""
-
-    id: str
-    """As model cards on the hub name it."""
-    name: str
-    text_url: str
-    acceptable_use_url: str
-    naming_prefix: str
-    """The name of a derived model that is distributed or made available begins with it."""
-    display: str
-    """To be shown prominently on a related website, user interface, blog post, about page or documentation."""
-    attribution: str
-    """To be kept in a "Notice" text file within every copy that is distributed."""
-    duties: tuple[str, ...]
-
-
-def _community_license(
-    id: str, release: str, released: str, site: str, naming_prefix: str, display: str, *further_duties: str
-) -> License:
-    name = f"{release} Community License"
-    attribution = f"{release} is licensed under the {name}, Copyright © Meta Platforms, Inc. All Rights Reserved."
-    return License(
-        id=id,
-        name=name,
-        text_url=f"{site}/license",
-        acceptable_use_url=f"{site}/use-policy",
-        naming_prefix=naming_prefix,
-        display=display,
-        attribution=attribution,
-        duties=(
-            f"Pass on a copy of the {name} with the model.",
-            f"Show “{display}” prominently on a related website, interface, blog post, about page or documentation.",
-            f"Begin the name of a model that is distributed or made available with “{naming_prefix}”.",
-            f"Keep in a “Notice” text file with every copy: “{attribution}”",
-            f"Keep to the law and to the Acceptable Use Policy: {site}/use-policy",
-            f"Whoever had more than 700 million monthly active users in the month before {released} needs a license of "
-            "its own from Meta.",
-            *further_duties,
-        ),
-    )
-
-
-_OUTPUTS_NAME_MODELS = "The same holds for the name of a model trained with outputs of this one."
-
-LLAMA_3 = _community_license(
-    "llama3",
-    "Meta Llama 3",
-    "18 April 2024",
-    "https://www.llama.com/llama3",
-    "Llama 3",
-    "Built with Meta Llama 3",
-    "Do not use the model or its outputs to improve any other large language model than Llama 3 and its derivatives.",
-)
-LLAMA_3_1 = _community_license(
-    "llama3.1",
-    "Llama 3.1",
-    "23 July 2024",
-    "https://www.llama.com/llama3_1",
-    "Llama",
-    "Built with Llama",
-    _OUTPUTS_NAME_MODELS,
-)
-LLAMA_3_2 = _community_license(
-    "llama3.2",
-    "Llama 3.2",
-    "25 September 2024",
-    "https://www.llama.com/llama3_2",
-    "Llama",
-    "Built with Llama",
-    _OUTPUTS_NAME_MODELS,
-)
-LLAMA_3_2_VISION = replace(
-    LLAMA_3_2,
-    duties=(
-        *LLAMA_3_2.duties,
-        "The vision models are not licensed to individuals domiciled in the European Union, nor to companies with "
-        "their principal place of business there; end users of products built on them are not concerned.",
-    ),
-)
-LLAMA_3_3 = _community_license(
-    "llama3.3",
-    "Llama 3.3",
-    "6 December 2024",
-    "https://www.llama.com/llama3_3",
-    "Llama",
-    "Built with Llama",
-    _OUTPUTS_NAME_MODELS,
-)
-
-
-@dataclass(frozen=True)
 class ModelFacts:
     """One published model."""
 
     id: str
     """Its id on the hub."""
     family: str
-    """Release, such as "3.1"."""
+    """The release, such as "3.1"."""
     shape: ModelShape
-    """Of the text decoder; for a vision model that of its text backbone, without cross-attention and image encoder."""
+    """Shape of the text decoder. For a vision model, of its text backbone without cross-attention and image encoder."""
     context_length: int
     """Tokens."""
     license: License
     instruct: bool
     vision: bool
     num_parameters: int
-    """Of the whole checkpoint, as published."""
+    """Parameters of the whole published checkpoint."""
 
     @property
     def title(self) -> str:
-        """Its name in prose, which begins as its license wants derived names to: "Llama 3 8B Instruct"."""
+        """Name for prose, such as "Llama 3 8B Instruct". Starts with the license's `naming_prefix`."""
         return self.id.removeprefix(_HUB_ORGANISATION).removeprefix("Meta-").replace("-", " ")
 
     @property
     def short_name(self) -> str:
-        """Its name in adapter ids and over HTTP: "llama-3-8b-instruct"."""
+        """Name in adapter ids and over HTTP, such as "llama-3-8b-instruct"."""
         return self.title.replace(" ", "-").lower()
 
 
@@ -221,7 +132,8 @@ _8B = ModelShape(4096, 32, 32, 8, 128, 14_336, 128_256)
 _70B = ModelShape(8192, 80, 64, 8, 128, 28_672, 128_256)
 _405B = ModelShape(16_384, 126, 128, 8, 128, 53_248, 128_256)
 
-_8K, _128K = 8192, 131_072
+_8K = 8192
+_128K = 131_072
 
 
 def _base_and_instruct(
@@ -246,34 +158,34 @@ MODELS: tuple[ModelFacts, ...] = (
 
 
 def find(base: str) -> ModelFacts | None:
-    """The model of a hub id, whatever its case, with or without ``meta-llama/`` and ``Meta-``; None if there is none.
+    """The model with this hub id, ignoring case, with or without ``meta-llama/`` and ``Meta-``; None if unknown.
 
-    A folder is not looked up by its name: it may hold anything.
+    The path of a folder is never a match, because a folder may contain anything.
     """
     name = base.lower().removeprefix(_HUB_ORGANISATION).removeprefix("meta-")
     return next((model for model in MODELS if model.short_name == name), None)
 
 
 def short_name(base: str) -> str:
-    """How a base, hub id or folder, is named in adapter ids and over HTTP: lower case, no ``/``."""
+    """Name of a base (hub id, folder or URI) in adapter ids and over HTTP: lower case, without ``/``."""
     if facts := find(base):
         return facts.short_name
-    place = base.partition("?")[0] if "://" in base else base  # a URI may end in settings of its store
+    place = base.partition("?")[0] if "://" in base else base  # a URI may end in options for its store
     return re.sub(r"[^a-z0-9.-]", "-", place.rstrip("/").rpartition("/")[2].lower())
 
 
 def remarks(facts: ModelFacts, formats: Set[str]) -> list[str]:
-    """What may not have been meant, when this base is trained on data of these formats (alpaca, chat, text)."""
-    found = []
+    """Notes on probably unintended combinations of a base and data formats (alpaca, chat, text)."""
+    notes = []
     if not facts.instruct and formats & _ANSWERING_FORMATS:
-        found.append(
-            f"{facts.title} is a base model, and the data teaches answers. {facts.title} Instruct already answers and "
-            f"knows the chat tokens: it is the usual start (model.base: {facts.id}-Instruct)."
+        notes.append(
+            f"{facts.title} is not instruction-tuned, but the data contains instructions and answers. {facts.title} "
+            f"Instruct already knows the chat format and is the usual choice (model.base: {facts.id}-Instruct)."
         )
     if facts.vision:
         backbone = "8B" if facts.shape == _8B else "70B"
-        found.append(
-            f"{facts.title} reads images as well. Only text is trained here, on LlamaForCausalLM checkpoints, so its "
-            f"checkpoint is refused. Llama 3.1 {backbone} is its text half."
+        notes.append(
+            f"{facts.title} is a vision model, and only text models (LlamaForCausalLM) can be trained. Use its text "
+            f"backbone, Llama 3.1 {backbone}."
         )
-    return found
+    return notes

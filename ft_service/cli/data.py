@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from ft_service.errors import FtError, ModelError, UsageError
-from ft_service.spec.schema import RunSpec, load_run_spec, parse_run_spec
+from ft_service.spec.load import load_run_spec, parse_run_spec
+from ft_service.spec.schema import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""Plans and tables of plans in the terminal: sentences, reasons, and memory as bars against the card's size."""
+"""Plans and tables of plans in the terminal: sentences, reasons, and bars of memory against the GPU's capacity."""
 
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -10,12 +10,12 @@ from rich.text import Text
 
 from ft_service.catalog.gpus import GPUS
 from ft_service.plan.plan import RunPlan
-from ft_service.plan.table import METHODS, Family, FamilyMember
+from ft_service.plan.table import METHODS, PlanTable, TableEntry
 
 if TYPE_CHECKING:
     from ft_service.model.dry_run import DryRun
 
-_BAR_WIDTH = 34  # with the names beside them, a terminal of 80 columns
+_BAR_WIDTH = 34  # with the names, this fills a terminal of 80 columns
 _NAMES = {
     "weights": "weights",
     "quantisation_statistics": "quantisation statistics",
@@ -26,12 +26,12 @@ _NAMES = {
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
-    """The whole plan, from what was decided to what would be better."""
+    """The whole plan: decisions, reasons, memory, remarks, warnings and advice."""
     verdict = {True: "[green]fits[/green]", False: "[red]does not fit[/red]", None: ""}[plan.fits]
-    console.print(f"[bold]{plan.spec.name}[/bold]  {verdict}  (nothing is written)")
+    console.print(f"[bold]{plan.spec.name}[/bold]  {verdict}  (nothing was written)")
     for sentence in plan.summary:
-        subject, _, rest = sentence.partition(": ")
-        console.print(_item(Text.assemble((f"{subject}: ", "bold"), rest)))
+        subject, colon, rest = sentence.partition(":")
+        console.print(_item(Text.assemble((subject + colon, "bold"), rest)))
     if plan.reasons:
         console.print("\n[bold]Why[/bold]")
         for reason in plan.reasons:
@@ -45,7 +45,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
         ("green", "Advice", plan.advice),
     ):
         for line in lines:
-            console.print(_item(Text.assemble((f"{kind} ", style), line)))
+            console.print(_item(Text.assemble((f"{kind}: ", style), line)))
 
 
 def _item(text: Text) -> Padding:
@@ -58,33 +58,34 @@ def _item(text: Text) -> Padding:
 
 def _memory(plan: RunPlan) -> Group:
     gpu = _bars("One GPU", plan.memory_gib, plan.gpu_capacity_gib)
-    host = _bars("One node's main memory", plan.host_memory_gib, plan.host_capacity_gib)
+    host = _bars("Main memory of one node", plan.host_memory_gib, plan.host_capacity_gib)
     return Group(Text(), gpu, Text(), host, Text())
 
 
-def _bars(title: str, gib_by_component: dict[str, float], has_gib: float | None) -> Table:
-    """A bar a component, each starting where the one above it ends; the last is all of them. A line marks the card."""
+def _bars(title: str, gib_by_component: dict[str, float], capacity_gib: float | None) -> Table:
+    """A bar per component, starting where the one above it ends; then the total. A line marks the capacity."""
     total = gib_by_component["total"]
-    scale = _BAR_WIDTH / max(total, has_gib or 0.0, 1e-9)
+    scale = _BAR_WIDTH / max(total, capacity_gib or 0.0, 1e-9)
     table = Table(title, "GiB", "", box=None, padding=(0, 1))
     table.columns[1].justify = "right"
     for column in table.columns:
         column.no_wrap = True
-    end = None if has_gib is None else round(has_gib * scale)
+    end = None if capacity_gib is None else round(capacity_gib * scale)
     start = 0.0
     for component, gib in gib_by_component.items():
         if component == "total":
             continue
-        first, last = round(start * scale), round((start + gib) * scale)
+        first = round(start * scale)
+        last = round((start + gib) * scale)
         table.add_row(f"  {_NAMES.get(component, component.replace('_', ' '))}", f"{gib:.1f}", _bar(first, last, end))
         start += gib
-    label = "  in all" if has_gib is None else f"  in all, of {has_gib:,.1f}"
+    label = "  total" if capacity_gib is None else f"  total, of {capacity_gib:,.1f}"
     table.add_row(label, f"{total:.1f}", _bar(0, round(total * scale), end))
     return table
 
 
 def _bar(first: int, last: int, end: int | None) -> Text:
-    """Blocks from `first` to `last`, red beyond `end`, which is marked by a line."""
+    """Blocks from `first` to `last`, red beyond `end`, which a line marks."""
     bar = Text()
     for place in range(_BAR_WIDTH + 1):
         beyond = end is not None and place >= end
@@ -95,25 +96,25 @@ def _bar(first: int, last: int, end: int | None) -> Text:
     return bar
 
 
-# -- the family ------------------------------------------------------------------------------------------------------
+# -- tables of plans -------------------------------------------------------------------------------------------------
 
 
-def show_family(family: Family, console: Console) -> None:
-    """A line a method and number of GPUs, a block of columns a GPU type."""
-    types = list(dict.fromkeys(member.gpu_type for member in family.members))
+def show_table(plans: PlanTable, console: Console) -> None:
+    """One table per method, with one line per GPU type and number of GPUs."""
+    types = list(dict.fromkeys(entry.gpu_type for entry in plans.entries))
     console.print(
-        f"[bold]{family.model}[/bold], {family.parameters:,} parameters; rows of {family.max_seq_len:,} tokens, "
-        f"{family.rows_per_step} a step; LoRA of rank {family.lora_rank}. Estimates, at {family.mfu:.0%} of peak "
-        f"({family.mfu_source}).",
+        f"[bold]{plans.model}[/bold], {plans.parameters:,} parameters; rows of {plans.max_seq_len:,} tokens, "
+        f"{plans.rows_per_step} per step; LoRA of rank {plans.lora_rank}. Estimates, at {plans.mfu:.0%} of peak "
+        f"({plans.mfu_source}).",
         highlight=False,
     )
     for method in METHODS:
-        smallest = family.smallest(method)
+        smallest = plans.smallest(method)
         words = [_smallest_words(smallest[name]) for name in types if name in smallest]
         console.print(
             f"\n[bold]{method}[/bold]: smallest that fits: {'; '.join(words) or 'none of these'}.", highlight=False
         )
-        priced = family.price_per_gpu_hour is not None
+        priced = plans.price_per_gpu_hour is not None
         left = ("type", "ZeRO", "offload", "recompute")
         columns = ["GPUs", *left[:3], "rows", "recompute", "GiB/GPU", "of", "host", "tokens/s"]
         table = Table(*columns, *(["$/Mtok"] if priced else []), box=None, padding=(0, 1, 0, 0))
@@ -121,64 +122,64 @@ def show_family(family: Family, console: Console) -> None:
             column.no_wrap = True
             column.justify = "left" if column.header in left else "right"
         for name in types:
-            of_type = [member for member in family.members if (member.method, member.gpu_type) == (method, name)]
-            too_few = list(takewhile(lambda member: not member.fits, of_type))
-            if too_few:  # one line for all of them: that of the most GPUs
+            of_type = [entry for entry in plans.entries if (entry.method, entry.gpu_type) == (method, name)]
+            too_few = list(takewhile(lambda entry: not entry.fits, of_type))
+            if too_few:  # one line for all counts that do not fit, with the values of the largest
                 counts = str(too_few[-1].num_gpus) if len(too_few) == 1 else f"1-{too_few[-1].num_gpus}"
                 table.add_row(counts, *_cells(too_few[-1], priced), style="dim")
-            for member in of_type[len(too_few) :]:
-                table.add_row(str(member.num_gpus), *_cells(member, priced), style="" if member.fits else "dim")
+            for entry in of_type[len(too_few) :]:
+                table.add_row(str(entry.num_gpus), *_cells(entry, priced), style="" if entry.fits else "dim")
             table.add_section()
         console.print(table)
     console.print(
-        "rows: of one forward pass; recompute: activation checkpointing; host: GiB of each node's main memory.",
+        "rows: per forward pass; recompute: activation checkpointing; host: GiB of main memory per node.",
         style="dim",
     )
 
 
-def _smallest_words(member: FamilyMember) -> str:
-    offload = "" if member.offload == "none" else f" with offload: {member.offload}"
-    return f"{member.num_gpus} x {member.gpu_type}{offload}"
+def _smallest_words(entry: TableEntry) -> str:
+    offload = "" if entry.offload == "none" else f" with offload: {entry.offload}"
+    return f"{entry.num_gpus} x {entry.gpu_type}{offload}"
 
 
-def _cells(member: FamilyMember, priced: bool) -> list[str]:
+def _cells(entry: TableEntry, priced: bool) -> list[str]:
     cells = [
-        member.gpu_type,
-        f"{member.zero_stage}{' hpZ' if member.hpz else ''}",
-        member.offload,
-        str(member.micro_batch_size),
-        "yes" if member.activation_checkpointing else "no",
-        f"{member.gib_per_gpu:,.0f}",
-        f"{GPUS[member.gpu_type].memory_gib:.0f}",
-        f"{member.gib_per_node:,.0f}",
-        f"{member.tokens_per_second:,.0f}" if member.fits else "no fit",
+        entry.gpu_type,
+        f"{entry.zero_stage}{' hpZ' if entry.hpz else ''}",
+        entry.offload,
+        str(entry.micro_batch_size),
+        "yes" if entry.activation_checkpointing else "no",
+        f"{entry.gib_per_gpu:,.0f}",
+        f"{GPUS[entry.gpu_type].memory_gib:.0f}",
+        f"{entry.gib_per_node:,.0f}",
+        f"{entry.tokens_per_second:,.0f}" if entry.fits else "no fit",
     ]
-    price = member.usd_per_million_tokens
-    return [*cells, *([f"{price:,.2f}" if price is not None and member.fits else ""] if priced else [])]
+    price = entry.usd_per_million_tokens
+    return [*cells, *([f"{price:,.2f}" if price is not None and entry.fits else ""] if priced else [])]
 
 
 # -- dry runs --------------------------------------------------------------------------------------------------------
 
 
 def show_dry_runs(runs: "list[DryRun]", console: Console) -> None:
-    """What loading asks of every rank: one line for each world."""
+    """What loading reads and needs on every rank: one line for each world size."""
     gib = 2**30
     first = runs[0]
     console.print(
-        f"Loading {first.num_parameters:,} parameters, {first.checkpoint_bytes / gib:,.1f} GiB of files, under ZeRO-3: "
-        "every rank walked, every parameter held exactly once."
+        f"Loading {first.num_parameters:,} parameters, {first.checkpoint_bytes / gib:,.1f} GiB of files, under ZeRO-3. "
+        "Simulated for every rank: the ranks together hold every parameter exactly once."
     )
-    table = Table("base", "ranks", "GiB read", "GiB held", "GiB statistics", "GiB peak", "peak over rest", box=None)
+    table = Table("base", "ranks", "GiB read", "GiB held", "GiB statistics", "GiB peak", "peak over held", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for run in runs:
         rank = run.fullest
-        rest = rank.held + rank.statistics
-        world = str(run.world_size) + (f", {run.node_size} a node (hpZ)" if run.node_size > 1 else "")
+        held = rank.held + rank.statistics
+        world = str(run.world_size) + (f", {run.node_size} per node (hpZ)" if run.node_size > 1 else "")
         figures = [f"{size / gib:,.2f}" for size in (rank.read, rank.held, rank.statistics, rank.peak)]
-        table.add_row("4-bit" if run.four_bit else "bf16", world, *figures, f"{(rank.peak - rest) / gib:.2f}")
+        table.add_row("4-bit" if run.four_bit else "bf16", world, *figures, f"{(rank.peak - held) / gib:.2f}")
     console.print(table)
     console.print(
-        f"Of the fullest rank, beside what its process takes. A whole decoder layer is "
-        f"{first.largest_layer_bytes / gib:.2f} GiB; none is ever whole."
+        f"Figures are of the rank with the highest peak, without the process itself. A whole decoder layer is "
+        f"{first.largest_layer_bytes / gib:.2f} GiB; no rank ever holds a whole one."
     )

@@ -22,65 +22,65 @@ _PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One check: its name, whether it passed, and what was seen."""
+class Check:
+    """One check: its name, whether it passed, and details."""
 
-    check: str
+    name: str
     passed: bool
     detail: str
 
 
-def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Finding]:
+def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Check]:
     """Check digests, base, names and shapes, and that the logits differ from the base's. Stops at the first failure.
 
     Needs the base's weights, and memory to load them in bf16.
     """
     folder = registry.folder(record)
-    findings = [_digests(registry, record)]
-    if not findings[-1].passed:
-        return findings
+    checks = [_digests(registry, record)]
+    if not checks[-1].passed:
+        return checks
     if record.kind == "model":
-        return [*findings, _whole_model(folder)]
+        return [*checks, _whole_model(folder)]
     try:
         base_folder = resolve_base(record.base.id, record.base.revision)
     except FtError as error:
-        return [*findings, Finding("base", False, str(error))]
-    findings.append(_same_base(record, base_folder))
-    if findings[-1].passed:
-        findings.append(_modules(folder, base_folder))
-    if findings[-1].passed:
-        findings.append(_changes_logits(folder, base_folder))
-    return findings
+        return [*checks, Check("base", False, str(error))]
+    checks.append(_same_base(record, base_folder))
+    if checks[-1].passed:
+        checks.append(_modules(folder, base_folder))
+    if checks[-1].passed:
+        checks.append(_changes_logits(folder, base_folder))
+    return checks
 
 
-def _digests(registry: Registry, record: AdapterRecord) -> Finding:
+def _digests(registry: Registry, record: AdapterRecord) -> Check:
     damaged = registry.damaged_files(record)
-    detail = f"differ: {', '.join(damaged)}" if damaged else f"{len(record.files)} files as published"
-    return Finding("digests", not damaged, detail)
+    detail = f"differ: {', '.join(damaged)}" if damaged else f"{len(record.files)} files unchanged"
+    return Check("digests", not damaged, detail)
 
 
-def _whole_model(folder: Path) -> Finding:
+def _whole_model(folder: Path) -> Check:
     try:
         WeightFiles(folder).check()
     except FtError as error:
-        return Finding("model", False, str(error))
-    return Finding("model", True, f"complete; fingerprint {fingerprint(folder)[:8]}")
+        return Check("model", False, str(error))
+    return Check("model", True, f"complete; fingerprint {fingerprint(folder)[:8]}")
 
 
-def _same_base(record: AdapterRecord, base_folder: Path) -> Finding:
-    found = fingerprint(base_folder)
-    detail = f"{record.base.id} has fingerprint {found[:8]}, trained on {record.base.fingerprint[:8]}"
-    return Finding("base", found == record.base.fingerprint, detail)
+def _same_base(record: AdapterRecord, base_folder: Path) -> Check:
+    actual = fingerprint(base_folder)
+    detail = f"{record.base.id} has fingerprint {actual[:8]}; the adapter was trained on {record.base.fingerprint[:8]}"
+    return Check("base", actual == record.base.fingerprint, detail)
 
 
-def _modules(folder: Path, base_folder: Path) -> Finding:
+def _modules(folder: Path, base_folder: Path) -> Check:
     """Every LoRA pair must name a linear layer of the base and match its shape. Does not load the base."""
     shape = models.shape_from_config(read_config(base_folder))
     expected = {name: (rows, columns) for name, rows, columns in shape.linear_shapes()}
     wrong = list(_misfits(folder, expected, shape.num_layers))
     adapted = json.loads((folder / CONFIG_FILE).read_text())["target_modules"]
     detail = f"do not fit: {', '.join(wrong[:5])}" if wrong else f"{adapted} fit {shape.num_layers} layers"
-    return Finding("modules", not wrong, detail)
+    return Check("modules", not wrong, detail)
 
 
 def _misfits(folder: Path, expected: dict[str, tuple[int, int]], num_layers: int) -> Iterator[str]:
@@ -98,11 +98,11 @@ def _misfits(folder: Path, expected: dict[str, tuple[int, int]], num_layers: int
 
 
 @torch.inference_mode()
-def _changes_logits(folder: Path, base_folder: Path) -> Finding:
+def _changes_logits(folder: Path, base_folder: Path) -> Check:
     base: LlamaForCausalLM = load_causal_lm(WeightFiles(base_folder), dtype=torch.bfloat16, attention="sdpa")
     ids = torch.arange(1, _PROBE_TOKENS + 1)[None] % base.config.vocab_size
     before = base(input_ids=ids, use_cache=False).logits.float()
     after = load_adapter(base, folder)(input_ids=ids, use_cache=False).logits.float()
     change = float((after - before).abs().max())
     detail = f"largest change over {_PROBE_TOKENS} probe tokens: {change:.3g}"
-    return Finding("logits", math.isfinite(change) and change > 0, detail)
+    return Check("logits", math.isfinite(change) and change > 0, detail)

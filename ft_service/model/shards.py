@@ -6,8 +6,9 @@ partitions are padded (Rajbhandari et al. 2020, arXiv:1910.02054).
 
 from dataclasses import dataclass
 
-NF4_BLOCK = 64
-"""Weights that share one scale (QLoRA, arXiv:2305.14314)."""
+from ft_service.plan.partitions import NF4_BLOCK, num_nf4_blocks, partition_numel
+
+__all__ = ["NF4_BLOCK", "Partitioning", "Span", "num_blocks", "partition", "partition_numel", "whole_blocks"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,6 @@ class Partitioning:
         return held
 
 
-def partition_numel(numel: int, parts: int) -> int:
-    """Elements that every rank allocates, with padding."""
-    return -(-numel // parts)
-
-
 def partition(numel: int, parts: int, index: int, padded_numel: int | None = None) -> Span:
     """The elements of partition `index` of `parts`, without padding; may be empty."""
     size = partition_numel(padded_numel or numel, parts)
@@ -63,4 +59,4 @@ def whole_blocks(packed: Span, weights_per_element: int, num_weights: int) -> Sp
 
 def num_blocks(weights: Span) -> int:
     """Number of 4-bit blocks in a span of weights. The span must start at a block."""
-    return -(-len(weights) // NF4_BLOCK)
+    return num_nf4_blocks(len(weights))

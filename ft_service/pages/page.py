@@ -1,4 +1,4 @@
-"""Pages that people look at: one HTML file, with its styles and charts inside, that needs no network and no script."""
+"""Self-contained HTML pages: styles and charts are inline, and no network or script is needed."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure to be seen at first sight."""
+    """A headline figure."""
 
     name: str
     value: str
@@ -26,7 +26,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its title and legend."""
+    """A chart with its title and legend."""
 
     title: str
     svg: Markup
@@ -35,8 +35,13 @@ class Chart:
     """CSS class of the swatch, text."""
 
 
-# Matplotlib draws with stand-ins; in the page they become CSS variables, so a chart follows the light or dark theme.
-TRAIN, VALIDATION, OTHER, WARNING, INK, GRID = (f"#00fa0{digit}" for digit in range(1, 7))
+# Matplotlib draws with placeholder colors. The page replaces them with CSS variables, for the light and dark theme.
+TRAIN = "#00fa01"
+VALIDATION = "#00fa02"
+OTHER = "#00fa03"
+WARNING = "#00fa04"
+INK = "#00fa05"
+GRID = "#00fa06"
 _VARIABLES = {
     TRAIN: "var(--train)",
     VALIDATION: "var(--validation)",
@@ -70,7 +75,7 @@ TICK_STEPS = (1, 2, 2.5, 5, 10)
 
 
 def svg(draw: Callable[[Axes], None], width: float, height: float) -> Markup:
-    """A chart of that many inches as inline SVG, without anything that names an address or clashes in a page."""
+    """A chart as inline SVG, sizes in inches. It contains no URLs, and no ids or styles that could clash in a page."""
     file = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "report"}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -86,13 +91,13 @@ def svg(draw: Callable[[Axes], None], width: float, height: float) -> Markup:
     drawn = re.sub(r"<style[^>]*>.*?</style>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
     drawn = re.sub(r"<svg [^>]*(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', drawn, count=1)
-    for stand_in, variable in _VARIABLES.items():
-        drawn = drawn.replace(stand_in, variable)
+    for placeholder, variable in _VARIABLES.items():
+        drawn = drawn.replace(placeholder, variable)
     return Markup(drawn)
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of `templates/`; what comes from outside is escaped."""
+    """Render a page of `templates/`. All values are escaped."""
     return _TEMPLATES.get_template(template).render(**values)
 
 

@@ -1,6 +1,6 @@
-"""report.html: one run on one page that needs no network, and can be mailed or kept.
+"""report.html: one run on one self-contained page.
 
-`write_report` reads what lies in the run's folder, at any moment of the run; `render_report` is a pure function of it.
+`write_report` reads the run's folder, at any time during or after the run; `render_report` is a pure function.
 """
 
 import statistics
@@ -27,23 +27,23 @@ from ft_service.text import format_count, format_duration
 REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.json"
 SMOOTHING_SHARE = 1 / 40
-"""Width of the moving mean over the training loss, as a share of the steps."""
+"""Width of the moving average of the training loss, as a fraction of the steps."""
 
 
 class Sample(BaseModel):
-    """One prompt, answered by the base and by what the run trained."""
+    """One prompt with the answers of the base and of the trained model."""
 
     model_config = ConfigDict(frozen=True)
 
     prompt: str
-    reference: str | None = Field(default=None, description="The answer in the data, if it has one.")
+    reference: str | None = Field(default=None, description="The answer in the data, if there is one.")
     base: str
     adapter: str
 
 
 @dataclass(frozen=True)
 class RunContents:
-    """What is known of a run; each part is missing until the run has got that far."""
+    """The contents of a run's folder. Parts that the run has not produced yet are empty."""
 
     run_id: str
     status: RunStatus | None = None
@@ -57,13 +57,13 @@ class RunContents:
 
 
 def write_report(storage: Storage, run_id: str) -> None:
-    """Write (or renew) runs/<run id>/report.html. Raises `NotPublishedError` if there is no such run."""
+    """Write or update runs/<run id>/report.html. Raises `NotPublishedError` if there is no such run."""
     html = render_report(read_run(storage, run_id))
     storage.write_bytes(f"runs/{run_id}/{REPORT_FILE}", html.encode())
 
 
 def read_run(storage: Storage, run_id: str) -> RunContents:
-    """Everything the report shows of a run, finished or not. Raises `NotPublishedError` if there is no such run."""
+    """Read the contents of a run, finished or not. Raises `NotPublishedError` if there is no such run."""
     run = find_run(storage, run_id)
 
     def has(name: str) -> bool:
@@ -85,7 +85,7 @@ def read_run(storage: Storage, run_id: str) -> RunContents:
 
 
 def render_report(run: RunContents) -> str:
-    """The report as one HTML page: styles and charts are inline, no script, and everything of the run is escaped."""
+    """The report as one HTML page: styles and charts are inline, there is no script, and all values are escaped."""
     plan = run.plan
     return render(
         "report.html.jinja",
@@ -112,10 +112,13 @@ def _best(metrics: Sequence[StepMetrics]) -> tuple[int, float] | None:
 
 
 def _tiles(run: RunContents) -> list[Tile]:
-    metrics, plan = run.metrics, run.plan
+    metrics = run.metrics
+    plan = run.plan
     if not metrics:
         return []
-    first, last, best = metrics[0], metrics[-1], _best(metrics)
+    first = metrics[0]
+    last = metrics[-1]
+    best = _best(metrics)
     tokens = sum(m.tokens for m in metrics)
     trained_share = sum(m.loss_tokens for m in metrics) / max(1, tokens)
     times = [m.time for m in metrics] + [event.time for event in run.events if event.time]
@@ -126,13 +129,13 @@ def _tiles(run: RunContents) -> list[Tile]:
         if best
         else Tile("Best validation loss", "–", "not measured"),
         Tile("Steps", f"{last.step:,}", f"of {plan.num_steps:,} · {last.epoch:.2f} epochs" if plan else ""),
-        Tile("Tokens", format_count(tokens), f"{trained_share:.0%} trained on"),
+        Tile("Tokens", format_count(tokens), f"{trained_share:.0%} loss tokens"),
         Tile("Time", format_duration((max(times) - min(times)).total_seconds()), "first to last event"),
         Tile("Throughput", format_count(statistics.median(m.tokens_per_second for m in metrics)), "tokens/s, median"),
         Tile(
             "Peak memory",
             f"{max(m.peak_memory_gib for m in metrics):.1f} GiB",
-            f"{planned_gib:.1f} GiB planned" if planned_gib else "highest of any worker",
+            f"{planned_gib:.1f} GiB planned" if planned_gib else "maximum over workers",
         ),
     ]
 
@@ -148,13 +151,15 @@ class _Alert:
 def _alerts(run: RunContents) -> list[_Alert]:
     alerts = []
     if run.status and run.status.state == "failed":
-        alerts.append(_Alert("bad", "This run failed", [run.status.message or "No reason was recorded; see its log."]))
+        alerts.append(
+            _Alert("bad", "This run failed", [run.status.message or "No reason was recorded. See the log of the run."])
+        )
     if overfitting := find_overfitting(run.metrics):
         alerts.append(_Alert("warning", "Overfitting", [overfitting.message]))
     if run.plan and run.plan.warnings:
-        alerts.append(_Alert("warning", "Warnings of the plan", run.plan.warnings))
+        alerts.append(_Alert("warning", "Plan warnings", run.plan.warnings))
     if events := [event.message for event in run.events if event.type == "warning"]:
-        alerts.append(_Alert("warning", "Warnings during the run", events))
+        alerts.append(_Alert("warning", "Run warnings", events))
     return alerts
 
 
@@ -164,7 +169,7 @@ _SHOWN_ELSEWHERE = {"spec", "dataset", "summary", "warnings", "remarks"}
 
 
 def _rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as rows of dotted name and text."""
+    """Nested values as rows of a dotted name and a text."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, dict):
@@ -190,16 +195,16 @@ def _text(value: object) -> str:
 
 
 def _data_rows(plan: RunPlan) -> list[tuple[str, str, str]]:
-    """Name, training split, validation split."""
+    """Rows of name, training split and validation split."""
     data = plan.dataset
-    room = data.rows * plan.spec.data.max_seq_len
+    capacity = data.rows * plan.spec.data.max_seq_len
     return [
         ("examples", f"{data.conversations:,}", f"{data.validation_conversations:,}"),
         ("packed rows", f"{data.rows:,}", f"{data.validation_rows:,}"),
         ("tokens", f"{data.tokens:,}", f"{data.validation_tokens:,}"),
         ("loss tokens", f"{data.loss_tokens:,}", f"{data.validation_loss_tokens:,}"),
-        ("rows filled", f"{data.tokens / room:.0%}" if room else "–", ""),
-        (f"cut at {plan.spec.data.max_seq_len:,} tokens", f"{data.truncated:,}", ""),
+        ("rows filled", f"{data.tokens / capacity:.0%}" if capacity else "–", ""),
+        (f"truncated at {plan.spec.data.max_seq_len:,} tokens", f"{data.truncated:,}", ""),
     ]
 
 
@@ -238,8 +243,10 @@ def _charts(run: RunContents) -> list[Chart]:
 
 
 def _loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
-    best, overfitting = _best(metrics), find_overfitting(metrics)
-    steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
+    best = _best(metrics)
+    overfitting = find_overfitting(metrics)
+    steps = [m.step for m in metrics]
+    losses = [m.loss for m in metrics]
     measured = validations(metrics)
 
     def draw(axes: Axes) -> None:
@@ -254,7 +261,7 @@ def _loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
             axes.plot(*best, "o", color=VALIDATION, markersize=9, fillstyle="none")
         axes.set_xlabel("step")
 
-    legend = [("train", "training, moving mean"), ("raw", "training, each step")]
+    legend = [("train", "training, moving average"), ("raw", "training, each step")]
     if best:
         legend += [("validation", "validation"), ("best", f"best {best[1]:.4f} at step {best[0]:,}")]
     if overfitting:
@@ -267,7 +274,7 @@ def _plot(axes: Axes, steps: Sequence[int], values: Sequence[float], **style: An
 
 
 def _smooth(values: Sequence[float]) -> Sequence[float]:
-    """Centred moving mean; near the ends over what there is."""
+    """Centred moving average, with fewer values near the ends."""
     kernel = np.ones(2 * int(len(values) * SMOOTHING_SHARE / 2) + 1)
     sums = np.convolve(values, kernel, mode="same")
     return list(sums / np.convolve(np.ones(len(values)), kernel, mode="same"))

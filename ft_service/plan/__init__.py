@@ -1,1 +1,1 @@
-"""What was decided: a run plan, as a pure function of spec, data facts, model shape and resources."""
+"""Run plans: a pure function of spec, dataset facts, model shape and resources."""

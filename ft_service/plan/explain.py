@@ -1,130 +1,191 @@
-"""Why the search chose what it chose, and what would fit where nothing does. Every figure is asked of the models."""
+"""Why the search chose a layout, and what would fit if nothing does. Every figure comes from the models."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE
 from ft_service.catalog.models import ModelShape
-from ft_service.plan.memory import GIB
-from ft_service.plan.search import Choice, Machine, Question, ask, best, gib, judge_all, unlike, why_not
+from ft_service.plan.search import (
+    TIE,
+    Candidate,
+    Machine,
+    SearchSpace,
+    alternatives,
+    best_candidate,
+    evaluate_layouts,
+    search_space,
+)
 from ft_service.spec.schema import RunSpec
 from ft_service.text import counted
 
-MOST_SUGGESTIONS = 3
-_MOST_WORKERS = 1024
-_SHORTEST_ROW = 512
+MAX_SUGGESTIONS = 3
+_MAX_WORKERS = 1024
+_MIN_ROW_TOKENS = 512
 _METHODS = ("full", "lora", "qlora")
-_SOLD_TYPES = ("L4", "L40S", "A100-80G", "H100", "H200", "B200")
-"""Suggested, least memory first; of types of one size the one that can still be rented."""
+_RENTED_TYPES = ("L4", "L40S", "A100-80G", "H100", "H200", "B200")
+"""GPU types to suggest, by memory; of types with equal memory, the one that is still offered."""
 
 
-def reasons(question: Question, chosen: Choice, choices: Sequence[Choice]) -> list[str]:
-    """One sentence for each setting that was left to the planner: what, and why not otherwise."""
+# -- why -------------------------------------------------------------------------------------------------------------
+
+
+def reasons(space: SearchSpace, chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """One sentence for each setting left at "auto": its value, and why not another."""
     if not chosen.fits:
-        return ["Nothing that the spec leaves open fits: this is what lacks least."]
-    layout, said = chosen.layout, []
-    if question.zero_stage == "auto":
-        said.append(_zero_reason(chosen, choices))
-    if question.activation_checkpointing == "auto":
-        other = why_not(chosen, unlike(choices, chosen, lambda layout: layout.activation_checkpointing))
-        state, opposite = ("on", "keeping all") if layout.activation_checkpointing else ("off", "recomputing them")
-        said.append(f"Activation checkpointing {state}: {opposite} {other}.")
-    if question.micro_batch_size == "auto":
-        said.append(_micro_batch_reason(chosen, choices))
-    if question.offload == "auto":
-        others = unlike(choices, chosen, lambda layout: layout.offload)
-        if layout.offload == "none":
-            tail = f"; offloading {why_not(chosen, others)}" if others else ""
-            said.append(f"No offloading: everything fits on the GPUs{tail}.")
-        else:
-            said.append(
-                f"Offload to {layout.offload}: staying on the GPUs {why_not(chosen, others)}. Each node then needs "
-                f"{chosen.memory.host_bytes / GIB:,.0f} GiB of main memory."
-            )
-    hpz_matters = layout.zero_stage == 3 and layout.num_workers > layout.workers_per_node
-    if question.hpz == "auto" and hpz_matters:
-        others = unlike(choices, chosen, lambda layout: layout.hpz)
-        if others and layout.hpz:
-            said.append(
-                f"hpZ on, a second copy of the weights within each node: without it, it {why_not(chosen, others)}."
-            )
-        elif others:
-            said.append(f"No hpZ: a second copy of the weights within each node {why_not(chosen, others)}.")
-    return said
+        return ["No value of the settings left at auto fits. These values come closest."]
+    return [
+        reason
+        for setting, reason in (
+            (space.zero_stage, _zero_reason(chosen, candidates)),
+            (space.activation_checkpointing, _checkpointing_reason(chosen, candidates)),
+            (space.micro_batch_size, _micro_batch_reason(chosen, candidates)),
+            (space.offload, _offload_reason(chosen, candidates)),
+            (space.hpz, _hpz_reason(chosen, candidates)),
+        )
+        if setting == "auto" and reason
+    ]
 
 
-def _zero_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
+def _zero_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     layout = chosen.layout
     if layout.num_workers == 1 and layout.offload == "none":
-        return "ZeRO-1: one worker has nothing to shard, and unlike stage 0 it sums micro-steps in fp32."
-    what = {2: "gradients and optimizer are sharded, and each GPU keeps whole weights", 3: "weights are sharded too"}
-    others = unlike(choices, chosen, lambda layout: layout.zero_stage)
+        return "ZeRO-1: one worker has nothing to shard, but unlike stage 0 it accumulates gradients in fp32."
+    others = alternatives(candidates, chosen, lambda layout: layout.zero_stage)
     if not others:
         return f"ZeRO-{layout.zero_stage}: offloading to {layout.offload} needs it."
-    other = best(others).layout.zero_stage
-    return f"ZeRO-{layout.zero_stage}: {what[layout.zero_stage]}; ZeRO-{other} {why_not(chosen, others)}."
+    sharded = {
+        2: "gradients and optimizer are sharded; each GPU holds all weights",
+        3: "weights, gradients and optimizer are sharded",
+    }
+    other_stage = best_candidate(others).layout.zero_stage
+    return f"ZeRO-{layout.zero_stage}: {sharded[layout.zero_stage]}. ZeRO-{other_stage} {_compared(chosen, others)}."
 
 
-def _micro_batch_reason(chosen: Choice, choices: Sequence[Choice]) -> str:
+def _checkpointing_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    others = alternatives(candidates, chosen, lambda layout: layout.activation_checkpointing)
+    if chosen.layout.activation_checkpointing:
+        return f"Activation checkpointing on: without it, the run {_compared(chosen, others)}."
+    return f"Activation checkpointing off: with it, the run {_compared(chosen, others)}."
+
+
+def _micro_batch_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     size = chosen.layout.micro_batch_size
-    rows = counted(size, "row")
-    head = f"Micro-batch of {rows}, {size * chosen.layout.max_seq_len:,} tokens"
-    others = unlike(choices, chosen, lambda layout: layout.micro_batch_size)
-    larger = [choice for choice in others if choice.layout.micro_batch_size > size]
-    # More rows with recomputation against fewer without: that is told of recomputation.
-    alike = [c for c in larger if c.layout.activation_checkpointing == chosen.layout.activation_checkpointing]
-    if larger := alike or larger:
-        return f"{head}: {best(larger).layout.micro_batch_size} rows {why_not(chosen, larger)}."
-    return f"{head}: all that a worker takes of a batch, in one forward pass."
+    head = f"Micro-batch of {counted(size, 'row')} ({size * chosen.layout.max_seq_len:,} tokens)"
+    others = alternatives(candidates, chosen, lambda layout: layout.micro_batch_size)
+    larger = [other for other in others if other.layout.micro_batch_size > size]
+    # Comparing with a candidate that also recomputes (or also does not) isolates the effect of the rows.
+    same_checkpointing = [
+        other for other in larger if other.layout.activation_checkpointing == chosen.layout.activation_checkpointing
+    ]
+    if larger := same_checkpointing or larger:
+        return f"{head}: {best_candidate(larger).layout.micro_batch_size} rows {_compared(chosen, larger)}."
+    return f"{head}: the worker's whole share of the batch in one forward pass."
+
+
+def _offload_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    others = alternatives(candidates, chosen, lambda layout: layout.offload)
+    if chosen.layout.offload == "none":
+        comparison = f" Offloading {_compared(chosen, others)}." if others else ""
+        return f"No offloading: everything fits on the GPUs.{comparison}"
+    return (
+        f"Offload to {chosen.layout.offload}: without offloading, the run {_compared(chosen, others)}. Each node needs "
+        f"{chosen.host_gib:,.0f} GiB of main memory."
+    )
+
+
+def _hpz_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    """Empty where hpZ cannot be used."""
+    layout = chosen.layout
+    others = alternatives(candidates, chosen, lambda layout: layout.hpz)
+    if layout.zero_stage != 3 or layout.num_workers <= layout.workers_per_node or not others:
+        return ""
+    if layout.hpz:
+        return (
+            f"hpZ on (a second copy of the weights within each node): without it, the run {_compared(chosen, others)}."
+        )
+    return f"No hpZ: a second copy of the weights within each node {_compared(chosen, others)}."
+
+
+def _compared(chosen: Candidate, others: Sequence[Candidate]) -> str:
+    """The cost of the best alternative: "would need 94 GiB", "would be 12% slower". Empty if there is none."""
+    if not others:
+        return ""
+    other = best_candidate(others)
+    if not other.fits_host and not other.fits:
+        return f"would need {other.host_gib:,.0f} GiB of main memory per node"
+    if not other.fits:
+        return f"would need at least {other.gpu_gib:,.0f} GiB per GPU"
+    slower = 1 - other.tokens_per_second / chosen.tokens_per_second
+    if slower > TIE:
+        return f"would be about {slower:.0%} slower"
+    if slower < -TIE and not other.leaves_margin:
+        return f"would be about {-slower:.0%} faster, but {other.gpu_gib:,.1f} GiB per GPU is too close to the limit"
+    if slower < -TIE:
+        return f"would be about {-slower:.0%} faster, which is not worth the added complexity"
+    return "would be no faster"
 
 
 # -- what would fit --------------------------------------------------------------------------------------------------
 
 
+def why_it_does_not_fit(candidate: Candidate, machine: Machine) -> str:
+    """The missing memory, in one sentence."""
+    if not candidate.fits_host and machine.host_gib is not None:
+        return _needs(candidate.host_gib, machine.host_gib, "of main memory per node")
+    return _needs(candidate.gpu_gib, machine.gpu_gib or 0.0, "per GPU")
+
+
+def _needs(needed_gib: float, available_gib: float, place: str) -> str:
+    return f"Does not fit: needs about {needed_gib:,.0f} GiB {place}, but only {available_gib:,.0f} GiB are available."
+
+
 def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> list[str]:
-    """At most three changes, each enough by itself: of settings up to two, nearest first, then of hardware."""
+    """At most three changes, each of which alone makes the run fit: first settings, up to two, then hardware."""
+    on_settings = _settings_that_fit(shape, spec, workers_per_node, machine)
+    on_hardware = _hardware_that_fits(shape, spec, workers_per_node, machine)
+    return [*on_settings, *on_hardware][:MAX_SUGGESTIONS]
 
-    def choice(spec: RunSpec, machine: Machine = machine, per_node: int = workers_per_node) -> Choice | None:
-        choices = judge_all(shape, ask(spec, per_node), machine)
-        found = best(choices) if choices else None
-        return found if found and found.fits else None
 
-    def on_settings() -> Iterator[str]:
-        lengths = (spec.data.max_seq_len // 2**halvings for halvings in (1, 2, 3))
-        shorter = [("data.max_seq_len", length) for length in lengths if length >= _SHORTEST_ROW]
-        lighter = [("method.type", method) for method in ("lora", "qlora")[_METHODS.index(spec.method.type) :]]
-        for changes in ([*_relaxed(spec), *shorter], lighter):
-            for setting, value in changes:
-                if found := choice(_with(spec, {setting: value})):
-                    yield _fits_with(f"{setting}: {_resolved(found, setting, value)}", found)
-                    break
+def _fitting_candidate(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> Candidate | None:
+    candidates = evaluate_layouts(shape, search_space(spec, workers_per_node), machine)
+    best = best_candidate(candidates) if candidates else None
+    return best if best and best.fits else None
 
-    def on_hardware() -> Iterator[str]:
-        workers = spec.parallel.most_workers
-        more = 2 ** workers.bit_length()
-        while more <= _MOST_WORKERS:
-            batch = spec.train.global_batch_size
-            changes: dict[str, Any] = {"parallel.num_workers": more}
-            per_worker = spec.train.micro_batch_size if isinstance(spec.train.micro_batch_size, int) else 1
-            if batch % (more * per_worker):
-                changes["train.global_batch_size"] = more * per_worker
-            per_node = workers_per_node if workers > workers_per_node else GPUS_PER_NODE
-            if found := choice(_with(spec, changes), per_node=min(per_node, more)):
-                yield _fits_with(" and ".join(f"{name}: {value}" for name, value in changes.items()), found)
-                break
-            more *= 2
-        larger = [name for name in _SOLD_TYPES if machine.gpu_gib and GPUS[name].memory_gib > 1.05 * machine.gpu_gib]
-        for name in larger:
-            on_type = Machine(GPUS[name], GPUS[name].memory_gib, machine.host_gib)
-            if found := choice(spec, on_type):
-                yield f"Fits on {workers} x {name}: {gib(found):.0f} GiB of {GPUS[name].memory_gib:.0f} per GPU."
+
+def _settings_that_fit(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> Iterator[str]:
+    lengths = (spec.data.max_seq_len // 2**halvings for halvings in (1, 2, 3))
+    shorter_rows = [("data.max_seq_len", length) for length in lengths if length >= _MIN_ROW_TOKENS]
+    lighter_methods = [("method.type", method) for method in ("lora", "qlora")[_METHODS.index(spec.method.type) :]]
+    for changes in ([*_relaxed_settings(spec), *shorter_rows], lighter_methods):
+        for setting, value in changes:
+            if fitting := _fitting_candidate(shape, _with(spec, {setting: value}), workers_per_node, machine):
+                yield _fits_with(f"{setting}: {_resolved(fitting, setting, value)}", fitting)
                 break
 
-    return [*on_settings(), *on_hardware()][:MOST_SUGGESTIONS]
+
+def _hardware_that_fits(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> Iterator[str]:
+    workers = spec.parallel.most_workers
+    more = 2 ** workers.bit_length()
+    per_node = workers_per_node if workers > workers_per_node else GPUS_PER_NODE
+    rows = spec.train.micro_batch_size if isinstance(spec.train.micro_batch_size, int) else 1
+    while more <= _MAX_WORKERS:
+        changes: dict[str, Any] = {"parallel.num_workers": more}
+        if spec.train.global_batch_size % (more * rows):
+            changes["train.global_batch_size"] = more * rows
+        if fitting := _fitting_candidate(shape, _with(spec, changes), min(per_node, more), machine):
+            yield _fits_with(" and ".join(f"{name}: {value}" for name, value in changes.items()), fitting)
+            break
+        more *= 2
+    larger = [name for name in _RENTED_TYPES if machine.gpu_gib and GPUS[name].memory_gib > 1.05 * machine.gpu_gib]
+    for name in larger:
+        machine_of_type = Machine(GPUS[name], GPUS[name].memory_gib, machine.host_gib)
+        if fitting := _fitting_candidate(shape, spec, workers_per_node, machine_of_type):
+            yield f"Fits on {workers} x {name}: {fitting.gpu_gib:.0f} GiB of {GPUS[name].memory_gib:.0f} per GPU."
+            break
 
 
-def _relaxed(spec: RunSpec) -> Iterator[tuple[str, Any]]:
-    """Settings that the spec fixes and that could be left to the planner, least intrusive first."""
+def _relaxed_settings(spec: RunSpec) -> Iterator[tuple[str, Any]]:
+    """Settings that the spec fixes and that could be "auto", least intrusive first."""
     if spec.parallel.zero_stage != "auto":
         yield "parallel.zero_stage", "auto"
     if spec.train.activation_checkpointing is False:
@@ -135,10 +196,10 @@ def _relaxed(spec: RunSpec) -> Iterator[tuple[str, Any]]:
         yield "parallel.offload", "auto"
 
 
-def _resolved(choice: Choice, setting: str, value: Any) -> Any:
-    """What "auto" came to: a suggestion names a value."""
+def _resolved(candidate: Candidate, setting: str, value: Any) -> Any:
+    """The value to print: what the search chose for "auto"."""
     if value == "auto":
-        return getattr(choice.layout, setting.rpartition(".")[2])
+        return getattr(candidate.layout, setting.rpartition(".")[2])
     return str(value).lower() if isinstance(value, bool) else value
 
 
@@ -150,16 +211,7 @@ def _with(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:
     return spec
 
 
-def _fits_with(change: str, choice: Choice) -> str:
-    per_gpu = choice.tokens_per_second / choice.layout.num_workers
-    host = choice.memory.host_bytes / GIB
-    offloading = "" if choice.layout.offload == "none" else f", and {host:,.0f} GiB of each node's main memory"
-    return f"Fits with {change}: {gib(choice):.0f} GiB per GPU{offloading}, about {per_gpu:,.0f} tokens/s per GPU."
-
-
-def shortage(choice: Choice, machine: Machine) -> str:
-    """What is lacking, in one sentence."""
-    if not choice.fits_host and machine.host_gib is not None:
-        needed = choice.memory.host_bytes / GIB
-        return f"Needs about {needed:,.0f} GiB of each node's main memory, and one has {machine.host_gib:,.0f} GiB."
-    return f"Needs about {gib(choice):,.0f} GiB per GPU, and one has {machine.gpu_gib:,.0f} GiB."
+def _fits_with(change: str, candidate: Candidate) -> str:
+    per_gpu = candidate.tokens_per_second / candidate.layout.num_workers
+    host = "" if candidate.layout.offload == "none" else f", {candidate.host_gib:,.0f} GiB of main memory per node"
+    return f"Fits with {change}: {candidate.gpu_gib:.0f} GiB per GPU{host}, about {per_gpu:,.0f} tokens/s per GPU."

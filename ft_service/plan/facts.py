@@ -1,22 +1,25 @@
-"""What a plan is made from, beside spec and base: facts of the dataset, and the resources there are."""
+"""Inputs of a plan other than spec and base: dataset statistics and available resources."""
 
+import math
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ft_service.catalog.gpus import GPUS_PER_NODE
+
 
 class DatasetFacts(BaseModel):
-    """What plan and report need to know of a prepared dataset. Counts are of the training split unless named."""
+    """Statistics of a prepared dataset, for plan and report. Counts are of the training split unless named."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     digest: str = Field(description="Digest of sources, tokenizer, format and packing; the dataset's folder name.")
-    exact: bool = Field(default=True, description="False where the figures were scaled up from a sample.")
+    exact: bool = Field(default=True, description="False if the counts are scaled up from a sample.")
     conversations: int = Field(description="Usable training conversations (examples).")
     rows: int = Field(description="Packed training rows.")
     tokens: int
-    loss_tokens: int = Field(description="Tokens whose prediction is trained.")
-    truncated: int = Field(description="Examples cut at data.max_seq_len.")
+    loss_tokens: int = Field(description="Tokens that the loss is computed on.")
+    truncated: int = Field(description="Examples truncated at data.max_seq_len.")
     validation_conversations: int = 0
     validation_rows: int = 0
     validation_tokens: int = 0
@@ -25,7 +28,7 @@ class DatasetFacts(BaseModel):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use. None means not known, and is not judged."""
+    """What a run may use. None: unknown, and not checked."""
 
     num_gpus: int | None = None
     num_cpus: int | None = None
@@ -36,3 +39,13 @@ class Resources:
     host_memory_gib_per_node: float | None = None
     price_per_gpu_hour: float | None = None
     """US dollars."""
+
+    def workers_per_node(self, num_workers: int, use_gpu: bool) -> int:
+        """How many of the workers run on one node, one GPU each; on CPUs all of them."""
+        if not use_gpu:
+            return num_workers
+        if self.gpus_per_node is not None:
+            return min(num_workers, self.gpus_per_node)
+        if self.num_nodes is not None:
+            return math.ceil(num_workers / self.num_nodes)
+        return min(num_workers, GPUS_PER_NODE)

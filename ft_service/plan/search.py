@@ -1,7 +1,7 @@
-"""The search: of every setting that a run leaves open, the fastest that fits. No torch, no GPU.
+"""The search for a layout: among all values of the settings left at "auto", the fastest combination that fits.
 
-ZeRO stage x micro-batch x activation checkpointing x offloading x hpZ are a few hundred layouts; each is judged by the
-memory model and the time model, so trying all of them takes milliseconds and nothing is decided by a rule of thumb.
+ZeRO stage x micro-batch x activation checkpointing x offloading x hpZ are a few hundred layouts. The memory model and
+the time model evaluate all of them in milliseconds, so no rule of thumb is needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,20 @@ from ft_service.plan.speed import StepTime, step_time
 from ft_service.spec.schema import RunSpec
 
 TIE = 0.02
-"""Settings whose estimated speeds differ by less are equally fast: the estimate knows no better."""
+"""Layouts whose estimated speeds differ by less count as equally fast: the estimate is no more exact."""
 MARGIN = 0.05
-"""Share of the GPU's memory that is better left free: the memory model is an estimate too."""
-_GAIN_OF_OFFLOADING = 1.25
-_GAIN_OF_HPZ = 1.10
-_GAIN_OF_THE_LAST_MEMORY = 1.10
-"""How many times faster these must be to be chosen unasked: they add moving parts or risk."""
+"""Fraction of the GPU memory to leave free if possible, because the memory model is an estimate too."""
+_OFFLOADING_GAIN = 1.25
+_HPZ_GAIN = 1.10
+_FULL_MEMORY_GAIN = 1.10
+"""How many times faster a layout must be to be chosen with offloading, with hpZ, or without the memory margin."""
 _OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one worker and one node have. None means not known, and is not judged."""
+    """The GPU of a worker and the main memory of a node. None: unknown, and not checked."""
 
     gpu: Gpu
     gpu_gib: float | None
@@ -36,12 +36,13 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is given, in `layout`, and what is asked: a field here overrides the layout's, and "auto" is searched."""
+class SearchSpace:
+    """The settings to search. A field here overrides the one in `layout`; "auto" means that every value is tried."""
 
     layout: Layout
+    """The settings that are not searched: method, workers, row length, precision, adapter."""
     rows_per_worker: int
-    """Packed rows of a step that each worker takes, in one or more micro-steps."""
+    """Packed rows that each worker processes per step, in one or more micro-steps."""
     zero_stage: int | Auto = "auto"
     micro_batch_size: int | Auto = "auto"
     activation_checkpointing: bool | Auto = "auto"
@@ -51,11 +52,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One layout and what the models say of it."""
+class Candidate:
+    """A layout with its estimated memory and time."""
 
     layout: Layout
     accumulation: int
+    """Micro-steps per step."""
     memory: MemoryEstimate
     time: StepTime
     fits: bool
@@ -63,26 +65,36 @@ class Choice:
     leaves_margin: bool
 
     @property
+    def gpu_gib(self) -> float:
+        """GiB on one GPU."""
+        return self.memory.gpu_bytes / GIB
+
+    @property
+    def host_gib(self) -> float:
+        """GiB of main memory on one node."""
+        return self.memory.host_bytes / GIB
+
+    @property
     def tokens_per_second(self) -> float:
-        """Over all workers, as if every row were full."""
+        """Over all workers, if every row is full."""
         layout = self.layout
         tokens = layout.num_workers * layout.micro_batch_size * self.accumulation * layout.max_seq_len
         return tokens / self.time.seconds
 
     @property
-    def merit(self) -> float:
-        """What choices are ranked by: speed, discounted for what should not be chosen for a small gain."""
-        discount = _GAIN_OF_OFFLOADING if self.layout.offload != "none" else _GAIN_OF_HPZ if self.layout.hpz else 1.0
-        return self.tokens_per_second / discount / (1.0 if self.leaves_margin else _GAIN_OF_THE_LAST_MEMORY)
+    def score(self) -> float:
+        """The rank of a candidate: its speed, reduced for what is not worth a small gain."""
+        discount = _OFFLOADING_GAIN if self.layout.offload != "none" else _HPZ_GAIN if self.layout.hpz else 1.0
+        return self.tokens_per_second / discount / (1.0 if self.leaves_margin else _FULL_MEMORY_GAIN)
 
     @property
     def complexity(self) -> tuple[int, bool, int, int]:
-        """Least first: what moves least data about and, of equals, what leaves most memory free."""
+        """Sort key, simplest first: least data movement, then least memory."""
         return _OFFLOADS.index(self.layout.offload), self.layout.hpz, self.layout.zero_stage, self.memory.gpu_bytes
 
 
-def ask(spec: RunSpec, workers_per_node: int) -> Question:
-    """What a run spec gives, and what it leaves open."""
+def search_space(spec: RunSpec, workers_per_node: int) -> SearchSpace:
+    """The settings that a run spec fixes, and those that it leaves at "auto"."""
     targets = spec.method.target_modules
     layout = Layout(
         method=spec.method.type,
@@ -94,7 +106,7 @@ def ask(spec: RunSpec, workers_per_node: int) -> Question:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_dora=spec.method.use_dora,
     )
-    return Question(
+    return SearchSpace(
         layout,
         rows_per_worker=spec.train.global_batch_size // spec.parallel.most_workers,
         zero_stage=spec.parallel.zero_stage,
@@ -106,67 +118,74 @@ def ask(spec: RunSpec, workers_per_node: int) -> Question:
     )
 
 
-def layouts(question: Question) -> Iterator[Layout]:
-    """Every layout that answers the question and can work."""
-    given = question.layout
-    offloads: Sequence[Offload]
-    if question.offload != "auto":
-        offloads = (question.offload,)
-    else:
-        # Streaming packed 4-bit weights from the host is untried, so it is never chosen unasked.
-        offloads = ("none",) if given.method == "qlora" else _OFFLOADS if question.has_nvme else _OFFLOADS[:2]
-    for offload in offloads:
-        for stage in _stages(question, offload):
-            for hpz in _hpz(question, stage, offload):
-                for checkpointing in _either(question.activation_checkpointing):
-                    for micro in _micro_batch_sizes(question):
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def possible_layouts(space: SearchSpace) -> Iterator[Layout]:
+    """Every layout in the search space whose settings work together."""
+    for offload in _offloads(space):
+        for stage in _stages(space, offload):
+            for hpz in _hpz(space, stage, offload):
+                for checkpointing in _yes_or_no(space.activation_checkpointing):
+                    for micro_batch_size in _micro_batch_sizes(space):
                         yield replace(
-                            given,
+                            space.layout,
                             zero_stage=stage,
                             offload=offload,
                             hpz=hpz,
                             activation_checkpointing=checkpointing,
-                            micro_batch_size=micro,
+                            micro_batch_size=micro_batch_size,
                         )
 
 
-def _either(asked: bool | Auto) -> tuple[bool, ...]:
-    return (False, True) if asked == "auto" else (asked,)
+def _offloads(space: SearchSpace) -> Sequence[Offload]:
+    if space.offload != "auto":
+        return (space.offload,)
+    if space.layout.method == "qlora":
+        return ("none",)  # streaming packed 4-bit weights from the host is untested, so auto never chooses it
+    return _OFFLOADS if space.has_nvme else _OFFLOADS[:2]
 
 
-def _stages(question: Question, offload: Offload) -> tuple[int, ...]:
-    can_work = {"none": (0, 1, 2, 3), "cpu": (1, 2, 3), "nvme": (3,)}[offload]
-    if question.zero_stage != "auto":
-        return (question.zero_stage,) if question.zero_stage in can_work else ()
-    if question.layout.num_workers == 1 and offload == "none":
-        return (1,)  # nothing to shard, but unlike stage 0 it sums micro-steps in fp32
-    return tuple(stage for stage in can_work if stage >= 2)
+def _yes_or_no(setting: bool | Auto) -> tuple[bool, ...]:
+    return (False, True) if setting == "auto" else (setting,)
 
 
-def _hpz(question: Question, stage: int, offload: Offload) -> tuple[bool, ...]:
-    layout = question.layout
+def _stages(space: SearchSpace, offload: Offload) -> tuple[int, ...]:
+    supported = {"none": (0, 1, 2, 3), "cpu": (1, 2, 3), "nvme": (3,)}[offload]
+    if space.zero_stage != "auto":
+        return (space.zero_stage,) if space.zero_stage in supported else ()
+    if space.layout.num_workers == 1 and offload == "none":
+        return (1,)  # nothing to shard, but unlike stage 0 it accumulates gradients in fp32
+    return tuple(stage for stage in supported if stage >= 2)
+
+
+def _hpz(space: SearchSpace, stage: int, offload: Offload) -> tuple[bool, ...]:
+    layout = space.layout
     several_whole_nodes = layout.num_workers > layout.workers_per_node > 1 and (
         layout.num_workers % layout.workers_per_node == 0
     )
     if stage == 3 and offload == "none" and several_whole_nodes:
-        return _either(question.hpz)
-    return () if question.hpz is True else (False,)
+        return _yes_or_no(space.hpz)
+    return () if space.hpz is True else (False,)
 
 
-def _micro_batch_sizes(question: Question) -> list[int]:
-    if question.micro_batch_size != "auto":
-        return [question.micro_batch_size]
-    rows = question.rows_per_worker
+def _micro_batch_sizes(space: SearchSpace) -> list[int]:
+    if space.micro_batch_size != "auto":
+        return [space.micro_batch_size]
+    rows = space.rows_per_worker
     return [size for size in range(1, rows + 1) if rows % size == 0]
 
 
-def judge(shape: ModelShape, layout: Layout, rows_per_worker: int, machine: Machine) -> Choice:
-    """What memory and time model say of one layout."""
+# -- candidates ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_layout(shape: ModelShape, layout: Layout, rows_per_worker: int, machine: Machine) -> Candidate:
+    """Estimate the memory and the time of one layout."""
     memory = estimate_memory(shape, layout)
     accumulation = max(1, rows_per_worker // layout.micro_batch_size)
     fits_host = machine.host_gib is None or memory.host_bytes <= machine.host_gib * GIB
     used = 0.0 if machine.gpu_gib is None else memory.gpu_bytes / (machine.gpu_gib * GIB)
-    return Choice(
+    return Candidate(
         layout,
         accumulation,
         memory,
@@ -177,47 +196,28 @@ def judge(shape: ModelShape, layout: Layout, rows_per_worker: int, machine: Mach
     )
 
 
-def judge_all(shape: ModelShape, question: Question, machine: Machine) -> list[Choice]:
-    """Every answer to the question."""
-    return [judge(shape, layout, question.rows_per_worker, machine) for layout in layouts(question)]
+def evaluate_layouts(shape: ModelShape, space: SearchSpace, machine: Machine) -> list[Candidate]:
+    """Estimate the memory and the time of every layout in the search space."""
+    return [evaluate_layout(shape, layout, space.rows_per_worker, machine) for layout in possible_layouts(space)]
 
 
-def best(choices: Sequence[Choice]) -> Choice:
-    """The fastest that fits, and of equally fast ones the simplest; if none fits, the one that lacks least."""
-    fitting = [choice for choice in choices if choice.fits]
+def best_candidate(candidates: Sequence[Candidate]) -> Candidate:
+    """The fastest that fits, and among equally fast ones the simplest. If none fits, the one that needs least memory.
+
+    `candidates` must not be empty.
+    """
+    fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        return min(choices, key=lambda choice: (not choice.fits_host, choice.memory.gpu_bytes))
-    most = max(choice.merit for choice in fitting)
-    equals = [choice for choice in fitting if choice.merit >= (1 - TIE) * most]
-    return min(equals, key=lambda choice: choice.complexity)
+        return min(candidates, key=lambda candidate: (not candidate.fits_host, candidate.memory.gpu_bytes))
+    highest = max(candidate.score for candidate in fitting)
+    equally_fast = [candidate for candidate in fitting if candidate.score >= (1 - TIE) * highest]
+    return min(equally_fast, key=lambda candidate: candidate.complexity)
 
 
-def why_not(chosen: Choice, others: Sequence[Choice]) -> str:
-    """What the best of the other choices would have cost: "would need 94 GiB", "would be 12 % slower"; '' if none."""
-    if not others:
-        return ""
-    other = best(others)
-    if not other.fits:
-        if not other.fits_host:
-            return f"would need {other.memory.host_bytes / GIB:,.0f} GiB of each node's main memory"
-        return f"would need at least {gib(other):,.0f} GiB per GPU"
-    slower = 1 - other.tokens_per_second / chosen.tokens_per_second
-    if slower > TIE:
-        return f"would be about {slower:.0%} slower"
-    if slower < -TIE and not other.leaves_margin:
-        return f"would be about {-slower:.0%} faster, and with {gib(other):,.1f} GiB per GPU too near the brim"
-    if slower < -TIE:
-        return f"would be about {-slower:.0%} faster, too little for what it adds"
-    return "would be no faster"
-
-
-def unlike(choices: Sequence[Choice], chosen: Choice, setting: Callable[[Layout], object]) -> list[Choice]:
-    """The choices that differ from the chosen one in this setting and, if there are such, not in offloading too."""
-    others = [choice for choice in choices if setting(choice.layout) != setting(chosen.layout)]
-    moved = (chosen.layout.offload, chosen.layout.hpz)
-    return [choice for choice in others if (choice.layout.offload, choice.layout.hpz) == moved] or others
-
-
-def gib(choice: Choice) -> float:
-    """GiB on one GPU."""
-    return choice.memory.gpu_bytes / GIB
+def alternatives(
+    candidates: Sequence[Candidate], chosen: Candidate, setting: Callable[[Layout], object]
+) -> list[Candidate]:
+    """The candidates with another value of `setting`; if possible, those with the same offloading and hpZ."""
+    others = [candidate for candidate in candidates if setting(candidate.layout) != setting(chosen.layout)]
+    placement = (chosen.layout.offload, chosen.layout.hpz)
+    return [other for other in others if (other.layout.offload, other.layout.hpz) == placement] or others

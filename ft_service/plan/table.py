@@ -1,6 +1,6 @@
-"""`ft plan --table MODEL`: what a base takes by every method on every number of GPUs. No torch, no network, no data.
+"""`ft plan --table MODEL`: memory, speed and price of a base for every method and number of GPUs. Needs no data.
 
-A worker is given its share of the main memory of the machines that are rented with such GPUs.
+Main memory is that of the cloud machines with these GPUs; each GPU gets an equal share of it.
 """
 
 import json
@@ -14,8 +14,8 @@ from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE, Gpu
 from ft_service.catalog.models import ModelShape
 from ft_service.errors import ModelError
 from ft_service.plan import speed
-from ft_service.plan.memory import GIB, Layout, Method, Offload
-from ft_service.plan.search import Choice, Machine, Question, best, gib, judge_all
+from ft_service.plan.memory import Layout, Method, Offload
+from ft_service.plan.search import Machine, SearchSpace, best_candidate, evaluate_layouts
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -24,8 +24,8 @@ ROWS_PER_STEP = 64
 LORA_RANK = 16
 
 
-class FamilyMember(BaseModel):
-    """One method on one number of GPUs of one type, at its best; where it does not fit, what it lacks least."""
+class TableEntry(BaseModel):
+    """The best layout of one method on one number of GPUs of one type; if none fits, the closest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,13 +39,13 @@ class FamilyMember(BaseModel):
     micro_batch_size: int
     activation_checkpointing: bool
     gib_per_gpu: float
-    gib_per_node: float = Field(description="Of main memory.")
+    gib_per_node: float = Field(description="Main memory.")
     tokens_per_second: float = Field(description="Over all GPUs, estimated.")
     usd_per_million_tokens: float | None
 
 
-class Family(BaseModel):
-    """All of them, and what they were asked with."""
+class PlanTable(BaseModel):
+    """The entries, and the settings that they share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,59 +57,61 @@ class Family(BaseModel):
     mfu: float = speed.MFU
     mfu_source: str = speed.MFU_SOURCE
     price_per_gpu_hour: float | None
-    members: list[FamilyMember]
+    entries: list[TableEntry]
 
-    def smallest(self, method: Method) -> dict[str, FamilyMember]:
-        """By GPU type, the fewest GPUs on which the method fits without offloading, or else with it."""
-        found: dict[str, FamilyMember] = {}
-        for member in sorted(self.members, key=lambda member: (member.offload != "none", member.num_gpus)):
-            if member.method == method and member.fits:
-                found.setdefault(member.gpu_type, member)
-        return found
+    def smallest(self, method: Method) -> dict[str, TableEntry]:
+        """By GPU type, the entry with fewest GPUs that fits; one without offloading if there is any."""
+        smallest: dict[str, TableEntry] = {}
+        for entry in sorted(self.entries, key=lambda entry: (entry.offload != "none", entry.num_gpus)):
+            if entry.method == method and entry.fits:
+                smallest.setdefault(entry.gpu_type, entry)
+        return smallest
 
 
-def family(
+def plan_table(
     model: str, gpus: Sequence[Gpu], max_seq_len: int, gpus_per_node: int = GPUS_PER_NODE, price: float | None = None
-) -> Family:
-    """Every choice for a model of the catalogue or a checkpoint folder. Raises `ModelError` if it is neither."""
+) -> PlanTable:
+    """The table of a catalogue model or a checkpoint folder. Raises `ModelError` if `model` is neither."""
     shape = shape_of(model)
-    members = [
-        _member(shape, method, gpu, count, max_seq_len, gpus_per_node, price)
+    entries = [
+        _entry(shape, method, gpu, count, max_seq_len, gpus_per_node, price)
         for method in METHODS
         for gpu in gpus
         for count in GPU_COUNTS
     ]
-    return Family(
+    return PlanTable(
         model=models.short_name(model),
         parameters=shape.num_parameters,
         max_seq_len=max_seq_len,
         price_per_gpu_hour=price,
-        members=members,
+        entries=entries,
     )
 
 
 def default_gpus() -> list[Gpu]:
-    """One type of every size that is commonly rented."""
+    """One common GPU type of each memory size."""
     return [GPUS[name] for name in GPU_TYPES]
 
 
 def shape_of(model: str) -> ModelShape:
-    """The shape of a catalogue's model or of a folder's config.json; raises `ModelError` if `model` is neither."""
+    """The shape of a catalogue model, or of a folder's config.json. Raises `ModelError` if `model` is neither."""
     if known := models.find(model):
         return known.shape
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         names = ", ".join(facts.short_name for facts in models.MODELS)
-        raise ModelError(f"--table = {model!r}: neither a folder with a config.json nor known. Use one of {names}.")
+        raise ModelError(
+            f"--table = {model!r}: not a known model, and not a folder with a config.json. Use one of {names}."
+        )
     try:
         return models.shape_from_config(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ModelError(f"{file}: is not JSON ({error}). Fetch the checkpoint again.") from None
+        raise ModelError(f"{file}: not valid JSON ({error}). Download the checkpoint again.") from None
 
 
-def _member(
+def _entry(
     shape: ModelShape, method: Method, gpu: Gpu, count: int, max_seq_len: int, gpus_per_node: int, price: float | None
-) -> FamilyMember:
+) -> TableEntry:
     layout = Layout(
         method=method,
         num_workers=count,
@@ -117,22 +119,22 @@ def _member(
         max_seq_len=max_seq_len,
         lora_rank=LORA_RANK,
     )
-    question = Question(layout, rows_per_worker=max(1, ROWS_PER_STEP // count))
+    space = SearchSpace(layout, rows_per_worker=max(1, ROWS_PER_STEP // count))
     host_gib = gpu.host_gib * layout.workers_per_node / GPUS_PER_NODE
-    choice: Choice = best(judge_all(shape, question, Machine(gpu, gpu.memory_gib, host_gib)))
-    rate = choice.tokens_per_second
-    return FamilyMember(
+    best = best_candidate(evaluate_layouts(shape, space, Machine(gpu, gpu.memory_gib, host_gib)))
+    rate = best.tokens_per_second
+    return TableEntry(
         method=method,
         gpu_type=gpu.name,
         num_gpus=count,
-        fits=choice.fits,
-        zero_stage=choice.layout.zero_stage,
-        offload=choice.layout.offload,
-        hpz=choice.layout.hpz,
-        micro_batch_size=choice.layout.micro_batch_size,
-        activation_checkpointing=choice.layout.activation_checkpointing,
-        gib_per_gpu=gib(choice),
-        gib_per_node=choice.memory.host_bytes / GIB,
+        fits=best.fits,
+        zero_stage=best.layout.zero_stage,
+        offload=best.layout.offload,
+        hpz=best.layout.hpz,
+        micro_batch_size=best.layout.micro_batch_size,
+        activation_checkpointing=best.layout.activation_checkpointing,
+        gib_per_gpu=best.gpu_gib,
+        gib_per_node=best.host_gib,
         tokens_per_second=rate,
         usd_per_million_tokens=None if price is None else price * count / 3600 / rate * 1e6,
     )

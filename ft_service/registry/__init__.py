@@ -1,1 +1,1 @@
-"""What was produced: published adapters and models, with their records and cards."""
+"""Published adapters and models, with their records and model cards."""

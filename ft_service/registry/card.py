@@ -1,6 +1,6 @@
-"""The model card of what a run publishes: README.md, in the form the Hugging Face hub knows.
+"""The model card of a published adapter or model: README.md in the format of the Hugging Face hub.
 
-``{id}`` and ``{digest}`` stay in the text: they follow from the content, and `Registry.publish` fills them in.
+The text keeps the placeholders ``{id}`` and ``{digest}``, which `Registry.publish` replaces.
 """
 
 import json
@@ -21,7 +21,7 @@ _METHODS = {
 
 
 def model_card(record_draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
-    """The card's Markdown. `record_draft` goes to `Registry.publish` too; `facts` is None for a base not catalogued."""
+    """The card in Markdown. `record_draft` is that of `Registry.publish`; `facts` is None for an unknown base."""
     sections = [
         _front_matter(record_draft, facts),
         _what_it_is(record_draft, facts),
@@ -73,7 +73,8 @@ def _what_it_is(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
 
 
 def _use(draft: Mapping[str, Any]) -> str:
-    base_id, revision = _literal(draft["base"]["id"]), draft["base"]["revision"]
+    base_id = _literal(draft["base"]["id"])
+    revision = draft["base"]["revision"]
     at_revision = f", revision={_literal(revision)}" if revision else ""
     if draft["kind"] == "adapter":
         load = f"""\
@@ -96,7 +97,7 @@ tokenizer = AutoTokenizer.from_pretrained("{id}")"""
 {load}
 ```
 
-## Ask it
+## Send a request
 
 ```bash
 curl http://localhost:8000/v1/chat/completions \\
@@ -111,8 +112,8 @@ def _training(draft: Mapping[str, Any]) -> str:
     validation_loss = draft["validation_loss"]
     rows = [
         ("Method", _METHODS[method["type"]] + (f": {settings}" if settings else "")),
-        ("Optimizer steps behind these weights", f"{draft['steps']:,}"),
-        ("Training loss, last step", f"{draft['final_loss']:.4f} nats per loss token"),
+        ("Optimizer steps", f"{draft['steps']:,}"),
+        ("Training loss of the last step", f"{draft['final_loss']:.4f} nats per loss token"),
         (
             "Validation loss of these weights",
             "not measured" if validation_loss is None else f"{validation_loss:.4f} nats per loss token",
@@ -120,7 +121,7 @@ def _training(draft: Mapping[str, Any]) -> str:
         ("Run", draft["run_id"]),
         ("Plan digest", draft["plan_digest"]),
         ("Chat template digest", draft["chat_template_digest"]),
-        ("Tokens that end an answer", ", ".join(str(token) for token in draft["end_of_turn_ids"])),
+        ("End-of-turn token ids", ", ".join(str(token) for token in draft["end_of_turn_ids"])),
         ("Packages", ", ".join(f"{name} {version}" for name, version in draft["packages"].items())),
     ]
     return "## Training\n\n" + _table(("What", "Value"), rows)
@@ -134,11 +135,11 @@ def _data(draft: Mapping[str, Any]) -> str:
     table = _table(("Path", "Source", "License", "Records"), rows)
     parts = [
         f"## Data\n\n{table}\n\nDigest of the prepared dataset: `{draft['dataset_digest']}`. "
-        f"What the data gate said: {draft['data_verdict']}."
+        f"Data check: {draft['data_verdict']}."
     ]
     if accepted := draft["waivers"]:
         rows = [(waiver["code"], waiver["severity"], f"{waiver['count']:,}", waiver["reason"]) for waiver in accepted]
-        parts.append("Findings of the gate that were accepted:\n\n" + _table(("Code", "Gravity", "Found", "Why"), rows))
+        parts.append("Accepted findings of the data check:\n\n" + _table(("Code", "Severity", "Count", "Reason"), rows))
     return "\n\n".join(parts)
 
 
@@ -146,24 +147,25 @@ def _license(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
     if facts is None:
         return (
             "## License\n\n"
-            f"{_plain(draft['base']['id'])} is not in the catalogue of this project. Look up the license of the base, "
-            "and what it asks of derived models, before passing this one on."
+            f"The license of {_plain(draft['base']['id'])} is not known to this project. Look up that license and its "
+            "terms for derived models before you distribute this one."
         )
     terms = facts.license
     duties = "\n".join(f"- {duty}" for duty in terms.duties)
     return (
         "## License\n\n"
-        f"The base is under the [{terms.name}]({terms.text_url}). What it asks, in short; the text rules:\n\n"
-        f"{duties}\n\nThe licenses of the data above apply as well."
+        f"The base is licensed under the [{terms.name}]({terms.text_url}). A summary of its terms (only the license "
+        "text counts):\n\n"
+        f"{duties}\n\nThe licenses of the data above also apply."
     )
 
 
 def _limits() -> str:
     return (
         "## Limits\n\n"
-        "The figures above say how well the training data were fitted. They are not enough: have people judge answers "
-        "beside those of the base, on prompts from the intended use, before relying on them. What the base gets wrong, "
-        "and what is wrong in the data, can come back in the answers."
+        "The figures above only measure how well the model fits the training data. Before relying on this model, let "
+        "people compare its answers with those of the base on prompts from the intended use. Errors of the base and "
+        "errors in the data can appear in the answers."
     )
 
 
@@ -173,12 +175,12 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _literal(text: str) -> str:
-    """A Python string literal in which no placeholder of the registry can stand."""
+    """A Python string literal that cannot contain a placeholder of the registry."""
     return json.dumps(text).replace("{", r"\u007b")
 
 
 def _plain(text: str) -> str:
-    """Text that is not ours, so that it ends no table cell, opens no tag, and is no placeholder of the registry."""
+    """Escapes user text: it ends no table cell, opens no HTML tag, and contains no placeholder of the registry."""
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("{", "&#123;"), ("`", "&#96;")):
         text = text.replace(character, entity)
     return " ".join(text.split())

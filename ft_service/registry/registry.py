@@ -1,10 +1,10 @@
-"""What was produced: adapters and models on storage, immutable and content-addressed.
+"""Published adapters and models on storage: immutable and content-addressed.
 
     <storage>/adapters/<id>/   adapter_model.safetensors  adapter_config.json  chat_template.jinja
                                README.md (model card)  record.json
-    <storage>/models/<id>/     a model folder of a `full` run, which can be the base of the next run, with the same two
+    <storage>/models/<id>/     the weights of a `full` run, usable as the base of another run, with card and record
 
-`record.json` holds the digest of every other file, so it is also the mark that a folder is whole.
+`record.json` contains the digest of every other file. It is written last, so it also marks a folder as complete.
 """
 
 import hashlib
@@ -31,35 +31,35 @@ class _Record(BaseModel):
 
 
 class BaseModelRef(_Record):
-    """The base that was fine-tuned: by id and revision, and by what its files hold."""
+    """The base model: its id, its revision, and a digest of its files."""
 
-    id: str = Field(description="Hub id, or the folder it was read from.")
-    revision: str | None = Field(description="Hub revision; none for a folder.")
-    short_name: str = Field(description="How the base is named in adapter ids and over HTTP.")
+    id: str = Field(description="Hub id, or path of the folder.")
+    revision: str | None = Field(description="Hub revision; None for a folder.")
+    short_name: str = Field(description="Name of the base in adapter ids and over HTTP.")
     fingerprint: str = Field(description="SHA-256 over config and weights, see `ft_service.model.base.fingerprint`.")
 
 
 class DatasetRef(_Record):
-    """One source of training data, and the right to use it."""
+    """One source of training data, with its origin and license."""
 
     path: str
     source: str | None
     license: str | None
-    records: int = Field(description="Records read from it.")
+    records: int = Field(description="Number of records read.")
     digest: str = Field(description="SHA-256 of its files.")
 
 
 class Waiver(_Record):
-    """A finding of the data gate that was accepted, and why."""
+    """A data-check finding that the spec accepts, and why."""
 
     code: str
     severity: str
-    count: int = Field(description="Records (or sources) that it was found on.")
+    count: int = Field(description="Number of records (or sources) with the finding.")
     reason: str
 
 
 class AdapterRecord(_Record):
-    """Everything serving and evaluation need to know of an adapter (or of a model a `full` run produced)."""
+    """Everything that serving and evaluation need to know about an adapter, or about the model of a `full` run."""
 
     id: str = Field(description="<base short name>-<run name>-<8 hex of the digest>, lower case.")
     kind: Kind
@@ -72,32 +72,30 @@ class AdapterRecord(_Record):
     method: dict[str, object] = Field(description="The spec's `method` section, resolved.")
     datasets: list[DatasetRef]
     dataset_digest: str = Field(description="Digest of the prepared (tokenised, packed) dataset.")
-    data_verdict: str = Field(description="What the data gate said of it: pass, warn or fail (then with waivers).")
-    waivers: list[Waiver] = Field(description="Findings of the data gate that the spec accepted.")
-    steps: int = Field(description="Optimizer steps behind these weights.")
+    data_verdict: str = Field(description="Result of the data check: pass, warn or fail (then with waivers).")
+    waivers: list[Waiver] = Field(description="Data-check findings that the spec accepts.")
+    steps: int = Field(description="Optimizer steps that produced these weights.")
     final_loss: float = Field(description="Training loss of the run's last step, nats per loss token.")
-    validation_loss: float | None = Field(description="Validation loss of exactly these weights.")
+    validation_loss: float | None = Field(description="Validation loss of these weights.")
     chat_template_digest: str
     end_of_turn_ids: list[int] = Field(description="Token ids that end an answer.")
-    packages: dict[str, str] = Field(description="Name -> version of the packages that trained it.")
-    files: dict[str, str] = Field(description="File name -> SHA-256, of every file but this record.")
+    packages: dict[str, str] = Field(description="Package name -> version used for training.")
+    files: dict[str, str] = Field(description="File name -> SHA-256, of every file except this record.")
 
 
 class Registry:
-    """Publish, list, resolve and check what runs produced. A record never changes once published."""
+    """Publishes, lists, resolves and checks adapters and models. A published record never changes."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
     def publish(self, folder: Path, draft: dict[str, object], base_short_name: str, card: str) -> AdapterRecord:
-        """Publish the weights in `folder` and return their record; the same content twice gives the first record.
+        """Publish the weights in `folder` and return their record. Publishing the same content again returns the first.
 
-        `draft` holds the record's fields but `id`, `digest`, `created` and `files`, which follow from the content;
-        `card` is the model card, in which ``{id}`` and ``{digest}`` stand for the two.
+        `draft` contains the fields of the record except `id`, `digest`, `created` and `files`, which are computed.
+        `card` is the model card, with the placeholders ``{id}`` and ``{digest}``.
         """
-        digests = {
-            file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _BESIDE_THE_CONTENT
-        }
+        digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _NOT_CONTENT}
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
         for name, content in added.items():
@@ -106,9 +104,9 @@ class Registry:
         return self._read(place)
 
     def publish_stored(self, path: str, draft: dict[str, object], base_short_name: str, card: str) -> AdapterRecord:
-        """Like `publish`, of weights that lie in the folder `path` of this storage, and without reading them.
+        """Like `publish`, for weights that are already in the folder `path` of this storage. Does not read them.
 
-        Whoever wrote the folder has taken the digests of its files, and left them there in `DIGESTS_FILE`.
+        The folder must contain the digests of its files, in `DIGESTS_FILE`.
         """
         digests = self.storage.read_json(f"{path}/{DIGESTS_FILE}")
         record, added = _compose(digests, draft, base_short_name, card)
@@ -117,13 +115,13 @@ class Registry:
         return self._read(place)
 
     def records(self, kind: Kind = "adapter") -> list[AdapterRecord]:
-        """Everything published of one kind, oldest first; half-written folders are not there."""
+        """All records of one kind, oldest first. Incomplete folders are skipped."""
         places = (f"{kind}s/{name}" for name in self.storage.folders(f"{kind}s"))
-        found = [self._read(place) for place in places if self.storage.exists(f"{place}/{RECORD_FILE}")]
-        return sorted(found, key=lambda record: record.created)
+        records = [self._read(place) for place in places if self.storage.exists(f"{place}/{RECORD_FILE}")]
+        return sorted(records, key=lambda record: record.created)
 
     def resolve(self, adapter_id: str) -> AdapterRecord:
-        """The record of an adapter or model. Raises `NotPublishedError`, which names the ids that come close."""
+        """The record of an adapter or model. Raises `NotPublishedError`, which lists the published ids."""
         if "/" not in adapter_id and not adapter_id.startswith("."):
             for kind in ("adapter", "model"):
                 place = _place(kind, adapter_id)
@@ -132,15 +130,15 @@ class Registry:
         known = [record.id for kind in ("adapter", "model") for record in self.records(kind)]
         raise NotPublishedError(
             f"adapter = {adapter_id!r}: not published on {self.storage.root}. "
-            f"Published: {', '.join(known) or 'none yet'}."
+            f"Published: {', '.join(known) or 'nothing yet'}."
         )
 
     def folder(self, record: AdapterRecord) -> Path:
-        """A local folder with the files of `record`, fetched if the storage is remote."""
+        """A local folder with the files of `record`, downloaded if the storage is remote."""
         return self.storage.local_folder(_place(record.kind, record.id))
 
     def damaged_files(self, record: AdapterRecord) -> list[str]:
-        """Names of the files that are missing or whose bytes are not those that were published."""
+        """Names of the files that are missing or differ from what was published."""
         folder = self.folder(record)
         return [
             name
@@ -153,17 +151,17 @@ class Registry:
             return AdapterRecord.model_validate(self.storage.read_json(f"{place}/{RECORD_FILE}"))
         except ValidationError as error:
             raise StorageError(
-                f"{self.storage.uri(place)}/{RECORD_FILE}: not a record of this version ({error})."
+                f"{self.storage.uri(place)}/{RECORD_FILE}: not a valid record of this version ({error})."
             ) from None
 
 
-_BESIDE_THE_CONTENT = {RECORD_FILE, CARD_FILE}
+_NOT_CONTENT = {RECORD_FILE, CARD_FILE}
 
 
 def _compose(
     digests: dict[str, str], draft: dict[str, object], base_short_name: str, card: str
 ) -> tuple[AdapterRecord, dict[str, bytes]]:
-    """The record of content with these digests, and the files that stand beside the content: card and record."""
+    """The record of content with these digests, and the files to add to the content: card and record."""
     digest = content_digest(digests)
     adapter_id = f"{base_short_name}-{draft['run_name']}-{digest[:8]}".lower()
     card_bytes = card.replace("{id}", adapter_id).replace("{digest}", digest).encode()
@@ -184,7 +182,7 @@ def _place(kind: object, adapter_id: str) -> str:
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; reads it in chunks."""
+    """SHA-256 of a file, in hexadecimal. Reads the file in chunks."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK_BYTES):
@@ -193,5 +191,5 @@ def sha256_of(file: Path) -> str:
 
 
 def content_digest(digests: dict[str, str]) -> str:
-    """One digest of a folder: over the names and digests of its files, in order of name."""
+    """Digest of a folder: SHA-256 over the sorted names and digests of its files."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ft_service.errors import NotPublishedError, StorageError, UsageError
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import DatasetRef, Waiver
-from ft_service.spec.schema import RunSpec, dump_run_spec, parse_run_spec
+from ft_service.spec.load import dump_run_spec, parse_run_spec
+from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 
 State = Literal[

@@ -1,1 +1,1 @@
-"""What was asked: the run spec, its rules, and how it is loaded."""
+"""The run spec: its schema, its rules, and its loading."""

@@ -1,4 +1,4 @@
-"""The catalogue against what is published, and against the sizes that transformers gives the same configurations."""
+"""The catalogue against published figures, and against transformers models of the same configuration."""
 
 import pytest
 import torch
@@ -44,18 +44,18 @@ def config_of(shape: ModelShape) -> LlamaConfig:
 
 
 @pytest.mark.parametrize("model_id", PUBLISHED_PARAMETERS)
-def test_the_catalogue_holds_the_published_parameter_counts(model_id: str) -> None:
+def test_the_catalogue_has_the_published_parameter_counts(model_id: str) -> None:
     facts = models.find(model_id)
     assert facts and facts.id == model_id and facts.num_parameters == PUBLISHED_PARAMETERS[model_id]
 
 
 @pytest.mark.parametrize("facts", TEXT_MODELS, ids=lambda facts: facts.short_name)
-def test_parameters_computed_from_the_shape_are_the_published_ones(facts: ModelFacts) -> None:
+def test_the_shape_gives_the_published_parameter_count(facts: ModelFacts) -> None:
     assert facts.shape.num_parameters == facts.num_parameters
 
 
 @pytest.mark.parametrize("facts", TEXT_SHAPES, ids=lambda facts: facts.short_name)
-def test_parameters_computed_from_the_shape_are_those_of_transformers(facts: ModelFacts) -> None:
+def test_the_shape_gives_the_parameter_count_of_transformers(facts: ModelFacts) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config_of(facts.shape))
     assert facts.shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -72,9 +72,7 @@ def test_parameters_computed_from_the_shape_are_those_of_transformers(facts: Mod
         ("meta-llama/Llama-3.2-90B-Vision", range(3, 100, 5)),
     ],
 )
-def test_vision_models_are_their_text_backbone_with_cross_attention_and_an_image_encoder(
-    model_id: str, cross_attention_layers: range
-) -> None:
+def test_vision_models_have_the_parameter_count_of_transformers(model_id: str, cross_attention_layers: range) -> None:
     facts = models.find(model_id)
     assert facts
     text = {
@@ -91,7 +89,7 @@ def test_vision_models_are_their_text_backbone_with_cross_attention_and_an_image
     assert facts.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_shape_is_read_from_config_json_with_the_defaults_of_transformers() -> None:
+def test_missing_config_keys_default_as_in_transformers() -> None:
     config = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -105,12 +103,12 @@ def test_a_shape_is_read_from_config_json_with_the_defaults_of_transformers() ->
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_shape_is_read_back_from_what_transformers_saves() -> None:
+def test_the_shape_of_a_transformers_config_is_read_correctly() -> None:
     for facts in TEXT_MODELS:
         assert models.shape_from_config(config_of(facts.shape).to_dict()) == facts.shape
 
 
-def test_a_config_without_a_size_is_refused_by_name() -> None:
+def test_a_missing_size_is_named_in_the_error() -> None:
     with pytest.raises(ModelError, match="intermediate_size"):
         models.shape_from_config({"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9})
 
@@ -131,7 +129,7 @@ def test_a_model_is_found_by_each_of_its_names(base: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["./Llama-3.1-8B", "/models/Llama-3.1-8B", "someone/Llama-3.1-8B", "Llama-3.1-9B", ""])
-def test_a_folder_or_a_stranger_is_not_taken_for_a_model_of_the_family(base: str) -> None:
+def test_folders_and_other_models_are_not_found(base: str) -> None:
     assert models.find(base) is None
 
 
@@ -143,12 +141,12 @@ def test_a_folder_or_a_stranger_is_not_taken_for_a_model_of_the_family(base: str
         ("quickstart/base", "base"),
     ],
 )
-def test_a_stranger_is_named_by_the_end_of_its_path(base: str, name: str) -> None:
+def test_other_models_are_named_after_the_end_of_their_path(base: str, name: str) -> None:
     assert models.short_name(base) == name
 
 
 @pytest.mark.parametrize("facts", MODELS, ids=lambda facts: facts.short_name)
-def test_names_begin_as_the_license_of_the_base_asks(facts: ModelFacts) -> None:
+def test_names_start_with_the_prefix_of_the_license(facts: ModelFacts) -> None:
     prefix = facts.license.naming_prefix
     assert facts.title.startswith(prefix)
     assert facts.short_name.startswith(prefix.lower().replace(" ", "-"))
@@ -177,7 +175,7 @@ def test_short_names_are_unique() -> None:
         ),
     ],
 )
-def test_notices_have_the_wording_of_the_licenses(model_id: str, prefix: str, display: str, attribution: str) -> None:
+def test_notices_use_the_wording_of_the_licenses(model_id: str, prefix: str, display: str, attribution: str) -> None:
     facts = models.find(model_id)
     assert facts
     terms = facts.license
@@ -190,33 +188,33 @@ def test_only_llama_3_forbids_improving_other_models() -> None:
     assert forbids == {"3"}
 
 
-def test_only_vision_models_speak_of_the_european_union() -> None:
+def test_only_vision_licenses_mention_the_european_union() -> None:
     for facts in MODELS:
         assert any("European Union" in duty for duty in facts.license.duties) == facts.vision
 
 
 @pytest.mark.parametrize(
-    ("base", "formats", "said"),
+    ("base", "formats", "expected"),
     [
         ("meta-llama/Llama-3.1-8B", {"alpaca"}, "meta-llama/Llama-3.1-8B-Instruct"),
         ("meta-llama/Llama-3.2-1B", {"text", "chat"}, "meta-llama/Llama-3.2-1B-Instruct"),
-        ("meta-llama/Llama-3.2-11B-Vision-Instruct", {"chat"}, "Only text is trained"),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", {"chat"}, "only text models"),
     ],
 )
-def test_an_unusual_start_is_remarked(base: str, formats: set[str], said: str) -> None:
+def test_an_unusual_base_gets_a_remark(base: str, formats: set[str], expected: str) -> None:
     facts = models.find(base)
     assert facts
     (remark,) = models.remarks(facts, formats)
-    assert said in remark
+    assert expected in remark
 
 
 @pytest.mark.parametrize(
     ("base", "formats"), [("meta-llama/Llama-3.1-8B", {"text"}), ("meta-llama/Llama-3.3-70B-Instruct", {"chat"})]
 )
-def test_a_usual_start_is_not_remarked(base: str, formats: set[str]) -> None:
+def test_a_usual_base_gets_no_remark(base: str, formats: set[str]) -> None:
     facts = models.find(base)
     assert facts and models.remarks(facts, formats) == []
 
 
-def test_a_base_on_object_storage_is_named_by_its_folder_alone() -> None:
+def test_a_base_on_object_storage_is_named_after_its_folder() -> None:
     assert models.short_name("s3://bucket/models/My_Llama/?endpoint_override=host:9000&scheme=http") == "my-llama"

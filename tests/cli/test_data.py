@@ -23,7 +23,8 @@ from ft_service.data.preview import preview
 from ft_service.errors import SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.pages.data_report import render_data_report
-from ft_service.spec.schema import RunSpec, parse_run_spec
+from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import RunSpec
 from tests.data.gate.gate_cases import clean_pairs
 
 Records = list[dict[str, Any]]

@@ -19,7 +19,8 @@ from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_data
 from ft_service.data.read import scan
 from ft_service.errors import DataError, StorageError
 from ft_service.model.scratch import train_tokenizer
-from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
+from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import DataSource, RunSpec
 from ft_service.storage.storage import Storage
 
 Records = list[dict[str, Any]]

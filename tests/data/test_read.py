@@ -23,7 +23,8 @@ from ft_service.data.files import json_files
 from ft_service.data.files.shard import Fault, ShardChanged
 from ft_service.data.read import read_shard, read_source, scan
 from ft_service.errors import DataError, SpecError
-from ft_service.spec.schema import DataSource, RunSpec, parse_run_spec
+from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import DataSource, RunSpec
 
 RECORDS = [
     {"instruction": "Translate, please", "input": 'a "quoted"\nline', "output": "zwei, drei"},

@@ -1,4 +1,4 @@
-"""The report: whole without a network, safe with hostile content, with the right figures, at any moment of a run."""
+"""The run report: self-contained, safe with hostile content, correct, and available at any time of a run."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from ft_service.runs.events import Event, EventLog, Notice, TrainingStarted, Wor
 from ft_service.runs.folder import RunFolder, RunStatus
 from ft_service.runs.lease import Lease
 from ft_service.runs.metrics import JsonlSink, StepMetrics
-from ft_service.spec.schema import parse_run_spec
+from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
 
 RUN = "support-bot-1"
@@ -54,7 +54,7 @@ def a_plan(**changes: object) -> RunPlan:
         "tokens": 22_800,
         "loss_tokens": 5700,
         "memory_gib": {"weights": 5.9, "total": 33.6},
-        "summary": ["Batch: 8 rows x 4 workers x 2 accumulation = 64 rows a step."],
+        "summary": ["Batch: 8 rows x 4 workers x 2 accumulation = 64 rows per step."],
         "warnings": ["7 of 900 examples are cut."],
         "remarks": ["Built with Llama."],
     }
@@ -101,7 +101,7 @@ def a_run(**changes: object) -> RunContents:
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the headings, and the text a person reads."""
+    """Tags with their attributes, the headings, and the visible text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_the_report_needs_no_network_and_runs_no_script() -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
 
 
-def test_whatever_a_run_holds_is_shown_as_text() -> None:
+def test_content_of_a_run_is_escaped() -> None:
     source = DatasetRef(path=HOSTILE, source=f"javascript:{HOSTILE}", license=HOSTILE, records=1, digest="a")
     hostile = a_run(
         run_id=HOSTILE,
@@ -160,34 +160,34 @@ def test_whatever_a_run_holds_is_shown_as_text() -> None:
     assert page.text.count(HOSTILE) >= 13
 
 
-def test_every_section_is_there_with_the_figures_of_the_run() -> None:
+def test_every_section_shows_the_figures_of_the_run() -> None:
     page = Page(render_report(a_run()))
-    assert page.headings == ["Curves", "Samples", "Plan", "Data", "Events", "Provenance"]
+    assert page.headings == ["Metrics", "Samples", "Plan", "Data", "Events", "Provenance"]
     for text in (
         "support-bot succeeded base some/llama method lora, rank 8 run support-bot-1",
         "Training loss 1.5000 1.9500 at step 1",
         "Best validation loss 1.5000 at step 10",
         "Steps 10 of 10 · 3.00 epochs",
-        "Tokens 20.0k 25% trained on",  # 10 steps of 2000, of which 500 train
+        "Tokens 20.0k 25% loss tokens",  # 10 steps of 2000, of which 500 train
         "Time 5m00s",  # from the event at the start to the tenth step
         "Throughput 1.0k tokens/s, median",
         "Peak memory 31.4 GiB 33.6 GiB planned",
-        "Batch: 8 rows x 4 workers x 2 accumulation = 64 rows a step.",
+        "Batch: 8 rows x 4 workers x 2 accumulation = 64 rows per step.",
         "7 of 900 examples are cut.",
         "Built with Llama.",
         "memory_gib.weights 5.9",
         "rows filled 95%",  # 7600 tokens in 80 rows of 100
         "tickets.jsonl https://example.com/t MIT 750 75%",
-        "faq.jsonl not given 250 25%",
+        "faq.jsonl not stated 250 25%",
         "Prompt 道を教えて Base I cannot. adapter まっすぐ進んで右です。",
         "2026-07-03 09:00:00 running 4 workers, 10 steps.",
-        "Nothing was published.",
+        "Nothing has been published.",
     ):
         assert text in page.text
     assert "Overfitting" not in page.text
 
 
-def test_each_curve_is_a_chart_that_follows_the_theme() -> None:
+def test_charts_follow_the_theme() -> None:
     html = render_report(a_run())
     figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
     titles = [re.findall(r"<h3>(.*?)</h3>", figure)[0] for figure in figures]
@@ -210,7 +210,7 @@ def test_overfitting_is_a_warning_at_the_top() -> None:
     html = render_report(a_run(metrics=metrics))
     text = Page(html).text
     assert "Validation loss was lowest at step 4 (1.6000) and rose to 1.9000" in text
-    assert text.index("Overfitting") < text.index("Curves")
+    assert text.index("Overfitting") < text.index("Metrics")
     assert "best 1.6000 at step 4" in text
 
 
@@ -222,12 +222,12 @@ def test_a_full_run_compares_base_and_fine_tuned() -> None:
 
 
 @pytest.mark.parametrize("metrics", [steps({}, count=1), steps({1: 1.9}, count=1), steps({}, count=3)])
-def test_a_run_of_few_steps_or_no_validation_renders(metrics: list[StepMetrics]) -> None:
+def test_a_run_with_few_steps_or_no_validation_renders(metrics: list[StepMetrics]) -> None:
     page = Page(render_report(a_run(metrics=metrics)))
     assert [tag for tag, _ in page.tags].count("svg") == 5
 
 
-def test_a_loss_that_is_not_a_number_does_not_stop_the_report() -> None:
+def test_a_nan_loss_does_not_break_the_report() -> None:
     metrics = steps({2: 1.9, 4: float("nan")})
     metrics[-1] = metrics[-1].model_copy(update={"loss": float("nan"), "grad_norm": float("inf")})
     text = Page(render_report(a_run(metrics=metrics))).text
@@ -235,15 +235,15 @@ def test_a_loss_that_is_not_a_number_does_not_stop_the_report() -> None:
     assert "Best validation loss 1.9000 at step 2" in text
 
 
-def test_a_run_that_failed_before_its_plan_says_why(tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_plan_shows_the_reason(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     RunFolder(storage, RUN).set_state("failed", "data/tickets.jsonl:17: no field 'output'.")
     EventLog(storage, RUN).emit(Notice(type="failed", message="no field 'output'"))
     write_report(storage, RUN)
     text = Page(storage.read_bytes(f"runs/{RUN}/report.html").decode()).text
     assert "This run failed data/tickets.jsonl:17: no field 'output'." in text
-    assert "No step was completed." in text
-    assert "No plan was made." in text
+    assert "No step has completed." in text
+    assert "No plan has been made." in text
 
 
 def test_events_show_their_data() -> None:
@@ -254,9 +254,10 @@ def test_events_show_their_data() -> None:
         assert part in text
 
 
-def test_the_report_is_made_of_the_files_of_the_run(tmp_path: Path) -> None:
+def test_the_report_is_read_from_the_files_of_the_run(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    run, contents = RunFolder(storage, RUN), a_run()
+    run = RunFolder(storage, RUN)
+    contents = a_run()
     assert contents.plan is not None
     run.write_plan(contents.plan.spec, contents.plan, list(contents.sources))
     run.set_state("running")
@@ -271,7 +272,7 @@ def test_the_report_is_made_of_the_files_of_the_run(tmp_path: Path) -> None:
         "support-bot running",
         "Best validation loss 1.5000",
         "まっすぐ進んで右です。",
-        "faq.jsonl not given 250",
+        "faq.jsonl not stated 250",
     ):
         assert part in text
 
@@ -280,6 +281,6 @@ def test_the_same_run_gives_the_same_page() -> None:
     assert render_report(a_run()) == render_report(a_run())
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_an_unknown_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotPublishedError, match="run = 'nowhere': does not exist on"):
         write_report(Storage(str(tmp_path)), "nowhere")

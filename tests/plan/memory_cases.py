@@ -1,4 +1,4 @@
-"""Trains memory cases on the real engine and counts the storages each worker then holds, by component."""
+"""Trains memory cases on the real engine and counts the storages of each worker by component."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from ft_service.train.parallel import Parallel
 from tests.train.training_cases import model_of, packed_rows, plan_of
 
 SIZES = {
-    # The embedding and the MLP lie above DeepSpeed's persistence threshold of 100,000 elements, the rest below; few
+    # The embedding and the MLP are above DeepSpeed's persistence threshold of 100,000 elements, the rest below; few
     # counts divide by 3. In "wide" the MLP is above it even when four or more weights are packed in an element.
     "small": {"hidden_size": 140, "intermediate_size": 802, "num_attention_heads": 5, "num_key_value_heads": 1},
     "wide": {"hidden_size": 140, "intermediate_size": 3206, "num_attention_heads": 5, "num_key_value_heads": 5},
@@ -53,10 +53,12 @@ class Ledger:
 
 
 def count(parallel: Parallel) -> dict[str, int]:
-    """What this worker holds after a backward pass."""
-    engine, ledger = parallel._engine, Ledger()
+    """Bytes of this worker after a backward pass, by component."""
+    engine = parallel._engine
+    ledger = Ledger()
     parameters = list(engine.module.parameters())
-    zero, adam = engine.optimizer, engine.basic_optimizer
+    zero = engine.optimizer
+    adam = engine.basic_optimizer
     for parameter in parameters:
         partition = getattr(parameter, "ds_tensor", None)
         ledger.add("weights", [partition if partition is not None else parameter.data])
@@ -76,11 +78,11 @@ def count(parallel: Parallel) -> dict[str, int]:
     ledger.add("gradients", (parameter.grad for parameter in parameters))
     ledger.add("gradients", (getattr(parameter, "grad_accum", None) for parameter in parameters))
     for name in ("fp32_groups_gradients_flat", "grad_partitions_flat_buffer"):
-        held = getattr(zero, name, None)
-        ledger.add("gradients", held if isinstance(held, list) else [held])
-    for held in [*getattr(zero, "averaged_gradients", {}).values(), *getattr(zero, "all_grad_tensors", {}).values()]:
-        ledger.add("gradients", held or [])
-        ledger.add("gradients", [getattr(held, "flat_partition", None)])
+        buffers = getattr(zero, name, None)
+        ledger.add("gradients", buffers if isinstance(buffers, list) else [buffers])
+    for tensors in [*getattr(zero, "averaged_gradients", {}).values(), *getattr(zero, "all_grad_tensors", {}).values()]:
+        ledger.add("gradients", tensors or [])
+        ledger.add("gradients", [getattr(tensors, "flat_partition", None)])
     return ledger.sizes
 
 

@@ -1,4 +1,4 @@
-"""The memory model against what is really allocated, and against what the field knows to fit."""
+"""The memory model against real allocations, and against what is known to fit."""
 
 import gc
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def shape_of(folder: Path) -> ModelShape:
     return shape_from_config(read_config(folder))
 
 
-# -- what rests ------------------------------------------------------------------------------------------------------
+# -- persistent memory -----------------------------------------------------------------------------------------------
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def resting_cases(wide: Path, small: Path) -> dict[str, dict[str, Any]]:
+def persistent_cases(wide: Path, small: Path) -> dict[str, dict[str, Any]]:
     cases = {}
     for stage in range(4):
         for method, base, precision in (
@@ -67,12 +67,13 @@ def resting_cases(wide: Path, small: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_what_rests_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> None:
-    wide, small = tmp_path / "wide", tmp_path / "small"
+def test_persistent_memory_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> None:
+    wide = tmp_path / "wide"
+    small = tmp_path / "small"
     write_sized_base(wide, "wide", tied=False)
     write_sized_base(small, "small", tied=True)
-    cases = resting_cases(wide, small)
-    held = run_cases(run_case, cases, workers)
+    cases = persistent_cases(wide, small)
+    measured = run_cases(run_case, cases, workers)
     wrong = {}
     for name, case in cases.items():
         targets = case["method"].get("target_modules", "all-linear")
@@ -88,19 +89,20 @@ def test_what_rests_is_predicted_to_the_byte(tmp_path: Path, workers: int) -> No
         shape = shape_of(Path(case["base"]))
         estimate = estimate_memory(shape, layout)
         predicted = {component: estimate.gpu[component] for component in COMPONENTS}
-        fullest = {component: max(worker[component] for worker in held[name]) for component in COMPONENTS}
-        predicted["trainable"], fullest["trainable"] = trainable_parameters(shape, layout), held[name][0]["trainable"]
+        fullest = {component: max(worker[component] for worker in measured[name]) for component in COMPONENTS}
+        predicted["trainable"] = trainable_parameters(shape, layout)
+        fullest["trainable"] = measured[name][0]["trainable"]
         if predicted != fullest:
             wrong[name] = (predicted, fullest)
     assert not wrong, wrong
 
 
-# -- what comes and goes ---------------------------------------------------------------------------------------------
+# -- temporary memory ------------------------------------------------------------------------------------------------
 
 BODIES: dict[str, dict[str, Any]] = {
     "grouped heads": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2},
     "wide MLP": {"hidden_size": 192, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 4},
-    # Four chunks of logits, which weigh more than the layers.
+    # Four chunks of logits, which are larger than the layers.
     "vocabulary": {
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -108,13 +110,13 @@ BODIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 12_000,
     },
-    # Weights that weigh as much as the activations of few tokens.
+    # Weights as large as the activations of few tokens.
     "few tokens": {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2},
 }
 
 
 def one_batch(tokens: int) -> MicroBatch:
-    """Two documents, every token trained on."""
+    """Two documents; every token is a loss token."""
     lengths = [tokens // 3, tokens - tokens // 3]
     ids = torch.arange(tokens) % 1000
     return MicroBatch(
@@ -129,7 +131,7 @@ def one_batch(tokens: int) -> MicroBatch:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For many small operations, more threads only cost."""
+    """More threads slow down many small operations."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -137,7 +139,7 @@ def one_thread() -> Iterator[None]:
 
 
 def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
-    """Peak of what a forward and a backward pass allocate, by the allocator's own events; gradients exist before."""
+    """Peak bytes that a forward and a backward pass allocate, by allocator events; gradients exist before."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -146,10 +148,10 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
         model(batch).backward()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
@@ -215,11 +217,11 @@ def test_activations_and_loss_are_predicted_within_15_percent(
     assert (activations + loss) / measured == pytest.approx(1, abs=0.15)
 
 
-def test_a_gpu_is_reckoned_with_the_chunks_that_it_gets() -> None:
+def test_the_model_assumes_the_loss_chunk_size_used_on_gpus() -> None:
     assert _CHUNK_BYTES["cuda"] == LOSS_CHUNK_BYTES
 
 
-# -- what the field knows --------------------------------------------------------------------------------------------
+# -- known facts -----------------------------------------------------------------------------------------------------
 
 
 def estimate(base: str, **layout: Any) -> MemoryEstimate:
@@ -232,18 +234,20 @@ def gib(base: str, **layout: Any) -> float:
     return estimate(base, **layout).gpu_bytes / GIB
 
 
-CARD_24, CARD_80, CARD_141 = 22.5, 79.2, 139.8
-"""GiB that a driver reports of an A10G, an H100 and an H200."""
+CARD_24 = 22.5
+CARD_80 = 79.2
+CARD_141 = 139.8
+"""GiB that the driver reports for an A10G, an H100 and an H200."""
 
 
 @pytest.mark.parametrize("tokens", [2048, 4096])
-def test_8b_trains_in_24_gb_by_lora_and_with_much_to_spare_by_qlora(tokens: int) -> None:
+def test_8b_lora_and_qlora_fit_in_24_gb(tokens: int) -> None:
     lora = gib("Llama-3.1-8B", method="lora", max_seq_len=tokens)
     assert lora < 0.9 * CARD_24
     assert gib("Llama-3.1-8B", method="qlora", max_seq_len=tokens) < 0.6 * lora
 
 
-def test_8b_full_wants_more_than_one_gpu_of_80_gb_or_offload() -> None:
+def test_8b_full_needs_several_80_gb_gpus_or_offloading() -> None:
     assert gib("Llama-3.1-8B", method="full") > CARD_80
     offloaded = estimate("Llama-3.1-8B", method="full", zero_stage=2, offload="cpu")
     assert offloaded.gpu_bytes < 40 * GIB
@@ -251,16 +255,16 @@ def test_8b_full_wants_more_than_one_gpu_of_80_gb_or_offload() -> None:
     assert offloaded.host["optimizer"] == pytest.approx(12 * 8_030_261_248, rel=1e-6)
 
 
-def test_70b_trains_on_one_80_gb_gpu_by_qlora_only() -> None:
+def test_70b_fits_on_one_80_gb_gpu_only_with_qlora() -> None:
     assert gib("Llama-3.3-70B-Instruct", method="qlora") < CARD_80
     assert gib("Llama-3.3-70B-Instruct", method="lora") > CARD_80
 
 
-def test_405b_trains_on_no_single_gpu() -> None:
+def test_405b_fits_on_no_single_gpu() -> None:
     assert min(gib("Llama-3.1-405B", method=method) for method in ("full", "lora", "qlora")) > CARD_141
 
 
-def test_405b_trains_on_8_gpus_by_qlora_and_on_16_or_32_by_lora() -> None:
+def test_405b_fits_on_8_gpus_with_qlora_and_16_with_lora() -> None:
     def sharded(method: str, workers: int) -> float:
         return gib("Llama-3.1-405B", method=method, num_workers=workers, workers_per_node=8, zero_stage=3)
 
@@ -270,7 +274,7 @@ def test_405b_trains_on_8_gpus_by_qlora_and_on_16_or_32_by_lora() -> None:
     assert sharded("lora", 32) < 0.75 * CARD_80
 
 
-def test_the_components_are_always_the_same_in_the_same_order() -> None:
+def test_components_are_always_the_same_in_order() -> None:
     names = [
         "weights",
         "quantisation_statistics",
@@ -286,7 +290,7 @@ def test_the_components_are_always_the_same_in_the_same_order() -> None:
             assert list(estimate("Llama-3.2-1B", method="full", zero_stage=stage, offload=offload).gpu) == names
 
 
-def test_offloading_everything_leaves_less_on_the_gpu_than_offloading_the_optimizer() -> None:
+def test_each_degree_of_offloading_saves_gpu_memory() -> None:
     sizes = [
         gib("Llama-3.1-70B", method="full", num_workers=8, workers_per_node=8, zero_stage=stage, offload=offload)
         for stage, offload in ((2, "none"), (2, "cpu"), (3, "cpu"))
@@ -299,7 +303,7 @@ def test_offloading_everything_leaves_less_on_the_gpu_than_offloading_the_optimi
     assert nvme.host_bytes < cpu.host_bytes
 
 
-def test_hpz_keeps_a_second_copy_of_the_weights_on_every_node() -> None:
+def test_hpz_adds_a_copy_of_the_weights_per_node() -> None:
     layout = {"method": "lora", "num_workers": 32, "workers_per_node": 8, "zero_stage": 3}
     more = (
         estimate("Llama-3.1-70B", **layout, hpz=True).gpu["weights"]

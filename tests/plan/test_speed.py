@@ -1,4 +1,4 @@
-"""The time model: FLOPs from first principles, speeds near what others published, traffic that follows the settings."""
+"""The time model: FLOPs from first principles, speeds near published ones, traffic that follows the settings."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def time_of(layout: Layout, base: str = "Llama-3.1-8B", gpu: Gpu = H100, accumul
 
 
 # NVIDIA NeMo AutoModel docs/performance-summary.mdx, and torchtitan benchmarks/llama3_h100_202412_torchtitan.md (bf16,
-# FSDP2, no compile): tokens per second and GPU. What recomputes is told by what fits.
+# FSDP2, no compile): tokens per second and GPU. Whether they recompute follows from what fits.
 LORA_70B = Layout("lora", 8, 8, zero_stage=3, micro_batch_size=2, max_seq_len=4096)
 PUBLISHED = [
     ("Llama-3.1-8B", Layout("lora", micro_batch_size=2, max_seq_len=4096, activation_checkpointing=False), 12_473),
@@ -44,19 +44,17 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("base", "layout", "published"), PUBLISHED)
-def test_an_estimate_lies_within_a_factor_of_one_and_a_half_of_what_was_published(
-    base: str, layout: Layout, published: float
-) -> None:
+def test_estimates_are_within_a_factor_of_1_5_of_published_speeds(base: str, layout: Layout, published: float) -> None:
     assert 1 / 1.5 < speed(base, layout) / published < 1.5
 
 
-def test_weights_in_products_are_all_but_the_embedding() -> None:
+def test_matmul_parameters_are_all_but_embedding_and_norms() -> None:
     shape = shape_of("Llama-3.1-8B")
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     assert matmul_parameters(shape) == shape.num_parameters - shape.vocab_size * shape.hidden_size - norms
 
 
-def test_flops_are_six_per_trained_weight_four_per_frozen_one_and_two_more_to_recompute() -> None:
+def test_flops_are_6_per_trained_and_4_per_frozen_weight() -> None:
     shape = shape_of("Llama-3.1-8B")
     weights = matmul_parameters(shape)
 
@@ -71,26 +69,26 @@ def test_flops_are_six_per_trained_weight_four_per_frozen_one_and_two_more_to_re
     assert per_weight("lora", True) == pytest.approx(6 - 2 * head, rel=2e-3)
 
 
-def test_attention_grows_with_the_row() -> None:
+def test_attention_flops_grow_with_the_row_length() -> None:
     shape, layout = shape_of("Llama-3.1-8B"), Layout("full", activation_checkpointing=False)
     longer = flops_per_token(shape, replace(layout, max_seq_len=16_384)) - flops_per_token(shape, layout)
     # PaLM, appendix B: 12 x layers x heads x head_dim x T a token, forward and backward; half of it is masked
     assert longer == pytest.approx(6 * 32 * 32 * 128 * (16_384 - layout.max_seq_len))
 
 
-def test_one_gpu_talks_to_nobody() -> None:
+def test_one_gpu_needs_no_communication() -> None:
     time = time_of(Layout("full"))
     assert time.communication == time.offload == 0.0 and time.compute == time.seconds
 
 
-def test_stage_three_moves_more_than_stage_two_and_more_the_more_often_it_gathers() -> None:
+def test_zero_3_communicates_more_than_zero_2() -> None:
     sharded, whole = time_of(FULL_NODE), time_of(replace(FULL_NODE, zero_stage=2))
     assert sharded.compute == whole.compute
     assert sharded.communication > whole.communication > 0
     assert time_of(FULL_NODE, accumulation=8).communication == pytest.approx(2 * sharded.communication)
 
 
-def test_a_slow_network_costs_and_hpz_saves_most_of_it() -> None:
+def test_hpz_saves_most_of_the_cost_of_a_slow_network() -> None:
     slow = replace(H100, network=1.0)
     base = "Llama-3.1-70B"
     within_a_node = time_of(FULL_NODE, base, slow)
@@ -101,14 +99,14 @@ def test_a_slow_network_costs_and_hpz_saves_most_of_it() -> None:
     assert with_copy.communication < without.communication / 4
 
 
-def test_offloading_costs_time_and_drives_more_than_memory() -> None:
+def test_offloading_costs_time_and_nvme_costs_more() -> None:
     none, cpu, nvme = (time_of(replace(FULL_NODE, offload=where)).seconds for where in ("none", "cpu", "nvme"))  # type: ignore[arg-type]
     assert none < cpu < nvme
     # Adam's state, 12 bytes a parameter, is read from and written to the node's drives once a step, at 6 GB/s
     assert time_of(replace(FULL_NODE, offload="nvme"), accumulation=1).offload > 2 * 12 * 8.03e9 / 6e9
 
 
-def test_gpu_types_are_found_by_any_name() -> None:
+def test_gpu_types_are_found_by_every_name() -> None:
     assert find_gpu("H100-80G") is find_gpu("h100") is GPUS["H100"]
     assert find_gpu("H1000") is None and find_gpu(None) is None
     assert all(gpu.name == name for name, gpu in GPUS.items())

@@ -1,4 +1,4 @@
-"""The model card: what a person, the hub and the registry need to find in it."""
+"""The model card contains what people, the hub and the registry need."""
 
 import ast
 import json
@@ -65,9 +65,9 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def code_block(card: str, language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
-    assert found
-    return found[1]
+    block = re.search(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
+    assert block
+    return block[1]
 
 
 def table_rows(card: str, heading: str) -> list[list[str]]:
@@ -76,7 +76,7 @@ def table_rows(card: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_hub_finds_base_license_and_datasets_in_the_front_matter() -> None:
+def test_the_front_matter_has_base_license_and_datasets() -> None:
     assert front_matter(card_of(draft())) == {
         "base_model": "meta-llama/Llama-3.1-8B-Instruct",
         "base_model_relation": "adapter",
@@ -88,7 +88,7 @@ def test_the_hub_finds_base_license_and_datasets_in_the_front_matter() -> None:
     }
 
 
-def test_a_full_fine_tune_is_a_model_of_its_own() -> None:
+def test_a_full_fine_tune_is_a_standalone_model() -> None:
     card = card_of(draft(kind="model", method={"type": "full"}))
     fields = front_matter(card)
     assert (fields["library_name"], fields["base_model_relation"]) == ("transformers", "finetune")
@@ -96,7 +96,7 @@ def test_a_full_fine_tune_is_a_model_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("facts", models.MODELS, ids=lambda facts: facts.short_name)
-def test_title_and_notices_are_those_the_license_asks_for(facts: models.ModelFacts) -> None:
+def test_title_and_notices_follow_the_license(facts: models.ModelFacts) -> None:
     card = card_of(draft(base={"id": facts.id, "short_name": facts.short_name}))
     title = next(line for line in card.splitlines() if line.startswith("# "))
     assert title.removeprefix("# ").startswith(facts.license.naming_prefix)
@@ -105,32 +105,32 @@ def test_title_and_notices_are_those_the_license_asks_for(facts: models.ModelFac
     assert facts.license.text_url in card and facts.license.acceptable_use_url in card
 
 
-def test_a_base_outside_the_catalogue_is_said_to_be_unknown() -> None:
+def test_the_license_of_an_unknown_base_is_unknown() -> None:
     card = card_of(draft(base={"id": "/models/mine", "short_name": "mine"}))
     assert front_matter(card)["license"] == "unknown"
-    assert "# mine: support-bot" in card and "Look up the license" in card
+    assert "# mine: support-bot" in card and "Look up that license" in card
     assert "Meta" not in card
 
 
-def test_what_the_data_lacks_is_said_not_left_out() -> None:
+def test_missing_source_and_license_are_not_stated() -> None:
     assert table_rows(card_of(draft()), "Data") == [
         ["hub:org/tickets", "https://example.com", "CC0-1.0", "1,200"],
         ["data/own.jsonl", "not stated", "not stated", "30"],
     ]
 
 
-def test_figures_of_the_run_are_told() -> None:
+def test_the_card_has_the_figures_of_the_run() -> None:
     values = dict(table_rows(card_of(draft(validation_loss=None)), "Training"))
     assert values["Method"] == (
         'A LoRA adapter was trained on the frozen base: lora_rank 16, target_modules "all-linear"'
     )
-    assert values["Optimizer steps behind these weights"] == "1,250"
-    assert values["Training loss, last step"] == "1.2500 nats per loss token"
+    assert values["Optimizer steps"] == "1,250"
+    assert values["Training loss of the last step"] == "1.2500 nats per loss token"
     assert values["Validation loss of these weights"] == "not measured"
     assert values["Packages"] == "torch 2.13.0"
 
 
-def test_the_snippets_are_python_and_a_chat_request() -> None:
+def test_the_snippets_are_valid_python_and_a_chat_request() -> None:
     card = card_of(draft(base={"revision": "abc"}))
     code = code_block(card, "python")
     ast.parse(code)
@@ -140,7 +140,7 @@ def test_the_snippets_are_python_and_a_chat_request() -> None:
     assert request == {"model": "{id}", "messages": [{"role": "user", "content": "Hello"}]}
 
 
-def test_text_of_users_breaks_no_table_and_is_no_placeholder() -> None:
+def test_user_text_is_escaped() -> None:
     path = "data/{id}|{digest}\n<b>.jsonl"
     sources = [{"path": path, "source": "`{id}`", "license": None, "records": 1, "digest": ""}]
     hostile = draft(datasets=sources, run_name="{id}", base={"id": "/models/mine", "revision": "{digest}"})

@@ -1,4 +1,4 @@
-"""Storage and registry: complete or not at all, content-addressed, and every damage noticed."""
+"""Storage and registry: folders are complete or absent, content-addressed, and damage is detected."""
 
 import hashlib
 import os
@@ -70,7 +70,7 @@ def test_an_adapter_is_named_after_base_run_and_content(storage: Storage, tmp_pa
     assert Registry(storage).damaged_files(record) == []
 
 
-def test_the_digest_is_of_the_weights_not_of_the_card(storage: Storage, tmp_path: Path) -> None:
+def test_the_digest_covers_the_weights_and_not_the_card(storage: Storage, tmp_path: Path) -> None:
     first = publish(storage, tmp_path / "a", b"weights")
     again = publish(storage, tmp_path / "b", b"weights", card="another card")
     other = publish(storage, tmp_path / "c", b"weightz")
@@ -80,13 +80,13 @@ def test_the_digest_is_of_the_weights_not_of_the_card(storage: Storage, tmp_path
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"weightz"), Path.unlink])
-def test_a_changed_or_missing_file_is_noticed(storage: Storage, tmp_path: Path, damage) -> None:
+def test_a_changed_or_missing_file_is_detected(storage: Storage, tmp_path: Path, damage) -> None:
     record = publish(storage, tmp_path / "a", b"weights")
     damage(Registry(storage).folder(record) / "adapter_model.safetensors")
     assert Registry(storage).damaged_files(record) == ["adapter_model.safetensors"]
 
 
-def test_a_half_written_folder_is_not_there(storage: Storage, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_not_listed(storage: Storage, tmp_path: Path) -> None:
     record = publish(storage, tmp_path / "a", b"weights")
     (Registry(storage).folder(record) / "record.json").unlink()
     assert Registry(storage).records() == []
@@ -95,13 +95,13 @@ def test_a_half_written_folder_is_not_there(storage: Storage, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("adapter_id", ["nope", "../adapters/x", ".hidden", "a/b"])
-def test_an_unknown_id_names_those_there_are(storage: Storage, tmp_path: Path, adapter_id: str) -> None:
+def test_an_unknown_id_lists_the_published_ids(storage: Storage, tmp_path: Path, adapter_id: str) -> None:
     record = publish(storage, tmp_path / "a", b"weights")
     with pytest.raises(NotPublishedError, match=record.id):
         Registry(storage).resolve(adapter_id)
 
 
-def test_a_damaged_record_is_told_with_its_place(storage: Storage, tmp_path: Path) -> None:
+def test_a_damaged_record_is_an_error_with_its_path(storage: Storage, tmp_path: Path) -> None:
     record = publish(storage, tmp_path / "a", b"weights")
     for text, message in (("{}", "not a record"), ("{", "not JSON")):
         (Registry(storage).folder(record) / "record.json").write_text(text)
@@ -109,11 +109,11 @@ def test_a_damaged_record_is_told_with_its_place(storage: Storage, tmp_path: Pat
             Registry(storage).resolve(record.id)
 
 
-# -- weights that lie on the storage already ------------------------------------------------------------------------
+# -- weights that are already on the storage -------------------------------------------------------------------------
 
 
 class ObjectStore(Storage):
-    """Object storage as the code sees it: no local paths, no renames."""
+    """Storage that behaves like an object store: no local paths, no renames."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -127,7 +127,7 @@ def any_storage(tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
 
 
 def written_model(storage: Storage) -> str:
-    """A folder as the workers of a `full` run leave it."""
+    """A folder as the workers of a `full` run write it."""
     files = {"model-00001-of-00001.safetensors": b"weights", "config.json": b"{}"}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     storage.write_json(f"run/weights/{DIGESTS_FILE}", digests)
@@ -139,7 +139,7 @@ def written_model(storage: Storage) -> str:
 MODEL = DRAFT | {"kind": "model"}
 
 
-def test_written_weights_get_the_record_they_would_get_from_a_folder(any_storage: Storage, tmp_path: Path) -> None:
+def test_stored_weights_get_the_same_record_as_a_local_folder(any_storage: Storage, tmp_path: Path) -> None:
     record = Registry(any_storage).publish_stored(written_model(any_storage), MODEL, "llama", "card {id}")
     folder = tmp_path / "same"
     folder.mkdir()
@@ -154,7 +154,7 @@ def test_written_weights_get_the_record_they_would_get_from_a_folder(any_storage
     assert not any_storage.exists(f"{place}/{DIGESTS_FILE}")
 
 
-def test_written_weights_are_published_once_and_outlive_their_run(any_storage: Storage) -> None:
+def test_stored_weights_are_published_once_and_outlive_their_run(any_storage: Storage) -> None:
     registry = Registry(any_storage)
     first = registry.publish_stored(written_model(any_storage), MODEL, "llama", "card")
     assert registry.publish_stored("run/weights", MODEL, "llama", "another card") == first
@@ -162,9 +162,7 @@ def test_written_weights_are_published_once_and_outlive_their_run(any_storage: S
     assert any_storage.read_bytes(f"models/{first.id}/model-00001-of-00001.safetensors") == b"weights"
 
 
-def test_written_weights_are_linked_where_there_are_links_and_copied_where_there_are_none(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stored_weights_are_linked_or_else_copied(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     for links in (True, False):
         with monkeypatch.context() as world:
             if not links:
@@ -194,7 +192,7 @@ def refuse(*_: object) -> None:
     raise OSError(1, "Operation not permitted")
 
 
-def test_weights_that_are_not_whole_are_not_published(any_storage: Storage) -> None:
+def test_incomplete_weights_are_not_published(any_storage: Storage) -> None:
     registry = Registry(any_storage)
     any_storage.delete(f"{written_model(any_storage)}/config.json")
     with pytest.raises(StorageError, match=r"config\.json"):
@@ -208,7 +206,7 @@ def test_weights_that_are_not_whole_are_not_published(any_storage: Storage) -> N
 # -- storage ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_the_old_content_and_nothing_else(storage: Storage, monkeypatch) -> None:
+def test_a_failed_write_keeps_the_old_content(storage: Storage, monkeypatch) -> None:
     storage.write_bytes("folder/file", b"old")
 
     def full(*_: object) -> None:
@@ -221,7 +219,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(storage: Storage
     assert [file.name for file in storage.local_folder("folder").iterdir()] == ["file"]
 
 
-def test_a_folder_is_put_whole_and_only_once(storage: Storage, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_is_stored_completely_and_only_once(storage: Storage, tmp_path: Path, monkeypatch) -> None:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "deep" / "file").write_text("first")
@@ -243,7 +241,7 @@ def test_a_folder_is_put_whole_and_only_once(storage: Storage, tmp_path: Path, m
     assert storage.read_bytes("things/one/deep/file") == b"first"
 
 
-def test_a_file_that_is_being_written_is_not_there_and_never_will_be_if_writing_fails(any_storage: Storage) -> None:
+def test_a_file_appears_only_after_a_successful_write(any_storage: Storage) -> None:
     with any_storage.writing("folder/file") as stream:
         stream.write(b"begun, ")
         assert not (any_storage.is_local and any_storage.exists("folder/file"))
@@ -258,12 +256,12 @@ def test_a_file_that_is_being_written_is_not_there_and_never_will_be_if_writing_
 
 
 @pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/passwd"])
-def test_nothing_outside_the_root_is_reached(storage: Storage, path: str) -> None:
+def test_paths_outside_the_root_are_rejected(storage: Storage, path: str) -> None:
     with pytest.raises(StorageError, match="is outside the storage root"):
         storage.write_bytes(path, b"")
 
 
-def test_a_root_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+def test_an_unusable_root_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
         Storage(str(tmp_path / "file" / "below")).check_writable()
@@ -271,7 +269,7 @@ def test_a_root_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         Storage("gopher://somewhere")
 
 
-def test_lines_are_appended_and_storages_travel(storage: Storage) -> None:
+def test_lines_are_appended_and_a_storage_can_be_pickled(storage: Storage) -> None:
     again = pickle.loads(pickle.dumps(storage))
     storage.append_line("log", "one")
     again.append_line("log", "two")
@@ -283,7 +281,7 @@ def test_lines_are_appended_and_storages_travel(storage: Storage) -> None:
 # -- runs and errors -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_found_by_id_and_its_state_is_told(storage: Storage) -> None:
+def test_a_run_is_found_by_id_with_its_state(storage: Storage) -> None:
     run = RunFolder(storage, "bot-1")
     assert run.status() is None
     run.set_state("failed", message="no data")
@@ -313,7 +311,7 @@ def test_a_run_is_found_by_id_and_its_state_is_told(storage: Storage) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_cross_process_borders_with_their_text(error: FtError) -> None:
+def test_errors_can_be_pickled(error: FtError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)

@@ -1,4 +1,4 @@
-"""The shipped run specs: each can be run as it says, on the hardware it says."""
+"""The shipped run specs: each fits the hardware that it names."""
 
 import re
 from pathlib import Path
@@ -8,16 +8,18 @@ import pytest
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS
 from ft_service.plan.facts import DatasetFacts, Resources
-from ft_service.plan.plan import RunPlan, make_plan
-from ft_service.spec.schema import RunSpec, load_run_spec
+from ft_service.plan.make import make_plan
+from ft_service.plan.plan import RunPlan
+from ft_service.spec.load import load_run_spec
+from ft_service.spec.schema import RunSpec
 
 SPECS = sorted(Path(__file__).resolve().parents[2].glob("jobs/specs/*.yaml"))
 GPU_SPECS = [path for path in SPECS if "cpu" not in path.stem]
 
-# What a GPU sold with so many gigabytes really offers: the least of those we know.
+# The GPU with the least usable memory of each advertised size.
 GPU_OF = {"24": "L4", "40": "A100-40G", "80": "H100"}
 
-# Large enough that no warning about little data hides one about memory.
+# Large enough that no warning concerns the amount of data.
 DATASET = DatasetFacts(
     digest="d",
     conversations=100_000,
@@ -51,12 +53,12 @@ def plan_of(path: Path, resources: Resources) -> RunPlan:
     return make_plan(spec, DATASET, facts.shape, resources)
 
 
-def test_there_are_specs() -> None:
+def test_the_specs_are_found() -> None:
     assert {"lora", "tiny-cpu"} <= {path.stem for path in SPECS}
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_a_spec_parses_and_opens_with_its_own_launch_command(path: Path) -> None:
+def test_a_spec_parses_and_starts_with_its_launch_command(path: Path) -> None:
     assert isinstance(load_run_spec(path), RunSpec)
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first == f"# ray job submit --working-dir . -- python jobs/train.py jobs/specs/{path.name}"
@@ -64,15 +66,15 @@ def test_a_spec_parses_and_opens_with_its_own_launch_command(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", GPU_SPECS, ids=lambda path: path.stem)
-def test_a_spec_fits_the_hardware_it_names_and_the_plan_has_nothing_against_it(path: Path) -> None:
+def test_a_spec_fits_the_hardware_it_names_without_warnings(path: Path) -> None:
     plan = plan_of(path, resources_named(path))
     assert plan.spec.parallel.use_gpu and plan.spec.parallel.num_workers == named_hardware(path)[0]
     assert plan.warnings == [] and plan.remarks == []
 
 
 @pytest.mark.parametrize("path", GPU_SPECS, ids=lambda path: path.stem)
-def test_nothing_is_left_to_what_a_cold_cluster_cannot_tell(path: Path) -> None:
-    """Before a node is up its memory is not known, so `auto` would take the smallest batch and the lowest stage."""
+def test_the_plan_is_the_same_before_a_node_is_up(path: Path) -> None:
+    """Without `accelerator_type` the GPU memory of a cold cluster is unknown, and `auto` picks other values."""
     warm, cold = plan_of(path, resources_named(path)), plan_of(path, Resources())
     assert (cold.micro_batch_size, cold.zero_stage) == (warm.micro_batch_size, warm.zero_stage)
 
@@ -83,12 +85,12 @@ def test_the_smoke_run_needs_no_gpu() -> None:
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_what_a_user_must_change_is_marked(path: Path) -> None:
+def test_placeholders_are_marked(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     theirs = [line for line in lines if re.search(r"train\.jsonl|/path/to|example\.com", line)]
     assert theirs and all("# <-- yours" in line for line in theirs)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_the_data_gate_has_nothing_against_the_rights_of_a_spec(path: Path) -> None:
+def test_every_source_names_origin_and_license(path: Path) -> None:
     assert all(data.source and data.license for data in load_run_spec(path).data.train)

@@ -1,4 +1,4 @@
-"""A run spec is refused before anything starts: every problem at once, each with setting, value and cure."""
+"""An invalid run spec fails before anything starts, with all problems at once: setting, value and fix of each."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ft_service.errors import SpecError
-from ft_service.spec.schema import dump_run_spec, load_run_spec, parse_run_spec
+from ft_service.spec.load import dump_run_spec, load_run_spec, parse_run_spec
 
 SPEC = """
 name: bot
@@ -17,14 +17,14 @@ storage: there
 """
 
 
-def refused(*overrides: str, text: str = SPEC) -> str:
+def error_of(*overrides: str, text: str = SPEC) -> str:
     with pytest.raises(SpecError) as error:
         parse_run_spec(text, overrides)
     return str(error.value)
 
 
-def test_every_problem_of_every_kind_is_told_at_once() -> None:
-    message = refused(
+def test_all_problems_are_reported_at_once() -> None:
+    message = error_of(
         "model.revisio=x",  # unknown
         "train.learning_rate=fast",  # type
         "train.global_batch_size=0",  # range
@@ -39,12 +39,12 @@ def test_every_problem_of_every_kind_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "setting", "cure"),
+    ("overrides", "setting", "fix"),
     [
         (["method={type: full, lora_alpha: 8}"], "method.lora_alpha = 8", "Remove it"),
         (["method={type: qlora, init_lora_weights: pissa}"], "method.init_lora_weights = 'pissa'", "method.type: lora"),
         (["method.type=qlora", "train.precision=fp32"], "train.precision = 'fp32'", "bf16"),
-        (["train.epochs=1", "train.max_steps=5"], "train.max_steps = 5", "Keep one"),
+        (["train.epochs=1", "train.max_steps=5"], "train.max_steps = 5", "Set only one"),
         (["train.micro_batch_size=3", "parallel.num_workers=2"], "train.global_batch_size = 64", "multiple of 6"),
         (["parallel.num_workers=5"], "train.global_batch_size = 64", "multiple of 5"),
         (["parallel.zero_stage=0", "parallel.offload=cpu"], "parallel.offload = 'cpu'", "zero_stage: auto"),
@@ -53,7 +53,7 @@ def test_every_problem_of_every_kind_is_told_at_once() -> None:
             "parallel.offload = 'nvme'",
             "zero_stage: 3",
         ),
-        (["parallel.offload=nvme"], "parallel.nvme_path = None", "Name a folder"),
+        (["parallel.offload=nvme"], "parallel.nvme_path = None", "Set it to a folder"),
         (["parallel.nvme_path=/x", "parallel.offload=none"], "parallel.nvme_path = '/x'", "Remove it"),
         (["parallel.hpz=true", "parallel.zero_stage=2"], "parallel.hpz = True", "zero_stage: 3"),
         (["parallel.hpz=true", "parallel.offload=cpu"], "parallel.hpz = True", "offload: none"),
@@ -64,15 +64,15 @@ def test_every_problem_of_every_kind_is_told_at_once() -> None:
         (["model.base=.", "model.revision=main"], "model.revision = 'main'", "Remove it"),
     ],
 )
-def test_a_contradiction_names_setting_and_cure(overrides: list[str], setting: str, cure: str) -> None:
-    message = refused(*overrides)
+def test_a_contradiction_names_setting_and_fix(overrides: list[str], setting: str, fix: str) -> None:
+    message = error_of(*overrides)
     assert "1 problem" in message
     assert setting in message
-    assert cure in message
+    assert fix in message
 
 
-def test_a_validation_of_the_wrong_kind_is_one_problem() -> None:
-    message = refused("data.validation={fraction: 2}")
+def test_an_invalid_union_member_is_one_problem() -> None:
+    message = error_of("data.validation={fraction: 2}")
     assert "1 problem" in message
     assert "data.validation.fraction = 2" in message
 
@@ -83,23 +83,23 @@ def test_a_validation_of_the_wrong_kind_is_one_problem() -> None:
         ("a: [1", "is not valid YAML"),
         ("- a\n- b", "is not a mapping"),
         ("", "is not a mapping"),
-        (SPEC + "name: other\n", "given twice"),
+        (SPEC + "name: other\n", "duplicate keys: name"),
         ("storage: x", "data = None: is missing"),
     ],
 )
-def test_a_text_that_is_no_spec_is_told(text: str, message: str) -> None:
-    assert message in refused(text=text)
+def test_text_that_is_not_a_spec_is_an_error(text: str, message: str) -> None:
+    assert message in error_of(text=text)
 
 
-def test_a_file_that_is_absent_or_not_text_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"cannot be read.*Name a YAML file"):
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"cannot be read.*Pass the path of a YAML file"):
         load_run_spec(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match="cannot be read"):
         load_run_spec(tmp_path / "binary.yaml")
 
 
-def test_overrides_reach_sections_lists_and_numbers_as_people_write_them() -> None:
+def test_overrides_reach_sections_list_items_and_numbers() -> None:
     spec = parse_run_spec(
         SPEC, ["train.learning_rate=2e-4", "data.train.0.format=chat", "train.early_stopping=null", "name=7b"]
     )
@@ -107,23 +107,23 @@ def test_overrides_reach_sections_lists_and_numbers_as_people_write_them() -> No
     assert spec.data.train[0].format == "chat"
     assert spec.name == "7b"
     for override in ("data.train.3.format=chat", "name.inner=3"):
-        assert override.partition("=")[0] in refused(override)
+        assert override.partition("=")[0] in error_of(override)
 
 
-def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+def test_credentials_in_a_uri_are_rejected_and_not_printed() -> None:
     for setting in ("model.base", "storage"):
-        message = refused(f"{setting}=s3://AKIA:secret@bucket/llama")
+        message = error_of(f"{setting}=s3://AKIA:secret@bucket/llama")
         assert setting in message and "secret" not in message and "s3://***@bucket" in message
 
 
-def test_a_dumped_spec_is_read_back_the_same() -> None:
+def test_a_dumped_spec_loads_unchanged() -> None:
     spec = parse_run_spec(SPEC, ["train.learning_rate=2e-4", "data.validation={fraction: 0.1}", "method.lora_rank=3"])
     assert parse_run_spec(dump_run_spec(spec)) == spec
 
 
-def test_deciding_needs_neither_torch_nor_ray() -> None:
+def test_planning_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, ft_service.spec.schema, ft_service.plan.plan, ft_service.plan.memory, "
+        "import sys, ft_service.spec.load, ft_service.plan.plan, ft_service.plan.memory, "
         "ft_service.catalog.models, ft_service.registry.registry;"
         "sys.exit(', '.join({'torch', 'ray', 'transformers'} & set(sys.modules)) or 0)"
     )

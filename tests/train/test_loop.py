@@ -15,7 +15,8 @@ from ft_service.catalog.models import ModelShape
 from ft_service.data.order import step_rows
 from ft_service.errors import TrainingError
 from ft_service.plan.facts import DatasetFacts, Resources
-from ft_service.plan.plan import RunPlan, make_plan
+from ft_service.plan.make import make_plan
+from ft_service.plan.plan import RunPlan
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches, MicroBatch, prefetched

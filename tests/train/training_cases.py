@@ -14,7 +14,8 @@ from ft_service.model.base import read_config
 from ft_service.model.trainable import TrainableModel
 from ft_service.model.weight_files import WeightFiles
 from ft_service.plan.facts import DatasetFacts, Resources
-from ft_service.plan.plan import RunPlan, make_plan
+from ft_service.plan.make import make_plan
+from ft_service.plan.plan import RunPlan
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage

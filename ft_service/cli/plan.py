@@ -1,0 +1,135 @@
+"""`ft plan`: the plan of a spec, the table of a model, or a simulation of loading."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE, Gpu, find_gpu
+from ft_service.cli.common import AsJson, Overrides, console, print_json
+from ft_service.errors import UsageError
+from ft_service.plan.facts import Resources
+from ft_service.spec.load import load_run_spec
+
+if TYPE_CHECKING:
+    from ft_service.model.dry_run import DryRun
+
+_TABLE_SEQ_LEN = 4096
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The hardware options of `ft plan`. None: not given."""
+
+    gpu: Gpu | None
+    num_gpus: int | None
+    num_nodes: int | None
+    gpus_per_node: int | None
+    gpu_memory_gib: float | None
+    host_memory_gib: float | None
+    price_per_gpu_hour: float | None
+
+    def resources(self) -> Resources:
+        """The resources that the plan of a spec is checked against."""
+        gpus_per_node = self.gpus_per_node
+        num_gpus = self.num_gpus
+        if self.num_nodes is not None:
+            gpus_per_node = gpus_per_node or GPUS_PER_NODE
+            num_gpus = self.num_nodes * gpus_per_node
+        return Resources(
+            num_gpus=num_gpus,
+            gpu_memory_gib=self.gpu_memory_gib or (self.gpu.memory_gib if self.gpu else None),
+            gpu_type=self.gpu.name if self.gpu else None,
+            gpus_per_node=gpus_per_node,
+            num_nodes=self.num_nodes,
+            host_memory_gib_per_node=self.host_memory_gib,
+            price_per_gpu_hour=self.price_per_gpu_hour,
+        )
+
+
+def plan(
+    spec_path: Annotated[Path | None, typer.Argument(metavar="SPEC", help="Run spec (YAML).")] = None,
+    overrides: Overrides = None,
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Instead of a SPEC: a hub id or folder, to plan on 1 to 64 GPUs."),
+    ] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="GPU type by Ray's name, such as H100; sets its memory.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node (default 8).")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Number of GPUs, instead of --nodes.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU, in GiB.")] = None,
+    host_memory_gib: Annotated[float | None, typer.Option(min=1, help="Main memory of one node, in GiB.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="US dollars per GPU hour.")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(min=8, help="With --table: tokens per row (default 4096).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Simulate loading on every rank: bytes read, held, and at the peak.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the plan of a spec, its reasons, memory and time. Writes nothing; needs neither a GPU nor the weights."""
+    if (spec_path is None) == (table is None):
+        raise UsageError("ft plan: needs either a SPEC or --table MODEL.")
+    if nodes is not None and gpus is not None:
+        raise UsageError(f"--nodes = {nodes}: conflicts with --gpus = {gpus}. Pass only one.")
+    hardware = Hardware(_known_gpu(gpu_type), gpus, nodes, gpus_per_node, gpu_memory_gib, host_memory_gib, price)
+    if table is not None and dry_run:
+        _simulate_loading(table, as_json)
+    elif table is not None:
+        _plan_table(table, hardware, max_seq_len or _TABLE_SEQ_LEN, as_json)
+    elif max_seq_len is not None:
+        raise UsageError(f"--max-seq-len = {max_seq_len}: only for --table. With a SPEC, use data.max_seq_len=...")
+    elif spec_path is not None:
+        _plan_spec(spec_path, overrides or [], hardware, dry_run, as_json)
+
+
+def _known_gpu(gpu_type: str | None) -> Gpu | None:
+    gpu = find_gpu(gpu_type)
+    if gpu_type is not None and gpu is None:
+        raise UsageError(f"--gpu-type = {gpu_type!r}: unknown type. Use one of {', '.join(GPUS)}, or --gpu-memory-gib.")
+    return gpu
+
+
+def _plan_spec(spec_path: Path, overrides: Sequence[str], hardware: Hardware, dry_run: bool, as_json: bool) -> None:
+    spec = load_run_spec(spec_path, overrides)
+    from ft_service.cli.plan_view import show_plan
+    from ft_service.preflight import dry_run_of, plan_without_writing
+
+    run_plan = plan_without_writing(spec, hardware.resources())
+    if dry_run:
+        _show_dry_runs(dry_run_of(run_plan), as_json)
+    elif as_json:
+        print(run_plan.model_dump_json(indent=2))
+    else:
+        show_plan(run_plan, console)
+
+
+def _plan_table(model: str, hardware: Hardware, max_seq_len: int, as_json: bool) -> None:
+    from ft_service.cli.plan_view import show_table
+    from ft_service.plan.table import default_gpus, plan_table
+
+    gpus = [hardware.gpu] if hardware.gpu else default_gpus()
+    per_node = hardware.gpus_per_node or GPUS_PER_NODE
+    plans = plan_table(model, gpus, max_seq_len, per_node, hardware.price_per_gpu_hour)
+    if as_json:
+        print(plans.model_dump_json(indent=2))
+    else:
+        show_table(plans, console)
+
+
+def _simulate_loading(model: str, as_json: bool) -> None:
+    from ft_service.preflight import dry_runs
+
+    _show_dry_runs(dry_runs(model), as_json)
+
+
+def _show_dry_runs(runs: "list[DryRun]", as_json: bool) -> None:
+    from ft_service.cli.plan_view import show_dry_runs
+
+    if as_json:
+        print_json([dataclasses.asdict(run) for run in runs])
+    else:
+        show_dry_runs(runs, console)

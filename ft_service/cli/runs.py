@@ -1,0 +1,98 @@
+"""`ft runs` and `ft show`: the runs on a storage root, and one of them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
+from ft_service.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from ft_service.runs.history import Attempt
+
+_MESSAGE_WIDTH = 80
+
+
+def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List the runs on a storage root."""
+    from ft_service.runs.events import read_events
+    from ft_service.runs.folder import RunFolder
+    from ft_service.runs.history import attempts, wasted_steps
+
+    root = Storage(storage)
+    all_statuses = [RunFolder(root, run_id).status() for run_id in root.folders("runs")]
+    statuses = [status for status in all_statuses if status is not None]
+    attempts_of = {status.run_id: attempts(read_events(root, status.run_id)) for status in statuses}
+    if as_json:
+        print_json(
+            [
+                {
+                    **status.model_dump(mode="json"),
+                    "attempts": len(attempts_of[status.run_id]),
+                    "wasted_steps": wasted_steps(attempts_of[status.run_id]),
+                }
+                for status in statuses
+            ]
+        )
+        return
+    table = new_table("run", "state", "since", "attempts", "wasted steps", "published", "message")
+    for status in statuses:
+        table.add_row(
+            status.run_id,
+            status.state,
+            f"{status.time:%Y-%m-%d %H:%M}",
+            str(len(attempts_of[status.run_id])),
+            str(wasted_steps(attempts_of[status.run_id])),
+            status.published or "",
+            status.message[:_MESSAGE_WIDTH],
+        )
+    console.print(table)
+
+
+def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Show one run: its state, plan, attempts, and latest metrics."""
+    from ft_service.runs.events import read_events
+    from ft_service.runs.folder import find_run
+    from ft_service.runs.history import attempts, wasted_steps
+    from ft_service.runs.metrics import read_metrics
+
+    run = find_run(Storage(storage), run_id)
+    status = run.status()
+    metrics = read_metrics(run.storage, run_id)
+    last = metrics[-1] if metrics else None
+    run_attempts = attempts(read_events(run.storage, run_id))
+    if as_json:
+        print_json(
+            {
+                "status": status.model_dump(mode="json") if status else None,
+                "attempts": [attempt.model_dump(mode="json") for attempt in run_attempts],
+                "wasted_steps": wasted_steps(run_attempts),
+                "last_step": last.model_dump(mode="json") if last else None,
+                "folder": run.storage.uri(run.path),
+            }
+        )
+        return
+    if status:
+        console.print(f"[bold]{run_id}[/bold] {status.state} {status.message}", highlight=False)
+    if run.storage.exists(f"{run.path}/plan.json"):
+        for sentence in run.plan().summary:
+            console.print(f"  {sentence}", highlight=False)
+    if last:
+        console.print(f"  Step {last.step}: loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s")
+    if run_attempts:
+        _show_attempts(run_attempts)
+    console.print(f"  {run.storage.uri(run.path)}", soft_wrap=True)
+
+
+def _show_attempts(run_attempts: "Sequence[Attempt]") -> None:
+    table = new_table("attempt", "started", "from step", "workers", "hosts", "repeated steps", "ended")
+    for number, attempt in enumerate(run_attempts, start=1):
+        table.add_row(
+            str(number),
+            "" if attempt.time is None else f"{attempt.time:%Y-%m-%d %H:%M:%S}",
+            str(attempt.step),
+            str(attempt.workers),
+            ", ".join(attempt.hosts),
+            str(attempt.repeated),
+            attempt.ended,
+        )
+    console.print(table)
