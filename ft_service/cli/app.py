@@ -4,8 +4,6 @@ Every command parses its arguments, calls one function of the package, and print
 imported inside the commands, so that `ft --help` and an invalid spec take no time.
 """
 
-from collections.abc import Callable
-
 import typer
 
 from ft_service.cli.adapters import adapters_app
@@ -23,11 +21,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-_COMMANDS: tuple[Callable[..., None], ...] = (plan, train, submit, runs, show, stop, resume, serve, doctor)
-for command in _COMMANDS:
-    app.command()(command)
+app.command()(plan)
+app.command()(train)
+app.command()(submit)
+app.command()(runs)
+app.command()(show)
+app.command()(stop)
+app.command()(resume)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
+app.command()(serve)
+app.command()(doctor)
 
 
 def main() -> None:
