@@ -1,7 +1,7 @@
 """The plan in sentences, for the terminal, the log and the report."""
 
 from ft_service.plan.plan import Estimate, RunPlan
-from ft_service.text import format_duration
+from ft_service.text import counted, format_duration
 
 _SHOWN_SHARE = 0.005
 """Smaller shares of a step are not listed."""
@@ -50,14 +50,14 @@ def _data(plan: RunPlan) -> str:
 
 def _batch(plan: RunPlan) -> str:
     return (
-        f"Batch: {plan.micro_batch_size} rows x {plan.spec.parallel.most_workers} workers x "
-        f"{plan.gradient_accumulation_steps} accumulation = {plan.global_batch_size} rows per step."
+        f"Batch: {counted(plan.micro_batch_size, 'row')} x {counted(plan.spec.parallel.most_workers, 'worker')} x "
+        f"{plan.gradient_accumulation_steps} accumulation = {counted(plan.global_batch_size, 'row')} per step."
     )
 
 
 def _length(plan: RunPlan) -> str:
     return (
-        f"Length: {plan.num_steps:,} steps, {plan.epochs:.2f} epochs, {plan.tokens:,} tokens "
+        f"Length: {counted(plan.num_steps, 'step')}, {plan.epochs:.2f} epochs, {plan.tokens:,} tokens "
         f"({plan.loss_tokens:,} loss tokens)."
     )
 
@@ -66,7 +66,8 @@ def _learning_rate(plan: RunPlan) -> str:
     schedule = plan.spec.train.schedule
     final = plan.learning_rate * plan.spec.train.min_learning_rate_ratio
     end = "" if schedule == "constant" else f" to {final:.1e}"
-    return f"Learning rate: {plan.warmup_steps} steps of warmup to {plan.learning_rate:.2e}, then {schedule}{end}."
+    warmup = counted(plan.warmup_steps, "step")
+    return f"Learning rate: {warmup} of warmup to {plan.learning_rate:.2e}, then {schedule}{end}."
 
 
 def _workers(plan: RunPlan) -> str:
