@@ -73,7 +73,7 @@ def dry_run_of(plan: RunPlan) -> "list[DryRun]":
     spec = plan.spec
     device = "cuda" if spec.parallel.use_gpu else "cpu"
     four_bit = spec.method.type == "qlora"
-    return [_dry_run(spec.model.base, four_bit, spec.parallel.most_workers, plan.hpz_partition_size, device)]
+    return [_dry_run(spec.model.base, four_bit, spec.parallel.max_workers, plan.hpz_partition_size, device)]
 
 
 def _dry_run(model: str, four_bit: bool, world_size: int, node_size: int, device: str) -> "DryRun":

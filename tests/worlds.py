@@ -84,7 +84,7 @@ storage: {world}/storage
 
 def start(run: RunFolder) -> Workers:
     """Start as many workers as the plan of a prepared run says."""
-    num_workers = run.plan().spec.parallel.most_workers
+    num_workers = run.plan().spec.parallel.max_workers
     arguments = ("ft_service.train.worker", run.storage.root, run.run_id)
     return Workers(run_module, *arguments, world_size=num_workers if num_workers > 1 else None)
 
@@ -113,7 +113,7 @@ def kill_when(run: RunFolder, is_time: Callable[[], bool]) -> None:
 
 def launch(run: RunFolder) -> None:
     """Let the workers finish as a user starts them: by torchrun, or as one Python process where there is one worker."""
-    num_workers = run.plan().spec.parallel.most_workers
+    num_workers = run.plan().spec.parallel.max_workers
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers), "-m")
     launcher = torchrun if num_workers > 1 else ()
     command = [sys.executable, "-m", *launcher, "ft_service.train.worker", run.storage.root, run.run_id]

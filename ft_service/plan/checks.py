@@ -25,7 +25,7 @@ def find_problems(spec: RunSpec, dataset: DatasetFacts, resources: Resources) ->
 
 
 def _missing_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
-    workers = spec.parallel.most_workers
+    workers = spec.parallel.max_workers
     gpus = resources.num_gpus
     cpus = resources.num_cpus
     if spec.parallel.use_gpu and gpus == 0:
@@ -42,7 +42,7 @@ def _missing_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
 
 def hpz_problems(spec: RunSpec, resources: Resources) -> list[Problem]:
     """A problem if the spec requires hpZ and the workers do not fill several nodes."""
-    workers = spec.parallel.most_workers
+    workers = spec.parallel.max_workers
     per_node = resources.workers_per_node(workers, spec.parallel.use_gpu)
     if spec.parallel.hpz is not True or (workers > per_node > 1 and workers % per_node == 0):
         return []
@@ -96,7 +96,7 @@ def find_warnings(spec: RunSpec, dataset: DatasetFacts, machine: Machine, num_st
     return warnings
 
 
-def fewest_workers_warning(fewest: int, misfit: Candidate, machine: Machine) -> str:
+def min_workers_warning(fewest: int, misfit: Candidate, machine: Machine) -> str:
     """The warning that the run does not fit after it has lost nodes, down to its fewest workers."""
     return (
         f"With parallel.num_workers.min = {fewest}: {why_it_does_not_fit(misfit, machine)} Raise min, or set "

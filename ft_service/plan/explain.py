@@ -164,7 +164,7 @@ def _settings_that_fit(shape: ModelShape, spec: RunSpec, workers_per_node: int, 
 
 
 def _hardware_that_fits(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> Iterator[str]:
-    workers = spec.parallel.most_workers
+    workers = spec.parallel.max_workers
     more = 2 ** workers.bit_length()
     per_node = workers_per_node if workers > workers_per_node else GPUS_PER_NODE
     rows = spec.train.micro_batch_size if isinstance(spec.train.micro_batch_size, int) else 1

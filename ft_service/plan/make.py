@@ -12,7 +12,7 @@ from ft_service.catalog.gpus import GPUS, Gpu, find_gpu
 from ft_service.catalog.models import ModelShape
 from ft_service.errors import SpecError
 from ft_service.plan import speed
-from ft_service.plan.checks import fewest_workers_warning, find_problems, find_warnings, hpz_problems
+from ft_service.plan.checks import find_problems, find_warnings, hpz_problems, min_workers_warning
 from ft_service.plan.explain import reasons, suggestions, why_it_does_not_fit
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB, Layout, estimate_memory, trainable_parameters
@@ -58,7 +58,7 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
     warnings = find_warnings(spec, dataset, machine, schedule.num_steps)
     if decision.fits is False:
         warnings.insert(0, why_it_does_not_fit(candidate, machine))
-    warnings += _warnings_of_fewest_workers(requested, spec, shape, machine, resources)
+    warnings += _warnings_of_min_workers(requested, spec, shape, machine, resources)
 
     plan = RunPlan(
         spec=spec,
@@ -104,7 +104,7 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
 def _with_available_workers(spec: RunSpec, resources: Resources) -> RunSpec:
     parallel = spec.parallel
     counts = spec.worker_counts()
-    if parallel.fewest_workers == parallel.most_workers or not counts:
+    if parallel.min_workers == parallel.max_workers or not counts:
         return spec
     available = resources.num_gpus if parallel.use_gpu else resources.num_cpus
     per_worker = 1 if parallel.use_gpu else parallel.cpus_per_worker
@@ -113,7 +113,7 @@ def _with_available_workers(spec: RunSpec, resources: Resources) -> RunSpec:
 
 
 def _workers_per_node(spec: RunSpec, resources: Resources) -> int:
-    return resources.workers_per_node(spec.parallel.most_workers, spec.parallel.use_gpu)
+    return resources.workers_per_node(spec.parallel.max_workers, spec.parallel.use_gpu)
 
 
 def _gpu(spec: RunSpec, resources: Resources) -> Gpu | None:
@@ -193,18 +193,18 @@ def _cpu_layout(space: SearchSpace) -> Layout:
     )
 
 
-def _warnings_of_fewest_workers(
+def _warnings_of_min_workers(
     requested: RunSpec, spec: RunSpec, shape: ModelShape, machine: Machine, resources: Resources
 ) -> list[str]:
     """Problems that appear only when nodes are lost and the run continues with its fewest workers."""
     fewest = requested.worker_counts()[-1]
-    if fewest >= spec.parallel.most_workers:
+    if fewest >= spec.parallel.max_workers:
         return []
     smallest = requested.with_workers(fewest)
     if problems := hpz_problems(smallest, resources):
         return [f"With parallel.num_workers.min = {fewest}: {problem}" for problem in problems]
     decision = _decide(smallest, shape, machine, _workers_per_node(smallest, resources))
-    return [fewest_workers_warning(fewest, decision.candidate, machine)] if decision.fits is False else []
+    return [min_workers_warning(fewest, decision.candidate, machine)] if decision.fits is False else []
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def _estimate(
     row_tokens = max(1, min(spec.data.max_seq_len, round(dataset.tokens / dataset.rows)))
     layout = replace(candidate.layout, max_seq_len=row_tokens)
     time = speed.step_time(shape, layout, candidate.accumulation, gpu)
-    workers = spec.parallel.most_workers
+    workers = spec.parallel.max_workers
     rate = spec.train.global_batch_size * row_tokens / time.seconds
     seconds = schedule.num_steps * time.seconds
     if schedule.validate_every_steps:

@@ -27,7 +27,7 @@ _BLOCKS_PER_SUPERBLOCK = 256
 # In addition every 4-bit tensor stores, in fp32, a table for 4 bits (16), one for 8 bits (256), and an offset.
 _QUANTISATION_TABLE_BYTES = FP32_BYTES * (16 + 256 + 1)
 
-MOST_BUCKET_ELEMENTS = 500_000_000
+MAX_BUCKET_ELEMENTS = 500_000_000
 """Upper limit of the gradient bucket: DeepSpeed's default. It is smaller if fewer parameters are trained."""
 # DeepSpeed's defaults, in elements.
 _PREFETCH_ELEMENTS = 50_000_000
@@ -308,7 +308,7 @@ def _gather_buffers(parameters: list[_Parameter], layout: Layout) -> int:
     element = layout.element_bytes
     if layout.zero_stage == 0 or (layout.zero_stage == 1 and layout.precision == "bf16" and layout.offload == "none"):
         return 0
-    bucket = min(MOST_BUCKET_ELEMENTS, sum(parameter.numel for parameter in parameters if parameter.trained))
+    bucket = min(MAX_BUCKET_ELEMENTS, sum(parameter.numel for parameter in parameters if parameter.trained))
     if layout.zero_stage < 3 or (layout.num_workers == 1 and layout.offload == "none"):
         return bucket * element
     sizes = [parameter.stored_numel(element) for parameter in parameters]
@@ -327,12 +327,12 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.zero_stage == 3:
         return FP32_BYTES * min(_SUB_GROUP_ELEMENTS, _sharded_numel(groups, workers))
     if layout.precision == "fp32":
-        bucket = FP32_BYTES * min(whole, MOST_BUCKET_ELEMENTS)
+        bucket = FP32_BYTES * min(whole, MAX_BUCKET_ELEMENTS)
         return bucket if layout.zero_stage == 0 else FP32_BYTES * _flat_sharded_numel(groups, workers)
     if layout.zero_stage == 0:  # in fp32: each one, and all joined
         return 2 * FP32_BYTES * whole
     if layout.zero_stage == 1:  # in the communication type, and joined if all fit in one bucket
-        return whole * (element + (FP32_BYTES if whole <= MOST_BUCKET_ELEMENTS else 0))
+        return whole * (element + (FP32_BYTES if whole <= MAX_BUCKET_ELEMENTS else 0))
     return 0
 
 

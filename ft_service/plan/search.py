@@ -98,8 +98,8 @@ def search_space(spec: RunSpec, workers_per_node: int) -> SearchSpace:
     targets = spec.method.target_modules
     layout = Layout(
         method=spec.method.type,
-        num_workers=spec.parallel.most_workers,
-        workers_per_node=min(workers_per_node, spec.parallel.most_workers),
+        num_workers=spec.parallel.max_workers,
+        workers_per_node=min(workers_per_node, spec.parallel.max_workers),
         max_seq_len=spec.data.max_seq_len,
         precision=spec.train.precision,
         lora_rank=spec.method.lora_rank,
@@ -108,7 +108,7 @@ def search_space(spec: RunSpec, workers_per_node: int) -> SearchSpace:
     )
     return SearchSpace(
         layout,
-        rows_per_worker=spec.train.global_batch_size // spec.parallel.most_workers,
+        rows_per_worker=spec.train.global_batch_size // spec.parallel.max_workers,
         zero_stage=spec.parallel.zero_stage,
         micro_batch_size=spec.train.micro_batch_size,
         activation_checkpointing=spec.train.activation_checkpointing,

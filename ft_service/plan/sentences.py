@@ -50,7 +50,7 @@ def _data(plan: RunPlan) -> str:
 
 def _batch(plan: RunPlan) -> str:
     return (
-        f"Batch: {counted(plan.micro_batch_size, 'row')} x {counted(plan.spec.parallel.most_workers, 'worker')} x "
+        f"Batch: {counted(plan.micro_batch_size, 'row')} x {counted(plan.spec.parallel.max_workers, 'worker')} x "
         f"{plan.gradient_accumulation_steps} accumulation = {counted(plan.global_batch_size, 'row')} per step."
     )
 
@@ -71,7 +71,7 @@ def _learning_rate(plan: RunPlan) -> str:
 
 
 def _workers(plan: RunPlan) -> str:
-    workers = plan.spec.parallel.most_workers
+    workers = plan.spec.parallel.max_workers
     if not plan.spec.parallel.use_gpu:
         placement = f"{workers} on CPU"
     else:

@@ -59,17 +59,17 @@ def epochs_and_max_steps_exclude_each_other(spec: RunSpec) -> Iterator[Problem]:
         yield Problem("train.max_steps", spec.train.max_steps, "conflicts with train.epochs", "Set only one.")
 
 
-def fewest_workers_are_at_most_the_most(spec: RunSpec) -> Iterator[Problem]:
-    fewest = spec.parallel.fewest_workers
-    most = spec.parallel.most_workers
+def min_workers_is_at_most_max_workers(spec: RunSpec) -> Iterator[Problem]:
+    fewest = spec.parallel.min_workers
+    most = spec.parallel.max_workers
     if fewest > most:
         yield Problem("parallel.num_workers.min", fewest, f"is greater than max = {most}", "Set min to at most max.")
 
 
 def workers_divide_the_global_batch(spec: RunSpec) -> Iterator[Problem]:
     """In a range, the largest number must divide it too: otherwise Ray would reserve GPUs that are never used."""
-    workers = spec.parallel.most_workers
-    if spec.parallel.fewest_workers > workers or workers in spec.worker_counts():
+    workers = spec.parallel.max_workers
+    if spec.parallel.min_workers > workers or workers in spec.worker_counts():
         return
     rows = spec.train.micro_batch_size if isinstance(spec.train.micro_batch_size, int) else 1
     divisor = f"{rows} rows x {workers} workers" if rows > 1 else f"{workers} workers"
@@ -203,7 +203,7 @@ RULES: tuple[Callable[[RunSpec], Iterator[Problem]], ...] = (
     qlora_cannot_change_its_base,
     qlora_on_a_gpu_trains_in_bf16,
     epochs_and_max_steps_exclude_each_other,
-    fewest_workers_are_at_most_the_most,
+    min_workers_is_at_most_max_workers,
     workers_divide_the_global_batch,
     offloading_needs_zero,
     offloading_to_nvme_needs_zero_3,

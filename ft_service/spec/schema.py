@@ -209,11 +209,13 @@ class ParallelSpec(_Section):
     )
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
+        """The most workers that the run may use."""
         return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
+        """The fewest workers that the run may continue with."""
         return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
 
@@ -262,7 +264,7 @@ class RunSpec(_Section):
     def worker_counts(self) -> list[int]:
         """The allowed numbers of workers, largest first: those that divide the global batch evenly."""
         rows = self.train.micro_batch_size if isinstance(self.train.micro_batch_size, int) else 1
-        counts = range(self.parallel.most_workers, self.parallel.fewest_workers - 1, -1)
+        counts = range(self.parallel.max_workers, self.parallel.min_workers - 1, -1)
         return [count for count in counts if self.train.global_batch_size % (rows * count) == 0]
 
     def with_workers(self, count: int) -> "RunSpec":

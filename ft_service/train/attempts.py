@@ -137,7 +137,7 @@ class Attempts:
         self._pending_request = None
         self._fitting_count = 0
         self._checked_at = {}
-        count = plan.spec.parallel.most_workers
+        count = plan.spec.parallel.max_workers
         self._run.set_state("queued", f"Waiting for {count} workers and their base model.")
         group = WorkerGroup(plan, self._run, self._lease.token)
         self._signals.may_wait = True
@@ -250,7 +250,7 @@ class Attempts:
         newest = next((event for event in reversed(events) if isinstance(event, TrainingStarted | Hang)), None)
         if not isinstance(newest, Hang):
             return ""
-        ranks = ranks_without_stacks(self._run, newest.attempt, self._run.plan().spec.parallel.most_workers)
+        ranks = ranks_without_stacks(self._run, newest.attempt, self._run.plan().spec.parallel.max_workers)
         suspects = f" No stacks from workers {', '.join(map(str, ranks))}: check these first." if ranks else ""
         return f" {newest.message}{suspects}"
 

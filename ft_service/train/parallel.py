@@ -21,7 +21,7 @@ from torch import nn
 from ft_service.model.load import WeightPlacement, WholeWeights
 from ft_service.model.shards import Partitioning
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
-from ft_service.plan.memory import MOST_BUCKET_ELEMENTS
+from ft_service.plan.memory import MAX_BUCKET_ELEMENTS
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock
@@ -191,7 +191,7 @@ class Parallel:
         plan = self.plan
         parallel = plan.spec.parallel
         # DeepSpeed allocates the whole bucket once and keeps it: 1 GiB by default, far more than an adapter needs.
-        bucket = min(MOST_BUCKET_ELEMENTS, plan.trainable_parameters)
+        bucket = min(MAX_BUCKET_ELEMENTS, plan.trainable_parameters)
         zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket}
         if plan.offload != "none":
             place: dict[str, Any] = {"device": plan.offload, "pin_memory": parallel.use_gpu}

@@ -134,7 +134,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
         _work,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=parallel.most_workers,
+            num_workers=parallel.max_workers,
             use_gpu=parallel.use_gpu,
             resources_per_worker=resources_per_worker(parallel),
             accelerator_type=parallel.accelerator_type,

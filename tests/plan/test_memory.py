@@ -197,7 +197,8 @@ def test_activations_and_loss_are_predicted_within_15_percent(
     model = TrainableModel(plan_of(case, 1), folder, WeightFiles(folder), WholeWeights())
     measured = peak_bytes(LossModel(model.module, model.causal_lm), one_batch(tokens))
 
-    shape, element_bytes = shape_of(folder), 2 if precision == "bf16" else 4
+    shape = shape_of(folder)
+    element_bytes = 2 if precision == "bf16" else 4
     loss = loss_bytes(
         shape, tokens=tokens, element_bytes=element_bytes, full=method == "full", chunk_bytes=_CHUNK_BYTES["cpu"]
     )

@@ -95,7 +95,8 @@ def test_auto_shards_no_more_than_needed_to_fit(overrides: list[str], memory_gib
 
 
 def test_activations_are_recomputed_only_if_memory_is_short() -> None:
-    roomy, tight = on("H200", 1), on("L4", 1)
+    roomy = on("H200", 1)
+    tight = on("L4", 1)
     assert not roomy.activation_checkpointing and tight.activation_checkpointing
     assert roomy.fits and tight.fits
     assert roomy.memory_gib["total"] == roomy.gpu_gib_without_checkpointing
@@ -162,7 +163,8 @@ def test_unknown_memory_gets_the_layout_that_needs_least() -> None:
 
 def test_the_requested_gpu_type_counts_before_a_node_is_up() -> None:
     """A cold cluster reports no GPU, and a warm one may report only other types."""
-    cold, warm = on("H100", 8), on("H100", 8, gpu_type="H100", gpu_memory_gib=GPUS["H100"].memory_gib)
+    cold = on("H100", 8)
+    warm = on("H100", 8, gpu_type="H100", gpu_memory_gib=GPUS["H100"].memory_gib)
     other = on("H100", 8, gpu_type="L4", gpu_memory_gib=GPUS["L4"].memory_gib)
     assert cold == warm == other
 
@@ -185,10 +187,11 @@ def test_time_follows_from_speed_and_cost_from_price() -> None:
 
 def test_validations_add_time() -> None:
     held_out = FACTS.model_copy(update={"validation_tokens": 80_000})
-    with_them, without = on("H100", 1, facts=held_out).estimate, on("H100", 1).estimate
-    assert with_them and without
+    with_validations = on("H100", 1, facts=held_out).estimate
+    without = on("H100", 1).estimate
+    assert with_validations and without
     # 5 validations; a validation token costs a third to a half of a training token
-    share = (with_them.seconds - without.seconds) / (15 * 80_000 / without.tokens_per_second)
+    share = (with_validations.seconds - without.seconds) / (15 * 80_000 / without.tokens_per_second)
     assert on("H100", 1).num_steps == 5
     assert 1 / 9 < share < 1 / 5
 

@@ -70,7 +70,8 @@ def test_flops_are_6_per_trained_and_4_per_frozen_weight() -> None:
 
 
 def test_attention_flops_grow_with_the_row_length() -> None:
-    shape, layout = shape_of("Llama-3.1-8B"), Layout("full", activation_checkpointing=False)
+    shape = shape_of("Llama-3.1-8B")
+    layout = Layout("full", activation_checkpointing=False)
     longer = flops_per_token(shape, replace(layout, max_seq_len=16_384)) - flops_per_token(shape, layout)
     # PaLM, appendix B: 12 x layers x heads x head_dim x T a token, forward and backward; half of it is masked
     assert longer == pytest.approx(6 * 32 * 32 * 128 * (16_384 - layout.max_seq_len))
@@ -82,7 +83,8 @@ def test_one_gpu_needs_no_communication() -> None:
 
 
 def test_zero_3_communicates_more_than_zero_2() -> None:
-    sharded, whole = time_of(FULL_NODE), time_of(replace(FULL_NODE, zero_stage=2))
+    sharded = time_of(FULL_NODE)
+    whole = time_of(replace(FULL_NODE, zero_stage=2))
     assert sharded.compute == whole.compute
     assert sharded.communication > whole.communication > 0
     assert time_of(FULL_NODE, accumulation=8).communication == pytest.approx(2 * sharded.communication)
@@ -94,7 +96,8 @@ def test_hpz_saves_most_of_the_cost_of_a_slow_network() -> None:
     within_a_node = time_of(FULL_NODE, base, slow)
     assert time_of(TWO_NODES, base, slow).communication > 10 * within_a_node.communication
     lora = replace(TWO_NODES, method="lora")
-    without, with_copy = time_of(lora, base, slow), time_of(replace(lora, hpz=True), base, slow)
+    without = time_of(lora, base, slow)
+    with_copy = time_of(replace(lora, hpz=True), base, slow)
     # of 8 gathers across the nodes one is left
     assert with_copy.communication < without.communication / 4
 

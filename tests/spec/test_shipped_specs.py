@@ -75,7 +75,8 @@ def test_a_spec_fits_the_hardware_it_names_without_warnings(path: Path) -> None:
 @pytest.mark.parametrize("path", GPU_SPECS, ids=lambda path: path.stem)
 def test_the_plan_is_the_same_before_a_node_is_up(path: Path) -> None:
     """Without `accelerator_type` the GPU memory of a cold cluster is unknown, and `auto` picks other values."""
-    warm, cold = plan_of(path, resources_named(path)), plan_of(path, Resources())
+    warm = plan_of(path, resources_named(path))
+    cold = plan_of(path, Resources())
     assert (cold.micro_batch_size, cold.zero_stage) == (warm.micro_batch_size, warm.zero_stage)
 
 

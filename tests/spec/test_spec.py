@@ -47,6 +47,7 @@ def test_all_problems_are_reported_at_once() -> None:
         (["train.epochs=1", "train.max_steps=5"], "train.max_steps = 5", "Set only one"),
         (["train.micro_batch_size=3", "parallel.num_workers=2"], "train.global_batch_size = 64", "multiple of 6"),
         (["parallel.num_workers=5"], "train.global_batch_size = 64", "multiple of 5"),
+        (["parallel.num_workers={min: 4, max: 2}"], "parallel.num_workers.min = 4", "at most max"),
         (["parallel.zero_stage=0", "parallel.offload=cpu"], "parallel.offload = 'cpu'", "zero_stage: auto"),
         (
             ["parallel.zero_stage=2", "parallel.offload=nvme", "parallel.nvme_path=/x"],
@@ -62,6 +63,7 @@ def test_all_problems_are_reported_at_once() -> None:
         (["train.early_stopping={patience: 2}"], "train.early_stopping", "data.validation"),
         (["train.validate_every_steps=2"], "train.validate_every_steps = 2", "data.validation"),
         (["model.base=.", "model.revision=main"], "model.revision = 'main'", "Remove it"),
+        (["model.base=s3://bucket/llama", "model.revision=main"], "model.revision = 'main'", "Remove it"),
     ],
 )
 def test_a_contradiction_names_setting_and_fix(overrides: list[str], setting: str, fix: str) -> None:

@@ -107,7 +107,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
                 log = JsonlSink(run.storage, run.run_id)
                 log.rewind(0)
                 log(measured(self._scripted.step))
-                ranks = range(plan.spec.parallel.most_workers)
+                ranks = range(plan.spec.parallel.max_workers)
                 workers = [WorkerPlace(host="h", pid=rank, node="n") for rank in ranks]
                 EventLog(run.storage, run.run_id).emit(TrainingStarted(message="", step=0, workers=workers))
                 run.set_state("running")
