@@ -65,7 +65,8 @@ def _charts(judgement: Judgement) -> list[Chart]:
 
 def _lengths(judgement: Judgement) -> Chart:
     lengths = judgement.lengths
-    edges, counts = lengths.edges, lengths.counts
+    edges = lengths.edges
+    counts = lengths.counts
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(counts)), counts, width=0.92, color=TRAIN, linewidth=0)

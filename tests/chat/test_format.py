@@ -66,7 +66,8 @@ def small() -> PreTrainedTokenizerFast:
 
 def meta_ids_and_mask(meta: MetaChatFormat, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """What Meta's code writes for a whole dialog; of assistant messages with weight, all after the header trains."""
-    ids, mask = [meta.tokenizer.bos_id], [False]
+    ids = [meta.tokenizer.bos_id]
+    mask = [False]
     for message in messages:
         content = message.content.strip()
         if message.role == "assistant":
@@ -332,7 +333,8 @@ def stock_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 def test_a_text_keeps_all_tokens_and_trains_all_but_the_first(
     small: PreTrainedTokenizerFast, texts: list[str], max_seq_len: int
 ) -> None:
-    begin, end = special_id(small, "<|begin_of_text|>"), special_id(small, "<|end_of_text|>")
+    begin = special_id(small, "<|begin_of_text|>")
+    end = special_id(small, "<|end_of_text|>")
     made = encode_texts(small, texts, max_seq_len)
     assert len(made) == len(texts)
     for text, examples in zip(texts, made, strict=True):

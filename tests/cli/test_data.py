@@ -126,7 +126,8 @@ def test_files_list_every_place_and_every_record_left_out(base: Path, tmp_path: 
 def test_private_data_is_masked_in_every_report(base: Path, tmp_path: Path) -> None:
     secret = {"instruction": f"What is {KEY}?", "output": f"A key: {KEY}. Ask taro.yamada@mail.co.jp about it, please."}
     path = write(tmp_path / "a.jsonl", [*records_of(30), secret, {**secret, "output": 5}])
-    spec, out = spec_of(base, path), tmp_path / "out"
+    spec = spec_of(base, path)
+    out = tmp_path / "out"
     judgement = judged(spec, out)
     assert judgement.finding("private.key") and judgement.finding("private.email")
     told = [render_data_report("case", judgement), judgement.model_dump_json()]

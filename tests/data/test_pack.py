@@ -80,7 +80,8 @@ def test_a_single_step_has_the_rows_it_has_in_a_run() -> None:
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
-    first, second = stream(0, 50, 50, 100)[:50], stream(0, 50, 50, 100)[50:]
+    first = stream(0, 50, 50, 100)[:50]
+    second = stream(0, 50, 50, 100)[50:]
     assert first != second
     assert first != stream(1, 50, 50, 50)
     assert first != list(range(50))

@@ -345,7 +345,8 @@ def test_large_data_is_measured_in_part_and_scaled(
         return [{"instruction": f"{number}", "output": "length"} for number in range(first, first + count)]
 
     monkeypatch.setattr(prepare, "_MEASURED_BYTES", 100 * (len(json.dumps(numbered(1, 1000)[0])) + 1))
-    train, held_out = case.write("a.jsonl", numbered(400, 1000)), case.write("v.jsonl", numbered(200, 2000))
+    train = case.write("a.jsonl", numbered(400, 1000))
+    held_out = case.write("v.jsonl", numbered(200, 2000))
     spec = case.spec(train, validation=[{"path": held_out}], packing=False)
     measured = measure_dataset(spec, tokenizer)
     prepared = prepare_dataset(spec, tokenizer, case.storage).facts

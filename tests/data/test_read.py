@@ -236,7 +236,8 @@ def chat_record(*turns: Any) -> dict[str, Any]:
     return {"messages": list(turns)}
 
 
-USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+USER = {"role": "user", "content": "u"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 BAD_RECORDS = [
     (
@@ -309,7 +310,9 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-FILE, LINE, CODING = "form.unreadable-file", "form.unreadable", "form.encoding"
+FILE = "form.unreadable-file"
+LINE = "form.unreadable"
+CODING = "form.encoding"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +410,8 @@ def test_shards_have_every_record_once_in_order(tmp_path: Path, name: str, shard
     records = [{"instruction": f"{number} \u2028 é", "output": "x" * (number % 50)} for number in range(200)]
     WRITERS[name](tmp_path / name, records)
     source = DataSource(path=str(tmp_path / name))
-    whole, cut = scan(0, source), scan(0, source, shard_bytes)
+    whole = scan(0, source)
+    cut = scan(0, source, shard_bytes)
     assert cut.digest == whole.digest and cut.files == whole.files
     assert [record for shard in cut.shards for _, record in read_shard(shard, source)] == records
     numbered = [(s.file, number) for s in cut.shards for number, _ in read_shard(s, source)]

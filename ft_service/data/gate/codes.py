@@ -9,7 +9,7 @@ from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
 RULES_VERSION = 2
-"""Raise it whenever a check changes its results, so that data judged by the old rules is judged again."""
+"""Raise it whenever a check changes its results, so that data checked by the old rules is checked again."""
 
 
 @dataclass(frozen=True)

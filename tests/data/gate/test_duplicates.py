@@ -205,7 +205,8 @@ def test_a_training_copy_of_validation_is_a_leak_not_a_duplicate() -> None:
 
 
 def true_jaccard(a: str, b: str) -> float:
-    first, second = set(shingles(fold(a)).tolist()), set(shingles(fold(b)).tolist())
+    first = set(shingles(fold(a)).tolist())
+    second = set(shingles(fold(b)).tolist())
     return len(first & second) / len(first | second)
 
 

@@ -131,7 +131,10 @@ def test_an_empty_source_has_no_absent_columns() -> None:
 
 # -- order of turns --------------------------------------------------------------------------------------------------
 
-U, A, S, T = ("user", "q"), ("assistant", "a"), ("system", "s"), ("tool", "t")
+U = ("user", "q")
+A = ("assistant", "a")
+S = ("system", "s")
+T = ("tool", "t")
 
 
 @pytest.mark.parametrize("turns", [(U, A), (S, U, A), (U, A, U, A), (U, A, T, A), (U, A, T, T, A)])

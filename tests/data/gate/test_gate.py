@@ -179,7 +179,8 @@ def test_the_facts_of_a_record_have_one_size_for_any_text() -> None:
         assert table._rows == [] and table._shingles == []
         return sum(chunk.nbytes for chunk in table._chunks)
 
-    short, long = clean_records(40), [text("x y z " * 20_000, line) for line in range(1, 41)]
+    short = clean_records(40)
+    long = [text("x y z " * 20_000, line) for line in range(1, 41)]
     assert kept(short) == kept(long) == 40 * FACTS.itemsize
 
 
@@ -286,7 +287,8 @@ def test_steps_follow_from_tokens_rows_and_batch() -> None:
 
 
 def test_nine_records_fail_and_ten_only_warn() -> None:
-    nine, ten = check_all(clean_records(9))[0], check_all(clean_records(10))[0]
+    nine = check_all(clean_records(9))[0]
+    ten = check_all(clean_records(10))[0]
     assert (nine.verdict, [f.code for f in nine.findings]) == ("fail", ["size.too-few"])
     assert (ten.verdict, [f.code for f in ten.findings]) == ("warn", ["size.small"])
 

@@ -26,7 +26,9 @@ def english(pattern: re.Pattern[str]) -> re.Pattern[str]:
 
 def alternatives(pattern: str) -> list[str]:
     """The parts between the bars that stand in no parentheses."""
-    parts, depth, start = [], 0, 0
+    parts = []
+    depth = 0
+    start = 0
     for at, character in enumerate(pattern):
         depth += (character == "(") - (character == ")")
         if character == "|" and depth == 0:

@@ -84,7 +84,8 @@ def test_the_rarer_tone_is_reported() -> None:
 
 
 def test_an_unusual_language_is_reported_but_not_two_by_design() -> None:
-    japanese, english = clean_pairs(1, "ja")[0][1], clean_pairs(1, "en")[0][1]
+    japanese = clean_pairs(1, "ja")[0][1]
+    english = clean_pairs(1, "en")[0][1]
     found, _ = with_answers("style.language", [japanese], "en")
     assert found == [1]
     found, _ = with_answers("style.language", [english], "ja")
@@ -113,7 +114,8 @@ def test_an_unusual_format_is_reported() -> None:
 def test_each_source_is_checked_by_itself() -> None:
     from ft_service.data.gate import Gate, Source
 
-    english, japanese = clean_records(100), clean_records(100, "ja")
+    english = clean_records(100)
+    japanese = clean_records(100, "ja")
     second = [Record(1, 0, one.line, one.item) for one in japanese]
     gate = Gate([Source(name, (name,), source="s", license="MIT") for name in ("en.jsonl", "ja.jsonl")])
     hits = [hit for one in [*english, *second] for hit in gate.check(one)]
