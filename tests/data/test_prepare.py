@@ -365,7 +365,7 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
 
 def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, str, str]]:
     """(file, line, code, reason) of every record that is left out."""
-    file = case.folder / "storage" / "datasets" / dataset.digest / "check" / "quarantine.jsonl"
+    file = case.folder / "storage" / "datasets" / dataset.digest / "judged" / "quarantine.jsonl"
     told = [json.loads(line) for line in file.read_text().splitlines()]
     return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in told]
 

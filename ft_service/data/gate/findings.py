@@ -1,10 +1,11 @@
 """The gate's report: findings with their places, and the judgement of all of them. Written and read as JSON."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.data.gate.codes import CODES, Severity
+from ft_service.storage.formats import StoredFile, renamed
 from ft_service.text import counted
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -99,7 +100,7 @@ class SizeAdvice(_Report):
     steps: int | None = Field(description="Optimizer steps in these epochs; null without a tokenizer.")
 
 
-class Judgement(_Report):
+class Judgement(StoredFile):
     """All findings and figures of the gate. read = usable + left out; usable = for training + for validation."""
 
     verdict: Verdict
@@ -112,6 +113,11 @@ class Judgement(_Report):
     signal: Signal
     entropy: dict[str, Entropy] = Field(description="Of the openings of answers and questions, and of labels.")
     size: SizeAdvice
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        """Format 1 called the training records of `size` usable."""
+        return {**data, "size": renamed(data["size"], {"usable": "training_records"})}
 
     def finding(self, code: str) -> Finding | None:
         """The finding with this code, if there is one."""

@@ -1,5 +1,6 @@
 """The judge: nothing vanishes, shards add up, memory does not grow with texts, and the judgement is plain JSON."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from ft_service.data.gate.records import place_key, place_of
 from ft_service.data.gate.size import advise
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
+from ft_service.storage.formats import parse_stored
 from tests.data.gate.gate_cases import (
     chat,
     check_all,
@@ -312,6 +314,13 @@ def test_counted_tokens_need_no_tokenizer() -> None:
     judgement, _ = check_all([replace(one, tokens=tokens) for one in clean_records(20)], max_seq_len=100)
     assert judgement.signal.loss_share == pytest.approx(0.4)
     assert add_base_and_steps(judgement, "somebody/else", max_seq_len=100, global_batch_size=1).size.steps == 10
+
+
+def test_a_judgement_of_the_first_format_is_read() -> None:
+    file = Path(__file__).resolve().parents[2] / "formats/1/judgement.json"
+    judgement = parse_stored(Judgement, json.loads(file.read_text(encoding="utf-8")), str(file))
+    assert (judgement.read, judgement.usable, judgement.size.training_records) == (60, 60, 51)
+    assert judgement.validation_records == 9
 
 
 def test_the_manual_lists_every_code() -> None:
