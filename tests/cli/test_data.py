@@ -83,7 +83,8 @@ def test_a_failing_finding_stops_until_it_is_waived(base: Path, tmp_path: Path) 
     spec = spec_of(base, write(tmp_path / "a.jsonl", records_of(40)), rights=False)
     judgement = judged(spec, tmp_path / "out")
     with pytest.raises(
-        GateError, match=r"2 findings(?s:.*)rights\.no-license(?s:.*)report here(?s:.*)waive: {rights"
+        GateError,
+        match=r"2 findings(?s:.*)rights\.no-license \(1 source, 100\.0%\)(?s:.*)report here(?s:.*)waive: {rights",
     ) as no:
         enforce(judgement, {}, "report here")
     assert str(tmp_path / "a.jsonl") in str(no.value)
@@ -247,6 +248,7 @@ storage: {tmp_path}/storage
     for finding in judgement.findings:
         assert finding.code in shown.stdout and finding.code in page
     assert f"{tmp_path}/a.jsonl:1201: is not JSON" in shown.stdout
+    assert "form.unreadable  1 record (0.1%)" in shown.stdout and "1 record · 0.1%" in page
     refused = ft("check", "a.jsonl", folder=tmp_path)
     assert refused.returncode == 1 and "rights.no-license" in refused.stdout and "No --base" in refused.stderr
     assert not (tmp_path / "storage").exists()

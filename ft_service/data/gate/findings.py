@@ -32,12 +32,17 @@ class Finding(_Report):
 
     code: str
     severity: Severity
-    count: int = Field(description="Records with the finding (sources, for rights).")
+    count: int = Field(description="Records with the finding; for some codes sources, columns or files.")
     share: float = Field(description="Share of all records read (of all sources, for rights).")
     places: list[Place] = Field(description="The first places, in order of the data.")
     why: str
     cure: str
     message: str = Field(default="", description="Details, where the count alone does not explain the finding.")
+
+    @property
+    def count_text(self) -> str:
+        """The count with what it counts: ``3 records``, ``1 source``."""
+        return counted(self.count, CODES[self.code].counts if self.code in CODES else "record")
 
     @property
     def percent(self) -> str:
