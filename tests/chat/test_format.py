@@ -308,12 +308,12 @@ def test_ids_are_the_tokenizers_own(small: PreTrainedTokenizerFast, texts: list[
 
 
 def test_a_tokenizer_with_another_split_is_not_cached(small: PreTrainedTokenizerFast) -> None:
-    told = json.loads(small.backend_tokenizer.to_str())
+    document = json.loads(small.backend_tokenizer.to_str())
     bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     others = [
-        {**told, "normalizer": {"type": "NFC"}},
-        {**told, "pre_tokenizer": bytes_alone},
-        {**told, "added_tokens": [{**told["added_tokens"][0], "special": False}]},
+        {**document, "normalizer": {"type": "NFC"}},
+        {**document, "pre_tokenizer": bytes_alone},
+        {**document, "added_tokens": [{**document["added_tokens"][0], "special": False}]},
     ]
     for other in others:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(other)))

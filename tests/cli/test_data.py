@@ -1,4 +1,4 @@
-"""`ft data`: the same judgement in a terminal, as JSON and as a page; waivers; the cleaned copy; the preview."""
+"""`ft data`: one judgement in a terminal, as JSON and as a page; waivers; the cleaned copy; the preview."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def spec_of(base: Path, *paths: Path, rights: bool = True, **data: Any) -> RunSp
     return parse_run_spec(json.dumps(document))
 
 
-def judged(spec: RunSpec, folder: Path) -> Judgement:
+def check(spec: RunSpec, folder: Path) -> Judgement:
     folder.mkdir(exist_ok=True)
     return check_dataset(spec, None, folder)
 
@@ -81,7 +81,7 @@ def ft(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_failing_finding_stops_until_it_is_waived(base: Path, tmp_path: Path) -> None:
     spec = spec_of(base, write(tmp_path / "a.jsonl", records_of(40)), rights=False)
-    judgement = judged(spec, tmp_path / "out")
+    judgement = check(spec, tmp_path / "out")
     with pytest.raises(
         GateError,
         match=r"2 findings(?s:.*)rights\.no-license \(1 source, 100\.0%\)(?s:.*)report here(?s:.*)waive: {rights",
@@ -111,7 +111,7 @@ def test_files_list_every_place_and_every_record_left_out(base: Path, tmp_path: 
     records = records_of(50)
     path = write(tmp_path / "a.jsonl", [*records, *records[:30], {"instruction": "q", "output": ""}], "not json")
     out = tmp_path / "out"
-    judgement = judged(spec_of(base, path), out)
+    judgement = check(spec_of(base, path), out)
     findings = [json.loads(line) for line in (out / "findings.jsonl").read_text().splitlines()]
     for finding in judgement.findings:
         if not finding.code.startswith(("rights.", "size.")):
@@ -129,17 +129,17 @@ def test_private_data_is_masked_in_every_report(base: Path, tmp_path: Path) -> N
     path = write(tmp_path / "a.jsonl", [*records_of(30), secret, {**secret, "output": 5}])
     spec = spec_of(base, path)
     out = tmp_path / "out"
-    judgement = judged(spec, out)
+    judgement = check(spec, out)
     assert judgement.finding("private.key") and judgement.finding("private.email")
-    told = [render_data_report("case", judgement), judgement.model_dump_json()]
-    told += [(out / name).read_text() for name in ("findings.jsonl", "quarantine.jsonl", "judgement.json")]
-    assert not any(KEY in text or "taro.yamada" in text for text in told)
+    reports = [render_data_report("case", judgement), judgement.model_dump_json()]
+    reports += [(out / name).read_text() for name in ("findings.jsonl", "quarantine.jsonl", "judgement.json")]
+    assert not any(KEY in text or "taro.yamada" in text for text in reports)
 
 
 def test_every_number_of_records_says_what_it_counts(base: Path, tmp_path: Path) -> None:
     records = records_of(60)
     path = write(tmp_path / "a.jsonl", [*records, records[0]], "broken")
-    judgement = judged(spec_of(base, path, validation={"fraction": 0.2}), tmp_path / "out")
+    judgement = check(spec_of(base, path, validation={"fraction": 0.2}), tmp_path / "out")
     training = judgement.size.training_records
     assert (judgement.read, judgement.usable) == (62, 60) and 0 < training < 60
     text = f"62 records read, 60 usable ({training} for training, {60 - training} for validation)"
@@ -147,7 +147,7 @@ def test_every_number_of_records_says_what_it_counts(base: Path, tmp_path: Path)
     assert judgement.size.text.startswith(f"{training} training records: ")
     page = re.sub(r"<[^>]+>|\s+", " ", render_data_report("case", judgement))
     assert text in page and f"For training {training} {60 - training} for validation" in " ".join(page.split())
-    whole = judged(spec_of(base, path), tmp_path / "out")
+    whole = check(spec_of(base, path), tmp_path / "out")
     assert whole.records_text.startswith("62 records read, 60 usable; 2 left out: ")
     assert whole.size.training_records == whole.usable
 
@@ -172,14 +172,14 @@ def test_a_cleaned_copy_has_the_other_records_in_order(base: Path, lines: list[s
     path.write_text("\n".join(lines), encoding="utf-8")
     judgement = clean(spec_of(base, path), folder / "out")
     kept, left_out = (read_lines(folder / "out" / name) for name in ("0-a.jsonl", "left_out.jsonl"))
-    gone = {told["line"] for told in left_out}
-    for told in left_out:
+    gone = {entry["line"] for entry in left_out}
+    for entry in left_out:
         with suppress(ValueError):
-            written = json.loads(lines[told["line"] - 1])
-            assert told.get("record") == (written if isinstance(written, dict) else None)
+            written = json.loads(lines[entry["line"] - 1])
+            assert entry.get("record") == (written if isinstance(written, dict) else None)
     expected = [json.loads(line) for number, line in enumerate(lines, 1) if line.strip() and number not in gone]
     assert kept == expected and judgement.read == len(kept) + len(gone)
-    again = judged(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")
+    again = check(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")
     assert again.usable == again.read == len(kept)
 
 

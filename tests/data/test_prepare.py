@@ -1,4 +1,4 @@
-"""Preparing: every example lies in one packed row, once; the same data is prepared once; a failure leaves nothing."""
+"""Preparing: every example is in one packed row, the same data is prepared once, and a failure leaves nothing."""
 
 import json
 from collections import Counter
@@ -172,19 +172,19 @@ def test_a_prepared_dataset_is_neither_read_nor_written_again(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(20)), validation={"fraction": 0.2})
-    said: list[str] = []
-    first = prepare_dataset(spec, tokenizer, case.storage, said.append)
+    messages: list[str] = []
+    first = prepare_dataset(spec, tokenizer, case.storage, messages.append)
     before = {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()}
 
     def no_reading(*_: object) -> None:
         raise AssertionError("records were read again")
 
     monkeypatch.setattr(tasks, "records_of", no_reading)
-    second = prepare_dataset(spec, tokenizer, case.storage, said.append)
+    second = prepare_dataset(spec, tokenizer, case.storage, messages.append)
     assert {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()} == before
     assert (second.digest, second.facts, second.sources) == (first.digest, first.facts, first.sources)
     assert list(documents(second.train)) == list(documents(first.train))
-    assert said[-1].startswith("Data: already prepared")
+    assert messages[-1].startswith("Data: already prepared")
 
 
 def test_a_worker_opens_the_prepared_dataset(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -267,7 +267,7 @@ def test_equal_conversations_are_never_split(case: Case, tokenizer: PreTrainedTo
         ]
 
     records = [record for at in range(40) for record in variants(at)]
-    waive = {"quality.exact-duplicate": "they are here to be told apart"}
+    waive = {"quality.exact-duplicate": "needed for this test"}
     spec = case.spec(case.write("a.jsonl", records), format="chat", validation={"fraction": 0.5}, waive=waive)
     train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
     assert len(train) + len(validation) == len(records) and len(train) % 6 == len(validation) % 6 == 0
@@ -366,8 +366,8 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
 def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, str, str]]:
     """(file, line, code, reason) of every record that is left out."""
     file = case.folder / "storage" / "datasets" / dataset.digest / "judged" / "quarantine.jsonl"
-    told = [json.loads(line) for line in file.read_text().splitlines()]
-    return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in told]
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in entries]
 
 
 @pytest.mark.parametrize(
@@ -390,8 +390,8 @@ def test_an_unusable_record_is_left_out_and_named(
     good = [json.dumps({"instruction": f"q{at}", "output": "a"}) for at in (1, 2, 3)]
     path.write_text("\n".join([*good[:2], line, good[2]]))
     dataset = prepare_dataset(case.spec(str(path), max_seq_len=64), tokenizer, case.storage)
-    ((file, number, found, reason),) = quarantined(case, dataset)
-    assert (file, number, found) == ("a.jsonl", 3, code) and why in reason
+    ((file, number, left_out_code, reason),) = quarantined(case, dataset)
+    assert (file, number, left_out_code) == ("a.jsonl", 3, code) and why in reason
     assert dataset.facts.conversations == 3 == dataset.judgement.usable and dataset.judgement.read == 4
     assert dataset.sources[0].records == 4
 
@@ -431,11 +431,11 @@ def test_an_interrupted_preparation_continues_at_the_next_shard(
             read.append(shard)
         return records_of(shard, source, split, is_wanted)
 
-    def until_the_third(task: Any, work: Any, items: Any) -> Iterator[Any]:
+    def until_the_third(task: Any, context: Any, items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
             if number == 2:
                 raise KeyboardInterrupt
-            yield task(work, item)
+            yield task(context, item)
 
     monkeypatch.setattr(tasks, "records_of", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Reading: every kind of file gives the same records, and whatever is wrong with one is named by file and line."""
+"""Reading: every kind of file gives the same records, and every fault is named by file and line."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def places(path: Path) -> list[str]:
 
 def faults(path: Path) -> list[tuple[str, Fault]]:
     """(place, what is wrong) of what cannot be read."""
-    return [(place, found) for place, found in read_source(DataSource(path=str(path))) if isinstance(found, Fault)]
+    return [(place, record) for place, record in read_source(DataSource(path=str(path))) if isinstance(record, Fault)]
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ def test_a_damaged_record_is_named_and_the_others_are_read(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    ((found, fault),) = faults(path)
-    assert (found, fault.code) == (f"{path}{place}", code) and why in fault.reason
+    ((where, fault),) = faults(path)
+    assert (where, fault.code) == (f"{path}{place}", code) and why in fault.reason
     assert len(places(path)) == 3
 
 
@@ -357,8 +357,8 @@ def test_a_damaged_record_is_named_and_the_others_are_read(
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, place: str, why: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    ((found, fault),) = faults(path)
-    assert (found, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
+    ((where, fault),) = faults(path)
+    assert (where, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
@@ -429,13 +429,13 @@ def test_any_bytes_give_the_same_lines_in_any_shards(content: bytes, shard_bytes
         path.write_bytes(content.replace(b"{}", b"\n"))
         source = DataSource(path=str(path))
 
-        def found(size: int) -> list[tuple[int, object]]:
+        def records_in_shards_of(size: int) -> list[tuple[int, object]]:
             return [pair for shard in scan(0, source, size).shards for pair in read_shard(shard, source)]
 
-        assert found(shard_bytes) == found(1 << 30)
+        assert records_in_shards_of(shard_bytes) == records_in_shards_of(1 << 30)
         lines = path.read_bytes().split(b"\n")
         if not content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):  # marks of other encodings
-            assert [number for number, _ in found(shard_bytes)] == [
+            assert [number for number, _ in records_in_shards_of(shard_bytes)] == [
                 n for n, line in enumerate(lines, 1) if line.strip()
             ]
 
@@ -538,9 +538,9 @@ def test_a_missing_hub_dataset_names_the_right_form() -> None:
 def test_files_that_are_not_read_are_listed(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", RECORDS)
     (tmp_path / "folder" / "loop").symlink_to(tmp_path / "folder")
-    found = scan(0, DataSource(path=str(tmp_path / "folder")))
-    assert [Path(name).name for name in found.files] == ["1.jsonl", "2.parquet", "3.csv"]
-    assert [Path(name).name for name in found.foreign] == ["README.md", "loop"]
+    scanned = scan(0, DataSource(path=str(tmp_path / "folder")))
+    assert [Path(name).name for name in scanned.files] == ["1.jsonl", "2.parquet", "3.csv"]
+    assert [Path(name).name for name in scanned.foreign] == ["README.md", "loop"]
 
 
 def test_a_link_to_itself_is_an_error_with_a_message(tmp_path: Path) -> None:

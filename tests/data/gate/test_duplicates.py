@@ -1,4 +1,4 @@
-"""Duplicates, near-duplicates and contradictions: told apart in English and Japanese, whatever the order of shards."""
+"""Exact duplicates, near-duplicates and contradictions, in English and Japanese and in any order of shards."""
 
 import numpy as np
 import pytest
@@ -32,16 +32,16 @@ def with_others(*pairs: tuple[str, str], language: str = "en") -> list[Record]:
     return [record(*pair, line=number) for number, pair in enumerate([*pairs, *others], 1)]
 
 
-def repeated(records: list[Record], look: bool = True) -> dict[str, list[int]]:
-    _, hits = check_all(records, look)
+def repeated(records: list[Record], reread: bool = True) -> dict[str, list[int]]:
+    _, hits = check_all(records, reread)
     codes = ("quality.exact-duplicate", "quality.near-duplicate", "quality.contradiction")
     return {code.removeprefix("quality."): found for code in codes if (found := lines(hits, code))}
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-@pytest.mark.parametrize("look", [True, False])
-def test_clean_records_are_not_duplicates(language: str, look: bool) -> None:
-    assert repeated(clean_records(300, language), look) == {}
+@pytest.mark.parametrize("reread", [True, False])
+def test_clean_records_are_not_duplicates(language: str, reread: bool) -> None:
+    assert repeated(clean_records(300, language), reread) == {}
 
 
 @pytest.mark.parametrize("pair", [EN, JA])
@@ -56,12 +56,12 @@ def test_a_copy_is_an_exact_duplicate_and_is_left_out(pair: tuple[str, str]) -> 
 
 
 @pytest.mark.parametrize("pair", [EN, JA])
-@pytest.mark.parametrize("look", [True, False])
-def test_a_record_with_small_edits_is_a_near_duplicate(pair: tuple[str, str], look: bool) -> None:
-    if look:
+@pytest.mark.parametrize("reread", [True, False])
+def test_a_record_with_small_edits_is_a_near_duplicate(pair: tuple[str, str], reread: bool) -> None:
+    if reread:
         assert repeated(with_others(pair, NEAR[pair])) == {"near-duplicate": [2]}
     else:  # by the estimate alone, and only where the texts are equal but for what folding removes
-        assert repeated(with_others(pair, (pair[0].upper(), pair[1] + "!")), look) == {"near-duplicate": [2]}
+        assert repeated(with_others(pair, (pair[0].upper(), pair[1] + "!")), reread) == {"near-duplicate": [2]}
 
 
 def test_a_chain_of_near_duplicates_is_one_group() -> None:
@@ -91,7 +91,7 @@ def test_short_answers_that_differ_in_one_character_contradict() -> None:
     assert repeated(with_others((EN[0], "40"), (EN[0], "41"))) == {"contradiction": [1, 2]}
     assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ"))) == {"contradiction": [1, 2]}
     assert repeated(with_others((JA[0], "はい"), (JA[0], "はい。"))) == {"near-duplicate": [2]}
-    assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ")), look=False) == {"contradiction": [1, 2]}
+    assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ")), reread=False) == {"contradiction": [1, 2]}
 
 
 def test_long_answers_with_different_results_contradict() -> None:
@@ -158,8 +158,8 @@ NOUNS = "犬 猫 川 石 机 窓 庭園 夏休み 冬山 橋 音楽 和紙 銀�
 
 @pytest.mark.parametrize("language", ["en", "ja"])
 @pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("look", [True, False])
-def test_a_template_with_another_word_is_another_question(language: str, labels: bool, look: bool) -> None:
+@pytest.mark.parametrize("reread", [True, False])
+def test_a_template_with_another_word_is_another_question(language: str, labels: bool, reread: bool) -> None:
     template, fillings = (
         ("Translate the following English word into French, and say of which gender it is: {}.", WORDS.split())
         if language == "en"
@@ -170,7 +170,7 @@ def test_a_template_with_another_word_is_another_question(language: str, labels:
         record(template.format(word), "masculine" if labels else answers[at], at + 1)
         for at, word in enumerate(fillings)
     ]
-    assert repeated(records, look) == {}
+    assert repeated(records, reread) == {}
 
 
 def test_repeats_are_found_under_a_common_prompt() -> None:

@@ -1,4 +1,4 @@
-"""What can be told of one record: form, leftovers, stock phrases. Each kind is found, its innocent likeness is not."""
+"""Checks of single records: form, leftovers, stock phrases. Each kind is found; text that resembles it passes."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The judge: nothing vanishes, shards add up, memory does not grow with texts, and the judgement is plain JSON."""
+"""The gate: no record is lost, shards add up, memory does not grow with texts, and the judgement is plain JSON."""
 
 import json
 import random
@@ -71,8 +71,8 @@ def test_checking_a_record_says_whether_it_is_left_out() -> None:
     gate = new_gate()
     hit = gate.reason_left_out(gate.check(broken(1)))
     assert hit is not None and hit.code == "form.unreadable"
-    found = gate.check(record("q?", "I'm sorry, but I cannot help you."))
-    assert [hit.code for hit in found] == ["quality.refusal"] and gate.reason_left_out(found) is None
+    hits = gate.check(record("q?", "I'm sorry, but I cannot help you."))
+    assert [hit.code for hit in hits] == ["quality.refusal"] and gate.reason_left_out(hits) is None
 
 
 def test_kept_duplicates_count_as_usable() -> None:
@@ -141,9 +141,9 @@ def test_shards_in_any_order_give_the_judgement_of_the_whole(items: list[object]
         hits_of: list[list[list[Hit]]] = [[] for _ in gates]
         for one, owner in zip(records, owner_of, strict=True):
             hits_of[owner].append(gates[owner].check(one))
-        for gate, found in list(zip(gates, hits_of, strict=True))[:0:-1]:
-            gates[0].merge(gate.partial_result(), found)
-        hits = [hit for found in hits_of for of_record in found for hit in of_record]
+        for gate, gate_hits in list(zip(gates, hits_of, strict=True))[:0:-1]:
+            gates[0].merge(gate.partial_result(), gate_hits)
+        hits = [hit for gate_hits in hits_of for of_record in gate_hits for hit in of_record]
         second_pass = gates[0].second_pass()
         for one in records:
             second_pass.add(one)
@@ -325,11 +325,11 @@ def test_a_judgement_of_the_first_format_is_read() -> None:
 
 def test_the_manual_lists_every_code() -> None:
     manual = (Path(__file__).resolve().parents[3] / "docs/data.md").read_text(encoding="utf-8")
-    told = {row[1]: row[2:5] for row in (line.split("|") for line in manual.splitlines()) if len(row) == 6}
+    rows = {row[1]: row[2:5] for row in (line.split("|") for line in manual.splitlines()) if len(row) == 6}
 
     def share(least: float | None) -> str:
         return "never" if least is None else "one" if least == 0 else f"{least:.0%}"
 
     for code in CODES.values():
         name = f" `{code.id}`{' ✂' if code.leaves_out else ''} "
-        assert [cell.strip() for cell in told[name]] == [share(code.warns_from), share(code.fails_from), code.why]
+        assert [cell.strip() for cell in rows[name]] == [share(code.warns_from), share(code.fails_from), code.why]

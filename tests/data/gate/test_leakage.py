@@ -1,4 +1,4 @@
-"""Leakage: an evaluation item inside a training record is found, however it is wrapped; a like topic is none."""
+"""Leakage: an evaluation item inside any training record is found; a similar topic is no leak."""
 
 import pytest
 

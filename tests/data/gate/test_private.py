@@ -1,4 +1,4 @@
-"""Private data: found in the forms it really has, not where numbers only look like it, and never shown."""
+"""Private data: found in its real forms, not in numbers that resemble them, and never shown."""
 
 import random
 import re
@@ -11,7 +11,7 @@ from ft_service.data.gate.private import excerpt, find_private, is_card_number, 
 from tests.data.gate.gate_cases import record
 
 
-def found(text: str) -> list[str]:
+def private_codes(text: str) -> list[str]:
     return [code for code, _, _ in find_private(text)]
 
 
@@ -50,7 +50,7 @@ PRIVATE = {
 @pytest.mark.parametrize("around", ["Ask {} today.", "連絡先は{}です。", "({})", "{}", "番号：{}、以上"])
 def test_private_data_is_found_and_masked_in_any_context(secret: str, around: str) -> None:
     text = around.format(secret)
-    assert found(text) == [PRIVATE[secret]]
+    assert private_codes(text) == [PRIVATE[secret]]
     assert secret not in mask(text)
     assert mask(text).startswith(around.split("{}")[0]) and mask(text).endswith(around.split("{}")[1])
 
@@ -84,7 +84,7 @@ def test_private_data_is_found_and_masked_in_any_context(secret: str, around: st
     ],
 )
 def test_other_numbers_and_names_are_not_private(text: str) -> None:
-    assert found(text) == []
+    assert private_codes(text) == []
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_other_numbers_and_names_are_not_private(text: str) -> None:
     ],
 )
 def test_a_card_number_is_found_near_words_about_cards(text: str) -> None:
-    assert found(text) == ["private.card"] and "[card number]" in mask(text)
+    assert private_codes(text) == ["private.card"] and "[card number]" in mask(text)
     assert not re.search(r"6362|4205", mask(text))
 
 
@@ -117,7 +117,7 @@ def test_a_card_number_is_found_near_words_about_cards(text: str) -> None:
     ],
 )
 def test_a_phone_number_has_enough_digits(text: str, is_phone: bool) -> None:
-    assert found(f"Call {text} now.") == (["private.phone"] if is_phone else [])
+    assert private_codes(f"Call {text} now.") == (["private.phone"] if is_phone else [])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_private_data_search_takes_linear_time(sign: str) -> None:
 @pytest.mark.parametrize("line_end", ["\n", "\\n", "\r\n"])
 def test_a_cut_off_key_is_found_and_masked(line_end: str) -> None:
     text = line_end.join(["The key:", "-----BEGIN PRIVATE KEY-----", PEM, PEM, PEM[:30]])
-    assert found(text) == ["private.key"]
+    assert private_codes(text) == ["private.key"]
     assert PEM[:8] not in mask(text) and mask(text).startswith("The key:")
 
 

@@ -1,4 +1,4 @@
-"""What is unusual in a dataset, and what is one-sided in it: found where it was put, and nowhere else."""
+"""Unusual answers and one-sided data: reported where they were planted, and nowhere else."""
 
 import numpy as np
 import pytest
@@ -73,8 +73,8 @@ def test_labels_are_not_too_short(spoken: str) -> None:
 def test_far_longer_or_shorter_answers_are_reported(spoken: str) -> None:
     usual = clean_pairs(1, spoken, seed=5)[0][1]
     shorter = {"en": "It lifts a bridge.", "ja": "橋を渡った。"}[spoken]
-    found, others = with_answers("style.length", [usual * 6, shorter], spoken)
-    assert (found, others) == ([1, 2], [])
+    reported, others = with_answers("style.length", [usual * 6, shorter], spoken)
+    assert (reported, others) == ([1, 2], [])
 
 
 def test_the_rarer_tone_is_reported() -> None:
@@ -86,10 +86,10 @@ def test_the_rarer_tone_is_reported() -> None:
 def test_an_unusual_language_is_reported_but_not_two_by_design() -> None:
     japanese = clean_pairs(1, "ja")[0][1]
     english = clean_pairs(1, "en")[0][1]
-    found, _ = with_answers("style.language", [japanese], "en")
-    assert found == [1]
-    found, _ = with_answers("style.language", [english], "ja")
-    assert found == [1]
+    reported, _ = with_answers("style.language", [japanese], "en")
+    assert reported == [1]
+    reported, _ = with_answers("style.language", [english], "ja")
+    assert reported == [1]
     both = [*clean_pairs(100, "en"), *clean_pairs(100, "ja")]
     records = [record(*pair, line) for line, pair in enumerate(both, 1)]
     assert lines(check_all(records)[1], "style.language") == []
