@@ -54,7 +54,7 @@ def _figures(judgement: Judgement) -> list[str]:
 def _show(finding: Finding, waived: str | None, console: Console) -> None:
     color = _COLORS[finding.severity]
     console.print(
-        f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count:,} ({finding.percent})",
+        f"  [{color}]{finding.severity:4}[/] [bold]{finding.code}[/bold]  {finding.count_text} ({finding.percent})",
         highlight=False,
     )
     for text in (finding.message, f"{finding.why} {finding.cure}", f"Waived: {waived}" if waived else ""):

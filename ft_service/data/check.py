@@ -49,7 +49,7 @@ def check_shards(
     num_records = 0
     for checked in run_tasks(check_shard, context, list(enumerate(shards))):
         num_records += checked.records
-        say(f"Data: read shard {checked.number + 1} of {len(shards)}, {num_records:,} records so far")
+        say(f"Data: shard {checked.number + 1} of {len(shards)}, {num_records:,} records read")
     gate = context.gate(fraction=fraction, seed=seed)
     with tempfile.TemporaryDirectory(prefix="ft-data-") as fetched, _HitWriter(folder, gate) as writer:
         for number in range(len(shards)):

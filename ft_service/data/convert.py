@@ -67,7 +67,9 @@ def _chat(messages: object, needs_answer: bool) -> Conversation:
 def _message(number: int, message: object) -> Message:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise BadRecord(f"message {number} is not an object with role and content")
-    role, content, weight = message["role"], message["content"], message.get("weight")
+    role = message["role"]
+    content = message["content"]
+    weight = message.get("weight")
     if role not in ROLES:
         raise BadRecord(
             f"message {number} has the unknown role {role!r} (known: {', '.join(ROLES)})", "form.unknown-role"

@@ -1,7 +1,7 @@
 """Sources to a prepared dataset on storage: checked, tokenised, masked and packed once, before any worker starts.
 
     <storage>/datasets/<digest>/   rows-00000/{train,validation}.arrow ...   manifest.json
-                                   check/{judgement.json, findings.jsonl, quarantine.jsonl}
+                                   judged/{judgement.json, findings.jsonl, quarantine.jsonl}
 
 The digest covers everything that the result depends on. So the same data is prepared once, and a changed file never
 uses an old cache. Checked shards stay on storage until the dataset is complete: an interrupted preparation, or one that
@@ -42,15 +42,16 @@ from ft_service.errors import DataError, StorageError
 from ft_service.plan.facts import DatasetFacts
 from ft_service.registry.registry import DatasetRef
 from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
+from ft_service.storage.formats import parse_stored
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
 OnJudgement = Callable[[Judgement, Path], None]
 """Called with the judgement and the folder of its findings; raises to stop the preparation."""
 
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
-_CHECK = "check"
+_CHECK_FOLDER = "judged"
 _GROUP_TOKENS = 2**25
 """Tokens that are packed together: enough that a partly filled row does not matter, in half a GiB of memory."""
 _KEPT_IF_WAIVED = frozenset({"quality.exact-duplicate"})
@@ -122,7 +123,7 @@ def prepare_dataset(
                 raise  # otherwise another run has prepared the same data meanwhile, and deleted the shards
     say(f"Data: already prepared, {storage.uri(place)}")
     dataset = open_dataset(storage, digest)
-    on_judgement(judgement_for_run(dataset.judgement, spec), storage.local_folder(place) / _CHECK)
+    on_judgement(judgement_for_run(dataset.judgement, spec), storage.local_folder(place) / _CHECK_FOLDER)
     return dataset
 
 
@@ -151,14 +152,14 @@ def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
     manifest = storage.read_json(f"datasets/{digest}/{_MANIFEST}")
     folder = storage.local_folder(f"datasets/{digest}")
     train, validation = (sorted(folder.glob(f"rows-*/{split}.arrow")) for split in ("train", "validation"))
-    judgement = (folder / _CHECK / JUDGEMENT_FILE).read_text(encoding="utf-8")
+    judgement = folder / _CHECK_FOLDER / JUDGEMENT_FILE
     return PreparedDataset(
         digest=digest,
         facts=DatasetFacts.model_validate(manifest["facts"]),
         sources=[DatasetRef.model_validate(source) for source in manifest["sources"]],
         train=RowTable(train),
         validation=RowTable(validation) if validation else None,
-        judgement=Judgement.model_validate_json(judgement),
+        judgement=parse_stored(Judgement, json.loads(judgement.read_text(encoding="utf-8")), str(judgement)),
     )
 
 
@@ -249,7 +250,7 @@ def _prepare(
     say(f"Data: reading, checking and tokenising {counted(len(shards), 'shard')}")
     context = inputs.context(storage, place, tokenizer)
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
-        folder = Path(temporary, _CHECK)
+        folder = Path(temporary, _CHECK_FOLDER)
         folder.mkdir()
         result = check_shards(context, shards, run_tasks, folder, inputs.fraction, spec.train.seed, say)
         on_judgement(judgement_for_run(result.judgement, spec), folder)
@@ -261,7 +262,7 @@ def _prepare(
             packed.append(group)
             num_rows = sum(group.rows[0] for group in packed)
             say(f"Data: packed group {number} of {len(groups)}, {counted(num_rows, 'training row')} so far")
-        storage.put_folder(folder, f"{place}/{_CHECK}", marker=JUDGEMENT_FILE)
+        storage.put_folder(folder, f"{place}/{_CHECK_FOLDER}", marker=JUDGEMENT_FILE)
     facts = _facts(place.rpartition("/")[2], packed)
     sources = [
         DatasetRef(

@@ -54,9 +54,9 @@ class PreviewRow:
 
 
 def preview(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, records: int) -> list[PreviewRow]:
-    """The first `records` usable records of each training source, packed by themselves.
+    """The first examples of each training source, `records` of them, packed by themselves.
 
-    Raises `DataError` if no record can be used or a file is missing.
+    Unusable records are skipped. Raises `DataError` if no record can be used or a file is missing.
     """
     documents = [
         document

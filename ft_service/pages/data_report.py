@@ -39,7 +39,7 @@ def _tiles(judgement: Judgement) -> list[Tile]:
         Tile("Records read", f"{judgement.read:,}", f"from {counted(len(judgement.sources), 'source')}"),
         Tile("Usable", f"{judgement.usable:,}", f"{judgement.num_left_out:,} left out"),
         Tile("For training", f"{size.training_records:,}", f"{judgement.validation_records:,} for validation"),
-        Tile("Enough for", size.level, f"start with {counted(int(size.epochs), 'epoch')}" if size.epochs else ""),
+        Tile("Size", size.level, f"start with {counted(int(size.epochs), 'epoch')}" if size.epochs else ""),
     ]
     if signal.records:
         lost = signal.lost_tokens / (signal.tokens + signal.lost_tokens)
@@ -65,7 +65,8 @@ def _charts(judgement: Judgement) -> list[Chart]:
 
 def _lengths(judgement: Judgement) -> Chart:
     lengths = judgement.lengths
-    edges, counts = lengths.edges, lengths.counts
+    edges = lengths.edges
+    counts = lengths.counts
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(counts)), counts, width=0.92, color=TRAIN, linewidth=0)
@@ -96,9 +97,9 @@ def _duplicates(judgement: Judgement) -> Chart:
     rest = max(0, judgement.read - exact - near - contradicting)
     parts = [
         (rest, TRAIN, "train", f"{rest:,} unique"),
-        (near, OTHER, "accent", f"{near:,} near-duplicates"),
-        (exact, WARNING, "limit", f"{exact:,} exact duplicates"),
-        (contradicting, VALIDATION, "validation", f"{contradicting:,} contradictions"),
+        (near, OTHER, "accent", counted(near, "near-duplicate")),
+        (exact, WARNING, "limit", counted(exact, "exact duplicate")),
+        (contradicting, VALIDATION, "validation", counted(contradicting, "contradiction")),
     ]
     return _stacked("Repeated records", [("records", parts)])
 

@@ -66,7 +66,8 @@ def small() -> PreTrainedTokenizerFast:
 
 def meta_ids_and_mask(meta: MetaChatFormat, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """What Meta's code writes for a whole dialog; of assistant messages with weight, all after the header trains."""
-    ids, mask = [meta.tokenizer.bos_id], [False]
+    ids = [meta.tokenizer.bos_id]
+    mask = [False]
     for message in messages:
         content = message.content.strip()
         if message.role == "assistant":
@@ -120,7 +121,7 @@ def test_any_dialog_has_metas_token_ids(
     assert ChatFormat(llama3).encode_prompt(messages) == meta_prompt(meta, messages)
 
 
-def test_a_batch_has_the_ids_of_its_dialogs_one_by_one(llama3: PreTrainedTokenizerFast) -> None:
+def test_a_batch_has_the_ids_of_its_single_dialogs(llama3: PreTrainedTokenizerFast) -> None:
     chat = ChatFormat(llama3)
     dialogs = [[Message("user", text), Message("assistant", text[::-1])] for text in TEXTS.values()]
     assert chat.encode_batch(dialogs) == [chat.encode(dialog) for dialog in dialogs]
@@ -197,7 +198,7 @@ def trained_texts(chat: ChatFormat, messages: list[Message], max_seq_len: int | 
     return [chat.tokenizer.decode(run) for run in runs if run]
 
 
-def test_loss_falls_on_answers_and_their_end_of_turn_alone(small: PreTrainedTokenizerFast) -> None:
+def test_only_answers_and_their_end_of_turn_are_trained(small: PreTrainedTokenizerFast) -> None:
     dialog = [
         Message("system", "be kind"),
         Message("user", "one"),
@@ -208,7 +209,7 @@ def test_loss_falls_on_answers_and_their_end_of_turn_alone(small: PreTrainedToke
     assert trained_texts(ChatFormat(small), dialog) == ["uno<|eot_id|>", "dos<|eot_id|>"]
 
 
-def test_weight_zero_keeps_a_turn_from_being_trained_and_from_nothing_else(small: PreTrainedTokenizerFast) -> None:
+def test_weight_zero_only_removes_a_turn_from_training(small: PreTrainedTokenizerFast) -> None:
     chat = ChatFormat(small)
     first = [Message("user", "q"), Message("assistant", "draft", 0)]
     dialog = [*first, Message("user", "r"), Message("assistant", "final", 1)]
@@ -223,7 +224,7 @@ def test_weight_one_does_not_train_a_question(small: PreTrainedTokenizerFast) ->
     assert trained_texts(ChatFormat(small), dialog) == ["a<|eot_id|>"]
 
 
-def test_a_dialog_that_is_cut_says_so_and_keeps_its_start(small: PreTrainedTokenizerFast) -> None:
+def test_a_truncated_dialog_keeps_its_start(small: PreTrainedTokenizerFast) -> None:
     chat = ChatFormat(small)
     dialog = [Message("user", "q"), Message("assistant", "the quick brown fox")]
     whole = chat.encode(dialog)
@@ -253,26 +254,26 @@ def tokenizer_without(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> PreTr
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>")
 
 
-def test_an_end_token_that_doubles_as_padding_is_not_padded_with(small: PreTrainedTokenizerFast) -> None:
+def test_an_end_token_is_never_used_as_padding(small: PreTrainedTokenizerFast) -> None:
     tokenizer = tokenizer_without(small, "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
     tokenizer.pad_token = "<|eot_id|>"
     with pytest.raises(ModelError, match=r"padding token also ends a turn.*Add one of <\|finetune_right_pad_id\|>"):
         _ = ChatFormat(tokenizer).pad_id
 
 
-def test_llama_3_without_a_padding_token_is_padded_with_a_reserved_one(small: PreTrainedTokenizerFast) -> None:
+def test_without_a_padding_token_a_reserved_one_is_used(small: PreTrainedTokenizerFast) -> None:
     tokenizer = tokenizer_without(small, "<|finetune_right_pad_id|>")
     assert ChatFormat(tokenizer).pad_id == special_id(tokenizer, "<|reserved_special_token_0|>")
 
 
-def test_a_tokenizer_of_another_family_is_refused_by_name(small: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_of_another_family_is_refused(small: PreTrainedTokenizerFast) -> None:
     tokenizer = tokenizer_without(small, "<|eot_id|>", "<|start_header_id|>")
     with pytest.raises(ModelError, match=r"has no <\|start_header_id\|>, <\|eot_id\|>.*Use a Llama 3 checkpoint"):
         ChatFormat(tokenizer)
 
 
 @given(text=st.text(max_size=40))
-def test_decoding_gives_the_text_back(small: PreTrainedTokenizerFast, text: str) -> None:
+def test_decoding_gives_the_same_text(small: PreTrainedTokenizerFast, text: str) -> None:
     assert ChatFormat(small).decode([special_id(small, "<|eot_id|>"), *plain_ids(small, [text])[0]]) == text
 
 
@@ -306,13 +307,13 @@ def test_ids_are_the_tokenizers_own(small: PreTrainedTokenizerFast, texts: list[
     assert plain_ids(small, texts) == [stock_ids(small, text) for text in texts]
 
 
-def test_a_tokenizer_that_cuts_text_otherwise_is_asked_for_whole_texts(small: PreTrainedTokenizerFast) -> None:
-    told = json.loads(small.backend_tokenizer.to_str())
+def test_a_tokenizer_with_another_split_is_not_cached(small: PreTrainedTokenizerFast) -> None:
+    document = json.loads(small.backend_tokenizer.to_str())
     bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     others = [
-        {**told, "normalizer": {"type": "NFC"}},
-        {**told, "pre_tokenizer": bytes_alone},
-        {**told, "added_tokens": [{**told["added_tokens"][0], "special": False}]},
+        {**document, "normalizer": {"type": "NFC"}},
+        {**document, "pre_tokenizer": bytes_alone},
+        {**document, "added_tokens": [{**document["added_tokens"][0], "special": False}]},
     ]
     for other in others:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(other)))
@@ -329,10 +330,11 @@ def stock_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 @settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=60), max_size=4), max_seq_len=st.integers(8, 40))
-def test_of_a_text_nothing_is_dropped_and_all_but_the_first_token_trains(
+def test_a_text_keeps_all_tokens_and_trains_all_but_the_first(
     small: PreTrainedTokenizerFast, texts: list[str], max_seq_len: int
 ) -> None:
-    begin, end = special_id(small, "<|begin_of_text|>"), special_id(small, "<|end_of_text|>")
+    begin = special_id(small, "<|begin_of_text|>")
+    end = special_id(small, "<|end_of_text|>")
     made = encode_texts(small, texts, max_seq_len)
     assert len(made) == len(texts)
     for text, examples in zip(texts, made, strict=True):
@@ -344,6 +346,6 @@ def test_of_a_text_nothing_is_dropped_and_all_but_the_first_token_trains(
         assert body == [*plain_ids(small, [text])[0], end]
 
 
-def test_a_text_needs_a_token_that_ends_it(small: PreTrainedTokenizerFast) -> None:
+def test_the_text_format_needs_an_end_of_text_token(small: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no end-of-text token"):
         encode_texts(tokenizer_without(small, "<|end_of_text|>"), ["a"], 16)

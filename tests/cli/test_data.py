@@ -1,4 +1,4 @@
-"""`ft data`: the same judgement in a terminal, as JSON and as a page; waivers; the cleaned copy; the preview."""
+"""`ft data`: one judgement in a terminal, as JSON and as a page; waivers; the cleaned copy; the preview."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def spec_of(base: Path, *paths: Path, rights: bool = True, **data: Any) -> RunSp
     return parse_run_spec(json.dumps(document))
 
 
-def judged(spec: RunSpec, folder: Path) -> Judgement:
+def check(spec: RunSpec, folder: Path) -> Judgement:
     folder.mkdir(exist_ok=True)
     return check_dataset(spec, None, folder)
 
@@ -79,13 +79,12 @@ def ft(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 # -- the gate ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finding_that_fails_stops_until_it_is_waived_and_the_waiver_says_what_was_accepted(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_failing_finding_stops_until_it_is_waived(base: Path, tmp_path: Path) -> None:
     spec = spec_of(base, write(tmp_path / "a.jsonl", records_of(40)), rights=False)
-    judgement = judged(spec, tmp_path / "out")
+    judgement = check(spec, tmp_path / "out")
     with pytest.raises(
-        GateError, match=r"2 findings(?s:.*)rights\.no-license(?s:.*)report here(?s:.*)waive: {rights"
+        GateError,
+        match=r"2 findings(?s:.*)rights\.no-license \(1 source, 100\.0%\)(?s:.*)report here(?s:.*)waive: {rights",
     ) as no:
         enforce(judgement, {}, "report here")
     assert str(tmp_path / "a.jsonl") in str(no.value)
@@ -99,20 +98,20 @@ def test_a_finding_that_fails_stops_until_it_is_waived_and_the_waiver_says_what_
 
 def test_a_waiver_needs_a_known_code_and_a_reason() -> None:
     check_waivers({"rights.no-source": "ours"})
-    with pytest.raises(SpecError, match=r"data\.waive\.rights\.nothing = 'x': is no code"):
+    with pytest.raises(SpecError, match=r"data\.waive\.rights\.nothing = 'x': is not a code"):
         check_waivers({"rights.nothing": "x"})
-    with pytest.raises(SpecError, match="is no reason"):
+    with pytest.raises(SpecError, match="is not a reason"):
         check_waivers({"rights.no-source": " "})
 
 
 # -- what a judgement leaves on disk -----------------------------------------------------------------------------------
 
 
-def test_every_place_and_every_record_left_out_stand_in_files(base: Path, tmp_path: Path) -> None:
+def test_files_list_every_place_and_every_record_left_out(base: Path, tmp_path: Path) -> None:
     records = records_of(50)
     path = write(tmp_path / "a.jsonl", [*records, *records[:30], {"instruction": "q", "output": ""}], "not json")
     out = tmp_path / "out"
-    judgement = judged(spec_of(base, path), out)
+    judgement = check(spec_of(base, path), out)
     findings = [json.loads(line) for line in (out / "findings.jsonl").read_text().splitlines()]
     for finding in judgement.findings:
         if not finding.code.startswith(("rights.", "size.")):
@@ -125,15 +124,32 @@ def test_every_place_and_every_record_left_out_stand_in_files(base: Path, tmp_pa
     assert exact is not None and exact.count == 30 and len(exact.places) == 20  # the first ones only
 
 
-def test_private_data_is_masked_wherever_it_is_told(base: Path, tmp_path: Path) -> None:
+def test_private_data_is_masked_in_every_report(base: Path, tmp_path: Path) -> None:
     secret = {"instruction": f"What is {KEY}?", "output": f"A key: {KEY}. Ask taro.yamada@mail.co.jp about it, please."}
     path = write(tmp_path / "a.jsonl", [*records_of(30), secret, {**secret, "output": 5}])
-    spec, out = spec_of(base, path), tmp_path / "out"
-    judgement = judged(spec, out)
+    spec = spec_of(base, path)
+    out = tmp_path / "out"
+    judgement = check(spec, out)
     assert judgement.finding("private.key") and judgement.finding("private.email")
-    told = [render_data_report("case", judgement), judgement.model_dump_json()]
-    told += [(out / name).read_text() for name in ("findings.jsonl", "quarantine.jsonl", "judgement.json")]
-    assert not any(KEY in text or "taro.yamada" in text for text in told)
+    reports = [render_data_report("case", judgement), judgement.model_dump_json()]
+    reports += [(out / name).read_text() for name in ("findings.jsonl", "quarantine.jsonl", "judgement.json")]
+    assert not any(KEY in text or "taro.yamada" in text for text in reports)
+
+
+def test_every_number_of_records_says_what_it_counts(base: Path, tmp_path: Path) -> None:
+    records = records_of(60)
+    path = write(tmp_path / "a.jsonl", [*records, records[0]], "broken")
+    judgement = check(spec_of(base, path, validation={"fraction": 0.2}), tmp_path / "out")
+    training = judgement.size.training_records
+    assert (judgement.read, judgement.usable) == (62, 60) and 0 < training < 60
+    text = f"62 records read, 60 usable ({training} for training, {60 - training} for validation)"
+    assert judgement.records_text == f"{text}; 2 left out: 1 form.unreadable, 1 quality.exact-duplicate"
+    assert judgement.size.text.startswith(f"{training} training records: ")
+    page = re.sub(r"<[^>]+>|\s+", " ", render_data_report("case", judgement))
+    assert text in page and f"For training {training} {60 - training} for validation" in " ".join(page.split())
+    whole = check(spec_of(base, path), tmp_path / "out")
+    assert whole.records_text.startswith("62 records read, 60 usable; 2 left out: ")
+    assert whole.size.training_records == whole.usable
 
 
 # -- cleaning ----------------------------------------------------------------------------------------------------------
@@ -150,22 +166,20 @@ LINES = st.one_of(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINES, max_size=20))
-def test_a_cleaned_copy_holds_the_rest_in_order_and_is_clean(
-    base: Path, lines: list[str], tmp_path_factory: Any
-) -> None:
+def test_a_cleaned_copy_has_the_other_records_in_order(base: Path, lines: list[str], tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("clean")
     path = folder / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     judgement = clean(spec_of(base, path), folder / "out")
     kept, left_out = (read_lines(folder / "out" / name) for name in ("0-a.jsonl", "left_out.jsonl"))
-    gone = {told["line"] for told in left_out}
-    for told in left_out:
+    gone = {entry["line"] for entry in left_out}
+    for entry in left_out:
         with suppress(ValueError):
-            written = json.loads(lines[told["line"] - 1])
-            assert told.get("record") == (written if isinstance(written, dict) else None)
+            written = json.loads(lines[entry["line"] - 1])
+            assert entry.get("record") == (written if isinstance(written, dict) else None)
     expected = [json.loads(line) for number, line in enumerate(lines, 1) if line.strip() and number not in gone]
     assert kept == expected and judgement.read == len(kept) + len(gone)
-    again = judged(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")
+    again = check(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")
     assert again.usable == again.read == len(kept)
 
 
@@ -182,10 +196,10 @@ def test_cleaning_keeps_the_text_of_unreadable_records(base: Path, tmp_path: Pat
     assert "record" not in broken and "record" not in other
 
 
-def test_cleaning_never_writes_over_anything(base: Path, tmp_path: Path) -> None:
+def test_cleaning_never_overwrites_files(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", records_of(5))
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         clean(spec_of(base, path), tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
@@ -214,7 +228,7 @@ def test_a_preview_shows_every_token_once_and_what_is_trained_on(base: Path, tmp
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_check_tells_the_same_in_every_form_and_its_exit_code_is_the_verdict(base: Path, tmp_path: Path) -> None:
+def test_check_reports_the_same_in_every_form(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [*records_of(600), *records_of(600, "ja")], "broken")
     spec = f"""
 name: case
@@ -234,12 +248,13 @@ storage: {tmp_path}/storage
     for finding in judgement.findings:
         assert finding.code in shown.stdout and finding.code in page
     assert f"{tmp_path}/a.jsonl:1201: is not JSON" in shown.stdout
+    assert "form.unreadable  1 record (0.1%)" in shown.stdout and "1 record · 0.1%" in page
     refused = ft("check", "a.jsonl", folder=tmp_path)
     assert refused.returncode == 1 and "rights.no-license" in refused.stdout and "No --base" in refused.stderr
     assert not (tmp_path / "storage").exists()
 
 
-def test_preview_and_clean_from_a_command_line(base: Path, tmp_path: Path) -> None:
+def test_preview_and_clean_run_from_the_command_line(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"q": "Why is that?", "a": "Because of this."}] * 2)
     options = ("--column", "instruction=q", "--column", "output=a")
     done = ft("preview", "a.jsonl", *options, "--base", str(base), folder=tmp_path)
@@ -253,7 +268,7 @@ def test_preview_and_clean_from_a_command_line(base: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "0-a.jsonl").read_text() == '{"q": "Why is that?", "a": "Because of this."}\n'
 
 
-def test_every_code_says_why_it_hurts_and_what_to_do() -> None:
+def test_every_code_ends_its_sentences() -> None:
     assert all(code.why.endswith((".", "?")) and code.cure.endswith((".", ")")) for code in CODES.values())
 
 
@@ -271,7 +286,7 @@ def test_every_code_says_why_it_hurts_and_what_to_do() -> None:
         ({"other": 1}, {}, "alpaca"),
     ],
 )
-def test_the_format_of_a_file_is_that_of_its_first_record(
+def test_the_format_of_a_file_comes_from_its_first_record(
     tmp_path: Path, record: dict[str, Any], columns: dict[str, str], expected: str
 ) -> None:
     path = tmp_path / "a.jsonl"

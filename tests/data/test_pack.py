@@ -17,7 +17,7 @@ def row_sums(rows: list[list[int]], lengths: list[int]) -> list[int]:
 
 
 @given(lengths=lengths_lists)
-def test_every_example_lies_in_exactly_one_row_and_no_row_is_too_long(lengths: list[int]) -> None:
+def test_every_example_is_in_one_row_and_no_row_is_too_long(lengths: list[int]) -> None:
     rows = pack_lengths(np.array(lengths, dtype=np.int64), ROW)
     assert sorted(example for row in rows for example in row) == list(range(len(lengths)))
     assert all(0 < total <= ROW for total in row_sums(rows, lengths))
@@ -30,19 +30,19 @@ def test_the_same_lengths_give_the_same_rows(lengths: list[int]) -> None:
 
 
 @given(lengths=lengths_lists)
-def test_no_row_could_take_a_whole_other_row(lengths: list[int]) -> None:
+def test_no_two_rows_fit_into_one(lengths: list[int]) -> None:
     """Best-fit opens a row only for an example that no open row takes, so any two rows together overflow one."""
     smallest = sorted(row_sums(pack_lengths(np.array(lengths, dtype=np.int64), ROW), lengths))[:2]
     assert len(smallest) < 2 or sum(smallest) > ROW
 
 
-def test_the_fullest_row_that_still_takes_an_example_gets_it() -> None:
+def test_an_example_goes_into_the_fullest_row_with_room() -> None:
     # 6 and 5 open rows with room for 4 and 5; 4 fits both, and fills the first
     assert pack_lengths(np.array([4, 5, 6]), 10) == [[2, 0], [1]]
 
 
 def test_an_example_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="65 tokens does not fit a row of 64"):
+    with pytest.raises(ValueError, match="65 tokens does not fit into a row of 64"):
         pack_lengths(np.array([3, 65]), ROW)
 
 
@@ -62,7 +62,7 @@ def stream(seed: int, batch: int, num_rows: int, length: int) -> list[int]:
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num_rows=st.integers(1, 30), batch=st.integers(1, 70))
-def test_every_epoch_is_a_permutation_and_batches_straddle_epochs(seed: int, num_rows: int, batch: int) -> None:
+def test_every_epoch_is_a_permutation_and_batches_span_epochs(seed: int, num_rows: int, batch: int) -> None:
     order = stream(seed, batch, num_rows, 3 * num_rows)
     for epoch in range(3):
         assert sorted(order[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
@@ -74,18 +74,19 @@ def test_the_stream_of_rows_is_the_same_for_every_batch_size(seed: int, num_rows
     assert stream(seed, batch, num_rows, 100) == stream(seed, other, num_rows, 100)
 
 
-def test_a_step_alone_gives_the_rows_it_gives_within_a_run() -> None:
+def test_a_single_step_has_the_rows_it_has_in_a_run() -> None:
     run = [step_rows(7, step, 4, 10).tolist() for step in range(12)]
     assert [step_rows(7, step, 4, 10).tolist() for step in reversed(range(12))] == run[::-1]
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
-    first, second = stream(0, 50, 50, 100)[:50], stream(0, 50, 50, 100)[50:]
+    first = stream(0, 50, 50, 100)[:50]
+    second = stream(0, 50, 50, 100)[50:]
     assert first != second
     assert first != stream(1, 50, 50, 50)
     assert first != list(range(50))
 
 
-def test_a_batch_is_whole_and_of_int64() -> None:
+def test_a_batch_is_complete_and_int64() -> None:
     rows = step_rows(0, 5, 16, 3)
     assert rows.shape == (16,) and rows.dtype == np.int64

@@ -1,4 +1,4 @@
-"""Preparing: every example lies in one packed row, once; the same data is prepared once; a failure leaves nothing."""
+"""Preparing: every example is in one packed row, the same data is prepared once, and a failure leaves nothing."""
 
 import json
 from collections import Counter
@@ -98,7 +98,7 @@ def conversation(record: dict[str, Any]) -> list[Message]:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_seq_len", [160, 2048])
-def test_every_record_lies_in_exactly_one_row_once(
+def test_every_record_is_in_exactly_one_row(
     case: Case, tokenizer: PreTrainedTokenizerFast, packing: bool, max_seq_len: int
 ) -> None:
     records = alpaca_records(150)
@@ -123,7 +123,7 @@ def test_short_records_fill_98_percent_of_rows_of_2048(case: Case, tokenizer: Pr
     assert dataset.facts.tokens / (dataset.facts.rows * 2048) >= 0.98
 
 
-def test_more_records_than_one_batch_all_arrive(
+def test_records_of_all_batches_arrive(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "BATCH_RECORDS", 7)
@@ -132,7 +132,7 @@ def test_more_records_than_one_batch_all_arrive(
     assert len(set(texts(tokenizer, dataset.train))) == len(dataset.train) == 50
 
 
-def test_several_sources_of_several_formats_are_one_dataset(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_sources_of_several_formats_make_one_dataset(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     long_text = "many words " * 120
     chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}]
     document = case.spec(case.write("a.jsonl", [{"q": "ask", "a": "tell"}]), max_seq_len=64).model_dump()
@@ -168,26 +168,26 @@ def test_a_cut_conversation_is_counted(case: Case, tokenizer: PreTrainedTokenize
 # -- prepared once -----------------------------------------------------------------------------------------------------
 
 
-def test_the_second_time_nothing_is_read_or_written(
+def test_a_prepared_dataset_is_neither_read_nor_written_again(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(20)), validation={"fraction": 0.2})
-    said: list[str] = []
-    first = prepare_dataset(spec, tokenizer, case.storage, said.append)
+    messages: list[str] = []
+    first = prepare_dataset(spec, tokenizer, case.storage, messages.append)
     before = {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()}
 
     def no_reading(*_: object) -> None:
         raise AssertionError("records were read again")
 
     monkeypatch.setattr(tasks, "records_of", no_reading)
-    second = prepare_dataset(spec, tokenizer, case.storage, said.append)
+    second = prepare_dataset(spec, tokenizer, case.storage, messages.append)
     assert {name: (case.folder / name).stat().st_mtime_ns for name in case.stored()} == before
     assert (second.digest, second.facts, second.sources) == (first.digest, first.facts, first.sources)
     assert list(documents(second.train)) == list(documents(first.train))
-    assert said[-1].startswith("Data: already prepared")
+    assert messages[-1].startswith("Data: already prepared")
 
 
-def test_a_worker_opens_what_was_prepared(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_worker_opens_the_prepared_dataset(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(20)), validation={"fraction": 0.2})
     prepared = prepare_dataset(spec, tokenizer, case.storage)
     opened = open_dataset(Storage(case.storage.root), prepared.digest)
@@ -198,7 +198,7 @@ def test_a_worker_opens_what_was_prepared(case: Case, tokenizer: PreTrainedToken
         open_dataset(case.storage, "0000")
 
 
-def test_whatever_the_rows_depend_on_changes_the_digest(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_everything_that_rows_depend_on_changes_the_digest(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     def digest(records: Records, tokenizer: PreTrainedTokenizerFast = tokenizer, seed: int = 0, **data: Any) -> str:
         spec = case.spec(case.write("a.jsonl", records), **data)
         spec = spec.model_copy(update={"train": spec.train.model_copy(update={"seed": seed})})
@@ -223,7 +223,7 @@ def test_whatever_the_rows_depend_on_changes_the_digest(case: Case, tokenizer: P
     assert digest(records) == digests[0]
 
 
-def test_settings_that_a_tokenizer_call_leaves_behind_do_not_change_the_digest(case: Case) -> None:
+def test_leftover_tokenizer_settings_do_not_change_the_digest(case: Case) -> None:
     tokenizer = train_tokenizer(["a few words"] * 4, vocab_size=300)
     spec = case.spec(case.write("a.jsonl", alpaca_records(3)))
     tokenizer.backend_tokenizer.enable_truncation(5)
@@ -240,9 +240,7 @@ def split(dataset: PreparedDataset, tokenizer: PreTrainedTokenizerFast) -> tuple
     return texts(tokenizer, dataset.train), texts(tokenizer, dataset.validation)
 
 
-def test_a_fraction_holds_out_about_that_share_and_nothing_twice(
-    case: Case, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_fraction_holds_out_about_that_share(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(1000)), validation={"fraction": 0.2})
     dataset = prepare_dataset(spec, tokenizer, case.storage)
     train, validation = split(dataset, tokenizer)
@@ -254,7 +252,7 @@ def test_a_fraction_holds_out_about_that_share_and_nothing_twice(
     assert dataset.validation is not None and facts.validation_rows == len(dataset.validation)
 
 
-def test_equal_conversations_never_stand_on_both_sides(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_equal_conversations_are_never_split(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     def variants(at: int) -> list[dict[str, Any]]:
         """What the model reads the same: with and without a weight, with blanks around."""
         return [
@@ -269,16 +267,14 @@ def test_equal_conversations_never_stand_on_both_sides(case: Case, tokenizer: Pr
         ]
 
     records = [record for at in range(40) for record in variants(at)]
-    waive = {"quality.exact-duplicate": "they are here to be told apart"}
+    waive = {"quality.exact-duplicate": "needed for this test"}
     spec = case.spec(case.write("a.jsonl", records), format="chat", validation={"fraction": 0.5}, waive=waive)
     train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
     assert len(train) + len(validation) == len(records) and len(train) % 6 == len(validation) % 6 == 0
     assert train and validation and not set(train) & set(validation)
 
 
-def test_what_is_held_out_does_not_depend_on_the_order_of_records(
-    case: Case, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_held_out_records_do_not_depend_on_record_order(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     records = alpaca_records(60)
     forward, backward = (
         prepare_dataset(case.spec(case.write(name, some), validation={"fraction": 0.3}), tokenizer, case.storage)
@@ -289,7 +285,7 @@ def test_what_is_held_out_does_not_depend_on_the_order_of_records(
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
-def test_both_sides_hold_something_however_small_the_data(
+def test_training_and_validation_both_get_records(
     case: Case, tokenizer: PreTrainedTokenizerFast, fraction: float
 ) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(2)), validation={"fraction": fraction})
@@ -297,7 +293,7 @@ def test_both_sides_hold_something_however_small_the_data(
     assert (len(train), len(validation)) == (1, 1)
 
 
-def test_all_pieces_of_a_long_text_stand_on_one_side(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_all_pieces_of_a_text_are_on_one_side(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     records = [{"text": f"{letter} " * 50} for letter in "abcdefghijklmnop"]
     spec = case.spec(case.write("a.jsonl", records), format="text", max_seq_len=32, validation={"fraction": 0.5})
     train, validation = split(prepare_dataset(spec, tokenizer, case.storage), tokenizer)
@@ -308,9 +304,7 @@ def test_all_pieces_of_a_long_text_stand_on_one_side(case: Case, tokenizer: PreT
     assert letters[0] | letters[1] == set("abcdefghijklmnop")
 
 
-def test_a_validation_list_is_held_out_whole_and_nothing_else_is(
-    case: Case, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_validation_list_alone_is_held_out(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     held_out = case.write("v.jsonl", [{"instruction": "v", "output": "w"}])
     spec = case.spec(case.write("a.jsonl", alpaca_records(30)), validation=[{"path": held_out}])
     dataset = prepare_dataset(spec, tokenizer, case.storage)
@@ -331,7 +325,7 @@ def test_no_validation_holds_out_nothing(case: Case, tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize("validation", [None, {"fraction": 0.3}, "list"])
-def test_measuring_gives_the_facts_of_preparing_and_writes_nothing(
+def test_measuring_gives_the_same_facts_and_writes_nothing(
     case: Case, tokenizer: PreTrainedTokenizerFast, validation: Any
 ) -> None:
     path = case.write("a.jsonl", alpaca_records(80))
@@ -344,14 +338,15 @@ def test_measuring_gives_the_facts_of_preparing_and_writes_nothing(
     assert measured.model_copy(update={"digest": prepared.digest}) == prepared
 
 
-def test_of_large_data_a_part_is_measured_and_scaled_and_it_says_so(
+def test_large_data_is_measured_in_part_and_scaled(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def numbered(count: int, first: int) -> Records:
         return [{"instruction": f"{number}", "output": "length"} for number in range(first, first + count)]
 
     monkeypatch.setattr(prepare, "_MEASURED_BYTES", 100 * (len(json.dumps(numbered(1, 1000)[0])) + 1))
-    train, held_out = case.write("a.jsonl", numbered(400, 1000)), case.write("v.jsonl", numbered(200, 2000))
+    train = case.write("a.jsonl", numbered(400, 1000))
+    held_out = case.write("v.jsonl", numbered(200, 2000))
     spec = case.spec(train, validation=[{"path": held_out}], packing=False)
     measured = measure_dataset(spec, tokenizer)
     prepared = prepare_dataset(spec, tokenizer, case.storage).facts
@@ -370,9 +365,9 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
 
 def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, str, str]]:
     """(file, line, code, reason) of every record that is left out."""
-    file = case.folder / "storage" / "datasets" / dataset.digest / "check" / "quarantine.jsonl"
-    told = [json.loads(line) for line in file.read_text().splitlines()]
-    return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in told]
+    file = case.folder / "storage" / "datasets" / dataset.digest / "judged" / "quarantine.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(Path(one["file"]).name, one["line"], one["code"], one["reason"]) for one in entries]
 
 
 @pytest.mark.parametrize(
@@ -388,20 +383,20 @@ def quarantined(case: Case, dataset: PreparedDataset) -> list[tuple[str, int, st
         ('{"instruction": "q1", "output": "a"}', "quality.exact-duplicate", "same as "),
     ],
 )
-def test_a_record_that_cannot_be_used_is_left_out_and_named(
+def test_an_unusable_record_is_left_out_and_named(
     case: Case, tokenizer: PreTrainedTokenizerFast, line: str, code: str, why: str
 ) -> None:
     path = case.folder / "a.jsonl"
     good = [json.dumps({"instruction": f"q{at}", "output": "a"}) for at in (1, 2, 3)]
     path.write_text("\n".join([*good[:2], line, good[2]]))
     dataset = prepare_dataset(case.spec(str(path), max_seq_len=64), tokenizer, case.storage)
-    ((file, number, found, reason),) = quarantined(case, dataset)
-    assert (file, number, found) == ("a.jsonl", 3, code) and why in reason
+    ((file, number, left_out_code, reason),) = quarantined(case, dataset)
+    assert (file, number, left_out_code) == ("a.jsonl", 3, code) and why in reason
     assert dataset.facts.conversations == 3 == dataset.judgement.usable and dataset.judgement.read == 4
     assert dataset.sources[0].records == 4
 
 
-def test_what_the_gate_refuses_is_not_packed_and_what_was_examined_is_not_examined_again(
+def test_a_stopped_preparation_is_not_packed_or_checked_again(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = case.spec(case.write("a.jsonl", alpaca_records(20)))
@@ -423,7 +418,7 @@ def test_what_the_gate_refuses_is_not_packed_and_what_was_examined_is_not_examin
     assert not list(case.folder.glob("storage/datasets/*/shard-*"))
 
 
-def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
+def test_an_interrupted_preparation_continues_at_the_next_shard(
     case: Case, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "scan", partial(scan, shard_bytes=4000))
@@ -436,11 +431,11 @@ def test_a_preparation_that_was_interrupted_goes_on_at_the_next_shard(
             read.append(shard)
         return records_of(shard, source, split, is_wanted)
 
-    def until_the_third(task: Any, work: Any, items: Any) -> Iterator[Any]:
+    def until_the_third(task: Any, context: Any, items: Any) -> Iterator[Any]:
         for number, item in enumerate(items):
             if number == 2:
                 raise KeyboardInterrupt
-            yield task(work, item)
+            yield task(context, item)
 
     monkeypatch.setattr(tasks, "records_of", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -457,7 +452,7 @@ def some_may_be_read(shard: FileShard, source: DataSource, split: Any, is_wanted
     return records_of(shard, source, split, is_wanted)
 
 
-def test_where_no_record_can_be_used_the_first_are_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_without_usable_records_the_first_faults_are_named(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     path = case.write("b.jsonl", [{"instruction": "q", "output": 1}] * 12)
     with pytest.raises(DataError) as caught:
         prepare_dataset(case.spec(path), tokenizer, case.storage)

@@ -1,4 +1,4 @@
-"""Reading: every kind of file gives the same records, and whatever is wrong with one is named by file and line."""
+"""Reading: every kind of file gives the same records, and every fault is named by file and line."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def places(path: Path) -> list[str]:
 
 def faults(path: Path) -> list[tuple[str, Fault]]:
     """(place, what is wrong) of what cannot be read."""
-    return [(place, found) for place, found in read_source(DataSource(path=str(path))) if isinstance(found, Fault)]
+    return [(place, record) for place, record in read_source(DataSource(path=str(path))) if isinstance(record, Fault)]
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.parquet", "saved"])
-def test_conversations_survive_every_nested_format(tmp_path: Path, name: str) -> None:
+def test_nested_formats_keep_conversations(tmp_path: Path, name: str) -> None:
     messages = [
         {"role": "system", "content": "s", "weight": None},
         {"role": "user", "content": "u", "weight": None},
@@ -128,13 +128,13 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, 
     assert read(tmp_path / name) == records
 
 
-def test_blank_lines_are_no_records_but_count_as_lines(tmp_path: Path) -> None:
+def test_blank_lines_are_not_records_but_count_as_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"text": "a"}\n\n   \n{"text": "b"}')
     assert places(path) == [f"{path}:2", f"{path}:5"]
 
 
-def test_a_csv_from_pandas_with_an_unnamed_index_column_is_read(tmp_path: Path) -> None:
+def test_a_csv_with_an_unnamed_index_column_is_read(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text(",instruction,output\n0,a,b\n1,c,d\n")
     assert [record["output"] for record in read(tmp_path / "data.csv")] == ["b", "d"]
 
@@ -189,7 +189,7 @@ def test_the_digest_depends_on_the_suffix(tmp_path: Path) -> None:
     assert lines != array
 
 
-def test_the_digest_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:
+def test_the_digest_depends_on_bytes_not_on_names(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     write_jsonl(tmp_path / "b.jsonl", RECORDS)
     write_jsonl(tmp_path / "c.jsonl", [*RECORDS[:-1], {**RECORDS[-1], "output": "<|eot_id|"}])
@@ -214,12 +214,12 @@ def test_alpaca_is_an_instruction_with_its_input_and_an_answer() -> None:
 
 
 @pytest.mark.parametrize("nothing", ["", "  ", None])
-def test_an_input_or_system_without_content_is_as_if_absent(nothing: str | None) -> None:
+def test_an_empty_input_or_system_counts_as_absent(nothing: str | None) -> None:
     record = {"instruction": "do", "output": "done", "input": nothing, "system": nothing}
     assert alpaca(record) == alpaca({"instruction": "do", "output": "done"})
 
 
-def test_columns_are_read_under_the_files_names() -> None:
+def test_columns_are_read_by_the_names_in_the_file() -> None:
     record = {"q": "do", "a": "done", "context": "this", "instruction": "not me", "output": "nor me", "sys": "s"}
     assert alpaca(record, instruction="q", output="a", input="context", system="sys") == (
         Message("system", "s"),
@@ -236,7 +236,8 @@ def chat_record(*turns: Any) -> dict[str, Any]:
     return {"messages": list(turns)}
 
 
-USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+USER = {"role": "user", "content": "u"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 BAD_RECORDS = [
     (
@@ -275,7 +276,7 @@ BAD_RECORDS = [
 
 
 @pytest.mark.parametrize(("format_", "record", "why"), BAD_RECORDS)
-def test_a_record_that_cannot_be_used_says_what_it_lacks(format_: Any, record: dict[str, Any], why: str) -> None:
+def test_an_unusable_record_says_what_it_lacks(format_: Any, record: dict[str, Any], why: str) -> None:
     with pytest.raises(BadRecord, match=why):
         convert(record, DataSource(path="x", format=format_))
 
@@ -309,7 +310,9 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-FILE, LINE, CODING = "form.unreadable-file", "form.unreadable", "form.encoding"
+FILE = "form.unreadable-file"
+LINE = "form.unreadable"
+CODING = "form.encoding"
 
 
 @pytest.mark.parametrize(
@@ -327,13 +330,13 @@ FILE, LINE, CODING = "form.unreadable-file", "form.unreadable", "form.encoding"
         ("a.csv", b"a,b\n1,2\n3,\xe9\n5,6\n", ":3", CODING, "is not UTF-8"),
     ],
 )
-def test_a_damaged_record_is_named_and_those_around_it_are_read(
+def test_a_damaged_record_is_named_and_the_others_are_read(
     tmp_path: Path, name: str, content: bytes, place: str, code: str, why: str
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    ((found, fault),) = faults(path)
-    assert (found, fault.code) == (f"{path}{place}", code) and why in fault.reason
+    ((where, fault),) = faults(path)
+    assert (where, fault.code) == (f"{path}{place}", code) and why in fault.reason
     assert len(places(path)) == 3
 
 
@@ -354,8 +357,8 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, place: str, why: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    ((found, fault),) = faults(path)
-    assert (found, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
+    ((where, fault),) = faults(path)
+    assert (where, fault.code) == (f"{path}{place}", FILE) and why in fault.reason
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
@@ -383,14 +386,14 @@ def test_an_unreadable_record_keeps_its_text(tmp_path: Path, name: str, content:
     assert fault.text == text
 
 
-def test_a_quotation_mark_left_open_in_a_csv_is_named_where_it_opens(tmp_path: Path) -> None:
+def test_an_open_quotation_mark_is_named_where_it_opens(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'a,b\n1,2\n3,"open\n5,6\n')
     ((place, fault),) = faults(path)
     assert place == f"{path}:3" and "is not CSV" in fault.reason
 
 
-def test_a_parquet_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_cut_off_parquet_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     write_parquet(path, RECORDS)
     path.write_bytes(path.read_bytes()[:-20])
@@ -403,11 +406,12 @@ def test_a_parquet_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("shard_bytes", [1, 40, 1 << 20])
-def test_shards_together_hold_every_record_once_in_order(tmp_path: Path, name: str, shard_bytes: int) -> None:
+def test_shards_have_every_record_once_in_order(tmp_path: Path, name: str, shard_bytes: int) -> None:
     records = [{"instruction": f"{number} \u2028 é", "output": "x" * (number % 50)} for number in range(200)]
     WRITERS[name](tmp_path / name, records)
     source = DataSource(path=str(tmp_path / name))
-    whole, cut = scan(0, source), scan(0, source, shard_bytes)
+    whole = scan(0, source)
+    cut = scan(0, source, shard_bytes)
     assert cut.digest == whole.digest and cut.files == whole.files
     assert [record for shard in cut.shards for _, record in read_shard(shard, source)] == records
     numbered = [(s.file, number) for s in cut.shards for number, _ in read_shard(s, source)]
@@ -418,25 +422,25 @@ def test_shards_together_hold_every_record_once_in_order(tmp_path: Path, name: s
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.integers(1, 64), st.sampled_from([3, 7, 1 << 20]))
-def test_any_bytes_make_the_same_lines_in_any_shards(content: bytes, shard_bytes: int, block: int) -> None:
+def test_any_bytes_give_the_same_lines_in_any_shards(content: bytes, shard_bytes: int, block: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK_BYTES", block)
         path = Path(folder, "a.jsonl")
         path.write_bytes(content.replace(b"{}", b"\n"))
         source = DataSource(path=str(path))
 
-        def found(size: int) -> list[tuple[int, object]]:
+        def records_in_shards_of(size: int) -> list[tuple[int, object]]:
             return [pair for shard in scan(0, source, size).shards for pair in read_shard(shard, source)]
 
-        assert found(shard_bytes) == found(1 << 30)
+        assert records_in_shards_of(shard_bytes) == records_in_shards_of(1 << 30)
         lines = path.read_bytes().split(b"\n")
         if not content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):  # marks of other encodings
-            assert [number for number, _ in found(shard_bytes)] == [
+            assert [number for number, _ in records_in_shards_of(shard_bytes)] == [
                 n for n, line in enumerate(lines, 1) if line.strip()
             ]
 
 
-def test_records_that_are_not_wanted_are_passed_over(tmp_path: Path) -> None:
+def test_records_that_are_not_wanted_are_skipped(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     source = DataSource(path=str(tmp_path / "a.jsonl"))
     (shard,) = scan(0, source).shards
@@ -444,7 +448,7 @@ def test_records_that_are_not_wanted_are_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.csv", "data.parquet"])
-def test_a_file_that_changes_between_scan_and_reading_is_noticed(tmp_path: Path, name: str) -> None:
+def test_a_file_that_changes_after_its_scan_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path, RECORDS)
     source = DataSource(path=str(path))
@@ -457,9 +461,7 @@ def test_a_file_that_changes_between_scan_and_reading_is_noticed(tmp_path: Path,
         list(read_shard(shard, source))
 
 
-def test_a_line_beyond_the_limit_is_a_finding_and_the_next_one_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_line_after_a_too_long_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "%s"}\n{"a": 1}\n' % (b"x" * 5000))
@@ -474,14 +476,14 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
     assert len(read(path)[0]["text"]) == 10_000_000
 
 
-def test_a_json_array_too_large_to_be_read_whole_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_large_json_array_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_files, "MAX_ARRAY_BYTES", 100)
     write_json(tmp_path / "a.json", RECORDS * 10)
     ((_, fault),) = faults(tmp_path / "a.json")
     assert fault.code == FILE and "Write one record per line" in fault.reason
 
 
-def test_a_large_file_is_scanned_and_read_in_little_memory(tmp_path: Path) -> None:
+def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     line = json.dumps({"instruction": "q" * 500, "output": "a" * 500}).encode() + b"\n"
     with path.open("wb") as file:
@@ -497,7 +499,7 @@ def test_a_large_file_is_scanned_and_read_in_little_memory(tmp_path: Path) -> No
     assert records == 300_000 and kib < 64 * 1024 < path.stat().st_size // 1024 / 4
 
 
-def test_a_saved_dataset_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_cut_off_saved_dataset_is_named(tmp_path: Path) -> None:
     write_saved(tmp_path / "saved", RECORDS)
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:100])
@@ -511,7 +513,7 @@ def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path) -> None:
     assert read(tmp_path / "both" / "train") == RECORDS
 
 
-def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_data_file_names_the_cure(tmp_path: Path) -> None:
     (tmp_path / "data.xlsx").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").mkdir()
@@ -528,20 +530,20 @@ def test_a_source_that_is_no_data_file_names_the_cure(tmp_path: Path) -> None:
         read(tmp_path / "dangling")
 
 
-def test_a_hub_dataset_that_cannot_be_fetched_names_the_way_to_write_it() -> None:
+def test_a_missing_hub_dataset_names_the_right_form() -> None:
     with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be downloaded .*Write hub:OWNER/NAME"):
         scan(0, DataSource(path="hub:nobody/nothing"))
 
 
-def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path) -> None:
+def test_files_that_are_not_read_are_listed(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", RECORDS)
     (tmp_path / "folder" / "loop").symlink_to(tmp_path / "folder")
-    found = scan(0, DataSource(path=str(tmp_path / "folder")))
-    assert [Path(name).name for name in found.files] == ["1.jsonl", "2.parquet", "3.csv"]
-    assert [Path(name).name for name in found.foreign] == ["README.md", "loop"]
+    scanned = scan(0, DataSource(path=str(tmp_path / "folder")))
+    assert [Path(name).name for name in scanned.files] == ["1.jsonl", "2.parquet", "3.csv"]
+    assert [Path(name).name for name in scanned.foreign] == ["README.md", "loop"]
 
 
-def test_a_symbolic_link_to_itself_ends_in_a_message(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_an_error_with_a_message(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl: (no such file|cannot be read)"):
         read(tmp_path / "a.jsonl")

@@ -16,7 +16,8 @@ DOMINANT = (0.5, 0.7, 0.8)
 """One opening dominates from the first of these shares of the records on, two together from the second, and so on."""
 DOMINANT_LABEL = (0.8,)
 """A model that always gives this label is right four times in five."""
-MOST_LABELS, LABEL_REPEATS = 100, 10
+MOST_LABELS = 100
+LABEL_REPEATS = 10
 """Answers are labels if there are at most 100 different ones, each given ten times on average."""
 
 

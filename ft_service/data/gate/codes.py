@@ -9,7 +9,7 @@ from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
 RULES_VERSION = 2
-"""Raise it whenever a check changes its results, so that data judged by the old rules is judged again."""
+"""Raise it whenever a check changes its results, so that data checked by the old rules is checked again."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Code:
     fails_from: float | None = None
     leaves_out: bool = False
     """Whether a record with this finding is left out, because it is unusable or a copy."""
+    counts: str = "record"
+    """What the count of a finding counts, in the singular."""
 
     def severity(self, share: float) -> Severity:
         """The severity when this share of the records has the finding (at least one record does)."""
@@ -58,18 +60,21 @@ _TABLE = (
         "A source without records teaches nothing; an earlier step probably failed.",
         "Name a file that has records.",
         fails_from=0.0,
+        counts="source",
     ),
     Code(
         "form.absent-column",
         "No record has this column, so what it should hold (a context, a system prompt) is not trained on.",
         "Correct the name in the source's `columns`, or remove it there.",
         fails_from=0.0,
+        counts="column",
     ),
     Code(
         "form.foreign-file",
         "Files of this type are not read, so their content is not trained on.",
         "Convert the file, or move it out of the folder.",
         warns_from=None,
+        counts="file",
     ),
     _broken("form.wrong-type", "A value of the wrong type holds no text to train on.", "Write the value as text."),
     _broken(
@@ -265,6 +270,7 @@ _TABLE = (
         "Evaluation records that cannot be read cannot be searched for in the training data.",
         "Set its format and columns as for a training source; answers are not needed.",
         fails_from=MANY_BROKEN,
+        counts="evaluation record",
     ),
     # -- private data --------------------------------------------------------------------------------------------------
     Code(
@@ -293,49 +299,58 @@ _TABLE = (
         "Without its origin nobody can check later whether the data may be used.",
         "Set `source` in the data source: a URL, or who made the data.",
         fails_from=0.0,
+        counts="source",
     ),
     Code(
         "rights.no-license",
         "Without a license nobody may use the data, or publish a model trained on it.",
         "Set `license` to its SPDX id (LicenseRef-OWN for your own data).",
         fails_from=0.0,
+        counts="source",
     ),
     Code(
         "rights.unknown-license",
         "This license is not in the catalog, so its conditions are unknown.",
         "Use an SPDX id (see spdx.org/licenses), or LicenseRef-NAME for a license without one.",
+        counts="source",
     ),
     Code(
         "rights.non-commercial",
         "The adapter may not be used commercially, or published under a license that allows it.",
         "Publish under the same license, or train without this source.",
+        counts="source",
     ),
     Code(
         "rights.share-alike",
         "An adapter trained on this data may have to be published under the same license.",
         "Publish under the same license, or train without this source.",
+        counts="source",
     ),
     Code(
         "rights.restricted-use",
         "The license forbids some uses, and may require a name for what is made with the data.",
         "Read the license, follow its list of uses, and name the adapter as it requires.",
+        counts="source",
     ),
     Code(
         "rights.no-derivatives",
         "The license forbids sharing adaptations, and it is unsettled whether an adapter is one.",
         "Ask the owner, do not publish the adapter, or train without this source.",
+        counts="source",
     ),
     Code(
         "rights.attribution",
         "Whoever publishes the adapter has to name the source.",
         "Nothing to do: the model card names the source; keep it there.",
         warns_from=None,
+        counts="source",
     ),
     Code(
         "rights.base-license",
         "The adapter inherits the conditions of its base's license.",
         "Follow them when you publish; the model card lists them.",
         warns_from=None,
+        counts="license",
     ),
     # -- size ----------------------------------------------------------------------------------------------------------
     Code(

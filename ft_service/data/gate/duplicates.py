@@ -17,7 +17,9 @@ from ft_service.data.gate.text import fold, hash64, shingles
 
 NEAR_SAME = 0.8
 """Texts are near-duplicates from this Jaccard similarity of shingles on (Lee et al. 2022, arXiv:2107.06499)."""
-NEAR_SAME_SHORT, SHORT_FROM, SHORT_TO = 0.65, 12, 100
+NEAR_SAME_SHORT = 0.65
+SHORT_FROM = 12
+SHORT_TO = 100
 """One edit changes a larger share of a short text: 3 of 25 Japanese shingles leave 0.72, one English word of 12 leaves
 0.76. So the threshold rises from 0.65 at 12 shingles to `NEAR_SAME` at 100. Below 12, texts must be equal."""
 SUSPECT = 0.6
@@ -31,7 +33,8 @@ without the text, an edit looks the same as another filling of a template."""
 LONG_FROM = 500
 """Texts of this many shingles may be near-duplicates although their numbers differ, such as two dated articles. In
 shorter texts a number is often the point of the question."""
-TEMPLATE_SHARE, TEMPLATE_FROM = 0.01, 10
+TEMPLATE_SHARE = 0.01
+TEMPLATE_FROM = 10
 """A shingle in more than this share of the compared prompts, and in at least so many, belongs to a template."""
 _SKETCH = 512
 _PAIR_BLOCK = 100_000
@@ -222,7 +225,8 @@ def _proposed(facts: Facts, column: str, rows: np.ndarray) -> np.ndarray:
         values = np.ascontiguousarray(facts.band(column, band)[rows]).view(f"V{4 * BAND_ROWS}").ravel()
         _, bucket = np.unique(values, return_inverse=True)
         order = np.argsort(bucket, kind="stable")
-        sorted_bucket, sorted_rows = bucket[order], rows[order].astype(np.uint64)
+        sorted_bucket = bucket[order]
+        sorted_rows = rows[order].astype(np.uint64)
         follows = np.flatnonzero(sorted_bucket[1:] == sorted_bucket[:-1]) + 1
         heads = np.searchsorted(sorted_bucket, sorted_bucket[follows])
         chain, star = (sorted_rows[earlier] << np.uint64(32) | sorted_rows[follows] for earlier in (follows - 1, heads))

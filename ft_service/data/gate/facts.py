@@ -24,12 +24,14 @@ from ft_service.data.gate.text import (
     opening,
 )
 
-BANDS, BAND_ROWS = 12, 5
+BANDS = 12
+BAND_ROWS = 5
 """Two texts of Jaccard similarity s share a band with probability 1 - (1 - s^5)^12: 0.99 at 0.8, 0.96 at 0.75, 0.31 at
 0.5 (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Chance matches are dropped afterwards."""
 SIGNATURE = BANDS * BAND_ROWS
 _SEED = 1
-_BUFFER, _BUFFER_HASHES = 2048, 2**18
+_BUFFER = 2048
+_BUFFER_HASHES = 2**18
 """At most this many records and hashes wait for their signatures: batches are faster, and 2 MiB are enough."""
 _COMPARED_CHARACTERS = 200_000
 """Only the first characters of a prompt and of an answer are compared with others."""
@@ -210,7 +212,8 @@ def _trained_turns(record: Record) -> str:
 # -- traits of an answer ---------------------------------------------------------------------------------------------
 
 ENDINGS = ("short", "sentence", "figure", "letter", "digit", "other", "open")
-WHOLE_FROM_LATIN, WHOLE_FROM_CJK = 40, 12
+WHOLE_FROM_LATIN = 40
+WHOLE_FROM_CJK = 12
 """In characters; shorter answers are names and labels, which do not end like a sentence."""
 _RESULT_CHARACTERS = 16
 """A last line as short as this is a result ("#### 18", "答え：はい")."""

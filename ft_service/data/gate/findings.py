@@ -1,10 +1,11 @@
 """The gate's report: findings with their places, and the judgement of all of them. Written and read as JSON."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.data.gate.codes import CODES, Severity
+from ft_service.storage.formats import StoredFile, renamed
 from ft_service.text import counted
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -31,12 +32,17 @@ class Finding(_Report):
 
     code: str
     severity: Severity
-    count: int = Field(description="Records with the finding (sources, for rights).")
+    count: int = Field(description="Records with the finding; for some codes sources, columns or files.")
     share: float = Field(description="Share of all records read (of all sources, for rights).")
     places: list[Place] = Field(description="The first places, in order of the data.")
     why: str
     cure: str
     message: str = Field(default="", description="Details, where the count alone does not explain the finding.")
+
+    @property
+    def count_text(self) -> str:
+        """The count with what it counts: ``3 records``, ``1 source``."""
+        return counted(self.count, CODES[self.code].counts if self.code in CODES else "record")
 
     @property
     def percent(self) -> str:
@@ -99,7 +105,7 @@ class SizeAdvice(_Report):
     steps: int | None = Field(description="Optimizer steps in these epochs; null without a tokenizer.")
 
 
-class Judgement(_Report):
+class Judgement(StoredFile):
     """All findings and figures of the gate. read = usable + left out; usable = for training + for validation."""
 
     verdict: Verdict
@@ -112,6 +118,11 @@ class Judgement(_Report):
     signal: Signal
     entropy: dict[str, Entropy] = Field(description="Of the openings of answers and questions, and of labels.")
     size: SizeAdvice
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        """Format 1 called the training records of `size` usable."""
+        return {**data, "size": renamed(data["size"], {"usable": "training_records"})}
 
     def finding(self, code: str) -> Finding | None:
         """The finding with this code, if there is one."""

@@ -72,7 +72,7 @@ def check_files(
     `read` counts the records of each source; `columns` are the (source, column) that some record has.
     """
     empty = [
-        Place(file=source.path, line=0, detail="holds no records")
+        Place(file=source.path, line=0, detail="has no records")
         for number, source in enumerate(sources)
         if not read.get(number)
     ]
@@ -175,7 +175,8 @@ def _template_text(message: str, is_trained: bool) -> re.Match[str] | None:
 
 # -- answers ---------------------------------------------------------------------------------------------------------
 
-COPIED_FROM_LATIN, COPIED_FROM_CJK = 30, 12
+COPIED_FROM_LATIN = 30
+COPIED_FROM_CJK = 12
 """In characters of a folded question; shorter ones occur in answers by chance ("What is the sun?")."""
 _STOCK_WITHIN = 300
 """Only this many characters at the start (refusals) or at both ends (boilerplate) count; others may be quotations."""

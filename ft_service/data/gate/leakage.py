@@ -12,14 +12,16 @@ from ft_service.data.gate.private import detail, excerpt, visible
 from ft_service.data.gate.records import Record
 from ft_service.data.gate.text import fold, grams, has_cjk, hash64, is_cjk
 
-GRAM_WORDS, GRAM_CJK = 5, 8
+GRAM_WORDS = 5
+GRAM_CJK = 8
 """In words, or in characters where text has no spaces. PaLM uses 8 words (arXiv:2204.02311, section 8), GPT-3 13; five
 still find a question of 25 words after two were changed. Eight characters are about four words."""
 OVERLAP = 0.6
 """An item counts as leaked if one training record has this share of its n-grams (PaLM: 0.7, of longer n-grams)."""
 FEW_GRAMS = 8
 """An item with fewer n-grams counts as leaked only if all of them match: short questions differ in one word."""
-TEMPLATE_SHARE, TEMPLATE_FROM = 0.01, 10
+TEMPLATE_SHARE = 0.01
+TEMPLATE_FROM = 10
 """An n-gram in more than this share of the items, and in at least so many, belongs to a template and is ignored."""
 CODE = "leak.evaluation"
 UNREAD_CODE = "leak.unread-evaluation"

@@ -13,7 +13,9 @@ from ft_service.spec.schema import OPTIONAL_COLUMNS, DataSource
 
 Split = Literal["train", "validation"]
 
-_SOURCE_BITS, _FILE_BITS, _LINE_BITS = 10, 20, 34
+_SOURCE_BITS = 10
+_FILE_BITS = 20
+_LINE_BITS = 34
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def place_key(source: int, file: int, line: int) -> int:
 
 def place_of(key: int) -> tuple[int, int, int]:
     """Source, file and line of a key."""
-    line, rest = key & (1 << _LINE_BITS) - 1, key >> _LINE_BITS
+    line = key & (1 << _LINE_BITS) - 1
+    rest = key >> _LINE_BITS
     return rest >> _FILE_BITS, rest & (1 << _FILE_BITS) - 1, line
 
 

@@ -7,8 +7,10 @@ from ft_service.data.gate.findings import SizeAdvice
 from ft_service.text import counted
 
 TOO_FEW = 10
-NARROW, NARROW_END = 500, 3_000
-STABLE, STABLE_END = 5_000, 20_000
+NARROW = 500
+NARROW_END = 3_000
+STABLE = 5_000
+STABLE_END = 20_000
 EXPERT = 50_000
 """A rule of thumb, in training records: 500-3,000 for a narrow skill, 5,000-20,000 for a stable one, 50,000 and more
 for an expert model."""

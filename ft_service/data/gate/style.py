@@ -19,7 +19,8 @@ SPIKE_FROM = 5
 SPIKE_TIMES = 6
 """A length is a limit if at least 5 answers end there in mid-sentence, and 6 times the median of nearby lengths."""
 _SPIKE_NEIGHBOURS = 10
-TOO_SHORT_LATIN, TOO_SHORT_CJK = 10, 4
+TOO_SHORT_LATIN = 10
+TOO_SHORT_CJK = 4
 """In characters: about two words."""
 SHORT_AGAINST_MEDIAN = 0.1
 FAR_OUT = 2.0

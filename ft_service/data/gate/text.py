@@ -27,7 +27,8 @@ _PUNCTUATION = re.compile(r"""[\s.,!?;:'"“”‘’、。・…「」『』()\
 
 _ASCII_PUNCTUATION = {code: None for code in range(128) if _PUNCTUATION.match(chr(code))}
 
-SHINGLE_LATIN, SHINGLE_CJK = 5, 3
+SHINGLE_LATIN = 5
+SHINGLE_CJK = 3
 """In characters. Five are about a word (Broder 1997; the usual choice for English). Japanese needs fewer characters:
 questions of 20 are common, and with five, one changed character would change a quarter of the shingles."""
 LATIN_LETTERS_PER_CJK_CHARACTER = 3

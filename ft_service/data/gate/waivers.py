@@ -66,6 +66,5 @@ def _summary(finding: Finding) -> str:
     more = f"; and {finding.count - _SHOWN_PLACES} more" if finding.count > _SHOWN_PLACES else ""
     message = f" {finding.message}" if finding.message else ""
     place_line = f"\n    {places}{more}" if places else ""
-    return (
-        f"  - {finding.code} ({finding.count:,}, {finding.percent}):{message} {finding.why} {finding.cure}{place_line}"
-    )
+    title = f"  - {finding.code} ({finding.count_text}, {finding.percent}):"
+    return f"{title}{message} {finding.why} {finding.cure}{place_line}"

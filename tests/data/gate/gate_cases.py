@@ -1,4 +1,4 @@
-"""Records for the tests of the data gate: clean ones in English and Japanese, and short ways to judge some."""
+"""Records for the tests of the data gate: clean ones in English and Japanese, and short ways to check some."""
 
 import random
 from collections.abc import Sequence
@@ -29,18 +29,18 @@ def new_gate(**settings: object) -> Gate:
     return Gate([source], **settings)  # type: ignore[arg-type]
 
 
-def check_all(records: Sequence[Record], look: bool = True, **settings: object) -> tuple[Judgement, list[Hit]]:
-    """The judgement over records and all hits, at once and late."""
+def check_all(records: Sequence[Record], reread: bool = True, **settings: object) -> tuple[Judgement, list[Hit]]:
+    """The judgement of records, and all hits."""
     gate = new_gate(**settings)
     hits = [hit for one in records for hit in gate.check(one)]
     second_pass = gate.second_pass()
-    for one in records if look else ():
+    for one in records if reread else ():
         second_pass.add(one)
     return gate.judgement(second_pass, hits.append), hits
 
 
 def with_tokens(records: Sequence[Record], chat: ChatFormat, max_seq_len: int) -> list[Record]:
-    """The records as they come to the judge after they were encoded."""
+    """The records as the gate gets them after encoding."""
     encoded = Encoder(chat.tokenizer, chat, max_seq_len)(records)
     return [replace(one, tokens=tokens) for one, (tokens, _) in zip(records, encoded, strict=True)]
 

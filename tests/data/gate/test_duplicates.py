@@ -1,4 +1,4 @@
-"""Duplicates, near-duplicates and contradictions: told apart in English and Japanese, whatever the order of shards."""
+"""Exact duplicates, near-duplicates and contradictions, in English and Japanese and in any order of shards."""
 
 import numpy as np
 import pytest
@@ -32,20 +32,20 @@ def with_others(*pairs: tuple[str, str], language: str = "en") -> list[Record]:
     return [record(*pair, line=number) for number, pair in enumerate([*pairs, *others], 1)]
 
 
-def repeated(records: list[Record], look: bool = True) -> dict[str, list[int]]:
-    _, hits = check_all(records, look)
+def repeated(records: list[Record], reread: bool = True) -> dict[str, list[int]]:
+    _, hits = check_all(records, reread)
     codes = ("quality.exact-duplicate", "quality.near-duplicate", "quality.contradiction")
     return {code.removeprefix("quality."): found for code in codes if (found := lines(hits, code))}
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-@pytest.mark.parametrize("look", [True, False])
-def test_clean_records_repeat_nothing(language: str, look: bool) -> None:
-    assert repeated(clean_records(300, language), look) == {}
+@pytest.mark.parametrize("reread", [True, False])
+def test_clean_records_are_not_duplicates(language: str, reread: bool) -> None:
+    assert repeated(clean_records(300, language), reread) == {}
 
 
 @pytest.mark.parametrize("pair", [EN, JA])
-def test_a_copy_is_an_exact_duplicate_of_the_first_and_left_out(pair: tuple[str, str]) -> None:
+def test_a_copy_is_an_exact_duplicate_and_is_left_out(pair: tuple[str, str]) -> None:
     question, answer = pair
     records = with_others(pair, pair, (f" {question}\n", answer))
     judgement, hits = check_all(records)
@@ -56,12 +56,12 @@ def test_a_copy_is_an_exact_duplicate_of_the_first_and_left_out(pair: tuple[str,
 
 
 @pytest.mark.parametrize("pair", [EN, JA])
-@pytest.mark.parametrize("look", [True, False])
-def test_a_record_in_slightly_other_words_is_a_near_duplicate(pair: tuple[str, str], look: bool) -> None:
-    if look:
+@pytest.mark.parametrize("reread", [True, False])
+def test_a_record_with_small_edits_is_a_near_duplicate(pair: tuple[str, str], reread: bool) -> None:
+    if reread:
         assert repeated(with_others(pair, NEAR[pair])) == {"near-duplicate": [2]}
     else:  # by the estimate alone, and only where the texts are equal but for what folding removes
-        assert repeated(with_others(pair, (pair[0].upper(), pair[1] + "!")), look) == {"near-duplicate": [2]}
+        assert repeated(with_others(pair, (pair[0].upper(), pair[1] + "!")), reread) == {"near-duplicate": [2]}
 
 
 def test_a_chain_of_near_duplicates_is_one_group() -> None:
@@ -75,7 +75,7 @@ def test_a_chain_of_near_duplicates_is_one_group() -> None:
 
 
 @pytest.mark.parametrize("pair", [EN, JA])
-def test_the_same_question_with_another_answer_is_a_contradiction_of_both(pair: tuple[str, str]) -> None:
+def test_different_answers_to_one_question_contradict_each_other(pair: tuple[str, str]) -> None:
     question, _ = pair
     assert repeated(with_others(pair, (question, OTHER[pair]))) == {"contradiction": [1, 2]}
     assert repeated(with_others(pair, (f"『{question.upper()}』 ", OTHER[pair]))) == {"contradiction": [1, 2]}
@@ -87,19 +87,19 @@ def test_the_same_question_with_another_answer_is_a_contradiction_of_both(pair: 
     assert repeated(with_others(*pairs)) == {"contradiction": [1, 2]}
 
 
-def test_short_answers_contradict_by_one_character() -> None:
+def test_short_answers_that_differ_in_one_character_contradict() -> None:
     assert repeated(with_others((EN[0], "40"), (EN[0], "41"))) == {"contradiction": [1, 2]}
     assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ"))) == {"contradiction": [1, 2]}
     assert repeated(with_others((JA[0], "はい"), (JA[0], "はい。"))) == {"near-duplicate": [2]}
-    assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ")), look=False) == {"contradiction": [1, 2]}
+    assert repeated(with_others((JA[0], "はい"), (JA[0], "いいえ")), reread=False) == {"contradiction": [1, 2]}
 
 
-def test_a_long_answer_with_another_result_contradicts() -> None:
+def test_long_answers_with_different_results_contradict() -> None:
     answer = "First count the boats in the harbor, then those on the river, and add up. The result is "
     assert repeated(with_others((EN[0], answer + "40."), (EN[0], answer + "42."))) == {"contradiction": [1, 2]}
 
 
-def test_word_problems_that_differ_in_their_numbers_are_different_problems() -> None:
+def test_word_problems_with_other_numbers_are_different() -> None:
     question = "A baker of Turin makes {} loaves a day and sells each for {} coins. How much does he earn in a week?"
     pairs = [(question.format(n, m), f"He earns {7 * n * m} coins.") for n, m in ((3, 4), (5, 4), (3, 9))]
     assert repeated(with_others(*pairs)) == {}
@@ -108,7 +108,7 @@ def test_word_problems_that_differ_in_their_numbers_are_different_problems() -> 
     assert repeated(with_others(*pairs, language="ja")) == {}
 
 
-def test_another_last_question_is_another_question() -> None:
+def test_another_last_question_makes_another_question() -> None:
     chats = [EN, (EN[0], "About 40 boats cross it because the snow melts.")]
     story = "A baker and a smith of Turin share a cart. "
     pairs = [
@@ -133,7 +133,7 @@ JA_INSTRUCTION = "次のお客様の声を読み、肯定的か否定的かを�
 
 
 @pytest.mark.parametrize("shared", ["system", "passage", "instruction", "japanese"])
-def test_what_all_prompts_share_makes_no_two_of_them_the_same(shared: str) -> None:
+def test_a_common_prompt_does_not_make_questions_equal(shared: str) -> None:
     pairs = clean_pairs(60, "ja" if shared == "japanese" else "en", seed=5)
     questions = [question for question, _ in pairs]
     answers = ["positive" if at % 2 else "negative" for at in range(len(pairs))]
@@ -158,8 +158,8 @@ NOUNS = "犬 猫 川 石 机 窓 庭園 夏休み 冬山 橋 音楽 和紙 銀�
 
 @pytest.mark.parametrize("language", ["en", "ja"])
 @pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("look", [True, False])
-def test_a_template_filled_with_another_word_is_another_question(language: str, labels: bool, look: bool) -> None:
+@pytest.mark.parametrize("reread", [True, False])
+def test_a_template_with_another_word_is_another_question(language: str, labels: bool, reread: bool) -> None:
     template, fillings = (
         ("Translate the following English word into French, and say of which gender it is: {}.", WORDS.split())
         if language == "en"
@@ -170,17 +170,17 @@ def test_a_template_filled_with_another_word_is_another_question(language: str, 
         record(template.format(word), "masculine" if labels else answers[at], at + 1)
         for at, word in enumerate(fillings)
     ]
-    assert repeated(records, look) == {}
+    assert repeated(records, reread) == {}
 
 
-def test_under_a_shared_prompt_the_same_question_is_still_found() -> None:
+def test_repeats_are_found_under_a_common_prompt() -> None:
     pairs = clean_pairs(40, seed=5)
     records = [record(INSTRUCTION + question, "positive", line) for line, (question, _) in enumerate(pairs, 1)]
     _, hits = check_all([*records, record(INSTRUCTION + pairs[7][0], "negative", 41)])
     assert lines(hits, "quality.contradiction") == [8, 41]
 
 
-def test_a_question_with_many_answers_is_open_ended_and_contradicts_nothing() -> None:
+def test_an_open_ended_question_has_no_contradictions() -> None:
     ideas = clean_pairs(12, seed=3)
     assert repeated(with_others(*(("Tell me a story.", answer) for _, answer in ideas))) == {}
     assert repeated(with_others(*(("Tell me a story.", answer) for _, answer in ideas[:3]))) == {
@@ -188,7 +188,7 @@ def test_a_question_with_many_answers_is_open_ended_and_contradicts_nothing() ->
     }
 
 
-def test_validation_that_training_repeats_is_a_leak_and_no_duplicate() -> None:
+def test_a_training_copy_of_validation_is_a_leak_not_a_duplicate() -> None:
     question, answer = EN
     records = [
         *with_others(EN, JA, ("Is it so?", "No.")),
@@ -205,11 +205,12 @@ def test_validation_that_training_repeats_is_a_leak_and_no_duplicate() -> None:
 
 
 def true_jaccard(a: str, b: str) -> float:
-    first, second = set(shingles(fold(a)).tolist()), set(shingles(fold(b)).tolist())
+    first = set(shingles(fold(a)).tolist())
+    second = set(shingles(fold(b)).tolist())
     return len(first & second) / len(first | second)
 
 
-def test_similarity_is_exact_for_short_texts_and_close_for_long_ones() -> None:
+def test_similarity_is_exact_for_short_texts_and_close_for_long() -> None:
     short = EN[0], NEAR[EN][0]
     sketches = [shingles(fold(part))[:512] for part in short]
     assert jaccard(*sketches) == pytest.approx(true_jaccard(*short))
@@ -220,7 +221,7 @@ def test_similarity_is_exact_for_short_texts_and_close_for_long_ones() -> None:
     assert jaccard(*sketches) == pytest.approx(true_jaccard(*long), abs=0.07)
 
 
-def test_few_records_are_read_again() -> None:
+def test_few_records_are_read_a_second_time() -> None:
     from tests.data.gate.gate_cases import new_gate
 
     records = with_others(EN, NEAR[EN])
@@ -232,7 +233,7 @@ def test_few_records_are_read_again() -> None:
     assert {1, 2} <= set(wanted) and len(wanted) < len(records) / 2
 
 
-def test_what_is_found_depends_neither_on_shards_nor_on_their_order() -> None:
+def test_findings_do_not_depend_on_shards_or_their_order() -> None:
     from tests.data.gate.gate_cases import new_gate
 
     records = [

@@ -1,4 +1,4 @@
-"""What can be told of one record: form, leftovers, stock phrases. Each kind is found, its innocent likeness is not."""
+"""Checks of single records: form, leftovers, stock phrases. Each kind is found; text that resembles it passes."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ def answer(content: str) -> Record:
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_clean_records_have_nothing(language: str) -> None:
+def test_clean_records_have_no_findings(language: str) -> None:
     assert [code for one in clean_records(100, language) for code in codes(one)] == []
 
 
@@ -51,7 +51,7 @@ def read(tmp_path: Path, content: bytes, **source: Any) -> list[Record]:
         (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "form.encoding"),
     ],
 )
-def test_a_record_that_cannot_be_used_has_a_code_a_reason_and_its_place(tmp_path: Path, line: bytes, code: str) -> None:
+def test_an_unusable_record_has_a_code_a_reason_and_a_place(tmp_path: Path, line: bytes, code: str) -> None:
     good = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}).encode()
     records = read(tmp_path, b"\n".join([good, line, good]), format="chat")
     assert [(one.line, one.fault and one.fault.code) for one in records] == [(1, None), (2, code), (3, None)]
@@ -74,7 +74,7 @@ def test_alpaca_records_have_the_same_codes(tmp_path: Path, raw: dict[str, Any],
     assert one.fault is not None and one.fault.code == code
 
 
-def test_a_file_that_breaks_off_is_a_finding_and_the_next_file_is_still_read(tmp_path: Path) -> None:
+def test_the_file_after_a_damaged_one_is_still_read(tmp_path: Path) -> None:
     (tmp_path / "1.parquet").write_bytes(b"PAR1 and nothing more")
     (tmp_path / "2.jsonl").write_text('{"text": "whole"}')
     broken, whole = read_source(0, DataSource(path=str(tmp_path), format="text"))
@@ -131,16 +131,19 @@ def test_an_empty_source_has_no_absent_columns() -> None:
 
 # -- order of turns --------------------------------------------------------------------------------------------------
 
-U, A, S, T = ("user", "q"), ("assistant", "a"), ("system", "s"), ("tool", "t")
+U = ("user", "q")
+A = ("assistant", "a")
+S = ("system", "s")
+T = ("tool", "t")
 
 
 @pytest.mark.parametrize("turns", [(U, A), (S, U, A), (U, A, U, A), (U, A, T, A), (U, A, T, T, A)])
-def test_orderly_turns_pass(turns: tuple[tuple[str, str], ...]) -> None:
+def test_turns_in_order_pass(turns: tuple[tuple[str, str], ...]) -> None:
     assert codes(chat(*turns)) == set()
 
 
 @pytest.mark.parametrize("turns", [(A, U, A), (U, U, A), (U, A, A), (U, A, U), (U, S, A), (S, A), (T, A), (A,)])
-def test_other_orders_do_not(turns: tuple[tuple[str, str], ...]) -> None:
+def test_turns_out_of_order_are_reported(turns: tuple[tuple[str, str], ...]) -> None:
     assert codes(chat(*turns)) == {"form.role-order"}
 
 
@@ -190,7 +193,7 @@ def test_leftovers_are_found(content: str, code: str) -> None:
         "It was <s>good</s> better.",
     ],
 )
-def test_what_only_looks_like_a_leftover_passes(content: str) -> None:
+def test_text_that_resembles_a_leftover_passes(content: str) -> None:
     assert codes(answer(content)) == set()
 
 
@@ -206,7 +209,7 @@ def test_a_word_that_holds_react_or_php_is_not_about_markup(question: str) -> No
     assert codes(record(question, "<p>It is so.</p>")) == {"form.html"}
 
 
-def test_an_answer_about_markup_may_hold_it() -> None:
+def test_an_answer_about_markup_may_contain_markup() -> None:
     assert codes(record("Write a heading in HTML.", "<h1>Title</h1>")) == set()
     assert codes(record("改行のタグを書いて。", "<br>")) == set()
     assert codes(record("Write a heading.", "<h1>Title</h1>")) == {"form.html"}
@@ -215,7 +218,7 @@ def test_an_answer_about_markup_may_hold_it() -> None:
 # -- what answers say ------------------------------------------------------------------------------------------------
 
 
-def test_a_question_repeated_in_its_answer_is_found() -> None:
+def test_an_answer_that_repeats_its_question_is_reported() -> None:
     question = "Why does the river of Oslo carry so many boats in the spring?"
     assert codes(record(question, f"{question.upper()} Because of the snow.")) == {"quality.copied-instruction"}
     assert codes(record(f"{question}\n\nContext: it snows.", f"{question} Snow.")) == {"quality.copied-instruction"}
@@ -265,9 +268,9 @@ def test_boilerplate_is_found(content: str) -> None:
         "Language models predict the next token.",
     ],
 )
-def test_ordinary_sentences_are_no_stock_phrases(content: str) -> None:
+def test_ordinary_sentences_are_not_stock_phrases(content: str) -> None:
     assert codes(answer(content)) == set()
 
 
-def test_only_trained_turns_are_searched_for_stock_phrases() -> None:
+def test_only_trained_turns_are_checked_for_stock_phrases() -> None:
     assert codes(record("I'm sorry, I can't do this. I hope this helps you to help me.", "Then do that.")) == set()

@@ -1,5 +1,6 @@
-"""The judge: nothing vanishes, shards add up, memory does not grow with texts, and the judgement is plain JSON."""
+"""The gate: no record is lost, shards add up, memory does not grow with texts, and the judgement is plain JSON."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from ft_service.data.gate.records import place_key, place_of
 from ft_service.data.gate.size import advise
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
+from ft_service.storage.formats import parse_stored
 from tests.data.gate.gate_cases import (
     chat,
     check_all,
@@ -54,7 +56,7 @@ def broken(line: int, code: str = "form.unreadable") -> Record:
 # -- nothing vanishes ------------------------------------------------------------------------------------------------
 
 
-def test_counts_add_up_and_every_record_left_out_has_a_code_and_a_reason() -> None:
+def test_counts_add_up_and_every_record_left_out_has_a_reason() -> None:
     good = clean_records(40)
     records = [*good, *(broken(41 + at) for at in range(3)), broken(44, "form.empty-output"), replace(good[0], line=45)]
     judgement, hits = check_all(records)
@@ -65,28 +67,28 @@ def test_counts_add_up_and_every_record_left_out_has_a_code_and_a_reason() -> No
     assert sorted(hit.key for hit in out) == [41, 42, 43, 44, 45] and all(hit.detail for hit in out)
 
 
-def test_see_says_at_once_whether_a_record_is_left_out() -> None:
+def test_checking_a_record_says_whether_it_is_left_out() -> None:
     gate = new_gate()
     hit = gate.reason_left_out(gate.check(broken(1)))
     assert hit is not None and hit.code == "form.unreadable"
-    found = gate.check(record("q?", "I'm sorry, but I cannot help you."))
-    assert [hit.code for hit in found] == ["quality.refusal"] and gate.reason_left_out(found) is None
+    hits = gate.check(record("q?", "I'm sorry, but I cannot help you."))
+    assert [hit.code for hit in hits] == ["quality.refusal"] and gate.reason_left_out(hits) is None
 
 
-def test_what_is_kept_on_purpose_counts_as_usable() -> None:
+def test_kept_duplicates_count_as_usable() -> None:
     good = clean_records(30)
     judgement, hits = check_all([*good, replace(good[4], line=31)], keep=["quality.exact-duplicate"])
     assert lines(hits, "quality.exact-duplicate") == [31]
     assert (judgement.left_out, judgement.usable, judgement.size.training_records) == ({}, 31, 31)
 
 
-def test_an_empty_dataset_is_judged_and_fails() -> None:
+def test_an_empty_dataset_fails() -> None:
     judgement, _ = check_all([])
     assert (judgement.read, judgement.usable, judgement.verdict) == (0, 0, "fail")
     assert judgement.finding("size.too-few") is not None
 
 
-def test_a_finding_names_the_first_places_in_order_and_counts_all() -> None:
+def test_a_finding_counts_all_places_and_names_the_first() -> None:
     numbers = random.Random(0).sample(range(1, 101), 60)
     judgement, hits = check_all([broken(line) for line in numbers])
     finding = judgement.finding("form.unreadable")
@@ -131,7 +133,7 @@ def numbered(items: list[object]) -> list[Record]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ITEMS, max_size=25), st.data())
-def test_shards_in_any_order_judge_as_one_and_counts_add_up(items: list[object], data: st.DataObject) -> None:
+def test_shards_in_any_order_give_the_judgement_of_the_whole(items: list[object], data: st.DataObject) -> None:
     records = numbered(items)
     owners = data.draw(st.lists(st.integers(0, 2), min_size=len(records), max_size=len(records)))
 
@@ -139,9 +141,9 @@ def test_shards_in_any_order_judge_as_one_and_counts_add_up(items: list[object],
         hits_of: list[list[list[Hit]]] = [[] for _ in gates]
         for one, owner in zip(records, owner_of, strict=True):
             hits_of[owner].append(gates[owner].check(one))
-        for gate, found in list(zip(gates, hits_of, strict=True))[:0:-1]:
-            gates[0].merge(gate.partial_result(), found)
-        hits = [hit for found in hits_of for of_record in found for hit in of_record]
+        for gate, gate_hits in list(zip(gates, hits_of, strict=True))[:0:-1]:
+            gates[0].merge(gate.partial_result(), gate_hits)
+        hits = [hit for gate_hits in hits_of for of_record in gate_hits for hit in of_record]
         second_pass = gates[0].second_pass()
         for one in records:
             second_pass.add(one)
@@ -155,7 +157,7 @@ def test_shards_in_any_order_judge_as_one_and_counts_add_up(items: list[object],
     assert Judgement.model_validate_json(whole[0].model_dump_json()) == whole[0]
 
 
-def test_a_judge_may_be_closed_twice_and_go_on() -> None:
+def test_a_gate_can_give_a_judgement_and_continue() -> None:
     gate = new_gate()
     for one in clean_records(30):
         gate.check(one)
@@ -168,7 +170,7 @@ def test_a_judge_may_be_closed_twice_and_go_on() -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_kept_of_a_record_has_one_size_whatever_its_text() -> None:
+def test_the_facts_of_a_record_have_one_size_for_any_text() -> None:
     assert FACTS.itemsize <= 640  # a million records in 0.6 GiB
 
     def kept(records: list[Record]) -> int:
@@ -179,18 +181,19 @@ def test_what_is_kept_of_a_record_has_one_size_whatever_its_text() -> None:
         assert table._rows == [] and table._shingles == []
         return sum(chunk.nbytes for chunk in table._chunks)
 
-    short, long = clean_records(40), [text("x y z " * 20_000, line) for line in range(1, 41)]
+    short = clean_records(40)
+    long = [text("x y z " * 20_000, line) for line in range(1, 41)]
     assert kept(short) == kept(long) == 40 * FACTS.itemsize
 
 
-def test_hits_are_kept_by_number_and_not_by_text() -> None:
+def test_hits_are_counted_but_only_the_first_are_kept() -> None:
     gate = new_gate()
     for line in range(1, 2001):
         gate.check(broken(line))
     assert len(gate._tally.first("form.unreadable")) == FIRST_PLACES and len(gate._table) == 0
 
 
-def test_texts_waiting_for_their_signatures_are_few() -> None:
+def test_few_hashes_wait_for_their_signatures() -> None:
     gate = new_gate()
     for line in range(1, 60):
         gate.check(text("".join(map(chr, range(0x4E00 + line, 0x4E00 + 20_000))), line))
@@ -198,7 +201,7 @@ def test_texts_waiting_for_their_signatures_are_few() -> None:
     assert waiting < 4 * 2**20
 
 
-def test_places_fit_one_number_in_order() -> None:
+def test_places_as_numbers_keep_their_order() -> None:
     places = [(0, 0, 0), (0, 0, 1), (0, 3, 2**33), (0, 4, 1), (1, 0, 1), (1023, 2**20 - 1, 2**34 - 1)]
     keys = [place_key(*place) for place in places]
     assert keys == sorted(keys) and max(keys) < 2**64
@@ -215,7 +218,7 @@ def tokenised(records: list[Record], chat_format: ChatFormat, max_seq_len: int) 
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_tokens_are_counted_as_the_chat_format_counts_them(chat_format: ChatFormat, language: str) -> None:
+def test_token_counts_agree_with_the_chat_format(chat_format: ChatFormat, language: str) -> None:
     records = clean_records(60, language)
     judgement, hits = tokenised(records, chat_format, 4096)
     examples = [chat_format.encode(one.item) for one in records]  # type: ignore[arg-type]
@@ -226,7 +229,7 @@ def test_tokens_are_counted_as_the_chat_format_counts_them(chat_format: ChatForm
     assert judgement.lengths.unit == "tokens" and sum(judgement.lengths.counts) == 60
 
 
-def test_what_max_seq_len_cuts_is_told_and_what_loses_all_is_left_out(chat_format: ChatFormat) -> None:
+def test_truncation_is_reported_and_a_lost_answer_is_left_out(chat_format: ChatFormat) -> None:
     question, answer = clean_pairs(1)[0]
     whole = len(chat_format.encode([Message("user", question), Message("assistant", answer)]).input_ids)
     records = [record(question, answer, 1), record(question, answer * 2, 2), record(question * 9, answer, 3)]
@@ -238,26 +241,26 @@ def test_what_max_seq_len_cuts_is_told_and_what_loses_all_is_left_out(chat_forma
     assert judgement.signal.lost_tokens == judgement.signal.lost_loss_tokens == longer - whole
 
 
-def test_a_conversation_that_ends_untrained_is_told(chat_format: ChatFormat) -> None:
+def test_a_conversation_with_an_untrained_end_is_reported(chat_format: ChatFormat) -> None:
     one = chat(("user", "q"), ("assistant", "a"), ("user", "and then?"))
     assert lines(tokenised([one], chat_format, 512)[1], "signal.end-not-trained") == [1]
 
 
-def test_few_loss_tokens_are_told_of_the_whole(chat_format: ChatFormat) -> None:
+def test_few_loss_tokens_are_reported_for_the_whole_data(chat_format: ChatFormat) -> None:
     records = [record(q * 2, "no", line) for line, (q, _) in enumerate(clean_pairs(60), 1)]
     finding = tokenised(records, chat_format, 4096)[0].finding("signal.few-loss-tokens")
     assert finding is not None and finding.severity == "info"
     assert tokenised(clean_records(60), chat_format, 4096)[0].finding("signal.few-loss-tokens") is None
 
 
-def test_a_text_that_goes_on_in_further_rows_loses_nothing(chat_format: ChatFormat) -> None:
+def test_a_text_longer_than_a_row_loses_nothing(chat_format: ChatFormat) -> None:
     one = text(" ".join(question for question, _ in clean_pairs(40)))
     (counted,) = with_tokens([one], chat_format, 64)
     assert counted.tokens is not None and counted.tokens.total == counted.tokens.kept > 640
     assert tokenised([one], chat_format, 64)[1] == []
 
 
-def test_a_tokenizer_that_changes_texts_is_found(chat_format: ChatFormat) -> None:
+def test_a_tokenizer_that_changes_text_is_reported(chat_format: ChatFormat) -> None:
     from tokenizers import Tokenizer, normalizers
 
     backend = Tokenizer.from_str(chat_format.tokenizer.backend_tokenizer.to_str())
@@ -272,7 +275,7 @@ def test_a_tokenizer_that_changes_texts_is_found(chat_format: ChatFormat) -> Non
 # -- size ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_size_is_judged_by_the_rule_of_thumb() -> None:
+def test_the_size_level_follows_the_rule_of_thumb() -> None:
     sizes = [9, 10, 499, 500, 2_999, 3_000, 5_000, 19_999, 20_000, 49_999, 50_000]
     levels = ["too few", "little", "little", "narrow skill", "narrow skill", "between"]
     levels += ["stable skill", "stable skill", "broad skill", "broad skill", "expert"]
@@ -286,12 +289,13 @@ def test_steps_follow_from_tokens_rows_and_batch() -> None:
 
 
 def test_nine_records_fail_and_ten_only_warn() -> None:
-    nine, ten = check_all(clean_records(9))[0], check_all(clean_records(10))[0]
+    nine = check_all(clean_records(9))[0]
+    ten = check_all(clean_records(10))[0]
     assert (nine.verdict, [f.code for f in nine.findings]) == ("fail", ["size.too-few"])
     assert (ten.verdict, [f.code for f in ten.findings]) == ("warn", ["size.small"])
 
 
-def test_the_gravest_findings_come_first() -> None:
+def test_the_most_severe_findings_come_first() -> None:
     source = Source("data.jsonl", ("data.jsonl",), source="made up", license="CC-BY-SA-4.0")
     gate = Gate([source])
     for one in [*clean_records(60), record("Mail?", "Write to taro@mail.co.jp, it is said.", 61)]:
@@ -312,13 +316,20 @@ def test_counted_tokens_need_no_tokenizer() -> None:
     assert add_base_and_steps(judgement, "somebody/else", max_seq_len=100, global_batch_size=1).size.steps == 10
 
 
-def test_the_manual_tells_every_code_as_it_is() -> None:
+def test_a_judgement_of_the_first_format_is_read() -> None:
+    file = Path(__file__).resolve().parents[2] / "formats/1/judgement.json"
+    judgement = parse_stored(Judgement, json.loads(file.read_text(encoding="utf-8")), str(file))
+    assert (judgement.read, judgement.usable, judgement.size.training_records) == (60, 60, 51)
+    assert judgement.validation_records == 9
+
+
+def test_the_manual_lists_every_code() -> None:
     manual = (Path(__file__).resolve().parents[3] / "docs/data.md").read_text(encoding="utf-8")
-    told = {row[1]: row[2:5] for row in (line.split("|") for line in manual.splitlines()) if len(row) == 6}
+    rows = {row[1]: row[2:5] for row in (line.split("|") for line in manual.splitlines()) if len(row) == 6}
 
     def share(least: float | None) -> str:
         return "never" if least is None else "one" if least == 0 else f"{least:.0%}"
 
     for code in CODES.values():
         name = f" `{code.id}`{' ✂' if code.leaves_out else ''} "
-        assert [cell.strip() for cell in told[name]] == [share(code.warns_from), share(code.fails_from), code.why]
+        assert [cell.strip() for cell in rows[name]] == [share(code.warns_from), share(code.fails_from), code.why]

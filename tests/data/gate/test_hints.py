@@ -26,7 +26,9 @@ def english(pattern: re.Pattern[str]) -> re.Pattern[str]:
 
 def alternatives(pattern: str) -> list[str]:
     """The parts between the bars that stand in no parentheses."""
-    parts, depth, start = [], 0, 0
+    parts = []
+    depth = 0
+    start = 0
     for at, character in enumerate(pattern):
         depth += (character == "(") - (character == ")")
         if character == "|" and depth == 0:
@@ -36,29 +38,29 @@ def alternatives(pattern: str) -> list[str]:
 
 
 @given(texts(english(form._REFUSAL)))
-def test_refusals(text: str) -> None:
+def test_every_refusal_has_a_hint(text: str) -> None:
     assert form._may_match(text, form._REFUSAL_HINTS)
 
 
 @given(texts(english(form._BOILERPLATE)))
-def test_boilerplate(text: str) -> None:
+def test_every_stock_phrase_has_a_hint(text: str) -> None:
     assert form._may_match(text, form._BOILERPLATE_HINTS)
 
 
 @given(AROUND, st.sampled_from(sorted(facts._CASUAL_WORDS)), AROUND)
-def test_casual_words(before: str, word: str, after: str) -> None:
+def test_every_casual_text_has_a_hint(before: str, word: str, after: str) -> None:
     for said in (word, word.upper(), f"love {word}", "y'all", "ain't", "haha", "what!?", "ok :-)", "Sure ;d"):
         text = f"{before}{said}{after}"
         assert facts._may_be_casual(text) or not facts._CASUAL.search(text)
 
 
 @given(texts(private._PHONE))
-def test_phone_numbers(text: str) -> None:
+def test_every_phone_number_has_enough_digits(text: str) -> None:
     assert private._DIGITS.search(text) or not any(
         private._is_phone_number(found, True) for found in private._PHONE.finditer(text)
     )
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_folding_ascii_is_folding(text: str) -> None:
+def test_the_fast_fold_of_ascii_equals_the_slow_one(text: str) -> None:
     assert fold(text) == _PUNCTUATION.sub("", text.casefold())

@@ -1,4 +1,4 @@
-"""Leakage: an evaluation item inside a training record is found, however it is wrapped; a like topic is none."""
+"""Leakage: an evaluation item inside any training record is found; a similar topic is no leak."""
 
 import pytest
 
@@ -15,12 +15,12 @@ def leaks(training: list[Record], held: EvaluationSets) -> list[int]:
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_none_leaks_between_clean_records(language: str) -> None:
+def test_clean_records_do_not_leak(language: str) -> None:
     assert leaks(clean_records(300, language), held_out(clean_pairs(300, language, seed=1))) == []
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_an_item_leaks_in_every_wrapping(language: str) -> None:
+def test_an_item_leaks_inside_any_other_text(language: str) -> None:
     pairs = clean_pairs(50, language, seed=1)
     question = pairs[17][0]
     around = {
@@ -48,7 +48,7 @@ def test_a_short_item_leaks_only_as_a_whole() -> None:
     assert leaks(training, held) == [1, 2]
 
 
-def test_the_template_of_the_items_is_no_leak() -> None:
+def test_the_template_of_items_is_not_a_leak() -> None:
     template = "Read the following text with care and answer the question below in one word only: "
     held = held_out([(template + question, answer) for question, answer in clean_pairs(100, seed=1)])
     training = [
@@ -58,7 +58,7 @@ def test_the_template_of_the_items_is_no_leak() -> None:
     assert leaks([record(template + clean_pairs(100, seed=1)[5][0], "x")], held) == [1]
 
 
-def test_the_judge_names_the_item_and_fails_from_one_in_a_hundred() -> None:
+def test_a_leak_names_its_item_and_fails_from_one_percent_on() -> None:
     pairs = clean_pairs(30, seed=1)
     records = [*clean_records(150), record(pairs[4][0], "x", 151)]
     judgement, hits = check_all(records, evaluation=held_out(pairs))
@@ -69,7 +69,7 @@ def test_the_judge_names_the_item_and_fails_from_one_in_a_hundred() -> None:
     assert judgement.verdict == "fail"
 
 
-def test_a_record_that_stands_in_several_sets_is_told_once() -> None:
+def test_a_record_of_several_sets_is_reported_once() -> None:
     pairs = clean_pairs(30, seed=1)
     items = [record(*pair, line) for line, pair in enumerate(pairs, 1)]
     held = EvaluationSets([("dev", items), ("test", items)])
@@ -79,7 +79,7 @@ def test_a_record_that_stands_in_several_sets_is_told_once() -> None:
     assert finding is not None and finding.count == 2 and "100% of item 5 of" in finding.places[0].detail
 
 
-def test_short_questions_that_differ_in_a_word_are_others() -> None:
+def test_short_questions_that_differ_in_one_word_are_different() -> None:
     held = held_out(
         [("How many people live in the city of Paris?", "2 million"), ("次の文を英語に訳して：空が青い", "x")]
     )
@@ -91,5 +91,5 @@ def test_short_questions_that_differ_in_a_word_are_others() -> None:
     assert leaks(training, held) == [3]
 
 
-def test_an_empty_set_holds_nothing() -> None:
+def test_an_empty_evaluation_set_reports_no_leak() -> None:
     assert leaks(clean_records(3), held_out([])) == []

@@ -1,4 +1,4 @@
-"""Private data: found in the forms it really has, not where numbers only look like it, and never shown."""
+"""Private data: found in its real forms, not in numbers that resemble them, and never shown."""
 
 import random
 import re
@@ -11,7 +11,7 @@ from ft_service.data.gate.private import excerpt, find_private, is_card_number, 
 from tests.data.gate.gate_cases import record
 
 
-def found(text: str) -> list[str]:
+def private_codes(text: str) -> list[str]:
     return [code for code, _, _ in find_private(text)]
 
 
@@ -48,9 +48,9 @@ PRIVATE = {
 
 @pytest.mark.parametrize("secret", PRIVATE)
 @pytest.mark.parametrize("around", ["Ask {} today.", "連絡先は{}です。", "({})", "{}", "番号：{}、以上"])
-def test_private_data_is_found_and_masked_in_any_surroundings(secret: str, around: str) -> None:
+def test_private_data_is_found_and_masked_in_any_context(secret: str, around: str) -> None:
     text = around.format(secret)
-    assert found(text) == [PRIVATE[secret]]
+    assert private_codes(text) == [PRIVATE[secret]]
     assert secret not in mask(text)
     assert mask(text).startswith(around.split("{}")[0]) and mask(text).endswith(around.split("{}")[1])
 
@@ -83,8 +83,8 @@ def test_private_data_is_found_and_masked_in_any_surroundings(secret: str, aroun
         "昭和64年1月7日、第123-456号",
     ],
 )
-def test_numbers_and_names_that_are_nobodys_are_not(text: str) -> None:
-    assert found(text) == []
+def test_other_numbers_and_names_are_not_private(text: str) -> None:
+    assert private_codes(text) == []
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_numbers_and_names_that_are_nobodys_are_not(text: str) -> None:
         "card 4100 4205 5600 5800",
     ],
 )
-def test_a_card_is_found_beside_what_stands_beside_cards(text: str) -> None:
-    assert found(text) == ["private.card"] and "[card number]" in mask(text)
+def test_a_card_number_is_found_near_words_about_cards(text: str) -> None:
+    assert private_codes(text) == ["private.card"] and "[card number]" in mask(text)
     assert not re.search(r"6362|4205", mask(text))
 
 
@@ -117,13 +117,13 @@ def test_a_card_is_found_beside_what_stands_beside_cards(text: str) -> None:
     ],
 )
 def test_a_phone_number_has_enough_digits(text: str, is_phone: bool) -> None:
-    assert found(f"Call {text} now.") == (["private.phone"] if is_phone else [])
+    assert private_codes(f"Call {text} now.") == (["private.phone"] if is_phone else [])
 
 
 @pytest.mark.parametrize(
     "sign", ["eyJ-", "sk-", "1 ", "1-", "a@", "a.", "(0", "+1 ", "-----BEGIN PRIVATE KEY-----", "é", "あ1"]
 )
-def test_a_long_text_of_any_signs_is_searched_in_linear_time(sign: str) -> None:
+def test_private_data_search_takes_linear_time(sign: str) -> None:
     times = []
     for count in (50_000, 200_000):
         began = time.process_time()
@@ -133,9 +133,9 @@ def test_a_long_text_of_any_signs_is_searched_in_linear_time(sign: str) -> None:
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\\n", "\r\n"])
-def test_a_key_that_was_cut_off_before_its_end_is_found_and_masked(line_end: str) -> None:
+def test_a_cut_off_key_is_found_and_masked(line_end: str) -> None:
     text = line_end.join(["The key:", "-----BEGIN PRIVATE KEY-----", PEM, PEM, PEM[:30]])
-    assert found(text) == ["private.key"]
+    assert private_codes(text) == ["private.key"]
     assert PEM[:8] not in mask(text) and mask(text).startswith("The key:")
 
 
@@ -147,7 +147,7 @@ def test_one_changed_digit_makes_a_card_number_invalid() -> None:
         assert not is_card_number(changed)
 
 
-def test_a_finding_never_shows_what_it_found() -> None:
+def test_a_finding_never_shows_private_data() -> None:
     dice = random.Random(0)
     for secret, code in PRIVATE.items():
         filler = "words " * dice.randrange(30)
@@ -159,7 +159,7 @@ def test_a_finding_never_shows_what_it_found() -> None:
 
 
 @pytest.mark.parametrize("at", range(0, 70, 7))
-def test_an_excerpt_that_begins_inside_a_secret_shows_none_of_it(at: int) -> None:
+def test_an_excerpt_that_begins_inside_a_key_shows_none_of_it(at: int) -> None:
     secret = "ghp_" + "Qz7" * 12
     shown = excerpt(f"token {secret} and more words to follow after it", at)
     assert not any(secret[start : start + 6] in shown for start in range(len(secret) - 6))

@@ -39,11 +39,11 @@ def of(license: str | None, source: str | None = "https://example.com") -> Sourc
         ("見積書に記載", {"unknown"}),
     ],
 )
-def test_a_license_is_told_by_its_duties(license: str, kinds: set[str]) -> None:
+def test_each_license_has_its_kinds_of_conditions(license: str, kinds: set[str]) -> None:
     assert license_kinds(license) == kinds
 
 
-def test_every_source_needs_both_its_origin_and_its_license() -> None:
+def test_every_source_needs_an_origin_and_a_license() -> None:
     findings = check_rights([of("CC0-1.0"), of(None), of(" ", source="")])
     by_code = {finding.code: finding for finding in findings}
     assert set(by_code) == {"rights.no-license", "rights.no-source"}
@@ -60,16 +60,16 @@ def test_every_source_needs_both_its_origin_and_its_license() -> None:
         ("secret", "rights.unknown-license", "conditions are unknown"),
     ],
 )
-def test_each_kind_says_its_consequence(license: str, code: str, word: str) -> None:
+def test_each_kind_of_license_explains_its_consequence(license: str, code: str, word: str) -> None:
     finding = next(finding for finding in check_rights([of(license)]) if finding.code == code)
     assert word in finding.why and finding.severity == "warn" and finding.places[0].detail == license
 
 
-def test_attribution_alone_is_no_warning() -> None:
+def test_attribution_alone_is_not_a_warning() -> None:
     assert [finding.severity for finding in check_rights([of("MIT")])] == ["info"]
 
 
-def test_the_base_brings_its_duties() -> None:
+def test_the_base_adds_the_conditions_of_its_license() -> None:
     (finding,) = base_duties("meta-llama/Llama-3.1-8B-Instruct")
     assert finding.code == "rights.base-license" and finding.severity == "info"
     assert "Built with Llama" in finding.message

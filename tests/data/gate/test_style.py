@@ -1,4 +1,4 @@
-"""What is unusual in a dataset, and what is one-sided in it: found where it was put, and nowhere else."""
+"""Unusual answers and one-sided data: reported where they were planted, and nowhere else."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def with_answers(code: str, answers: list[str], spoken: str = "en", count: int =
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
-def test_clean_records_stand_out_in_nothing(spoken: str) -> None:
+def test_clean_records_have_no_style_findings(spoken: str) -> None:
     judgement, hits = check_all(clean_records(600, spoken))
     assert hits == [] and judgement.verdict == "pass" and judgement.findings == []
 
@@ -33,18 +33,18 @@ CUT = {"en": "Near Oslo the castle lifts a bridge that the river of", "ja": "新
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
-def test_answers_cut_in_mid_sentence_are_found(spoken: str) -> None:
+def test_answers_cut_off_in_mid_sentence_are_found(spoken: str) -> None:
     wanting = CUT[spoken] + {"en": " Lima,", "ja": "長野、"}[spoken]
     assert with_answers("form.cut-off", [CUT[spoken], wanting], spoken) == ([1, 2], [])
 
 
-def test_where_no_answer_ends_in_a_full_stop_none_was_cut() -> None:
+def test_no_answer_is_cut_off_if_none_ends_with_a_full_stop() -> None:
     pairs = clean_pairs(100)
     records = [record(q, a.rstrip("."), line) for line, (q, a) in enumerate(pairs, 1)]
     assert lines(check_all(records)[1], "form.cut-off") == []
 
 
-def test_many_answers_of_exactly_one_length_were_cut_by_a_limit() -> None:
+def test_many_answers_of_one_length_were_cut_off_by_a_limit() -> None:
     pairs = clean_pairs(200)
     records = [
         record(q, (a.rstrip(".") if at % 2 else a[:100].replace(",", " ").replace(" ", "x")), at + 1)
@@ -59,7 +59,7 @@ SHORT = {"en": ["OK", "Yes."], "ja": ["は", "はい"]}
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
-def test_an_answer_of_a_word_among_sentences_is_too_short(spoken: str) -> None:
+def test_a_one_word_answer_among_sentences_is_too_short(spoken: str) -> None:
     assert with_answers("quality.too-short", SHORT[spoken], spoken) == ([1, 2], [])
 
 
@@ -70,25 +70,26 @@ def test_labels_are_not_too_short(spoken: str) -> None:
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
-def test_an_answer_many_times_longer_or_shorter_is_told(spoken: str) -> None:
+def test_far_longer_or_shorter_answers_are_reported(spoken: str) -> None:
     usual = clean_pairs(1, spoken, seed=5)[0][1]
     shorter = {"en": "It lifts a bridge.", "ja": "橋を渡った。"}[spoken]
-    found, others = with_answers("style.length", [usual * 6, shorter], spoken)
-    assert (found, others) == ([1, 2], [])
+    reported, others = with_answers("style.length", [usual * 6, shorter], spoken)
+    assert (reported, others) == ([1, 2], [])
 
 
-def test_one_tone_is_told_from_the_other() -> None:
+def test_the_rarer_tone_is_reported() -> None:
     assert with_answers("style.register", ["lol yeah the river of Oslo is gonna carry that boat, dude!!"]) == ([1], [])
     polite = "新潟では城が橋を渡りました。仙台の川は広いです。長野の先生は庭を見ています。奈良の港は遠いです。"
     assert with_answers("style.register", [polite], "ja") == ([1], [])
 
 
-def test_another_language_is_told_and_two_by_design_are_not() -> None:
-    japanese, english = clean_pairs(1, "ja")[0][1], clean_pairs(1, "en")[0][1]
-    found, _ = with_answers("style.language", [japanese], "en")
-    assert found == [1]
-    found, _ = with_answers("style.language", [english], "ja")
-    assert found == [1]
+def test_an_unusual_language_is_reported_but_not_two_by_design() -> None:
+    japanese = clean_pairs(1, "ja")[0][1]
+    english = clean_pairs(1, "en")[0][1]
+    reported, _ = with_answers("style.language", [japanese], "en")
+    assert reported == [1]
+    reported, _ = with_answers("style.language", [english], "ja")
+    assert reported == [1]
     both = [*clean_pairs(100, "en"), *clean_pairs(100, "ja")]
     records = [record(*pair, line) for line, pair in enumerate(both, 1)]
     assert lines(check_all(records)[1], "style.language") == []
@@ -101,7 +102,7 @@ def test_another_language_is_told_and_two_by_design_are_not() -> None:
     assert lines(check_all(translations)[1], "style.language") == []
 
 
-def test_another_format_is_told() -> None:
+def test_an_unusual_format_is_reported() -> None:
     for answer in (
         "- the river of Oslo\n- the castle of Lima\n- the harbor",
         '{"river": "Oslo", "castle": [1, 2, 3], "harbor": null}',
@@ -110,10 +111,11 @@ def test_another_format_is_told() -> None:
     assert with_answers("style.format", ["・新潟の城と仙台の川\n・長野の先生の庭\n・奈良の港"], "ja")[0] == [1]
 
 
-def test_each_source_is_judged_by_itself() -> None:
+def test_each_source_is_checked_by_itself() -> None:
     from ft_service.data.gate import Gate, Source
 
-    english, japanese = clean_records(100), clean_records(100, "ja")
+    english = clean_records(100)
+    japanese = clean_records(100, "ja")
     second = [Record(1, 0, one.line, one.item) for one in japanese]
     gate = Gate([Source(name, (name,), source="s", license="MIT") for name in ("en.jsonl", "ja.jsonl")])
     hits = [hit for one in [*english, *second] for hit in gate.check(one)]
@@ -146,7 +148,7 @@ def test_each_source_is_judged_by_itself() -> None:
         ("絵本", "short"),
     ],
 )
-def test_how_an_answer_ends(output: str, kind: str) -> None:
+def test_the_ending_of_an_answer_is_recognised(output: str, kind: str) -> None:
     assert ending(output) == kind
 
 
@@ -162,7 +164,7 @@ def test_how_an_answer_ends(output: str, kind: str) -> None:
         ("Paris", "none"),
     ],
 )
-def test_the_tone_of_an_answer(output: str, tone: str) -> None:
+def test_the_tone_of_an_answer_is_recognised(output: str, tone: str) -> None:
     assert register(output) == tone
 
 
@@ -179,7 +181,7 @@ def test_the_tone_of_an_answer(output: str, tone: str) -> None:
         ("The boats come home in the evening, and the river is wide.", "prose"),
     ],
 )
-def test_the_format_of_an_answer(output: str, kind: str) -> None:
+def test_the_format_of_an_answer_is_recognised(output: str, kind: str) -> None:
     assert shape(output) == kind
 
 
@@ -198,7 +200,7 @@ def test_the_format_of_an_answer(output: str, kind: str) -> None:
         ("", "none"),
     ],
 )
-def test_the_language_of_a_text(content: str, name: str) -> None:
+def test_the_language_of_a_text_is_recognised(content: str, name: str) -> None:
     assert language(content) == name
 
 
@@ -206,7 +208,7 @@ def test_the_language_of_a_text(content: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
-def test_answers_that_mostly_begin_alike_are_told(spoken: str) -> None:
+def test_answers_that_mostly_begin_alike_are_reported(spoken: str) -> None:
     opening = {"en": "The answer to this is: ", "ja": "この問いの答えは次の通り。"}[spoken]
     pairs = clean_pairs(100, spoken)
 
@@ -221,13 +223,13 @@ def test_answers_that_mostly_begin_alike_are_told(spoken: str) -> None:
 
 
 @pytest.mark.parametrize("spoken", ["en", "ja"])
-def test_questions_of_one_template_are_told(spoken: str) -> None:
+def test_questions_from_one_template_are_reported(spoken: str) -> None:
     template = {"en": "Translate the following: ", "ja": "次の文を英語に訳してください："}[spoken]
     records = [record(template + q, a, at) for at, (q, a) in enumerate(clean_pairs(100, spoken), 1)]
     assert lines(check_all(records)[1], "balance.templates") == list(range(1, 101))
 
 
-def test_questions_of_three_templates_are_told_and_of_four_are_not() -> None:
+def test_questions_from_three_templates_are_reported_but_not_from_four() -> None:
     templates = ["Translate the text: ", "Say in French: ", "How do I say: ", "What is French for: "]
     pairs = clean_pairs(120, "en")
 
@@ -241,7 +243,7 @@ def test_questions_of_three_templates_are_told_and_of_four_are_not() -> None:
 
 
 @pytest.mark.parametrize(("spoken", "labels"), [("en", ("yes", "no")), ("ja", ("はい", "いいえ"))])
-def test_a_label_that_dominates_is_told(spoken: str, labels: tuple[str, str]) -> None:
+def test_a_dominating_label_is_reported(spoken: str, labels: tuple[str, str]) -> None:
     pairs = clean_pairs(100, spoken)
     rare = {at for at in range(1, 101) if at % 10 == 0}
     records = [record(q, labels[at in rare], at) for at, (q, _) in enumerate(pairs, 1)]
@@ -253,7 +255,7 @@ def test_a_label_that_dominates_is_told(spoken: str, labels: tuple[str, str]) ->
     assert hits == [] and judgement.entropy["labels"].bits == pytest.approx(1.0)
 
 
-def test_entropy_counts_kinds_that_are_equally_frequent() -> None:
+def test_effective_entropy_is_the_number_of_equally_frequent_kinds() -> None:
     assert entropy_of(np.array([5, 5, 5, 5])).effective == pytest.approx(4)
     assert entropy_of(np.array([7])).bits == 0
     assert entropy_of(np.array([99, 1])).effective == pytest.approx(1.0576, abs=1e-4)
