@@ -148,7 +148,9 @@ class WeightWriter:
                 self._wait()
                 assert not self._expected, f"{len(self._expected)} tensors were not written"
         except BaseException as late:
-            kind, error, trace = type(late), late, late.__traceback__
+            kind = type(late)
+            error = late
+            trace = late.__traceback__
             raise
         finally:
             self._thread.shutdown()

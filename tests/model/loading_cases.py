@@ -1,4 +1,4 @@
-"""Loads checkpoints over a process group by our own loader, and holds each share against what transformers loads."""
+"""Loads models over a process group with our loader, and compares each share with what transformers loads."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.train.training_cases import TrulyPartitioned, plan_of, stock_4bit
 
 
 class CountingWeightFiles(WeightFiles):
-    """Notes every byte range that is asked for."""
+    """Records every byte range that is read."""
 
     def __init__(self, location: str | Path) -> None:
         super().__init__(location)
@@ -112,7 +112,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def is_swapped(parameter: Any) -> bool:
-    """Whether its partition lies in a file on a drive alone."""
+    """Whether its partition is only in a file on a drive."""
     return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
 
 

@@ -1,4 +1,4 @@
-"""The dry run: the loader's own arithmetic, for worlds that are not there."""
+"""The dry run: the loader's own arithmetic for any number of ranks."""
 
 import json
 
@@ -26,7 +26,7 @@ def imagined() -> object:
 
 @pytest.mark.parametrize("world_size", [8, 16, 64])
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_every_rank_of_405b_holds_its_part_and_no_more(imagined: object, world_size: int, four_bit: bool) -> None:
+def test_every_rank_of_405b_holds_only_its_share(imagined: object, world_size: int, four_bit: bool) -> None:
     config, tensors = imagined  # type: ignore[misc]
     run = dry_run(config, tensors, four_bit=four_bit, world_size=world_size)
     assert run.num_parameters == PARAMETERS_405B
@@ -42,7 +42,7 @@ def test_every_rank_of_405b_holds_its_part_and_no_more(imagined: object, world_s
     assert fullest.peak <= fullest.held + statistics + run.largest_layer_bytes
 
 
-def test_a_copy_on_each_node_is_counted(imagined: object) -> None:
+def test_hpz_copy_is_counted(imagined: object) -> None:
     config, tensors = imagined  # type: ignore[misc]
     alone = dry_run(config, tensors, four_bit=False, world_size=16).fullest
     copied = dry_run(config, tensors, four_bit=False, world_size=16, node_size=8).fullest
@@ -64,13 +64,13 @@ def test_partitions_tile_a_parameter(numel: int, node_size: int) -> None:
 @pytest.mark.parametrize(
     "spans", [[Span(0, 4), Span(5, 8)], [Span(0, 4), Span(3, 8)], [Span(0, 4), Span(4, 7)], [Span(0, 8), Span(8, 9)]]
 )
-def test_partitions_that_do_not_add_up_are_found(spans: list[Span]) -> None:
+def test_incomplete_partitions_are_rejected(spans: list[Span]) -> None:
     with pytest.raises(ModelError, match="w: "):
         _check_held(spans, 8, "w")
 
 
 @pytest.mark.parametrize("num_weights", [64, 64 * 256, 64 * 257, 1000 * 512])
-def test_statistics_take_the_bytes_that_are_said(num_weights: int) -> None:
+def test_statistics_bytes_match_the_tensors(num_weights: int) -> None:
     from bitsandbytes.functional import quantize_4bit
 
     parameter = nf4.packed_parameter(torch.empty(0, dtype=torch.bfloat16))

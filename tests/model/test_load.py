@@ -1,4 +1,4 @@
-"""Loading: every process reads its own share and nothing else, and it is, bit for bit, what transformers loads."""
+"""Loading: every rank reads only its own share, bit for bit the same as transformers loads."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def loaded(request: pytest.FixtureRequest, bases: dict[str, Path]) -> tuple[int,
 
 
 @pytest.mark.multiprocess
-def test_every_share_is_bit_for_bit_that_of_transformers(loaded: tuple[int, dict[str, Any]]) -> None:
+def test_shares_equal_transformers_weights_bit_for_bit(loaded: tuple[int, dict[str, Any]]) -> None:
     _, results = loaded
     for name, result in results.items():
         assert result["unequal"] == [], name
@@ -77,7 +77,7 @@ def test_every_share_is_bit_for_bit_that_of_transformers(loaded: tuple[int, dict
 
 
 @pytest.mark.multiprocess
-def test_large_partitions_rest_on_the_drive_that_was_named(
+def test_large_partitions_are_on_the_configured_drive(
     loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
 ) -> None:
     world_size, results = loaded
@@ -91,7 +91,7 @@ def test_large_partitions_rest_on_the_drive_that_was_named(
 
 
 @pytest.mark.multiprocess
-def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
+def test_every_byte_is_read_exactly_once(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
     _world_size, results = loaded
     for name, base in (("bf16", "bf16-files"), ("cast-to-bf16", "fp32-tied"), ("offloaded", "bf16-files")):
         tensors = WeightFiles(bases[base]).tensors.values()
@@ -107,7 +107,7 @@ def test_no_byte_is_read_twice_and_none_is_left_out(loaded: tuple[int, dict[str,
 
 
 @pytest.mark.multiprocess
-def test_each_process_reads_its_part_alone(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
+def test_each_rank_reads_only_its_share(loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]) -> None:
     world_size, results = loaded
     tensors = WeightFiles(bases["bf16-files"]).tensors.values()
     whole = sum(tensor.nbytes for tensor in tensors)
@@ -118,7 +118,7 @@ def test_each_process_reads_its_part_alone(loaded: tuple[int, dict[str, Any]], b
 
 
 @pytest.mark.multiprocess
-def test_the_dry_run_foretells_what_each_process_reads(
+def test_dry_run_predicts_what_each_rank_reads_and_holds(
     loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
 ) -> None:
     world_size, results = loaded
@@ -140,7 +140,7 @@ def test_the_dry_run_foretells_what_each_process_reads(
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_a_model_loaded_amid_inference_can_still_be_trained(bases: dict[str, Path], four_bit: bool) -> None:
+def test_model_loaded_in_inference_mode_can_be_trained(bases: dict[str, Path], four_bit: bool) -> None:
     with torch.inference_mode():
         model = load_causal_lm(WeightFiles(bases["fp32-tied"]), dtype=torch.bfloat16, four_bit=four_bit)
     assert not any(parameter.is_inference() for parameter in model.parameters())
@@ -148,7 +148,7 @@ def test_a_model_loaded_amid_inference_can_still_be_trained(bases: dict[str, Pat
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_on_a_gpu_too_it_is_bit_for_bit_what_transformers_loads(bases: dict[str, Path], four_bit: bool) -> None:
+def test_gpu_weights_equal_transformers_weights_bit_for_bit(bases: dict[str, Path], four_bit: bool) -> None:
     device = torch.device("cuda", 0)
     checkpoint = WeightFiles(bases["bf16-files"])
     ours = load_causal_lm(checkpoint, dtype=torch.bfloat16, four_bit=four_bit, placement=WholeWeights(device))
@@ -164,7 +164,7 @@ def test_on_a_gpu_too_it_is_bit_for_bit_what_transformers_loads(bases: dict[str,
             assert torch.equal(mine.quant_state.absmax, theirs.quant_state.absmax), name
 
 
-# -- what is wrong is said before a weight is read -------------------------------------------------------------------
+# -- files that are rejected before a weight is read -----------------------------------------------------------------
 
 
 def refusal(folder: Path) -> str:
@@ -182,7 +182,7 @@ def rewritten(source: Path, target: Path, change: Any) -> Path:
     return target
 
 
-def test_all_that_is_missing_unexpected_or_misshapen_is_named_at_once(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_all_missing_unexpected_and_misshapen_tensors_are_listed(bases: dict[str, Path], tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3)
@@ -196,9 +196,7 @@ def test_all_that_is_missing_unexpected_or_misshapen_is_named_at_once(bases: dic
     assert "lm_head.weight is F8_E4M3" in message
 
 
-def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_no_surprise(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_stored_copy_of_a_tied_head_is_accepted(bases: dict[str, Path], tmp_path: Path) -> None:
     def add_head(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)  # as old converters left it
@@ -209,7 +207,7 @@ def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_no_surprise(
 
 
 @pytest.mark.parametrize("file_index", [0, -1])
-def test_a_truncated_file_is_found_by_its_length(bases: dict[str, Path], tmp_path: Path, file_index: int) -> None:
+def test_truncated_file_is_rejected(bases: dict[str, Path], tmp_path: Path, file_index: int) -> None:
     folder = tmp_path / "cut"
     folder.mkdir()
     for file in bases["bf16-files"].iterdir():
@@ -222,7 +220,7 @@ def test_a_truncated_file_is_found_by_its_length(bases: dict[str, Path], tmp_pat
     assert f"{victim.name} missing" in refusal(folder)
 
 
-def test_an_index_that_names_other_tensors_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_index_with_unknown_tensors_is_rejected(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "index"
     folder.mkdir()
     for file in bases["bf16-files"].iterdir():
@@ -237,13 +235,13 @@ def test_an_index_that_names_other_tensors_is_refused(bases: dict[str, Path], tm
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00[]"])
-def test_a_file_that_is_no_safetensors_is_refused(bases: dict[str, Path], tmp_path: Path, garbage: bytes) -> None:
+def test_file_that_is_not_safetensors_is_rejected(bases: dict[str, Path], tmp_path: Path, garbage: bytes) -> None:
     folder = rewritten(bases["fp32-tied"], tmp_path / "garbage", lambda tensors: None)
     (folder / "model.safetensors").write_bytes(garbage)
     assert "header is damaged" in refusal(folder)
 
 
-def test_a_shape_that_its_bytes_do_not_have_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_shape_that_does_not_match_its_bytes_is_rejected(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = rewritten(bases["fp32-tied"], tmp_path / "shape", lambda tensors: None)
     content = (folder / "model.safetensors").read_bytes()
     changed = content.replace(
@@ -259,7 +257,7 @@ def test_a_shape_that_its_bytes_do_not_have_is_refused(bases: dict[str, Path], t
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An S3 server of this test's own; yields what is asked of it, and the URI of its bucket."""
+    """An S3 server for this test; yields a client, and the URI of its bucket."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -287,7 +285,7 @@ def test_a_base_on_object_storage_is_read_by_ranges(bases: dict[str, Path], buck
     assert "nowhere" in refusal_of_uri(uri.format("nowhere"))
 
 
-def test_a_base_on_object_storage_is_fetched_for_whoever_needs_files(
+def test_base_on_object_storage_is_downloaded_if_files_are_needed(
     bases: dict[str, Path], bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Merging goes weight by weight: peft's own arithmetic, bounded memory, and nothing half-done at OUT."""
+"""Merging weight by weight: peft's arithmetic, bounded memory, and no incomplete folder."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def published(base: Path, tmp_path: Path) -> tuple[Registry, AdapterRecord]:
 
 
 @pytest.mark.parametrize("uri", [False, True], ids=["folder", "object storage"])
-def test_a_merged_model_is_what_peft_makes_of_the_whole_model(
+def test_merged_model_equals_peft_merge(
     base: Path, published: Any, tmp_path: Path, uri: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     registry, record = published
@@ -88,7 +88,7 @@ def test_a_merged_model_is_what_peft_makes_of_the_whole_model(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # weights are read where they are
 
 
-def test_a_large_model_goes_to_several_files(base: Path, published: Any, tmp_path: Path) -> None:
+def test_large_model_is_split_into_files(base: Path, published: Any, tmp_path: Path) -> None:
     registry, record = published
     limit = 20_000
     write_merged(WeightFiles(base), registry.folder(record), base, tmp_path / "out", max_file_bytes=limit)
@@ -106,9 +106,7 @@ def test_a_large_model_goes_to_several_files(base: Path, published: Any, tmp_pat
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_merged_into_a_folder_that_exists_or_into_another_base(
-    base: Path, published: Any, tmp_path: Path
-) -> None:
+def test_existing_folder_and_other_base_are_rejected(base: Path, published: Any, tmp_path: Path) -> None:
     registry, record = published
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="exists already"):
@@ -137,7 +135,7 @@ def with_a_nan(weights: dict[str, torch.Tensor]) -> None:
     ("damage", "message"),
     [(without_a_weight, "are not those that"), (of_more_layers, "are not those that"), (with_a_nan, "NaNs detected")],
 )
-def test_an_adapter_that_cannot_be_merged_leaves_nothing(base: Path, tmp_path: Path, damage: Any, message: str) -> None:
+def test_failed_merge_leaves_nothing(base: Path, tmp_path: Path, damage: Any, message: str) -> None:
     write_adapter(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / WEIGHTS)
     damage(weights)
@@ -149,7 +147,7 @@ def test_an_adapter_that_cannot_be_merged_leaves_nothing(base: Path, tmp_path: P
     assert not [file for file in tmp_path.iterdir() if "out" in file.name]
 
 
-def test_a_full_drive_leaves_nothing(published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_nothing(published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, record = published
     count, fsync = 0, os.fsync
 
@@ -166,7 +164,7 @@ def test_a_full_drive_leaves_nothing(published: Any, tmp_path: Path, monkeypatch
     assert not [file for file in tmp_path.iterdir() if "out" in file.name]
 
 
-def test_what_head_and_embedding_share_is_not_merged(tmp_path: Path) -> None:
+def test_adapter_on_a_tied_head_is_rejected(tmp_path: Path) -> None:
     write_base(tmp_path / "base")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     write_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
@@ -194,7 +192,7 @@ print(kib("VmHWM") - before)
 
 
 @pytest.mark.slow
-def test_merging_takes_the_memory_of_a_few_weights_not_of_the_model(tmp_path: Path) -> None:
+def test_merging_needs_memory_for_only_a_few_weights(tmp_path: Path) -> None:
     def write(name: str, num_layers: int) -> int:
         config = LlamaConfig(
             vocab_size=1024,

@@ -1,4 +1,4 @@
-"""A compiler that died leaves no lock behind; a living one is waited for."""
+"""Compiling operators: others wait for a living compiler, and a dead one leaves no lock."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ print(load(name="seven", sources=[sys.argv[1]], build_directory=sys.argv[2]).sev
 
 
 @pytest.mark.multiprocess
-def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_stale_lock_of_a_killed_compiler_does_not_block(tmp_path: Path) -> None:
     (tmp_path / "seven.cpp").write_text(EXTENSION)
     (tmp_path / "lock").touch()  # what torch's own lock is, after its process was killed
     command = [sys.executable, "-c", BUILD, str(tmp_path / "seven.cpp"), str(tmp_path)]
@@ -51,7 +51,7 @@ def wait(path: str, told: Connection) -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("is_killed", [False, True], ids=["released", "killed"])
-def test_one_builds_and_the_others_wait_until_it_is_done_or_dead(tmp_path: Path, is_killed: bool) -> None:
+def test_others_wait_until_the_builder_is_done_or_dead(tmp_path: Path, is_killed: bool) -> None:
     lock = tmp_path / "lock"
     spawn = multiprocessing.get_context("spawn")
     (holder, held), (waiter, waits) = spawn.Pipe(), spawn.Pipe()

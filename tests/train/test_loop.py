@@ -1,4 +1,4 @@
-"""What the training loop promises, with workers that only play back losses: no model, no engine."""
+"""The training loop, with fake workers that play back losses: no model, no engine."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ ROWS = [Row(np.arange(n, dtype=np.int32), np.ones(n, dtype=bool), np.array([n], 
 
 @dataclass
 class PlayedWorkers:
-    """One worker of `world_size`: plays back the losses per token that it is given, and notes what it is asked."""
+    """One worker of `world_size`: plays back given losses per token, and records the calls."""
 
     validation_losses: list[float] = field(default_factory=list)
     training_losses: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ class PlayedWorkers:
     validating: bool = False
     finished: int = 0
     bad_rows: tuple[int, ...] = ()
-    """Rows whose loss is never a number."""
+    """Rows whose loss is NaN."""
     norm: float = 0.5
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
@@ -177,7 +177,7 @@ def run(
 # -- validation and early stopping -----------------------------------------------------------------------------------
 
 
-def test_a_run_stops_after_patience_validations_without_improvement_and_knows_its_best_step() -> None:
+def test_early_stopping_ends_the_run_and_keeps_the_best_step() -> None:
     seen = run(a_plan(stopping={"patience": 2}), PlayedWorkers([3.0, 2.0, 2.5, 2.1, 1.0, 1.0]))
     assert seen.state.step == 4  # two validations after the best of step 2
     assert seen.state.stopped_early
@@ -185,13 +185,13 @@ def test_a_run_stops_after_patience_validations_without_improvement_and_knows_it
     assert [m.step for m in seen.metrics] == [1, 2, 3, 4]
 
 
-def test_an_improvement_starts_patience_anew() -> None:
+def test_an_improvement_resets_patience() -> None:
     seen = run(a_plan(stopping={"patience": 2}), PlayedWorkers([3.0, 3.5, 2.0, 2.5, 1.9, 2.5]))
     assert seen.state.step == 6
     assert not seen.state.stopped_early
 
 
-def test_a_fall_below_min_delta_is_a_stall_but_still_the_best_so_far() -> None:
+def test_improvement_below_min_delta_is_a_stall_but_the_best() -> None:
     losses = [3.0, 2.95, 2.9, 2.0, 1.0, 0.5]
     seen = run(a_plan(stopping={"patience": 2, "min_delta": 0.1}), PlayedWorkers(losses))
     assert seen.state.step == 3
@@ -200,7 +200,7 @@ def test_a_fall_below_min_delta_is_a_stall_but_still_the_best_so_far() -> None:
     assert seen.state.best_validation_loss == pytest.approx(2.9)
 
 
-def test_without_early_stopping_a_run_goes_on_while_validation_rises() -> None:
+def test_without_early_stopping_rising_validation_loss_ends_nothing() -> None:
     seen = run(a_plan(), PlayedWorkers([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
     assert seen.state.step == 6
     assert not seen.state.stopped_early
@@ -212,13 +212,13 @@ def test_on_best_is_called_at_improvements_only() -> None:
     assert seen.best == [(1, pytest.approx(3.0)), (3, pytest.approx(2.0)), (5, pytest.approx(1.0))]
 
 
-def test_validation_is_due_every_n_steps_and_at_the_last() -> None:
+def test_validation_runs_every_n_steps_and_at_the_last_step() -> None:
     seen = run(a_plan(max_steps=7, validate_every=3), PlayedWorkers([3.0, 2.0, 1.0]))
     validated = {m.step: m.validation_loss for m in seen.metrics if m.validation_loss is not None}
     assert validated == {3: pytest.approx(3.0), 6: pytest.approx(2.0), 7: pytest.approx(1.0)}
 
 
-def test_without_validation_data_nothing_is_validated_and_nothing_is_best() -> None:
+def test_without_validation_data_there_is_no_best_step() -> None:
     workers = PlayedWorkers()
     seen = run(a_plan(), workers, validation=False)
     assert "validate" not in workers.calls
@@ -230,12 +230,12 @@ def test_without_validation_data_nothing_is_validated_and_nothing_is_best() -> N
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(loss: float) -> None:
+def test_nonfinite_loss_ends_the_run_and_names_the_step(loss: float) -> None:
     with pytest.raises(TrainingError, match=rf"^step 3: the loss is {loss}.*train\.learning_rate"):
         run(a_plan(), PlayedWorkers([1.0] * 6, training_losses=[2.0, 2.0, loss]))
 
 
-def test_a_loss_that_is_not_finite_is_neither_logged_nor_kept_as_best() -> None:
+def test_nonfinite_loss_is_neither_logged_nor_kept_as_best() -> None:
     seen = TrainingState()
     with pytest.raises(TrainingError):
         run(a_plan(), PlayedWorkers([1.0] * 6, training_losses=[2.0, math.nan]), state=seen)
@@ -252,7 +252,7 @@ def bad_step(row: int) -> tuple[int, list[int]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_row_whose_loss_is_not_finite_is_named_with_worker_and_text(world_size: int) -> None:
+def test_error_names_the_nonfinite_row_its_worker_and_text(world_size: int) -> None:
     step, rows = bad_step(5)
     workers = PlayedWorkers(bad_rows=(5,), world_size=world_size)
     with pytest.raises(TrainingError) as error:
@@ -265,7 +265,7 @@ def test_the_row_whose_loss_is_not_finite_is_named_with_worker_and_text(world_si
     assert len(updates) == 2 * step - 1  # two micro-steps a step, and the one that would have changed the weights
 
 
-def test_when_every_row_is_bad_the_weights_are_and_no_row_is_to_be_removed() -> None:
+def test_if_every_row_is_nonfinite_none_is_to_be_removed() -> None:
     with pytest.raises(TrainingError, match=r"Lower train\.learning_rate\.$") as error:
         run(a_plan(), PlayedWorkers(bad_rows=tuple(range(len(ROWS)))), validation=False)
     for row in step_rows(0, 0, 4, len(ROWS)):
@@ -273,13 +273,13 @@ def test_when_every_row_is_bad_the_weights_are_and_no_row_is_to_be_removed() -> 
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_ends_the_run_and_names_all_rows_of_the_step(norm: float) -> None:
+def test_nonfinite_gradient_ends_the_run_and_names_the_rows(norm: float) -> None:
     rows = ", ".join(map(str, step_rows(0, 0, 4, len(ROWS))))
     with pytest.raises(TrainingError, match=rf"^step 1: the gradient norm is {norm}.* evaluated alone: {rows}\."):
         run(a_plan(), PlayedWorkers([1.0] * 6, norm=norm))
 
 
-def test_every_forward_pass_follows_a_sign_of_progress() -> None:
+def test_every_forward_pass_follows_a_progress_report() -> None:
     workers = PlayedWorkers([2.0] * 6)
     run(a_plan(), workers, on_progress=lambda doing, step: workers.calls.append(("progress", step)))
     for before, call in pairwise(workers.calls):
@@ -294,7 +294,7 @@ def test_hooks_are_called_in_order_best_then_step_then_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("checkpoint_every", [2, 5])
-def test_told_to_leave_it_finishes_the_step_checkpoints_and_returns(checkpoint_every: int) -> None:
+def test_leave_request_finishes_the_step_saves_and_returns(checkpoint_every: int) -> None:
     plan = a_plan(checkpoint_every=checkpoint_every)
     seen = run(plan, PlayedWorkers([3.0] * 6), validation=False, leave_after=3)
     regular = ["checkpoint 2"] if checkpoint_every == 2 else []
@@ -302,13 +302,13 @@ def test_told_to_leave_it_finishes_the_step_checkpoints_and_returns(checkpoint_e
     assert not is_complete(seen.state, plan)
 
 
-def test_told_to_leave_at_the_last_step_it_is_complete() -> None:
+def test_leave_request_at_the_last_step_completes_the_run() -> None:
     plan = a_plan(max_steps=3)
     seen = run(plan, PlayedWorkers([3.0] * 6), leave_after=2)
     assert seen.state.step == 3 and is_complete(seen.state, plan)
 
 
-def test_every_micro_batch_is_scaled_by_workers_over_global_loss_tokens_and_stepped() -> None:
+def test_micro_batches_are_scaled_by_world_size_over_loss_tokens() -> None:
     workers = PlayedWorkers(world_size=2)
     batches = Batches(ROWS, 0, 4, 1, 1, 2)  # the second of two workers: 2 micro-steps of one row
     plan = a_plan(max_steps=1, micro=1)
@@ -342,7 +342,7 @@ def test_each_step_reports_its_own_figures() -> None:
     assert seen.state.loss == pytest.approx(1.0)
 
 
-def test_a_state_that_was_reached_before_goes_on_from_there() -> None:
+def test_training_continues_from_a_given_state() -> None:
     state = TrainingState(step=3, best_step=2, best_validation_loss=1.5, stalled_validations=1)
     seen = run(a_plan(stopping={"patience": 2}), PlayedWorkers([1.6, 1.0, 1.0]), state=state)
     assert [m.step for m in seen.metrics] == [4]  # the stall before counts
@@ -354,7 +354,7 @@ def test_a_state_that_was_reached_before_goes_on_from_there() -> None:
 # -- prefetching -----------------------------------------------------------------------------------------------------
 
 
-def test_prefetched_steps_come_in_order_and_an_error_reaches_the_loop() -> None:
+def test_prefetched_steps_keep_order_and_pass_on_errors() -> None:
     made: list[int] = []
 
     def make(step: int) -> Any:

@@ -1,4 +1,4 @@
-"""Every way to train leaves weights in which stock software finds its loss: LoRA variants, offloading, no Ray."""
+"""Stock software reproduces the loss of every training method: LoRA variants, offloading, training without Ray."""
 
 import shutil
 import subprocess
@@ -96,18 +96,18 @@ def stock_base(base: Path) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("variant", [*VARIANTS, "dropout"])
-def test_stock_peft_finds_the_loss_of_the_run_in_every_variant(
+def test_stock_peft_reproduces_the_validation_loss_of_every_variant(
     base: Path, exports: Path, results: dict[str, Any], variant: str, stage: int
 ) -> None:
     name = f"{variant}-zero{stage}"
     before = stock_loss(stock_base(base))
     after = stock_loss(PeftModel.from_pretrained(stock_base(base), exports / name))
     assert after == pytest.approx(results[name]["validation_losses"][-1], abs=TOLERANCE)
-    assert before - after > 5 * TOLERANCE  # it learned, and a lost adapter would be noticed
+    assert before - after > 5 * TOLERANCE  # training had an effect: a lost adapter would be noticed
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_trains_alike_with_its_base_whole_and_partitioned(results: dict[str, Any], variant: str) -> None:
+def test_variants_train_the_same_under_zero2_and_zero3(results: dict[str, Any], variant: str) -> None:
     whole = results[f"{variant}-zero2"]
     partitioned = results[f"{variant}-zero3"]
     assert partitioned["losses"] == pytest.approx(whole["losses"], abs=TOLERANCE)
@@ -115,7 +115,7 @@ def test_a_variant_trains_alike_with_its_base_whole_and_partitioned(results: dic
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merging_weight_by_weight_is_what_peft_makes_of_the_whole_model(
+def test_merging_weight_by_weight_equals_peft_merging_the_model(
     base: Path, exports: Path, results: dict[str, Any], variant: str, tmp_path: Path
 ) -> None:
     adapter = exports / f"{variant}-zero3"
@@ -129,22 +129,20 @@ def test_merging_weight_by_weight_is_what_peft_makes_of_the_whole_model(
     assert sum(not torch.equal(found[name], before[name]) for name in found) == (4 if variant == "subset" else 14)
 
 
-def test_only_the_modules_named_are_adapted(results: dict[str, Any]) -> None:
+def test_only_target_modules_are_adapted(results: dict[str, Any]) -> None:
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in results["subset-zero2"]["trained"]}
     assert adapted == {"q_proj", "v_proj"}
 
 
-def test_each_variant_is_another_training(results: dict[str, Any]) -> None:
-    # Else a setting that never reaches peft would pass every other test here.
+def test_variants_train_differently(results: dict[str, Any]) -> None:
+    # Otherwise a setting that never reaches peft would pass all other tests here.
     curves = {tuple(results[f"{variant}-zero2"]["losses"]) for variant in (*VARIANTS, "dropout")}
     curves.add(tuple(results["lora-zero2"]["losses"]))
     assert len(curves) == len(VARIANTS) + 2
 
 
 @pytest.mark.parametrize("variant", ["pissa", "pissa-rslora", "olora"])
-def test_an_initialisation_out_of_the_base_starts_at_the_loss_of_the_base(
-    results: dict[str, Any], variant: str
-) -> None:
+def test_initialisation_from_the_base_starts_at_the_base_loss(results: dict[str, Any], variant: str) -> None:
     # W - B A + B A = W: the first step sees the base, whatever the rank.
     assert results[f"{variant}-zero2"]["losses"][0] == pytest.approx(results["lora-zero2"]["losses"][0], abs=TOLERANCE)
 
@@ -164,7 +162,7 @@ def test_dropout_is_on_in_training_and_off_in_validation(results: dict[str, Any]
 
 
 @pytest.mark.parametrize(("kind", "stage"), OFFLOADED)
-def test_offloading_to_the_cpu_changes_no_curve(results: dict[str, Any], kind: str, stage: int) -> None:
+def test_cpu_offload_changes_no_losses(results: dict[str, Any], kind: str, stage: int) -> None:
     expected = results[f"{kind}-zero{stage}"]
     found = results[f"{kind}-zero{stage}-offloaded"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
@@ -182,7 +180,7 @@ def test_an_offloaded_full_run_exports_the_weights_it_validated(
     assert found == pytest.approx(results[name]["validation_losses"][-1], abs=TOLERANCE)
 
 
-def test_offloading_to_nvme_changes_no_curve(tmp_path: Path) -> None:
+def test_nvme_offload_changes_no_losses(tmp_path: Path) -> None:
     needs(can_offload_to_nvme(), LIBAIO)
     # DeepSpeed leaves tensors of less than 1 MiB in memory; half of 768 x 1600 x 4 bytes is more.
     write_base(tmp_path / "base", hidden_size=768, intermediate_size=1600)
@@ -251,7 +249,7 @@ def test_torchrun_and_one_process_train_a_prepared_run_without_ray(
     assert curves[0] == pytest.approx(curves[1], abs=TOLERANCE)
 
 
-def test_a_full_run_is_published_without_a_second_copy_and_only_once(world: Path) -> None:
+def test_full_run_is_published_once_and_without_a_copy(world: Path) -> None:
     run = prepared_run(world, "full", 2, **{"method": "{type: full}", "parallel.zero_stage": "3"})
     work(run)
     record = publish(run)
@@ -284,11 +282,11 @@ def test_tensorboard_shows_the_metrics_of_the_run(world: Path, by_torchrun: RunF
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def test_tensorboard_is_not_written_unasked(world: Path, by_one_process: RunFolder) -> None:
+def test_tensorboard_is_off_by_default(world: Path, by_one_process: RunFolder) -> None:
     assert not (world / "storage" / by_one_process.path / "tensorboard").exists()
 
 
-def test_a_failure_of_a_worker_is_one_message_without_ray(world: Path) -> None:
+def test_worker_failure_is_one_message_without_ray(world: Path) -> None:
     run = prepared_run(world, "no-data", 1)
     shutil.rmtree(world / "storage/datasets" / run.plan().dataset.digest)
     command = [sys.executable, "-m", "ft_service.train.worker", run.storage.root, run.run_id]

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite never reaches the weights, and the run says which rows it came from."""
+"""A loss or gradient that is not finite never changes the weights, and the error names the rows it came from."""
 
 import json
 import math
@@ -23,7 +23,7 @@ METHODS = {"full": {"type": "full"}, "lora": {"type": "lora", "lora_rank": 4}}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_gradient_that_is_not_finite_changes_no_bit(world_size: int, tmp_path: Path) -> None:
+def test_nonfinite_gradient_changes_no_weight(world_size: int, tmp_path: Path) -> None:
     write_base(tmp_path / "base")
     cases = {
         f"{method}-zero{stage}-{precision}-{poison}": {
@@ -44,7 +44,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit(world_size: int, tmp_path:
         assert found["moved_when_healthy"] and not found["moved_when_poisoned"], (name, found)
 
 
-def test_a_run_with_a_bad_row_ends_with_step_row_worker_and_text(tmp_path: Path) -> None:
+def test_error_of_a_run_names_step_row_worker_and_text(tmp_path: Path) -> None:
     write_world(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     records[17]["instruction"] += " @@"  # a token that no other record has
@@ -72,7 +72,7 @@ def test_a_run_with_a_bad_row_ends_with_step_row_worker_and_text(tmp_path: Path)
 
 
 def make_infinite(base: Path, token: int) -> None:
-    """Let the base's embedding of `token` make the hidden states that it touches, and no others, not finite."""
+    """Set the base's embedding of `token` to NaN, so that only rows with that token have a loss that is not finite."""
     file = base / "model.safetensors"
     weights = load_file(file)
     embedding = weights["model.embed_tokens.weight"]

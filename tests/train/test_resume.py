@@ -1,4 +1,4 @@
-"""A run that is killed goes on from its last sound checkpoint, and ends as if nothing had happened."""
+"""A killed run resumes from its last intact checkpoint, and ends as if it had not been killed."""
 
 import json
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def undisturbed(world: Path) -> Callable[[str, int, int], RunFolder]:
 @pytest.mark.parametrize(
     ("method", "workers", "stage"), [("lora", 2, 2), ("qlora", 2, 3), ("full", 2, 3), ("full", 1, 1), ("lora", 1, 0)]
 )
-def test_on_the_same_workers_not_a_bit_differs(
+def test_resuming_on_the_same_workers_is_equal_bit_for_bit(
     world: Path, undisturbed: Callable[[str, int, int], RunFolder], method: str, workers: int, stage: int
 ) -> None:
     run = prepared(world, f"killed-{method}-{workers}-{stage}", method, workers, stage)
@@ -102,7 +102,7 @@ def test_on_the_same_workers_not_a_bit_differs(
         ("qlora", (2, 3), (1, 1)),
     ],
 )
-def test_on_other_workers_the_curve_is_the_same(
+def test_resuming_on_other_workers_gives_the_same_losses(
     world: Path,
     undisturbed: Callable[[str, int, int], RunFolder],
     method: str,
@@ -120,7 +120,7 @@ def test_on_other_workers_the_curve_is_the_same(
     assert [m.loss for m in curve(run)] == pytest.approx([m.loss for m in curve(whole)], abs=1e-3)
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(world: Path) -> None:
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(world: Path) -> None:
     run = prepared(world, "damaged", "lora", 2, 2)
     kill_when(run, has_checkpoints(run, 2))
     older, newest = Checkpoints(run).entries()[-2:]
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(world: Path) -
     assert len(curve(run)) == STEPS
 
 
-def test_when_no_checkpoint_is_sound_nothing_is_trained_over_it(world: Path) -> None:
+def test_run_fails_if_all_checkpoints_are_damaged(world: Path) -> None:
     run = prepared(world, "ruined", "lora", 2, 2)
     kill_when(run, has_checkpoints(run, 2))
     for manifest in Path(run.storage.root, run.path, "checkpoints").glob("*/manifest.json"):
@@ -145,7 +145,7 @@ def test_when_no_checkpoint_is_sound_nothing_is_trained_over_it(world: Path) -> 
     assert workers.returncode != 0 and "checkpoints are damaged" in printed
 
 
-def test_checkpoints_of_another_course_are_refused(world: Path) -> None:
+def test_checkpoints_of_another_training_are_rejected(world: Path) -> None:
     run = prepared(world, "other", "lora", 2, 2)
     kill_when(run, has_checkpoints(run, 1))
     run = prepared(world, "other", "lora", 2, 2, **{"train.seed": 5})
@@ -154,7 +154,7 @@ def test_checkpoints_of_another_course_are_refused(world: Path) -> None:
     assert workers.returncode != 0 and "Use another --run-id" in printed
 
 
-def test_a_checkpoint_holds_what_is_trained_and_old_ones_go(
+def test_checkpoint_has_only_trained_weights_and_old_ones_are_deleted(
     world: Path, undisturbed: Callable[[str, int, int], RunFolder]
 ) -> None:
     run = undisturbed("lora", 2, 2)

@@ -1,4 +1,4 @@
-"""The training is right: against plain PyTorch, against transformers' Trainer, and against itself on every layout."""
+"""Training is correct: compared with plain PyTorch, with transformers' Trainer, and across all layouts."""
 
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ def two_workers(base: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_nodes(base: Path) -> dict[str, Any]:
-    """Four workers, two and two of which share a copy of the weights (ZeRO++ hpZ)."""
+    """Four workers on two nodes; each node shares a copy of the weights (ZeRO++ hpZ)."""
     cases = {name: {"method": method, "stage": 3, "micro": 1} for name, method in (("full", FULL), ("lora", LORA))}
     cases["qlora-bf16"] = {"method": QLORA, "stage": 3, "micro": 1, "precision": "bf16"}
     cases["lora-checkpointing"] = cases["lora"] | {"checkpointing": True}
@@ -82,9 +82,7 @@ def test_every_layout_trains_the_same_full_weights(one_worker: dict[str, Any], t
                 assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-2), name
 
 
-def test_a_copy_of_the_weights_on_each_node_changes_no_curve(
-    one_worker: dict[str, Any], two_nodes: dict[str, Any]
-) -> None:
+def test_hpz_changes_no_losses(one_worker: dict[str, Any], two_nodes: dict[str, Any]) -> None:
     assert_same_curve(two_nodes["full"], one_worker["full-zero0"])
     assert_same_curve(two_nodes["lora"], one_worker["lora-zero0"])
     assert_same_curve(two_nodes["lora-checkpointing"], one_worker["lora-zero0"])
@@ -148,7 +146,7 @@ def plain_pytorch_losses(base: Path, learning_rates: list[float]) -> tuple[list[
         return losses, float(loss_of(list(range(len(docs)))))
 
 
-def test_losses_are_those_of_a_plain_pytorch_loop(base: Path, one_worker: dict[str, Any]) -> None:
+def test_losses_match_a_plain_pytorch_loop(base: Path, one_worker: dict[str, Any]) -> None:
     # Warm-up over ceil(0.3 x 6) = 2 steps, then a cosine over the other 4, of a peak of 1e-2.
     cosine = [0.5e-2 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     rates = [0.5e-2, 1e-2, *cosine]
@@ -159,7 +157,7 @@ def test_losses_are_those_of_a_plain_pytorch_loop(base: Path, one_worker: dict[s
     assert found["validation_losses"][-1] == pytest.approx(validation_loss, abs=TOLERANCE)
 
 
-def test_losses_are_those_of_transformers_trainer_on_a_fixed_batch(base: Path, tmp_path: Path) -> None:
+def test_losses_match_transformers_trainer_on_a_fixed_batch(base: Path, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     rows = fixed_rows()
@@ -197,7 +195,7 @@ def test_losses_are_those_of_transformers_trainer_on_a_fixed_batch(base: Path, t
 # -- what is trained, and what is not --------------------------------------------------------------------------------
 
 
-def test_an_adapter_gathered_under_any_stage_is_whole_and_has_moved(two_workers: dict[str, Any]) -> None:
+def test_gathered_adapter_is_whole_and_trained_under_any_stage(two_workers: dict[str, Any]) -> None:
     for stage in (0, 1, 2, 3):
         found = two_workers[f"lora-zero{stage}"]
         # 2 layers x 7 linear layers x (A, B)

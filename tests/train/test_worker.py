@@ -1,4 +1,4 @@
-"""What a worker leaves on storage is of its own attempt."""
+"""The weights that a worker keeps on storage."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class Alone:
 
 
 class Writes:
-    """Stands for a model whose weights are a text."""
+    """A fake model whose weights are a text."""
 
     is_adapter = True
 
@@ -44,7 +44,7 @@ def test_a_second_attempt_never_publishes_the_weights_of_the_first(tmp_path: Pat
     assert keep(run, "second", 3) == "second"
 
 
-def test_weights_stay_while_a_checkpoint_refers_to_them(tmp_path: Path) -> None:
+def test_weights_are_kept_while_a_checkpoint_refers_to_them(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "bot-1")
     weights = WeightsOnStorage(run, Writes("text"), Alone())  # type: ignore[arg-type]
     for step in (3, 6, 9):
@@ -55,7 +55,7 @@ def test_weights_stay_while_a_checkpoint_refers_to_them(tmp_path: Path) -> None:
     assert run.storage.folders("runs/bot-1/weights") == ["step-9"]
 
 
-def test_a_resumed_run_keeps_the_best_weights_of_before(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_best_weights(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), "bot-1")
     keep(run, "first", 3)
     resumed = WeightsOnStorage(run, Writes("second"), Alone(), path="weights/step-3")  # type: ignore[arg-type]

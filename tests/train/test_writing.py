@@ -1,4 +1,4 @@
-"""A whole model is written by all workers at once, none of which ever holds it; or it is not there."""
+"""All workers write a full model in parallel. None of them ever holds it, and an incomplete folder never counts."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def shape_of_405b() -> dict[str, TensorFormat]:
 
 
 @pytest.mark.parametrize("num_owners", [1, 8, 16, 64])
-def test_405b_is_dealt_out_evenly_and_every_tensor_once(num_owners: int) -> None:
+def test_405b_is_distributed_evenly_and_every_tensor_once(num_owners: int) -> None:
     tensors = shape_of_405b()
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert total == 2 * 405_853_388_800  # its number of parameters
@@ -71,7 +71,7 @@ def test_an_owner_without_a_tensor_writes_no_file() -> None:
     ]
 
 
-def test_a_tensor_larger_than_a_file_should_be_has_one_of_its_own() -> None:
+def test_oversized_tensor_gets_a_file_of_its_own() -> None:
     tensors = {name: TensorFormat("F32", (size,)) for name, size in zip("abc", (1, 100, 1), strict=True)}
     assert [list(file.tensors) for file in lay_out(tensors, max_file_bytes=40)] == [["a"], ["b"], ["c"]]
 
@@ -106,7 +106,7 @@ def test_stock_safetensors_reads_what_was_written(tmp_path: Path) -> None:
 
 
 class FullDrive:
-    """Storage on which there is room for `room` bytes more."""
+    """Storage with free space for `room` bytes."""
 
     def __init__(self, folder: Path, room: int) -> None:
         self._storage, self._room = Storage(str(folder)), room
@@ -129,7 +129,7 @@ class FullDrive:
 
 
 @pytest.mark.parametrize("room", [0, 10, 400, 470])
-def test_a_full_drive_is_told_and_leaves_no_file_that_is_cut_off(tmp_path: Path, room: int) -> None:
+def test_full_disk_raises_and_leaves_no_truncated_file(tmp_path: Path, room: int) -> None:
     files = lay_out(FORMATS, max_file_bytes=30)
     with (
         pytest.raises(StorageError, match="No space left"),
@@ -143,7 +143,7 @@ def test_a_full_drive_is_told_and_leaves_no_file_that_is_cut_off(tmp_path: Path,
         load_file(tmp_path / name)
 
 
-def test_a_writer_that_is_interrupted_leaves_no_file_that_is_cut_off(tmp_path: Path) -> None:
+def test_interrupted_writer_leaves_no_truncated_file(tmp_path: Path) -> None:
     files = lay_out(FORMATS)
     with pytest.raises(KeyboardInterrupt), WeightWriter(files, Storage(str(tmp_path)).writing) as writer:
         writer.write("matrix", TENSORS["matrix"])
@@ -151,7 +151,7 @@ def test_a_writer_that_is_interrupted_leaves_no_file_that_is_cut_off(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_never_came_are_noticed(tmp_path: Path) -> None:
+def test_missing_tensors_are_noticed(tmp_path: Path) -> None:
     with (
         pytest.raises(AssertionError, match="3 tensors were not written"),
         WeightWriter(lay_out(FORMATS), Storage(str(tmp_path)).writing) as writer,
@@ -181,7 +181,7 @@ CASES = [(world_size, name) for world_size, cases in WORLDS.items() for name in 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], tuple[Path, dict[str, Any]]]:
-    """For each case: the folder that was written, and what each worker says of it."""
+    """Case -> the written folder, and the measurements of each worker."""
     place = tmp_path_factory.mktemp("bases")
     write_base(place / "tied")
     write_base(place / "untied", tied=False)
@@ -203,7 +203,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], t
 
 @multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_stock_transformers_loads_bit_for_bit_what_one_worker_would_have_gathered(written: Any, case: Any) -> None:
+def test_stock_transformers_loads_exactly_the_gathered_weights(written: Any, case: Any) -> None:
     folder, _ = written[case]
     gathered = load_file(f"{folder}.gathered.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -215,7 +215,7 @@ def test_stock_transformers_loads_bit_for_bit_what_one_worker_would_have_gathere
 
 @multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_the_folder_is_a_whole_checkpoint_with_a_file_of_each_worker(written: Any, case: Any) -> None:
+def test_folder_is_complete_with_one_file_per_worker(written: Any, case: Any) -> None:
     folder, workers = written[case]
     checkpoint = WeightFiles(folder)
     checkpoint.check()
@@ -228,7 +228,7 @@ def test_the_folder_is_a_whole_checkpoint_with_a_file_of_each_worker(written: An
 
 @multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_the_digests_are_those_of_the_files(written: Any, case: Any) -> None:
+def test_digests_match_the_files(written: Any, case: Any) -> None:
     folder, _ = written[case]
     digests = json.loads((folder / DIGESTS_FILE).read_text())
     files = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != DIGESTS_FILE}
@@ -237,7 +237,7 @@ def test_the_digests_are_those_of_the_files(written: Any, case: Any) -> None:
 
 @multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_each_worker_writes_its_weights_and_what_says_that_all_is_there_comes_last(written: Any, case: Any) -> None:
+def test_each_worker_writes_its_file_and_config_comes_last(written: Any, case: Any) -> None:
     _, (first, *others) = written[case]
     names = [f"model-{rank + 1:05}-of-{case[0]:05}.safetensors" for rank in range(case[0])]
     assert [worker["written"] for worker in others] == [[name] for name in names[1:]]
@@ -247,7 +247,7 @@ def test_each_worker_writes_its_weights_and_what_says_that_all_is_there_comes_la
 
 @multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_no_worker_makes_room_for_a_tensor_that_it_does_not_own(written: Any, case: Any) -> None:
+def test_no_worker_allocates_a_tensor_it_does_not_own(written: Any, case: Any) -> None:
     _, workers = written[case]
     for worker in workers:
         padding = 4 * case[0]
@@ -260,7 +260,7 @@ def test_no_worker_makes_room_for_a_tensor_that_it_does_not_own(written: Any, ca
 
 
 @multiprocess
-def test_weights_that_rest_on_nvme_are_written_too(tmp_path: Path) -> None:
+def test_weights_on_nvme_are_written(tmp_path: Path) -> None:
     needs(can_offload_to_nvme(), LIBAIO)
     # DeepSpeed leaves tensors of less than 1 MiB in memory; half of 768 x 1600 x 4 bytes is more.
     write_base(tmp_path / "base", hidden_size=768, intermediate_size=1600)
@@ -276,7 +276,7 @@ def test_weights_that_rest_on_nvme_are_written_too(tmp_path: Path) -> None:
 
 @multiprocess
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_worker_that_cannot_write_leaves_nothing_that_counts_as_whole(tmp_path: Path, stage: int) -> None:
+def test_failed_worker_leaves_no_complete_folder(tmp_path: Path, stage: int) -> None:
     write_base(tmp_path / "base")
     case = {"base": str(tmp_path / "base"), "method": FULL, "stage": stage, "micro": 2, "train": {"max_steps": 1}}
     case |= {"out": str(tmp_path / "out"), "full_on": 1}

@@ -32,7 +32,7 @@ DOCUMENTS_PER_ROW = 2
 
 
 class TrulyPartitioned(Parallel):
-    """ZeRO-3 that lets go of every weight after each use, as of weights that are large.
+    """ZeRO-3 that releases every weight after each use, as it does with large weights.
 
     DeepSpeed keeps those of fewer than 100,000 elements gathered for good, and others when they are used again soon.
     """
@@ -220,7 +220,7 @@ def stock_4bit(folder: Path, dtype: torch.dtype, device: torch.device | None = N
 
 
 def frozen_facts(base: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Of each 4-bit weight: its bytes here and in all, and whether this worker's share is what bitsandbytes makes."""
+    """For each 4-bit weight: its bytes on this rank and in total, and whether its share equals bitsandbytes' own."""
 
     def packed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().contiguous().view(torch.uint8).flatten()

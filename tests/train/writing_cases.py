@@ -23,7 +23,7 @@ from tests.train.training_cases import TrulyPartitioned, packed_rows, plan_of
 
 
 class Allocations(TorchDispatchMode):
-    """The size of each tensor that comes into being inside, views left out."""
+    """Inside, records the size of each new tensor, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Allocations(TorchDispatchMode):
 
 
 class Watched(Storage):
-    """A storage that notes what is written, and may be full once this worker begins its file of weights."""
+    """A storage that records what is written; with `is_full`, this worker's weight file runs out of space."""
 
     def __init__(self, root: str, is_full: bool) -> None:
         super().__init__(root)

@@ -1,4 +1,4 @@
-"""The loss and what feeds it: chunks against stock cross entropy, packed against separate documents, batches, rates."""
+"""Loss, packed attention, batches and learning rate, each compared with a stock implementation or with arithmetic."""
 
 import math
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def stock(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 # bf16 keeps 8 bits: gradients of size about 3, rounded a few times, agree to a few 2^-8.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
-def test_loss_and_both_gradients_are_those_of_stock_cross_entropy(
+def test_loss_and_gradients_match_stock_cross_entropy(
     chunk_rows: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunks_of(chunk_rows, V, monkeypatch)
@@ -87,7 +87,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
 
-def test_nothing_to_predict_is_a_loss_of_zero_with_gradients_of_zero() -> None:
+def test_without_targets_loss_and_gradients_are_zero() -> None:
     hidden, weight, targets = tensors()
     loss = chunked_cross_entropy(hidden[:0], weight, targets[:0])
     loss.backward()
@@ -97,7 +97,7 @@ def test_nothing_to_predict_is_a_loss_of_zero_with_gradients_of_zero() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation inside gives."""
+    """Inside, records the size of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def random_rows() -> list[Row]:
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_packed_documents_give_the_logits_of_separate_ones(num_kv_heads: int) -> None:
+def test_packed_documents_have_the_logits_of_separate_ones(num_kv_heads: int) -> None:
     batch = collate(random_rows())
     found = packed_logits(a_llama(num_kv_heads, PACKED_ATTENTION), batch)
     stock_model = a_llama(num_kv_heads, "sdpa")
@@ -178,7 +178,7 @@ def test_packed_documents_give_the_logits_of_separate_ones(num_kv_heads: int) ->
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_document_sees_another() -> None:
+def test_documents_do_not_attend_to_each_other() -> None:
     model, (row, *_) = a_llama(2, PACKED_ATTENTION), random_rows()
     before = packed_logits(model, collate([row]))
     changed = Row(
@@ -190,7 +190,7 @@ def test_no_document_sees_another() -> None:
     assert same.tolist() == [True, True, False, False, False] + [True] * 10
 
 
-def test_the_loss_of_packed_rows_is_the_sum_of_stock_losses_of_their_documents() -> None:
+def test_packed_loss_is_the_sum_of_stock_losses_per_document() -> None:
     rows = random_rows()
     model = a_llama(2, PACKED_ATTENTION)
     found = LossModel(model, model)(collate(rows))
@@ -208,7 +208,7 @@ def test_the_loss_of_packed_rows_is_the_sum_of_stock_losses_of_their_documents()
 # -- micro-batches ---------------------------------------------------------------------------------------------------
 
 
-def test_positions_restart_with_every_document() -> None:
+def test_positions_restart_in_every_document() -> None:
     batch = collate([a_row(3, 2), a_row(4)])
     assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
     assert batch.document_lengths == [3, 2, 4]
@@ -238,7 +238,7 @@ def test_a_row_without_loss_tokens_has_no_targets() -> None:
 
 
 def rows_in_table(count: int) -> list[Row]:
-    """Rows of 2 or 3 tokens, told apart by their first id."""
+    """Rows of 2 or 3 tokens; the first id identifies a row."""
     return [a_row(2 + number % 2, first_id=number * 10) for number in range(count)]
 
 
@@ -256,7 +256,7 @@ sizes = st.integers(1, 4)
 
 @given(world_size=sizes, micro=sizes, accumulation=sizes, step=st.integers(0, 20), count=st.integers(1, 30))
 @settings(max_examples=60, deadline=None)
-def test_workers_and_micro_steps_share_out_exactly_the_rows_of_a_step(
+def test_workers_and_micro_steps_cover_a_step_exactly_once(
     world_size: int, micro: int, accumulation: int, step: int, count: int
 ) -> None:
     rows = rows_in_table(count)
@@ -278,7 +278,7 @@ def assert_counts(shares: list[Step], rows: list[Row]) -> None:
 
 @given(world_size=sizes, micro=sizes, count=st.integers(1, 30))
 @settings(max_examples=60, deadline=None)
-def test_validation_covers_every_row_once_on_any_number_of_workers(world_size: int, micro: int, count: int) -> None:
+def test_validation_covers_every_row_once_for_any_world_size(world_size: int, micro: int, count: int) -> None:
     rows = rows_in_table(count)
     steps = list(zip(*(worker.in_order() for worker in all_workers(rows, world_size, micro)), strict=True))
     seen: list[int] = []
@@ -301,27 +301,27 @@ def rates(schedule: Any, num_steps: int = 10, warmup: int = 2, min_ratio: float 
     ]
 
 
-def test_warm_up_rises_linearly_and_its_last_step_is_at_the_peak() -> None:
+def test_warmup_rises_linearly_to_the_peak() -> None:
     for schedule in ("cosine", "linear", "constant"):
         assert rates(schedule, warmup=4)[:5] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2])
 
 
-def test_linear_falls_by_equal_amounts() -> None:
+def test_linear_schedule_falls_by_equal_amounts() -> None:
     assert rates("linear")[2:] == pytest.approx([1e-2 * (8 - k) / 8 for k in range(8)])
 
 
-def test_cosine_is_that_of_sgdr() -> None:
+def test_cosine_schedule_matches_sgdr() -> None:
     expected = [0.5e-2 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
     assert rates("cosine")[2:] == pytest.approx(expected)
     assert rates("cosine")[6] == pytest.approx(0.5e-2)  # half the peak, half the way
 
 
-def test_constant_stays_at_the_peak() -> None:
+def test_constant_schedule_stays_at_the_peak() -> None:
     assert rates("constant")[2:] == [1e-2] * 8
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_floor_is_where_the_schedule_ends(schedule: Any) -> None:
+def test_schedules_end_at_the_minimum_ratio(schedule: Any) -> None:
     def at(step: int) -> float:
         return learning_rate(step, peak=1e-2, num_steps=10, warmup_steps=0, schedule=schedule, min_ratio=0.1)
 
@@ -330,5 +330,5 @@ def test_a_floor_is_where_the_schedule_ends(schedule: Any) -> None:
     assert at(10) == at(11) == pytest.approx(1e-3)
 
 
-def test_a_run_that_only_warms_up_needs_no_schedule() -> None:
+def test_a_run_can_consist_of_warmup_only() -> None:
     assert rates("cosine", num_steps=3, warmup=3) == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
