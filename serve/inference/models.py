@@ -10,7 +10,7 @@ from serve.inference.wire import ModelEntry
 
 DIGEST_HEADER = "x-adapter-digest"
 BASE_HEADER = "x-base-fingerprint"
-_SHORT = 8
+_SHORT_DIGEST = 8
 _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 
 
@@ -25,8 +25,8 @@ class ServedModel:
 
     @property
     def system_fingerprint(self) -> str:
-        adapter = self.adapter.digest[:_SHORT] if self.adapter else "none"
-        return f"base:{self.base.fingerprint[:_SHORT]}-adapter:{adapter}"
+        adapter = self.adapter.digest[:_SHORT_DIGEST] if self.adapter else "none"
+        return f"base:{self.base.fingerprint[:_SHORT_DIGEST]}-adapter:{adapter}"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -74,8 +74,8 @@ class ServedModels:
             uri = self.registry.storage.uri(f"models/{record.id}")
             raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
         if not self._fits(record):
-            needed = record.base.fingerprint[:_SHORT]
-            served = self._base.base.fingerprint[:_SHORT]
+            needed = record.base.fingerprint[:_SHORT_DIGEST]
+            served = self._base.base.fingerprint[:_SHORT_DIGEST]
             raise _not_found(
                 f"The adapter {model_id!r} needs the base {record.base.id} ({needed}), and this server runs "
                 f"{self._base.id} ({served}). Use a server of that base."

@@ -2,10 +2,7 @@
 
 import io
 
-import pytest
-
 from ft_service.runs.progress import ProgressLine, format_progress
-from ft_service.text import format_count, format_duration
 from tests.runs.run_cases import Clock, step_metrics
 
 
@@ -19,19 +16,6 @@ def test_progress_leaves_out_unknown_values() -> None:
     line = format_progress(step_metrics(1), 10, validation_loss=None, seconds_left=None)
     assert "val" not in line
     assert "eta" not in line
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (45, "45s"), (59.6, "1m00s"), (723, "12m03s"), (3 * 3600 + 7 * 60 + 59, "3h07m"), (187_200, "2d04h")],
-)
-def test_durations_show_their_two_largest_units(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(980, "980"), (41_200, "41.2k"), (3_120_000, "3.1M"), (1.3e9, "1.3G")])
-def test_counts_are_short(value: float, text: str) -> None:
-    assert format_count(value) == text
 
 
 def shown_steps(stream: io.StringIO) -> list[int]:
