@@ -96,7 +96,7 @@ def test_missing_data_is_an_error_with_a_fix(spec: Path) -> None:
     done = ft(spec, "data.train.0.path=absent.jsonl")
     assert done.returncode == 1
     message = " ".join(done.stderr.split())
-    assert "absent.jsonl: no such file." in message and "the path in data" in message
+    assert "absent.jsonl: no such file. Fix the path" in message
 
 
 def test_the_table_covers_every_method_and_number_of_gpus() -> None:
