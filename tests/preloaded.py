@@ -9,11 +9,14 @@ import importlib
 import tqdm
 from deepspeed.accelerator import get_accelerator
 
-from ft_service.train.parallel import prepare_process
+from ft_service.train.parallel import import_deepspeed, prepare_process
 
 prepare_process(use_gpu=False)
+import_deepspeed(use_gpu=False)
 for _module in (
+    "ft_service.train.parallel_placement",
     "ft_service.train.worker",
+    "peft.tuners.lora.bnb",
     "tests.model.loading_cases",
     "tests.plan.memory_cases",
     "tests.train.nonfinite_cases",

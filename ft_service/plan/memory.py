@@ -10,8 +10,9 @@ arXiv:2305.14314) for NF4 with double quantisation; the source code of these pac
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal
 
@@ -104,10 +105,10 @@ class MemoryEstimate:
 
 def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     """Peak memory during a training step, of the worker that uses most."""
-    parameters = list(_parameters(shape, layout))
+    parameters = _parameters(shape, layout)
     trained = [parameter for parameter in parameters if parameter.trained]
     groups = _optimizer_groups(trained)
-    targets = _target_names(shape, layout)
+    targets = _target_names(shape, layout.target_modules)
     loss = loss_bytes(shape, tokens=layout.tokens, element_bytes=layout.element_bytes, full=layout.method == "full")
     activations = activation_bytes(
         shape,
@@ -158,7 +159,7 @@ class _Parameter:
     trained: bool
     four_bit: bool = False
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -167,18 +168,27 @@ class _Parameter:
         return self.numel // (2 * element_bytes) if self.four_bit else self.numel
 
 
-def _parameters(shape: ModelShape, layout: Layout) -> Iterator[_Parameter]:
+def _parameters(shape: ModelShape, layout: Layout) -> Sequence[_Parameter]:
     """Base and adapters, in the order of `named_parameters` of the training model."""
-    full = layout.method == "full"
+    return _parameters_of_method(shape, layout.method, layout.lora_rank, layout.target_modules, layout.use_dora)
+
+
+@lru_cache(maxsize=64)  # a search compares many layouts of the same model and method
+def _parameters_of_method(
+    shape: ModelShape, method: Method, lora_rank: int, targets: str | tuple[str, ...], use_dora: bool
+) -> Sequence[_Parameter]:
+    full = method == "full"
+    parameters: list[_Parameter] = []
     for name, size in shape.parameter_shapes():
         linear = name.endswith("_proj.weight")
-        yield _Parameter(size, trained=full, four_bit=linear and layout.method == "qlora")
-        if linear and not full and _is_target(name.removesuffix(".weight"), layout.target_modules):
+        parameters.append(_Parameter(size, trained=full, four_bit=linear and method == "qlora"))
+        if linear and not full and _is_target(name.removesuffix(".weight"), targets):
             rows, columns = size
-            yield _Parameter((layout.lora_rank, columns), trained=True)
-            yield _Parameter((rows, layout.lora_rank), trained=True)
-            if layout.use_dora:
-                yield _Parameter((rows,), trained=True)
+            parameters.append(_Parameter((lora_rank, columns), trained=True))
+            parameters.append(_Parameter((rows, lora_rank), trained=True))
+            if use_dora:
+                parameters.append(_Parameter((rows,), trained=True))
+    return tuple(parameters)
 
 
 def _is_target(module: str, targets: str | tuple[str, ...]) -> bool:
@@ -188,10 +198,11 @@ def _is_target(module: str, targets: str | tuple[str, ...]) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _target_names(shape: ModelShape, layout: Layout) -> set[str]:
+@lru_cache(maxsize=64)
+def _target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset[str]:
     """The linear layers that are adapted in any decoder layer, such as q_proj."""
     modules = (name.removesuffix(".weight") for name, _ in shape.parameter_shapes() if name.endswith("_proj.weight"))
-    return {module.rpartition(".")[2] for module in modules if _is_target(module, layout.target_modules)}
+    return frozenset(module.rpartition(".")[2] for module in modules if _is_target(module, targets))
 
 
 def _optimizer_groups(trained: list[_Parameter]) -> list[list[_Parameter]]:
@@ -218,7 +229,7 @@ def _flat_sharded_numel(groups: list[list[_Parameter]], workers: int) -> int:
 # -- persistent memory -----------------------------------------------------------------------------------------------
 
 
-def _weights(parameters: list[_Parameter], groups: list[list[_Parameter]], layout: Layout) -> int:
+def _weights(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], layout: Layout) -> int:
     element = layout.element_bytes
     workers = layout.num_workers
     sizes = [parameter.stored_numel(element) for parameter in parameters]
@@ -299,7 +310,7 @@ def _optimizer(groups: list[list[_Parameter]], layout: Layout) -> int:
 # -- temporary memory ------------------------------------------------------------------------------------------------
 
 
-def _gather_buffers(parameters: list[_Parameter], layout: Layout) -> int:
+def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:
     """The gradient bucket and, under ZeRO-3, the weights that are gathered at the same time.
 
     ZeRO-1 in bf16 reduces in place. ZeRO-3 keeps up to `_MAX_LIVE_ELEMENTS` gathered for reuse, prefetches up to
@@ -340,7 +351,7 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
 
 
 def _move_to_host(
-    gpu: dict[str, int], parameters: list[_Parameter], groups: list[list[_Parameter]], layout: Layout
+    gpu: dict[str, int], parameters: Sequence[_Parameter], groups: list[list[_Parameter]], layout: Layout
 ) -> dict[str, int]:
     """Bytes per node that DeepSpeed keeps in pinned host memory instead; removes them from `gpu`.
 

@@ -77,12 +77,11 @@ def test_shares_equal_transformers_weights_bit_for_bit(loaded: tuple[int, dict[s
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("loaded", [2], indirect=True)
 def test_large_partitions_are_on_the_configured_drive(
     loaded: tuple[int, dict[str, Any]], bases: dict[str, Path]
 ) -> None:
     world_size, results = loaded
-    if world_size != 2:
-        pytest.skip("two processes alone try it")
     needs(can_offload_to_nvme(), LIBAIO)
     tensors = WeightFiles(bases["large"]).tensors.values()
     large = [tensor for tensor in tensors if tensor.numel * 2 / world_size >= 2**20]
