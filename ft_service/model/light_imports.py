@@ -78,10 +78,13 @@ def _without_unused_parts() -> Iterator[None]:
 
     stand_ins = {module: _StandIn(module) for module in _LEFT_OUT if module not in sys.modules}
     sys.modules.update(stand_ins)
-    sys.modules[_COMPILER] = _NoCompiler(torch)
+    compiler = sys.modules[_COMPILER] = _NoCompiler(torch)
+    compile_ = torch.compile
+    torch.compile = compiler.disable  # type: ignore[assignment]  # as a decorator it would import the compiler
     try:
         yield
     finally:
+        torch.compile = compile_
         for module, stand_in in stand_ins.items():
             stand_in.is_importing = False
             if sys.modules.get(module) is stand_in:
@@ -142,7 +145,9 @@ class _NoCompiler(ModuleType):
         super().__init__(_COMPILER)
         self.__spec__ = find_spec(_COMPILER)
         self._torch = torch
-        self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)  # for each new process group
+        # What torch itself calls without anything to compile: each optimizer step, each new process group.
+        self.graph_break = lambda *arguments, **options: None
+        self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
 
     def disable(self, fn: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
         """`fn`, which nothing compiles anyway; without `fn`, a decorator that does the same."""

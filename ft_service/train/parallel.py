@@ -42,6 +42,16 @@ def prepare_process(use_gpu: bool) -> None:
     compile_under_flock()
 
 
+def import_deepspeed(use_gpu: bool) -> None:
+    """Import DeepSpeed, and what it imports with its first engine: inside `ft_service.model.light_imports`.
+
+    Trap: DeepSpeed's Muon is imported with every engine, and asks for torch's compiler when it is imported.
+    """
+    prepare_process(use_gpu)
+    import deepspeed  # noqa: F401
+    from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
+
+
 def init_process_group(use_gpu: bool) -> None:
     """Join the process group described by the environment (torchrun, Ray), or create one of this process alone.
 
