@@ -130,6 +130,8 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
     # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # How often Ray Train looks whether its workers live: the seconds from a death to its notice, at most.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     return TorchTrainer(
         _work,
         train_loop_config=config,
