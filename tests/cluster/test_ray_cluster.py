@@ -22,7 +22,7 @@ from tests.data.test_prepare import Case, alpaca_records, rows_of
 from tests.hosts import Cluster
 from tests.shared_cluster import joined
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 SECONDS = 60
 

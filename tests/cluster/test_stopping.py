@@ -26,7 +26,7 @@ from tests.hosts import ROOT, Cluster, Host
 from tests.shared_cluster import OTHER
 from tests.worlds import SMALL, prepare_run, work, write_world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 SECONDS = 240
 STEPS = 60

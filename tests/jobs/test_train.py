@@ -25,7 +25,7 @@ from ft_service.storage.storage import Storage
 from tests.hosts import ROOT, Cluster
 from tests.worlds import SMALL, write_world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 JOB_SECONDS = 300
 Ft = Callable[..., subprocess.CompletedProcess[str]]

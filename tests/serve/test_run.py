@@ -109,7 +109,7 @@ def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
     assert "192.0.2.1:6379" in message and "RAY_ADDRESS" in message and "\n" not in message
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_it_serves_until_terminated_and_frees_the_port(world, free_port, warm):
     code = f"from serve.run import run_server; run_server({world.storage!r}, None, port={free_port})"
     with tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:

@@ -14,6 +14,8 @@ from serve.app import ServeConfig, app
 from tests.serve.serving_world import PROMPT, SENTENCE, EndlessServer, World, damage, make_world, publish_adapter
 from tests.shared_cluster import joined
 
+pytestmark = pytest.mark.cluster
+
 API_KEY = "a-key-of-this-test"
 MAX_TOKENS = 24
 

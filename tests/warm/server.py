@@ -7,7 +7,6 @@ already. The project itself is not among them: a process imports the code that w
 python tests/warm/server.py LISTENER      (the number of an open file: a Unix socket that listens)
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -15,7 +14,6 @@ import runpy
 import selectors
 import signal
 import socket
-import struct
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,7 +92,6 @@ class Server:
         pid = os.fork()
         if pid == 0:
             os.setsid()
-            _enter_namespaces(client)
             self._leave(client)
             return 0
         for file in request.files:
@@ -148,17 +145,6 @@ def _received(client: socket.socket) -> Request | None:
         return None
     asked: dict[str, Any] = json.loads(b"".join(parts))
     return Request(asked["command"], asked["environment"], asked["folder"], list(files))
-
-
-def _enter_namespaces(client: socket.socket) -> None:
-    """Those of the stand-in: it may be on a host of its own, see `tests.namespaces`."""
-    pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    for kind in ("ipc", "uts", "net", "mnt"):
-        if os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino:
-            continue
-        with open(f"/proc/{pid}/ns/{kind}") as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) != 0:
-                raise OSError(ctypes.get_errno(), f"setns {kind}")
 
 
 def run(request: Request, own_path: list[str]) -> None:
