@@ -8,6 +8,7 @@ python tests/warm/server.py LISTENER      (the number of an open file: a Unix so
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -23,15 +24,24 @@ from typing import Any
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 
+LIBRARIES = (
+    "torch",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "ray.train.torch",
+    "ray.serve",
+)
+
+
 def preload() -> None:
-    import bitsandbytes  # noqa: F401
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    for library in LIBRARIES:
+        importlib.import_module(library)
     from deepspeed.accelerator import get_accelerator
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     # Each worker would otherwise ask ninja whether the operator is still built.
     get_accelerator().create_op_builder("ShareMemCommBuilder").load()
