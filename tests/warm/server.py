@@ -23,7 +23,6 @@ from typing import Any
 
 from ray._private.authentication_test_utils import reset_auth_token_state
 
-
 LIBRARIES = (
     "torch",
     "bitsandbytes",
