@@ -12,7 +12,10 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from tests.hosts import NOT_NICE, QUICK_HEALTH_CHECKS, ROOT, START_SECONDS, Cluster, Host, wait_for
 from tests.warm import warm_server
 
-HEAD, OTHER = Host("head", "127.0.0.1", 1), Host("other", "127.0.0.1", 1)
+HEAD = Host("head", "127.0.0.1", 1)
+OTHER = Host("other", "127.0.0.1", 1)
+# Ray Train looks at its workers every 2 s otherwise, and at each end of an attempt somebody waits for that.
+OFTEN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +28,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, warm: dict[str, str]) -> Iterator[Cluster]:
     """A head and another node, with room for one worker each; token authentication is on."""
-    with Cluster(tmp_path_factory.mktemp("cluster"), HEAD, {**QUICK_HEALTH_CHECKS, **NOT_NICE, **warm}) as found:
+    with Cluster(
+        tmp_path_factory.mktemp("cluster"), HEAD, {**QUICK_HEALTH_CHECKS, **NOT_NICE, **OFTEN, **warm}
+    ) as found:
         found.start(HEAD, OTHER)
         wait_for(lambda: answers(found), START_SECONDS)
         yield found
