@@ -18,7 +18,7 @@ from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, State
 from ft_service.runs.metrics import read_metrics
-from ft_service.spec.schema import load_run_spec
+from ft_service.spec.load import load_run_spec
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.watchdog import ranks_without_stacks
