@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import ray
-from ray._private.authentication_test_utils import reset_auth_token_state
 
 from tests.hosts import NOT_NICE, QUICK_HEALTH_CHECKS, ROOT, START_SECONDS, Cluster, Host, wait_for
 from tests.warm import warm_server
@@ -39,6 +37,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, warm: dict[str, str]) -> I
 @contextmanager
 def joined(cluster: Cluster) -> Iterator[None]:
     """Meanwhile this process is a driver of the cluster; the code of tests can be imported by its workers."""
+    import ray
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.setenv(name, cluster.environment[name])
