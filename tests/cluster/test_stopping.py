@@ -321,6 +321,7 @@ def test_a_hung_worker_repeats_only_unsaved_steps(
             os.kill(hung, signal.SIGKILL)
     noticed = next(event for event in read_events(run.storage, run.run_id) if event.type == "hang")
     told = noticed.model_dump()
+    assert noticed.time is not None
     assert told["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < HANG_SECONDS + 5
     assert ranks_without_stacks(run, Path(told["stacks"]).name, 2) == [1]
     assert "loop.py" in run.storage.read_bytes(f"{told['stacks']}/rank-00000.txt").decode()
