@@ -263,9 +263,10 @@ def test_a_bad_spec_exits_with_2_before_anything_starts(world: Path) -> None:
     assert not (world / "storage/runs/bad-spec").exists()
 
 
-def test_a_job_rejects_relative_storage(world: Path) -> None:
+def test_a_job_rejects_relative_storage(world: Path, warm: dict[str, str]) -> None:
+    environment = {**os.environ, **warm, "FT_WARM_COMMANDS": "jobs/train.py", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     arguments = [str(world / "lora.yaml"), "storage=results"]
-    done = run([sys.executable, "jobs/train.py", *arguments], {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
+    done = run([sys.executable, "jobs/train.py", *arguments], environment)
     assert done.returncode == 2, output(done)
     assert "storage = 'results': is relative" in done.stderr
     assert not (ROOT / "results").exists()
