@@ -14,6 +14,8 @@ os.environ.pop("RAY_ADDRESS", None)
 import hypothesis
 import pytest
 
+pytest_plugins = ("tests.shared_cluster",)
+
 # A deadline is a timing assertion: on a loaded machine it fails for no fault of the code.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")

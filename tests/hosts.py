@@ -34,6 +34,10 @@ QUICK_HEALTH_CHECKS = {
 }
 
 
+# Ray lets its workers run behind everything else on the machine, the tests that wait for them included.
+NOT_NICE = {"RAY_worker_niceness": "0"}
+
+
 @dataclass(frozen=True)
 class Host:
     """Where a raylet runs: its address, and what a command is prefixed with to run there."""

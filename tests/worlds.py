@@ -20,6 +20,7 @@ from ft_service.plan.facts import Resources
 from ft_service.plan.make import make_plan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.load import parse_run_spec
+from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from tests.forked import Workers, run_module
 
@@ -75,9 +76,13 @@ storage: {world}/storage
 """,
         [f"{name}={value}" for name, value in settings.items()],
     )
-    run = RunFolder(Storage(spec.storage), run_id)
-    dataset = prepare_dataset(spec, load_tokenizer(world / "base"), run.storage)
-    shape = shape_from_config(read_config(world / "base"))
+    return prepare_run(spec, RunFolder(Storage(spec.storage), run_id))
+
+
+def prepare_run(spec: RunSpec, run: RunFolder) -> RunFolder:
+    base = Path(spec.model.base)
+    dataset = prepare_dataset(spec, load_tokenizer(base), run.storage)
+    shape = shape_from_config(read_config(base))
     run.write_plan(spec, make_plan(spec, dataset.facts, shape, Resources()), dataset.sources)
     return run
 

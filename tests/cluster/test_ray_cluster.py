@@ -19,25 +19,18 @@ from ft_service.data.read import scan
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
 from tests.data.test_prepare import Case, alpaca_records, rows_of
+from tests.hosts import Cluster
+from tests.shared_cluster import joined
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
-PROJECT = Path(__file__).resolve().parents[2]
 SECONDS = 60
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_cpus() -> Iterator[None]:
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
-        try:
-            yield
-        finally:
-            ray.shutdown()
+def two_cpus(cluster: Cluster) -> Iterator[None]:
+    with joined(cluster):
+        yield
 
 
 # -- actors ----------------------------------------------------------------------------------------------------------

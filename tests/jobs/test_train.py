@@ -1,14 +1,11 @@
 """The main job on a real Ray cluster with token authentication: submitted, trained, published, and true."""
 
-import contextlib
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from examples.quickstart.quickstart import PROJECT, Ray, free_ports, ray_head
+from examples.quickstart.quickstart import free_ports
 from ft_service.data.prepare import open_dataset
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
 from ft_service.storage.storage import Storage
-from ft_service.train.checkpoints.manifest import Checkpoints
-from ft_service.train.watchdog import ranks_without_stacks
+from tests.hosts import ROOT, Cluster
 from tests.worlds import SMALL, write_world
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 JOB_SECONDS = 300
-
-
-@pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
-    with ray_head(tmp_path_factory.mktemp("ray") / "ray.log") as head:
-        yield head
+Ft = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +54,30 @@ storage: {folder}/storage
     return folder
 
 
-def submit(ray: Ray, spec: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+FT = (sys.executable, "-m", "ft_service.cli.app")
+
+
+def submit(cluster: Cluster, spec: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The first-class way, as a person types it."""
-    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
+    command = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--"]
     command += ["python", "jobs/train.py", str(spec), *arguments]
-    return run(command, ray.environment)
+    return run(command, cluster.environment)
 
 
-def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS)
+def train(cluster: Cluster, spec: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same from this checkout: a driver that joins the cluster."""
+    return run([*FT, "train", str(spec), *arguments], cluster.environment)
 
 
-def ft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        [sys.executable, "-m", "ft_service.cli.app", *arguments], {**os.environ, "COLUMNS": "200", **environment}
-    )
+def run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def ft(warm: dict[str, str]) -> Ft:
+    """`ft`, without a cluster."""
+    environment = {**os.environ, **warm, "COLUMNS": "200"}
+    return lambda *arguments: run([*FT, *map(str, arguments)], environment)
 
 
 def output(done: subprocess.CompletedProcess[str]) -> str:
@@ -85,8 +85,8 @@ def output(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def lora(ray: Ray, world: Path) -> AdapterRecord:
-    done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
+def lora(cluster: Cluster, world: Path) -> AdapterRecord:
+    done = submit(cluster, world / "lora.yaml", "--run-id", "lora-1")
     assert done.returncode == 0, output(done)[-4000:]
     return published(world, "lora-1")
 
@@ -148,79 +148,7 @@ def test_plain_peft_reproduces_the_reported_validation_loss(world: Path, lora: A
     assert abs(before - after) > 0.01  # the comparison would notice a lost adapter
 
 
-def test_a_killed_worker_repeats_only_unsaved_steps(ray: Ray, world: Path) -> None:
-    settings = ("train.max_steps=150", "train.validate_every_steps=50", "checkpoint.every_steps=10")
-    whole = submit(ray, world / "lora.yaml", "--run-id", "whole-1", *settings)
-    assert whole.returncode == 0, output(whole)[-4000:]
-    storage = Storage(str(world / "storage"))
-    run = RunFolder(storage, "killed-1")
-    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
-    command += ["python", "jobs/train.py", str(world / "lora.yaml"), "--run-id", "killed-1", *settings]
-    job = subprocess.Popen(
-        command, cwd=PROJECT, env=ray.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + JOB_SECONDS
-    while len(Checkpoints(run).entries()) < 2:
-        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-4000:]
-        time.sleep(0.05)
-    began = next(event for event in read_events(storage, "killed-1") if event.type == "training")
-    os.kill(began.model_dump()["workers"][1]["pid"], signal.SIGKILL)
-    printed, _ = job.communicate(timeout=JOB_SECONDS)
-    assert job.returncode == 0, printed[-4000:]
-    events = read_events(storage, "killed-1")
-    steps = [event.model_dump()["step"] for event in events if event.type == "training"]
-    assert steps[0] == 0 and len(steps) == 2 and steps[1] >= 20
-    assert [event.type for event in events].count("recovering") == 1
-    metrics = read_metrics(storage, "killed-1")
-    assert [m.step for m in metrics] == list(range(1, 151))
-    assert [m.loss for m in metrics] == [m.loss for m in read_metrics(storage, "whole-1")]
-    assert published(world, "killed-1").digest == published(world, "whole-1").digest
-    assert not storage.exists(f"{run.path}/checkpoints")  # of no use any more
-
-
-def test_a_hung_worker_repeats_only_unsaved_steps(ray: Ray, world: Path) -> None:
-    timeout = 20
-    settings = ("train.max_steps=120", "train.validate_every_steps=60", "checkpoint.every_steps=10")
-    settings = (*settings, f"parallel.hang_timeout_seconds={timeout}")
-    whole = submit(ray, world / "lora.yaml", "--run-id", "whole-2", *settings)
-    assert whole.returncode == 0, output(whole)[-4000:]
-    storage = Storage(str(world / "storage"))
-    run = RunFolder(storage, "hung-1")
-    command = ["ray", "job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
-    command += ["python", "jobs/train.py", str(world / "lora.yaml"), "--run-id", "hung-1", *settings]
-    job = subprocess.Popen(
-        command, cwd=PROJECT, env=ray.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + JOB_SECONDS
-    while len(Checkpoints(run).entries()) < 2:
-        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-4000:]
-        time.sleep(0.05)
-    began = next(event for event in read_events(storage, "hung-1") if event.type == "training")
-    hung = began.model_dump()["workers"][1]["pid"]
-    os.kill(hung, signal.SIGSTOP)
-    stopped_at = datetime.now(UTC)
-    try:
-        printed, _ = job.communicate(timeout=JOB_SECONDS)
-        assert job.returncode == 0, printed[-4000:]
-        with pytest.raises(ProcessLookupError):
-            os.kill(hung, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(hung, signal.SIGKILL)
-    events = read_events(storage, "hung-1")
-    noticed = next(event for event in events if event.type == "hang")
-    told = noticed.model_dump()
-    assert told["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < timeout + 5
-    assert ranks_without_stacks(run, Path(told["stacks"]).name, 2) == [1]
-    assert "loop.py" in storage.read_bytes(f"{told['stacks']}/rank-00000.txt").decode()
-    steps = [event.model_dump()["step"] for event in events if event.type == "training"]
-    assert steps[0] == 0 and len(steps) == 2 and steps[1] >= 20
-    metrics = read_metrics(storage, "hung-1")
-    assert [m.loss for m in metrics] == [m.loss for m in read_metrics(storage, "whole-2")]
-    assert published(world, "hung-1").digest == published(world, "whole-2").digest
-
-
-def test_verify_passes_and_notices_a_flipped_byte(world: Path, lora: AdapterRecord, tmp_path: Path) -> None:
+def test_verify_passes_and_notices_a_flipped_byte(world: Path, lora: AdapterRecord, tmp_path: Path, ft: Ft) -> None:
     storage = str(world / "storage")
     fine = ft("adapters", "verify", lora.id, "--storage", storage)
     assert fine.returncode == 0, output(fine)
@@ -235,7 +163,7 @@ def test_verify_passes_and_notices_a_flipped_byte(world: Path, lora: AdapterReco
     assert "adapter_model.safetensors" in broken.stdout
 
 
-def test_a_merged_model_answers_like_base_and_adapter(world: Path, lora: AdapterRecord, tmp_path: Path) -> None:
+def test_a_merged_model_answers_like_base_and_adapter(world: Path, lora: AdapterRecord, tmp_path: Path, ft: Ft) -> None:
     done = ft("adapters", "merge", lora.id, str(tmp_path / "merged"), "--storage", str(world / "storage"))
     assert done.returncode == 0, output(done)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -249,8 +177,10 @@ def test_a_merged_model_answers_like_base_and_adapter(world: Path, lora: Adapter
     assert (folded - adapted).abs().max() < 0.2 * (plain - adapted).abs().max()
 
 
-def test_a_full_run_publishes_a_usable_base(ray: Ray, world: Path) -> None:
-    done = submit(ray, world / "full.yaml", "--run-id", "full-1", "parallel.zero_stage=3", "train.learning_rate=1e-3")
+def test_a_full_run_publishes_a_usable_base(cluster: Cluster, world: Path, ft: Ft) -> None:
+    done = train(
+        cluster, world / "full.yaml", "--run-id", "full-1", "parallel.zero_stage=3", "train.learning_rate=1e-3"
+    )
     assert done.returncode == 0, output(done)[-4000:]
     record = published(world, "full-1")
     assert record.kind == "model"
@@ -267,8 +197,8 @@ def test_a_full_run_publishes_a_usable_base(ray: Ray, world: Path) -> None:
 # -- the data gate ---------------------------------------------------------------------------------------------------
 
 
-def test_invalid_data_fail_before_workers_are_requested(ray: Ray, world: Path) -> None:
-    refused = submit(ray, unlicensed(world), "--run-id", "refused-1")
+def test_invalid_data_fail_before_workers_are_requested(cluster: Cluster, world: Path) -> None:
+    refused = train(cluster, unlicensed(world), "--run-id", "refused-1")
     assert refused.returncode == 1, output(refused)
     assert "rights.no-license" in output(refused) and "data: {waive: {rights.no-license: why}}" in output(refused)
     assert "Traceback" not in output(refused)
@@ -280,11 +210,11 @@ def test_invalid_data_fail_before_workers_are_requested(ray: Ray, world: Path) -
     assert "rights.no-license" in storage.read_bytes(f"{run.path}/data.html").decode()
 
 
-def test_a_waiver_is_kept_in_record_and_card(ray: Ray, world: Path) -> None:
+def test_a_waiver_is_kept_in_record_and_card(cluster: Cluster, world: Path) -> None:
     reason = "our own tickets, approved on 2026-11-20"
     # Another seed: the same weights as lora-1's would keep lora-1's record.
     settings = ("train.seed=1", f'data.waive={{"rights.no-license": "{reason}"}}')
-    waived = submit(ray, unlicensed(world), "--run-id", "waived-1", *settings)
+    waived = train(cluster, unlicensed(world), "--run-id", "waived-1", *settings)
     assert waived.returncode == 0, output(waived)[-4000:]
     record = published(world, "waived-1")
     assert record.data_verdict == "fail"
@@ -303,20 +233,20 @@ def unlicensed(world: Path) -> Path:
 # -- said clearly ----------------------------------------------------------------------------------------------------
 
 
-def test_a_complete_run_is_not_run_again_and_says_so(ray: Ray, world: Path, lora: AdapterRecord) -> None:
+def test_a_complete_run_is_not_run_again_and_says_so(cluster: Cluster, world: Path, lora: AdapterRecord) -> None:
     status = (world / "storage/runs/lora-1/status.json").read_bytes()
-    done = submit(ray, world / "lora.yaml", "--run-id", "lora-1")
+    done = train(cluster, world / "lora.yaml", "--run-id", "lora-1")
     assert done.returncode == 0, output(done)
     assert "The run is complete" in done.stdout
     assert lora.id in done.stdout
     assert (world / "storage/runs/lora-1/status.json").read_bytes() == status
 
 
-def test_ft_submit_follows_the_job_and_returns_its_exit_code(ray: Ray, world: Path) -> None:
-    spec = PROJECT / "examples/quickstart/adapter.yaml"  # what travels is the checkout: the spec must lie in it
+def test_ft_submit_follows_the_job_and_returns_its_exit_code(cluster: Cluster, world: Path) -> None:
+    spec = ROOT / "examples/quickstart/adapter.yaml"  # what travels is the checkout: the spec must lie in it
     missing = ("model.base=/nowhere/model", f"storage={world}/storage", f"data.train.0.path={world}/train.jsonl")
-    arguments = [str(spec), *missing, "--address", ray.dashboard, "--run-id", "absent-base"]
-    done = run([sys.executable, "-m", "ft_service.cli.app", "submit", *arguments], ray.environment)
+    arguments = [str(spec), *missing, "--address", cluster.dashboard, "--run-id", "absent-base"]
+    done = run([*FT, "submit", *arguments], cluster.environment)
     assert done.returncode == 1, output(done)
     assert "absent-base" in done.stdout.splitlines()[0]
     assert "model.base = '/nowhere/model': no such folder" in output(done)
@@ -333,12 +263,13 @@ def test_a_bad_spec_exits_with_2_before_anything_starts(world: Path) -> None:
     assert not (world / "storage/runs/bad-spec").exists()
 
 
-def test_a_job_rejects_relative_storage(world: Path) -> None:
+def test_a_job_rejects_relative_storage(world: Path, warm: dict[str, str]) -> None:
+    environment = {**os.environ, **warm, "FT_WARM_COMMANDS": "jobs/train.py", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     arguments = [str(world / "lora.yaml"), "storage=results"]
-    done = run([sys.executable, "jobs/train.py", *arguments], {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
+    done = run([sys.executable, "jobs/train.py", *arguments], environment)
     assert done.returncode == 2, output(done)
     assert "storage = 'results': is relative" in done.stderr
-    assert not (PROJECT / "results").exists()
+    assert not (ROOT / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -350,20 +281,20 @@ def test_a_job_rejects_relative_storage(world: Path) -> None:
     ids=["wrong token", "nobody there"],
 )
 def test_a_cluster_that_cannot_be_joined_is_one_message(
-    ray: Ray, world: Path, environment: dict[str, str], message: str
+    cluster: Cluster, world: Path, environment: dict[str, str], message: str
 ) -> None:
     arguments = ["train", str(world / "lora.yaml"), "--run-id", f"unjoined-{len(message)}"]
-    done = run([sys.executable, "-m", "ft_service.cli.app", *arguments], {**ray.environment, **environment})
+    done = run([*FT, *arguments], {**cluster.environment, **environment})
     assert done.returncode == 1, output(done)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_submitting_with_a_wrong_token_is_one_message(ray: Ray) -> None:
-    spec = PROJECT / "examples/quickstart/adapter.yaml"
-    arguments = [str(spec), "--address", ray.dashboard]
-    wrong = {**ray.environment, "RAY_AUTH_TOKEN": "0" * 64}
-    done = run([sys.executable, "-m", "ft_service.cli.app", "submit", *arguments], wrong)
+def test_submitting_with_a_wrong_token_is_one_message(cluster: Cluster) -> None:
+    spec = ROOT / "examples/quickstart/adapter.yaml"
+    arguments = [str(spec), "--address", cluster.dashboard]
+    wrong = {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 64}
+    done = run([*FT, "submit", *arguments], wrong)
     assert done.returncode == 1, output(done)
     assert "the job was not accepted" in done.stderr
     assert "Traceback" not in done.stderr
@@ -391,9 +322,9 @@ def another_architecture(base: Path) -> None:
         (another_architecture, "its architecture is GPT2LMHeadModel"),
     ],
 )
-def test_the_plan_rejects_an_incomplete_or_other_base(world: Path, tmp_path: Path, damage: Any, message: str) -> None:
-    import shutil
-
+def test_the_plan_rejects_an_incomplete_or_other_base(
+    world: Path, tmp_path: Path, damage: Any, message: str, ft: Ft
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     damage(base)
@@ -403,7 +334,7 @@ def test_the_plan_rejects_an_incomplete_or_other_base(world: Path, tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_an_unwritable_storage_fails_before_anything_starts(world: Path, tmp_path: Path) -> None:
+def test_an_unwritable_storage_fails_before_anything_starts(world: Path, tmp_path: Path, ft: Ft) -> None:
     (tmp_path / "file").write_text("in the way")
     done = ft("train", str(world / "lora.yaml"), f"storage={tmp_path}/file/storage")
     assert done.returncode == 1
@@ -411,7 +342,7 @@ def test_an_unwritable_storage_fails_before_anything_starts(world: Path, tmp_pat
     assert "Traceback" not in done.stderr
 
 
-def test_plan_writes_nothing(world: Path, tmp_path: Path) -> None:
+def test_plan_writes_nothing(world: Path, tmp_path: Path, ft: Ft) -> None:
     done = ft("plan", str(world / "lora.yaml"), f"storage={tmp_path}/storage")
     assert done.returncode == 0, output(done)
     assert "2 rows x 2 workers x 1 accumulation = 4 rows" in done.stdout

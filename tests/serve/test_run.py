@@ -109,14 +109,20 @@ def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
     assert "192.0.2.1:6379" in message and "RAY_ADDRESS" in message and "\n" not in message
 
 
-@pytest.mark.slow
-def test_it_serves_until_terminated_and_frees_the_port(world, free_port):
+@pytest.mark.cluster
+def test_it_serves_until_terminated_and_frees_the_port(world, free_port, warm):
     code = f"from serve.run import run_server; run_server({world.storage!r}, None, port={free_port})"
     with tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
-        python_path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+        python_path = os.pathsep.join([str(PROJECT), warm["PYTHONPATH"]])
         server = subprocess.Popen(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": python_path, "RAY_TMPDIR": ray_folder, "FT_API_KEY": "a-secret-key"},
+            env={
+                **os.environ,
+                **warm,
+                "PYTHONPATH": python_path,
+                "RAY_TMPDIR": ray_folder,
+                "FT_API_KEY": "a-secret-key",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,24 +1,22 @@
 """The whole service: Ray Serve, a real model, and the stock `openai` client over HTTP."""
 
-import os
-import socket
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import ray
 from ray import serve
 
+from examples.quickstart.quickstart import free_ports
 from ft_service.chat.format import ChatFormat, Message
 from ft_service.model.base import fingerprint
 from serve.app import ServeConfig, app
 from tests.serve.serving_world import PROMPT, SENTENCE, EndlessServer, World, damage, make_world, publish_adapter
+from tests.shared_cluster import joined
+
+pytestmark = pytest.mark.cluster
 
 API_KEY = "a-key-of-this-test"
-PROJECT = Path(__file__).resolve().parents[2]
 MAX_TOKENS = 24
 
 
@@ -28,28 +26,18 @@ def world(tmp_path_factory) -> World:
 
 
 @pytest.fixture(scope="module")
-def url(world) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
-        for name, value in {"RAY_AUTH_MODE": "disabled", "FT_API_KEY": API_KEY, "FT_STORAGE": world.storage}.items():
+def url(world, cluster) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, joined(cluster):
+        for name, value in {"FT_API_KEY": API_KEY, "FT_STORAGE": world.storage}.items():
             patch.setenv(name, value)
-        python_path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            _temp_dir=ray_folder,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}},
-        )
+        (port,) = free_ports(1)
+        # All nodes of this cluster have one address, and a port is for one proxy.
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         try:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(app(ServeConfig()))  # the base is the only one that the adapters name
             yield f"http://127.0.0.1:{port}/v1"
-            serve.shutdown()
         finally:
-            ray.shutdown()
+            serve.shutdown()
 
 
 @pytest.fixture(scope="module")
