@@ -42,14 +42,15 @@ from ft_service.errors import DataError, StorageError
 from ft_service.plan.facts import DatasetFacts
 from ft_service.registry.registry import DatasetRef
 from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
-from ft_service.storage.formats import parse_stored
+from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
 OnJudgement = Callable[[Judgement, Path], None]
 """Called with the judgement and the folder of its findings; raises to stop the preparation."""
 
-_FORMAT_VERSION = 2
+_LAYOUT_VERSION = 2
+"""Part of every digest: another number prepares all data again."""
 _MANIFEST = "manifest.json"
 _CHECK_FOLDER = "judged"
 _GROUP_TOKENS = 2**25
@@ -97,6 +98,18 @@ class PreparedDataset:
     train: RowTable
     validation: RowTable | None
     judgement: Judgement
+
+
+class DatasetManifest(StoredFile):
+    """Written last: a dataset that has it is complete (manifest.json)."""
+
+    facts: DatasetFacts
+    sources: list[DatasetRef]
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        """Format 1 called its number `format_version`."""
+        return {name: value for name, value in data.items() if name != "format_version"}
 
 
 def prepare_dataset(
@@ -149,17 +162,18 @@ def check_dataset(
 
 def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
     """A prepared dataset. Raises `StorageError` if it does not exist."""
-    manifest = storage.read_json(f"datasets/{digest}/{_MANIFEST}")
+    place = f"datasets/{digest}/{_MANIFEST}"
+    manifest = DatasetManifest.parse(storage.read_json(place), storage.uri(place))
     folder = storage.local_folder(f"datasets/{digest}")
     train, validation = (sorted(folder.glob(f"rows-*/{split}.arrow")) for split in ("train", "validation"))
     judgement = folder / _CHECK_FOLDER / JUDGEMENT_FILE
     return PreparedDataset(
         digest=digest,
-        facts=DatasetFacts.model_validate(manifest["facts"]),
-        sources=[DatasetRef.model_validate(source) for source in manifest["sources"]],
+        facts=manifest.facts,
+        sources=manifest.sources,
         train=RowTable(train),
         validation=RowTable(validation) if validation else None,
-        judgement=parse_stored(Judgement, json.loads(judgement.read_text(encoding="utf-8")), str(judgement)),
+        judgement=Judgement.parse(judgement.read_bytes(), str(judgement)),
     )
 
 
@@ -270,12 +284,7 @@ def _prepare(
         )
         for source, scan, count in zip(context.inputs, inputs.scans, result.judgement.sources, strict=True)
     ]
-    manifest = {
-        "format_version": _FORMAT_VERSION,
-        "facts": facts.model_dump(mode="json"),
-        "sources": [source.model_dump(mode="json") for source in sources],
-    }
-    storage.write_json(f"{place}/{_MANIFEST}", manifest)
+    storage.write_json(f"{place}/{_MANIFEST}", DatasetManifest(facts=facts, sources=sources).model_dump(mode="json"))
     storage.delete(shards_folder(place))
     return facts
 
@@ -349,7 +358,7 @@ def _dataset_digest(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> str:
         }
 
     identity = {
-        "version": [_FORMAT_VERSION, RULES_VERSION],
+        "version": [_LAYOUT_VERSION, RULES_VERSION],
         "sources": [
             {**identity_of(source, scan), "source": source.source, "license": source.license}
             for source, scan in zip(all_sources(spec), inputs.scans, strict=True)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.plan.facts import DatasetFacts
 from ft_service.spec.schema import RunSpec
+from ft_service.storage.formats import StoredFile, renamed
 
 
 class Estimate(BaseModel):
@@ -32,10 +33,17 @@ class Estimate(BaseModel):
     cost_usd: float | None
 
 
-class RunPlan(BaseModel):
-    """The numbers of a run. `spec` is the request; the other fields hold the resolved values."""
+_NAMES_IN_FORMAT_1 = {
+    "said": "summary",
+    "gpu_has_gib": "gpu_capacity_gib",
+    "host_has_gib": "host_capacity_gib",
+    "checkpointed_gib": "gpu_gib_with_checkpointing",
+    "uncheckpointed_gib": "gpu_gib_without_checkpointing",
+}
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class RunPlan(StoredFile):
+    """The numbers of a run (plan.json). `spec` is the request; the other fields hold the resolved values."""
 
     spec: RunSpec
     dataset: DatasetFacts
@@ -80,6 +88,10 @@ class RunPlan(BaseModel):
     advice: list[str] = Field(default_factory=list, description="What would fit, if this does not.")
     warnings: list[str]
     remarks: list[str]
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        return renamed(data, _NAMES_IN_FORMAT_1)
 
     @property
     def training_digest(self) -> str:

@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service.errors import NotPublishedError, StorageError
+from ft_service.errors import NotPublishedError
+from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
 
 RECORD_FILE = "record.json"
@@ -58,7 +59,7 @@ class Waiver(_Record):
     reason: str
 
 
-class AdapterRecord(_Record):
+class AdapterRecord(StoredFile):
     """Everything that serving and evaluation need to know about an adapter, or about the model of a `full` run."""
 
     id: str = Field(description="<base short name>-<run name>-<8 hex of the digest>, lower case.")
@@ -147,12 +148,8 @@ class Registry:
         ]
 
     def _read(self, place: str) -> AdapterRecord:
-        try:
-            return AdapterRecord.model_validate(self.storage.read_json(f"{place}/{RECORD_FILE}"))
-        except ValidationError as error:
-            raise StorageError(
-                f"{self.storage.uri(place)}/{RECORD_FILE}: not a valid record of this version ({error})."
-            ) from None
+        file = f"{place}/{RECORD_FILE}"
+        return AdapterRecord.parse(self.storage.read_json(file), self.storage.uri(file))
 
 
 _NOT_CONTENT = {RECORD_FILE, CARD_FILE}

@@ -13,15 +13,17 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ft_service.errors import NotPublishedError, StorageError, UsageError
+from ft_service.plan.facts import DatasetFacts
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import DatasetRef, Waiver
 from ft_service.spec.load import dump_run_spec, parse_run_spec
 from ft_service.spec.schema import RunSpec
+from ft_service.storage.formats import StoredFile, renamed
 from ft_service.storage.storage import Storage
 
 State = Literal[
@@ -39,6 +41,8 @@ State = Literal[
 """queued: waits for workers and their base model; checkpointing: waits for the last checkpoint before workers leave
 (other checkpoints are written while training goes on); recovering: workers died, and new ones are about to start."""
 
+Stored = TypeVar("Stored", bound=StoredFile)
+
 ENDED: frozenset[State] = frozenset({"stopped", "succeeded", "failed"})
 
 LEASE_SECONDS = 45.0
@@ -47,11 +51,7 @@ LEASE_SECONDS = 45.0
 _WAIT_SECONDS = 1.0
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RunStatus(_File):
+class RunStatus(StoredFile):
     """The state of a run (status.json)."""
 
     run_id: str
@@ -61,7 +61,7 @@ class RunStatus(_File):
     published: str | None = Field(default=None, description="Id of the adapter or model it published.")
 
 
-class LeaseHolder(_File):
+class LeaseHolder(StoredFile):
     """The driver that works on a run (lease.json), and when it last renewed the lease."""
 
     token: str
@@ -75,7 +75,7 @@ class LeaseHolder(_File):
         return datetime.now(UTC) - self.time > timedelta(seconds=seconds)
 
 
-class Request(_File):
+class Request(StoredFile):
     """A request to a run's workers (stop.json, move.json): finish the step, save a checkpoint, and leave."""
 
     kind: Literal["stop", "move"] = Field(
@@ -85,7 +85,7 @@ class Request(_File):
     now: bool = Field(default=False, description="Leave without finishing the step or saving a checkpoint.")
 
 
-class Outcome(_File):
+class Outcome(StoredFile):
     """The result of training (outcome.json). The weights it names are published."""
 
     weights: str = Field(description="Folder of the weights, below the run's folder.")
@@ -96,6 +96,30 @@ class Outcome(_File):
     stopped_early: bool
     base_fingerprint: str
     training_digest: str = Field(description="RunPlan.training_digest of that training.")
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        return renamed(data, {"course": "training_digest"})
+
+
+class RunDataset(StoredFile):
+    """What a run trains on (dataset.json)."""
+
+    facts: DatasetFacts
+    sources: list[DatasetRef]
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        """Format 1 kept the facts beside the sources."""
+        sources = data.pop("sources")
+        return {"facts": data, "sources": sources}
+
+
+class DataCheck(StoredFile):
+    """The verdict of the data check, and the findings that the spec accepts (gate.json)."""
+
+    verdict: str
+    waivers: list[Waiver]
 
 
 class RunFolder:
@@ -108,11 +132,8 @@ class RunFolder:
 
     def status(self) -> RunStatus | None:
         """The run's state; None before it began. It is `failed` if the driver is gone and the run has not ended."""
-        found = self._read("status.json")
-        if found is None:
-            return None
-        status = RunStatus.model_validate(found)
-        if status.state in ENDED:
+        status = self._read("status.json", RunStatus)
+        if status is None or status.state in ENDED:
             return status
         holder = self.lease_holder()
         if holder is not None and not holder.is_expired():
@@ -126,21 +147,19 @@ class RunFolder:
 
     def recorded_state(self) -> State | None:
         """The state written last, whether or not the driver is still alive."""
-        found = self._read("status.json")
-        return None if found is None else RunStatus.model_validate(found).state
+        status = self._read("status.json", RunStatus)
+        return None if status is None else status.state
 
     def lease_holder(self) -> LeaseHolder | None:
-        found = self._read("lease.json")
-        return None if found is None else LeaseHolder.model_validate(found)
+        return self._read("lease.json", LeaseHolder)
 
     def write_request(self, request: Request) -> None:
         """Ask the run's workers to leave. Stop and move are separate files, so that neither overwrites the other."""
-        self.storage.write_json(f"{self.path}/{request.kind}.json", request.model_dump(mode="json"))
+        self._write(f"{request.kind}.json", request)
 
     def request(self) -> Request | None:
         """The pending request, if any; a stop takes precedence over a move."""
-        found = self._read("stop.json") or self._read("move.json")
-        return None if found is None else Request.model_validate(found)
+        return self._read("stop.json", Request) or self._read("move.json", Request)
 
     def delete_requests(self, *kinds: Literal["stop", "move"]) -> None:
         for kind in kinds:
@@ -150,7 +169,7 @@ class RunFolder:
         status = RunStatus(
             run_id=self.run_id, state=state, time=datetime.now(UTC), message=message, published=published
         )
-        self.storage.write_json(f"{self.path}/status.json", status.model_dump(mode="json"))
+        self._write("status.json", status)
 
     def write_spec_if_absent(self, spec: RunSpec) -> None:
         """Save the spec of a new run, which makes it resumable; an existing spec stays."""
@@ -159,53 +178,55 @@ class RunFolder:
 
     def write_plan(self, spec: RunSpec, plan: RunPlan, sources: list[DatasetRef]) -> None:
         self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())
-        self.storage.write_json(f"{self.path}/plan.json", plan.model_dump(mode="json"))
-        facts = plan.dataset.model_dump(mode="json")
-        self.storage.write_json(
-            f"{self.path}/dataset.json", {**facts, "sources": [source.model_dump(mode="json") for source in sources]}
-        )
+        self._write("plan.json", plan)
+        self._write("dataset.json", RunDataset(facts=plan.dataset, sources=sources))
 
     def write_data_check(self, verdict: str, waivers: Sequence[Waiver]) -> None:
         """Save the verdict of the data check, and the findings that the spec accepts."""
-        accepted = [waiver.model_dump(mode="json") for waiver in waivers]
-        self.storage.write_json(f"{self.path}/gate.json", {"verdict": verdict, "waivers": accepted})
+        self._write("gate.json", DataCheck(verdict=verdict, waivers=list(waivers)))
 
     def data_check(self) -> tuple[str, list[Waiver]]:
         """Verdict and waivers of the data check; the verdict is "not judged" for a run prepared without it."""
-        saved = self._read("gate.json") or {"verdict": "not judged", "waivers": []}
-        return saved["verdict"], [Waiver.model_validate(waiver) for waiver in saved["waivers"]]
+        check = self._read("gate.json", DataCheck) or DataCheck(verdict="not judged", waivers=[])
+        return check.verdict, check.waivers
 
     def plan(self) -> RunPlan:
-        return RunPlan.model_validate(self.storage.read_json(f"{self.path}/plan.json"))
+        return self._existing("plan.json", RunPlan)
 
     def sources(self) -> list[DatasetRef]:
-        dataset = self.storage.read_json(f"{self.path}/dataset.json")
-        return [DatasetRef.model_validate(source) for source in dataset["sources"]]
+        return self._existing("dataset.json", RunDataset).sources
 
     def write_outcome(self, outcome: Outcome) -> None:
-        self.storage.write_json(f"{self.path}/outcome.json", outcome.model_dump(mode="json"))
+        self._write("outcome.json", outcome)
 
     def outcome(self) -> Outcome:
-        return Outcome.model_validate(self.storage.read_json(f"{self.path}/outcome.json"))
+        return self._existing("outcome.json", Outcome)
 
     def is_trained(self, training_digest: str) -> bool:
         """Whether the training with this digest is complete, and its weights can be published."""
-        found = self._read("outcome.json")
-        return found is not None and found.get("training_digest") == training_digest
+        outcome = self._read("outcome.json", Outcome)
+        return outcome is not None and outcome.training_digest == training_digest
 
     def spec(self, overrides: Sequence[str] = ()) -> RunSpec:
         """The run's spec. Raises `StorageError` if the run ended before the spec was saved."""
         file = f"{self.path}/spec.yaml"
         return parse_run_spec(self.storage.read_bytes(file).decode(), overrides, where=self.storage.uri(file))
 
-    def _read(self, name: str) -> Any:
-        """A JSON file of the run; None if it does not exist."""
+    def _write(self, name: str, content: StoredFile) -> None:
+        self.storage.write_json(f"{self.path}/{name}", content.model_dump(mode="json"))
+
+    def _read(self, name: str, kind: type[Stored]) -> Stored | None:
+        """A file of the run; None if it does not exist."""
         try:
-            return self.storage.read_json(f"{self.path}/{name}")
+            return self._existing(name, kind)
         except StorageError:
             if self.storage.exists(f"{self.path}/{name}"):
                 raise
             return None
+
+    def _existing(self, name: str, kind: type[Stored]) -> Stored:
+        path = f"{self.path}/{name}"
+        return kind.parse(self.storage.read_json(path), self.storage.uri(path))
 
 
 def new_run_id(name: str) -> str:

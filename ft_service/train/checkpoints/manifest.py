@@ -6,10 +6,11 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.errors import StorageError, UnreachableError
 from ft_service.runs.folder import RunFolder
+from ft_service.storage.formats import StoredFile, renamed
 from ft_service.storage.storage import Storage
 from ft_service.train.protocol import TrainingState
 
@@ -41,7 +42,7 @@ class Part(_StrictModel):
     rng_bytes: dict[str, int] = Field(description="Its generators, in order, with their lengths in bytes.")
 
 
-class Manifest(_StrictModel):
+class Manifest(StoredFile):
     """A complete checkpoint (manifest.json)."""
 
     # Before the first validation the best loss is infinite, which JSON would otherwise turn into null.
@@ -54,6 +55,11 @@ class Manifest(_StrictModel):
     training_digest: str = Field(description="See RunPlan.training_digest. A run resumes only if it is the same.")
     created: datetime
     parts: list[Part]
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        parts = [renamed(part, {"random_at": "rng_offset", "random_bytes": "rng_bytes"}) for part in data["parts"]]
+        return {**renamed(data, {"course": "training_digest"}), "parts": parts}
 
     def training_state(self) -> TrainingState:
         return TrainingState(**self.state)
@@ -68,8 +74,8 @@ class IndexEntry(_StrictModel):
     sha256: str = Field(description="Of manifest.json.")
 
 
-class _Index(_StrictModel):
-    checkpoints: list[IndexEntry] = []
+class _Index(StoredFile):
+    checkpoints: list[IndexEntry] = Field(default_factory=list)
 
 
 class Checkpoints:
@@ -95,10 +101,11 @@ class Checkpoints:
         """
         file = f"{self.path}/index.json"
         if self.storage.exists(file):
+            content = self.storage.read_bytes(file)
             try:
-                return _Index.model_validate_json(self.storage.read_bytes(file)).checkpoints, ""
-            except ValidationError:
-                problem = f"{self.storage.uri(file)}: damaged."
+                return _Index.parse(content, self.storage.uri(file)).checkpoints, ""
+            except StorageError as error:
+                problem = str(error)
         else:
             problem = f"{self.storage.uri(file)}: missing."
         found = self._entries_from_manifests()
@@ -114,17 +121,18 @@ class Checkpoints:
             file = f"{self.path}/{folder}/manifest.json"
             if self.storage.exists(file):
                 content = self.storage.read_bytes(file)
-                with suppress(ValidationError):
-                    manifest = Manifest.model_validate_json(content)
+                with suppress(StorageError):
+                    manifest = Manifest.parse(content, self.storage.uri(file))
                     found.append((manifest.step, manifest.created, _index_entry(folder, manifest, content)))
         return [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
 
     def manifest(self, entry: IndexEntry) -> Manifest:
         """Raises `StorageError` if the manifest is missing or its digest differs from the index."""
-        content = self.storage.read_bytes(f"{self.path}/{entry.folder}/manifest.json")
+        file = f"{self.path}/{entry.folder}/manifest.json"
+        content = self.storage.read_bytes(file)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise StorageError(f"{self.storage.uri(self.path)}/{entry.folder}/manifest.json: damaged.")
-        return Manifest.model_validate_json(content)
+            raise StorageError(f"{self.storage.uri(file)}: damaged.")
+        return Manifest.parse(content, self.storage.uri(file))
 
     def part_problem(self, folder: str, part: Part, on_progress: Callable[[], None] = lambda: None) -> str:
         """What is wrong with a part on storage; '' if nothing is. Reads the whole part. Any rank may call it.

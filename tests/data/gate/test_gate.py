@@ -1,6 +1,5 @@
 """The gate: no record is lost, shards add up, memory does not grow with texts, and the judgement is plain JSON."""
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from ft_service.data.gate.records import place_key, place_of
 from ft_service.data.gate.size import advise
 from ft_service.errors import DataError
 from ft_service.model.scratch import train_tokenizer
-from ft_service.storage.formats import parse_stored
 from tests.data.gate.gate_cases import (
     chat,
     check_all,
@@ -318,7 +316,7 @@ def test_counted_tokens_need_no_tokenizer() -> None:
 
 def test_a_judgement_of_the_first_format_is_read() -> None:
     file = Path(__file__).resolve().parents[2] / "formats/1/judgement.json"
-    judgement = parse_stored(Judgement, json.loads(file.read_text(encoding="utf-8")), str(file))
+    judgement = Judgement.parse(file.read_bytes(), str(file))
     assert (judgement.read, judgement.usable, judgement.size.training_records) == (60, 60, 51)
     assert judgement.validation_records == 9
 
