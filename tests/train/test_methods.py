@@ -187,7 +187,7 @@ def test_nvme_offload_changes_no_losses(tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {}
     for method in (LORA, {"type": "full"}):
         kept = {"base": str(tmp_path / "base"), "method": method, "stage": 3, "micro": 2}
-        kept["train"] = {"learning_rate": 1e-3}
+        kept["train"] = {"learning_rate": 1e-3, "max_steps": 3, "validate_every_steps": 3}
         drive = str(tmp_path / f"drive-{method['type']}")
         cases |= {
             str(method["type"]): kept,

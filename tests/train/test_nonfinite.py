@@ -47,7 +47,7 @@ def test_nonfinite_gradient_changes_no_weight(world_size: int, tmp_path: Path) -
 def test_error_of_a_run_names_step_row_worker_and_text(tmp_path: Path) -> None:
     write_world(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    records[17]["instruction"] += " @@"  # a token that no other record has
+    records[21]["instruction"] += " @@"  # a token that no other record has
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
     settings = {"train.max_steps": 12, "data.packing": False, "checkpoint.every_steps": 1}
     run = prepared_run(tmp_path, "bad-row", 2, **settings)
