@@ -228,6 +228,7 @@ def test_a_preview_shows_every_token_once_and_what_is_trained_on(base: Path, tmp
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.multiprocess
 def test_check_reports_the_same_in_every_form(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [*records_of(600), *records_of(600, "ja")], "broken")
     spec = f"""
@@ -254,6 +255,7 @@ storage: {tmp_path}/storage
     assert not (tmp_path / "storage").exists()
 
 
+@pytest.mark.multiprocess
 def test_preview_and_clean_run_from_the_command_line(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"q": "Why is that?", "a": "Because of this."}] * 2)
     options = ("--column", "instruction=q", "--column", "output=a")

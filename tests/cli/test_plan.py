@@ -12,6 +12,8 @@ import pytest
 from ft_service.plan.plan import RunPlan
 from ft_service.plan.table import GPU_COUNTS, METHODS, PlanTable
 
+pytestmark = pytest.mark.multiprocess  # each test starts the command as a process
+
 SPEC = """
 name: bot
 model: {{base: meta-llama/Llama-3.1-8B-Instruct}}

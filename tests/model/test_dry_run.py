@@ -24,6 +24,7 @@ def imagined() -> object:
     return tensors_from_shape(facts.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [8, 16, 64])
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_every_rank_of_405b_holds_only_its_share(imagined: object, world_size: int, four_bit: bool) -> None:

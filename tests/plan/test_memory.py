@@ -155,6 +155,7 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize(
