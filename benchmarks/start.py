@@ -56,9 +56,13 @@ _POLL_SECONDS = 0.02
 HOST = Host("head", "127.78.0.1", 2)
 
 REPLICA = """
+import asyncio
 from serve.app import ModelServer, ServeConfig, complete
-ModelServer.func_or_class(complete(ServeConfig(storage={storage!r}, base={base!r})))
+replica = ModelServer.func_or_class
+config = complete(ServeConfig(storage={storage!r}, base={base!r}))
+asyncio.run(replica.__init__(object.__new__(replica), config))
 """
+"""Ray Serve makes a replica this way: its class has an asynchronous constructor."""
 
 Figures = dict[str, float]
 console = Console(highlight=False, stderr=True, soft_wrap=True)

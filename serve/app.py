@@ -59,11 +59,12 @@ class ModelServer:
 
     def __init__(self, config: ServeConfig) -> None:
         folder, models = served_models(config)
-        # Here, not at the top: `ft serve` and Serve's controller import this module too, and load no model.
+        # Here, not at the top: `ft serve` and Serve's controller import this module too, and load no model. Loading
+        # belongs inside: transformers asks of each weight whether it is a distributed tensor.
         with light_imports(four_bit="quantization_config" in read_config(folder)):
             from serve.engines.transformers_engine import TransformersEngine
 
-        engine = TransformersEngine(folder, models.registry)
+            engine = TransformersEngine(folder, models.registry)
         api_key = config.api_key.get_secret_value() if config.api_key else None
         self._api = create_api(engine, models, api_key)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.publish import publish
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
 from tests.worlds import prepared_run, write_world
@@ -29,6 +30,21 @@ run_worker({storage!r}, {run_id!r})
 {report}
 sys.stdout.flush()
 os._exit(0)
+"""
+REPLICA = """
+import asyncio
+import httpx
+from serve.app import ModelServer, ServeConfig, complete
+
+async def answer():
+    replica_class = ModelServer.func_or_class  # its constructor is asynchronous
+    replica = object.__new__(replica_class)
+    await replica_class.__init__(replica, complete(ServeConfig(storage={storage!r}, base={base!r})))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(replica._api), base_url="http://replica") as client:
+        asked = dict(model={model!r}, prompt="one two", max_tokens=3)
+        (await client.post("/v1/completions", json=asked, timeout=60)).raise_for_status()
+
+asyncio.run(answer())
 """
 REPORT = """
 import json, sys
@@ -63,10 +79,18 @@ def worker(run: RunFolder, four_bit: bool) -> set[str]:
     return modules
 
 
+@pytest.fixture(scope="module")
+def light(world: Path) -> RunFolder:
+    """A LoRA run trained without bitsandbytes and the compiler."""
+    run = prepared_run(world, "light", 1)
+    assert "bitsandbytes" not in worker(run, four_bit=False)
+    return run
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"parallel.zero_stage": "3"}, {"method": "{type: full}"}, {"method": "{type: lora, use_dora: true}"}],
-    ids=["lora", "lora under ZeRO-3", "full", "DoRA"],
+    [{"parallel.zero_stage": "3"}, {"method": "{type: full}"}, {"method": "{type: lora, use_dora: true}"}],
+    ids=["lora under ZeRO-3", "full", "DoRA"],
 )
 def test_a_worker_without_4_bit_weights_imports_neither_bitsandbytes_nor_the_compiler(
     world: Path, request: pytest.FixtureRequest, settings: dict[str, str]
@@ -77,9 +101,8 @@ def test_a_worker_without_4_bit_weights_imports_neither_bitsandbytes_nor_the_com
     assert not modules & {"bitsandbytes", *COMPILER}
 
 
-def test_light_and_whole_imports_train_alike(world: Path) -> None:
-    light, whole = prepared_run(world, "light", 1), prepared_run(world, "whole", 1)
-    assert "bitsandbytes" not in worker(light, four_bit=False)
+def test_light_and_whole_imports_train_alike(world: Path, light: RunFolder) -> None:
+    whole = prepared_run(world, "whole", 1)
     assert "bitsandbytes" in worker(whole, four_bit=True)
     losses = [[m.loss for m in read_metrics(run.storage, run.run_id)] for run in (light, whole)]
     assert losses[0] == losses[1]
@@ -118,6 +141,17 @@ from torch.distributed.tensor import DTensor, Shard
 assert tensor_parallel.DTensor.from_local == DTensor.from_local and tensor_parallel.Shard(1) == Shard(1)
 """
     assert "torch._dynamo.eval_frame" in imported_by(code + REPORT)
+
+
+def test_a_replica_answers_as_a_lora_adapter_without_bitsandbytes_and_the_compiler(
+    world: Path, light: RunFolder
+) -> None:
+    adapter = publish(light)
+    modules = imported_by(
+        REPLICA.format(storage=light.storage.root, base=str(world / "base"), model=adapter.id) + REPORT
+    )
+    assert {"torch", "peft"} <= modules
+    assert not modules & {"bitsandbytes", "deepspeed", "matplotlib", *COMPILER}
 
 
 @pytest.mark.parametrize("module", ["cli.app", "spec.schema", "plan.plan", "registry.registry", "runs.folder"])

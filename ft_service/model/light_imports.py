@@ -37,7 +37,7 @@ _LEFT_OUT = (
     "torch.distributed.tensor._utils",
     "torch.distributed.tensor.placement_types",
 )
-"""What transformers 5.19 imports names from at its top."""
+"""What transformers 5.19 imports names from at its top, or while it loads a model."""
 
 
 @contextmanager
