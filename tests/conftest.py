@@ -21,6 +21,7 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _skip_without_gpu([item for item in items if "gpu" in item.keywords])
     # For pytest-xdist: a file's tests share fixtures and go to one process, as do all that use the session's cluster.
