@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before any import of ray or transformers: tests never look for a hub, and start their own Ray without token files.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,9 +25,6 @@ hypothesis.settings.load_profile("no deadline")
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _skip_without_gpu([item for item in items if "gpu" in item.keywords])
-    # For pytest-xdist: a file's tests share fixtures and go to one process, as do all that use the session's cluster.
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.keywords else item.path.name))
     # The files that take longest begin first, so that all processes end at about the same time.
     places: dict[Path, int] = {}
     for item in items:
@@ -46,3 +44,18 @@ def _skip_without_gpu(items: list[pytest.Item]) -> None:
 
 def _place(item: pytest.Item) -> int:
     return 0 if "cluster" in item.keywords else 1 if "multiprocess" in item.keywords else 2
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For pytest-xdist, whose own groups (3.8) do nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        """A file's tests share fixtures and go to one process, as do all that use the session's cluster."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "cluster" if "mark.cluster" in (config.rootpath / file).read_text(encoding="utf-8") else file
+
+    return ByFile(config, log)

@@ -2,7 +2,8 @@
 
 This one imports them once and is then forked for every command that its clients hand over: processes that Ray starts,
 and the project's own commands. Each is a process of its own, as it would be without; only the libraries are there
-already. The project itself is not among them: a process imports the code that was shipped to it.
+already. Two are not among them: the project, since a process imports the code that was shipped to it; and Ray, which
+reads settings that differ between its processes when it is imported.
 
 python tests/warm/server.py LISTENER      (the number of an open file: a Unix socket that listens)
 """
@@ -21,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray._private.authentication_test_utils import reset_auth_token_state
-
 LIBRARIES = (
     "torch",
     "bitsandbytes",
@@ -32,8 +31,6 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
-    "ray.train.torch",
-    "ray.serve",
 )
 
 
@@ -176,7 +173,6 @@ def run(request: Request, own_path: list[str]) -> None:
     first = {"": str(Path(program).resolve().parent), "-m": os.getcwd(), "-c": ""}[kind]
     shipped = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:] = [first, *shipped, *own_path]
-    reset_auth_token_state()  # Ray reads its settings from the environment when it is imported
     if kind == "-m":
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     elif kind == "-c":

@@ -11,6 +11,8 @@ def _is_taken_over() -> bool:
     if "FT_WARM_SOCKET" not in os.environ:
         return False
     command = " ".join(sys.orig_argv)
+    if "/setup_worker.py" in command:  # Ray's: it prepares the environment, and then becomes the worker
+        return False
     return any(part in command for part in os.environ["FT_WARM_COMMANDS"].split(":"))
 
 
