@@ -1,6 +1,6 @@
 """What saving costs: the training loop with a checkpoint every ten steps against the same one that never saves.
 
-python benchmarks/checkpoint_cost.py [--methods lora,full] [--rounds 3] [--steps 60]
+python benchmarks/checkpoint_cost.py [--methods lora,full] [--rounds 3] [--steps 60] [--smoke]
 
 Two workers under torchrun, as a run has them, on a CPU. Both sides run in turn, each in processes of its own, and
 change places every round. A side's figure is the time from step 10 to the last step, by the times in metrics.jsonl: it
@@ -10,13 +10,12 @@ taken.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks.result import add_smoke_option, print_result, shrink
 from ft_service.catalog.models import shape_from_config
 from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import TrainingError
@@ -38,7 +38,7 @@ from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
 from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
-from tests.worlds import made_up_texts, write_base, write_records
+from tests.worlds import TINY, made_up_texts, write_base, write_records
 
 SAVE_EVERY = 10
 GOAL_PERCENT = 5.0
@@ -72,6 +72,8 @@ SUBJECTS = {
         {"hidden_size": 384, "num_layers": 8, "num_heads": 6, "num_kv_heads": 2, "intermediate_size": 1024},
     ),
 }
+
+SMALLEST = replace(SUBJECTS["lora"], sizes=TINY)
 
 console = Console(highlight=False, stderr=True, soft_wrap=True)
 
@@ -143,8 +145,7 @@ def train(run: RunFolder) -> Side:
     )
 
 
-def measure(name: str, rounds: int, num_steps: int) -> Figures:
-    subject = SUBJECTS[name]
+def measure(name: str, subject: Subject, rounds: int, num_steps: int) -> Figures:
     never: list[Side] = []
     saving: list[Side] = []
     with tempfile.TemporaryDirectory(prefix="ft-cost-") as temporary:
@@ -183,13 +184,16 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(SUBJECTS), help="of " + ", ".join(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of each run, a multiple of ten, at least 20")
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, methods="lora", rounds=1, steps=2 * SAVE_EVERY)
+    subjects = {"lora": SMALLEST} if arguments.smoke else SUBJECTS
     methods = arguments.methods.split(",")
     if unknown := [name for name in methods if name not in SUBJECTS]:
         parser.error(f"--methods = {', '.join(unknown)}: not among {', '.join(SUBJECTS)}")
     if arguments.steps % SAVE_EVERY or arguments.steps < 2 * SAVE_EVERY:
         parser.error(f"--steps = {arguments.steps}: use a multiple of {SAVE_EVERY}, at least {2 * SAVE_EVERY}.")
-    figures = {name: measure(name, arguments.rounds, arguments.steps) for name in methods}
+    figures = {name: measure(name, subjects[name], arguments.rounds, arguments.steps) for name in methods}
 
     columns = (
         "method",
@@ -216,17 +220,14 @@ def main() -> int:
         )
     Console(highlight=False, stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH).print(table)
     goal = {"lora": GOAL_PERCENT}
-    print(
-        json.dumps(
-            {
-                "benchmark": "checkpoint_cost",
-                "save_every_steps": SAVE_EVERY,
-                "workers": NUM_WORKERS,
-                "figures": {name: asdict(found) for name, found in figures.items()},
-                "goal": goal,
-                "holds": all(figures[name].slow_down_percent <= goal[name] for name in methods if name in goal),
-            }
-        )
+    print_result(
+        arguments,
+        "checkpoint_cost",
+        save_every_steps=SAVE_EVERY,
+        workers=NUM_WORKERS,
+        figures={name: asdict(found) for name, found in figures.items()},
+        goal=goal,
+        holds=all(figures[name].slow_down_percent <= goal[name] for name in methods if name in goal),
     )
     return 0
 

@@ -1,6 +1,6 @@
 """A million records through the data gate: time, and the most memory of any process.
 
-python benchmarks/data_scale.py [--records 1000000] [--kinds mixed,templated] [--cores 2]
+python benchmarks/data_scale.py [--records 1000000] [--kinds mixed,templated] [--cores 2] [--smoke]
 
 Synthetic records of 40 to 300 characters, three in a hundred of them exact copies and as many near-copies. `templated`
 is the hard case for finding near-duplicates: all questions are of one template and differ in a few words. CheckResult,
@@ -27,6 +27,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.result import add_smoke_option, print_result, shrink
 
 GOAL_GIB = 2.0
 ROW_TOKENS = 2048
@@ -132,7 +134,9 @@ def main() -> int:
     parser.add_argument("--kinds", default="mixed,templated")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, records=2000, kinds="mixed")
     if arguments.world:
         print(json.dumps(prepare(arguments.world, arguments.kinds, arguments.cores)))
         return 0
@@ -172,7 +176,7 @@ def main() -> int:
         )
     Console(highlight=False, stderr=True, width=None if sys.stderr.isatty() else 100).print(table)
     holds = all(gib <= GOAL_GIB for found in figures.values() for gib in found["peak_gib"].values())
-    print(json.dumps({"benchmark": "data_scale", "figures": figures, "goal": {"gib": GOAL_GIB}, "holds": holds}))
+    print_result(arguments, "data_scale", figures=figures, goal={"gib": GOAL_GIB}, holds=holds)
     return 0
 
 

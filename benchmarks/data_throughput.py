@@ -2,6 +2,7 @@
 
 python benchmarks/data_throughput.py --data gsm8k/train.jsonl [--columns instruction=question,output=answer]
     [--records 50000] [--rounds 2] [--cores 2]
+python benchmarks/data_throughput.py --smoke         on made-up records
 
 All read one file of JSON lines and end with rows of 2,048 tokens of which only answers are trained on, on disk:
 
@@ -32,6 +33,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result import add_smoke_option, print_result, shrink
 from ft_service.cluster.ray_cluster import map_on_cluster
 from ft_service.data import prepare
 from ft_service.data.check import CheckResult
@@ -188,18 +190,25 @@ def main() -> int:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, records=500, rounds=1)
     if arguments.side:
         print(json.dumps({"ours": ours, "gate": gate, "trl": trl}[arguments.side](arguments.world, arguments.cores)))
         return 0
-    if arguments.data is None:
+    if arguments.data is None and not arguments.smoke:
         parser.error("--data is needed: a file of JSON lines")
     from tests.worlds import TINY, write_base
+    from tests.worlds import write_records as write_made_up_records
 
     columns = dict(pair.split("=", 1) for pair in arguments.columns.split(","))
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="ft-throughput-") as temporary:
         world = Path(temporary)
+        if arguments.smoke:
+            arguments.data = world / "made-up.jsonl"
+            columns = {"instruction": "instruction", "output": "output"}
+            write_made_up_records(arguments.data, arguments.records)
         write_records(arguments.data, columns, arguments.records, world)
         texts = arguments.data.read_text(encoding="utf-8").splitlines()[:3000]
         write_base(world / "base", texts, VOCAB_SIZE, TINY)
@@ -230,11 +239,7 @@ def main() -> int:
     console.print(f"{times['ours']:.1f} times TRL; with the data gate {times['gate']:.1f}")
     holds = times["ours"] >= GOAL and figures["ours"]["filled"] >= GOAL_FILLED
     goal = {"times_trl": GOAL, "filled": GOAL_FILLED}
-    print(
-        json.dumps(
-            {"benchmark": "data_throughput", "figures": {**figures, "times_trl": times}, "goal": goal, "holds": holds}
-        )
-    )
+    print_result(arguments, "data_throughput", figures={**figures, "times_trl": times}, goal=goal, holds=holds)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Faults on purpose: does a run recover by itself, how soon, with how many steps lost, and to the same result?
 
 python benchmarks/faults.py [--faults worker-killed,...] [--methods lora,...] [--moments step,...] [--json FILE]
+python benchmarks/faults.py --smoke
 python benchmarks/faults.py --random-kills 35 [--methods lora] [--faults ...] [--seed 0]
 
 A small Llama on two workers, each on a host (raylet) of its own, and a third host to spare, all on this machine. Each
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks.result import add_smoke_option, print_result, shrink
 from ft_service.errors import FtError, TrainingError
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
@@ -627,11 +629,13 @@ def main() -> int:
     parser.add_argument("--random-kills", type=float, metavar="MINUTES", help="one long run instead of the matrix")
     parser.add_argument("--seed", type=int, default=0, help="of the random kills")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, faults=["worker-killed"], methods=["lora"], moments=["step"], random_kills=None)
     result = random_kills(arguments) if arguments.random_kills else matrix(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    print_result(arguments, **result)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 python benchmarks/gpu_qlora_70b.py [--model llama-3.3-70b-instruct] [--rows 1] [--row-tokens 4096] [--steps 8]
 python benchmarks/gpu_qlora_70b.py --device cpu --layers 1 --model llama-3.2-1b --row-tokens 256   # a try without one
+python benchmarks/gpu_qlora_70b.py --smoke
 
 The weights are random numbers that the loader reads as if from safetensors files, so 141 GB of disk are not needed; the
 rest is the product's own path: load_causal_lm, LoRA, DeepSpeed, the training loop. Prints the time to load, tokens/s,
@@ -9,7 +10,6 @@ MFU (model FLOPs: 4 N and attention, without recomputation) and peak memory besi
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from benchmarks.result import add_smoke_option, print_result, shrink
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS, find_gpu
 from ft_service.model.adapter import attach_adapter
@@ -96,13 +97,17 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="timed steps, of two micro-steps each")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, model="llama-3.2-1b", layers=1, row_tokens=64, steps=1, device="cpu")
     facts = models.find(arguments.model)
     if facts is None:
         sys.exit(f"--model {arguments.model}: not in the catalogue")
     shape = facts.shape
     if arguments.layers:
-        shape = models.replace(shape, num_layers=arguments.layers)
+        shape = replace(shape, num_layers=arguments.layers)
+    if arguments.smoke:
+        shape = replace(shape, hidden_size=256, intermediate_size=512, num_heads=4, num_kv_heads=2, vocab_size=1024)
     on_gpu = arguments.device == "cuda"
     gpu_name = next((n for n in reversed(GPUS) if on_gpu and n.split("-")[0] in torch.cuda.get_device_name()), "H100")
     gpu = find_gpu(gpu_name)
@@ -168,22 +173,21 @@ def main() -> None:
     print(f"{'peak GiB':22}{peak_gib:12.1f}{planned_gib:12.1f}")
     print(f"{'MFU (of ' + gpu.name + ')':22}{mfu:12.1%}")
     finite = all(np.isfinite(metrics.loss) for metrics in measured)
-    print(
-        json.dumps(
-            {
-                "benchmark": "gpu_qlora_70b",
-                "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-                "parameters": shape.num_parameters,
-                "load_seconds": load_seconds,
-                "load_peak_gib": loaded_gib,
-                "tokens_per_second": rate,
-                "mfu": mfu,
-                "peak_gib": peak_gib,
-                "planned": {**planned, "tokens_per_second": planned_rate},
-                "goal": {"peak_within": WITHIN},
-                "holds": bool(finite and on_gpu and abs(peak_gib / planned_gib - 1) <= WITHIN),
-            }
-        )
+    print_result(
+        arguments,
+        "gpu_qlora_70b",
+        device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        figures={
+            "parameters": shape.num_parameters,
+            "load_seconds": load_seconds,
+            "load_peak_gib": loaded_gib,
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "peak_gib": peak_gib,
+            "planned": {**planned, "tokens_per_second": planned_rate},
+        },
+        goal={"peak_within": WITHIN},
+        holds=bool(finite and on_gpu and abs(peak_gib / planned_gib - 1) <= WITHIN),
     )
 
 

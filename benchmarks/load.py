@@ -1,6 +1,6 @@
 """Loading a base over several processes under ZeRO-3: our sharded loader against transformers' own, bf16 and 4-bit.
 
-python benchmarks/load.py [--workers 4] [--rounds 2] [--gigabytes 3.0] [--device cuda]
+python benchmarks/load.py [--workers 4] [--rounds 2] [--gigabytes 3.0] [--device cuda] [--smoke]
 
 Makes a bf16 Llama of several safetensors files, and loads it by both sides in turn, each in processes of its own. Timed
 from a barrier to a barrier, so without imports and process groups. "Private peak" is the most anonymous memory that any
@@ -23,6 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.result import add_smoke_option, print_result, shrink
 
 SIDES = ("ours", "stock", "ours-4bit", "stock-4bit")
 GOAL_SPEEDUP = {"bf16": 8.0, "4bit": 2.0}
@@ -214,7 +216,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, workers=2, rounds=1, gigabytes=0.3)
     if arguments.side:
         run_side(arguments.side, arguments.model, arguments.device)
         return
@@ -237,7 +241,9 @@ def main() -> None:
         print(f"{side:12}{row['seconds']:9.1f}{row['peak_gb']:17.2f}{row['base_gb']:9.2f}{row['held_gb']:9.2f}{read}")
     largest = 2 * VOCABULARY * HIDDEN / 1e9
     layer = 2 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS + 3 * HIDDEN * INTERMEDIATE) / 1e9
-    ratios, peaks, holds = {}, {}, True
+    ratios: dict[str, float] = {}
+    peaks: dict[str, dict[str, float]] = {}
+    holds = True
     for name, suffix, extra in (("bf16", "", largest), ("4bit", "-4bit", layer)):
         ours, stock = figures.get(f"ours{suffix}"), figures.get(f"stock{suffix}")
         if ours is None or stock is None:
@@ -249,19 +255,16 @@ def main() -> None:
             f"{name}: {ratios[name]:.1f} times faster (goal {GOAL_SPEEDUP[name]:.0f}); peak {ours['peak_gb']:.2f} GB "
             f"(goal {peaks[name]['goal_gb']:.2f})"
         )
-    print(
-        json.dumps(
-            {
-                "benchmark": "load",
-                "workers": arguments.workers,
-                "device": arguments.device,
-                "figures": figures,
-                "ratios": ratios,
-                "peaks": peaks,
-                "goal": GOAL_SPEEDUP,
-                "holds": holds,
-            }
-        )
+    print_result(
+        arguments,
+        "load",
+        workers=arguments.workers,
+        device=arguments.device,
+        figures=figures,
+        ratios=ratios,
+        peaks=peaks,
+        goal=GOAL_SPEEDUP,
+        holds=holds,
     )
 
 

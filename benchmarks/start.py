@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks.result import add_smoke_option, print_result, shrink
 from ft_service.errors import ClusterError
 from tests.hosts import Cluster, Host, kill_all, nothing_left_behind
 from tests.worlds import SMALL, write_world
@@ -246,17 +247,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="another checkout to compare with; it needs a .venv")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="one round of this checkout alone; no goal")
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    shrink(arguments, before=None, rounds=1)
     sides = {"after": ROOT}
-    if arguments.before is not None and not arguments.smoke:
+    if arguments.before is not None:
         sides = {"before": arguments.before.resolve(), "after": ROOT}
     rounds: dict[str, list[Figures]] = {side: [] for side in sides}
     with nothing_left_behind(), tempfile.TemporaryDirectory(prefix="ft-start-") as temporary:
         world = Path(temporary)
         write_world(world, sizes=SMALL)
         spec = write_spec(world)
-        for number in range(1 if arguments.smoke else arguments.rounds):
+        for number in range(arguments.rounds):
             for side, checkout in sides.items():
                 rounds[side].append(measure(checkout, side, number, world, spec))
                 console.print(f"round {number + 1} {side}: {rounds[side][-1]}")
@@ -269,16 +271,16 @@ def main() -> None:
         ratios = {name: medians["after"][name] / medians["before"][name] for name in medians["after"]}
     show(medians, ratios)
     holds = all(ratios[name] <= goal for name, goal in GOALS.items()) if ratios else None
-    result = {
-        "benchmark": "start",
-        "commits": {side: commit_of(checkout) for side, checkout in sides.items()},
-        "rounds": len(rounds["after"]),
-        "figures": medians,
-        "ratios": ratios,
-        "goal": GOALS if ratios else None,
-        "holds": holds,
-    }
-    print(json.dumps(result))
+    print_result(
+        arguments,
+        "start",
+        commits={side: commit_of(checkout) for side, checkout in sides.items()},
+        rounds=len(rounds["after"]),
+        figures=medians,
+        ratios=ratios,
+        goal=GOALS if ratios else None,
+        holds=holds,
+    )
 
 
 if __name__ == "__main__":
