@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from tests.hosts import NOT_NICE, QUICK_HEALTH_CHECKS, ROOT, START_SECONDS, Cluster, Host, wait_for
-from tests.warm import warm_server
 
 HEAD = Host("head", "127.0.0.1", 1)
 OTHER = Host("other", "127.0.0.1", 1)
@@ -17,18 +16,9 @@ OFTEN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of processes that start warm."""
-    with warm_server(tmp_path_factory.mktemp("warm") / "server.log") as environment:
-        yield environment
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, warm: dict[str, str]) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head and another node, with room for one worker each; token authentication is on."""
-    with Cluster(
-        tmp_path_factory.mktemp("cluster"), HEAD, {**QUICK_HEALTH_CHECKS, **NOT_NICE, **OFTEN, **warm}
-    ) as found:
+    with Cluster(tmp_path_factory.mktemp("cluster"), HEAD, {**QUICK_HEALTH_CHECKS, **NOT_NICE, **OFTEN}) as found:
         found.start(HEAD, OTHER)
         wait_for(lambda: answers(found), START_SECONDS)
         yield found
@@ -44,7 +34,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.setenv(name, cluster.environment[name])
         reset_auth_token_state()  # Ray reads both once in a process
-        python_path = os.pathsep.join([str(ROOT), cluster.environment["PYTHONPATH"]])
+        python_path = os.pathsep.join(filter(None, [str(ROOT), cluster.environment.get("PYTHONPATH")]))
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": python_path}})
         try:
             yield

@@ -74,9 +74,9 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Co
 
 
 @pytest.fixture(scope="module")
-def ft(warm: dict[str, str]) -> Ft:
+def ft() -> Ft:
     """`ft`, without a cluster."""
-    environment = {**os.environ, **warm, "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200"}
     return lambda *arguments: run([*FT, *map(str, arguments)], environment)
 
 
@@ -263,8 +263,8 @@ def test_a_bad_spec_exits_with_2_before_anything_starts(world: Path) -> None:
     assert not (world / "storage/runs/bad-spec").exists()
 
 
-def test_a_job_rejects_relative_storage(world: Path, warm: dict[str, str]) -> None:
-    environment = {**os.environ, **warm, "FT_WARM_COMMANDS": "jobs/train.py", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+def test_a_job_rejects_relative_storage(world: Path) -> None:
+    environment = {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     arguments = [str(world / "lora.yaml"), "storage=results"]
     done = run([sys.executable, "jobs/train.py", *arguments], environment)
     assert done.returncode == 2, output(done)

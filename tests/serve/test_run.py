@@ -110,16 +110,14 @@ def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
 
 
 @pytest.mark.cluster
-def test_it_serves_until_terminated_and_frees_the_port(world, free_port, warm):
+def test_it_serves_until_terminated_and_frees_the_port(world, free_port):
     code = f"from serve.run import run_server; run_server({world.storage!r}, None, port={free_port})"
     with tempfile.TemporaryDirectory(prefix="ft-") as ray_folder:
-        python_path = os.pathsep.join([str(PROJECT), warm["PYTHONPATH"]])
         server = subprocess.Popen(
             [sys.executable, "-c", code],
             env={
                 **os.environ,
-                **warm,
-                "PYTHONPATH": python_path,
+                "PYTHONPATH": str(PROJECT),
                 "RAY_TMPDIR": ray_folder,
                 "FT_API_KEY": "a-secret-key",
             },
