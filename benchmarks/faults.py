@@ -364,12 +364,12 @@ def left_processes(cluster: Cluster, driver: Driver) -> list[str]:
     deadline = time.monotonic() + CLEAN_SECONDS
     while (left := [*run_processes(cluster), *driver.processes()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    told = []
+    left = []
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
-            told.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:80]}")
+            left.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:80]}")
     kill_all(left)
-    return told
+    return left
 
 
 # -- the matrix ------------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def matrix(arguments: argparse.Namespace) -> dict[str, Any]:
                         cell.skipped = f"needs parallel.{needs}, which this version lacks"
                     else:
                         try_cell(cell, cluster, world, world / f"{method}.yaml", wholes[method], storage)
-                    console.print(f"{len(cells):3} {told(cell)}")
+                    console.print(f"{len(cells):3} {summary(cell)}")
     tried = [cell for cell in cells if not cell.skipped]
     print_table(table_of(cells))
     recoveries = [cell.recovery_seconds for cell in tried if cell.recovery_seconds is not None]
@@ -468,7 +468,7 @@ def matrix(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def told(cell: Cell) -> str:
+def summary(cell: Cell) -> str:
     name = f"{cell.fault} / {cell.method} / {cell.moment}"
     if cell.skipped:
         return f"{name}: not tried, {cell.skipped}"

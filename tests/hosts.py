@@ -180,6 +180,6 @@ def wait_for(
     while not is_time():
         ended = process is not None and process.poll() is not None
         if ended or time.monotonic() > deadline:
-            told = log.read_text(errors="replace")[-3000:] if log is not None else ""
-            raise ClusterError(f"{'It ended' if ended else f'Nothing for {seconds:.0f} s'}. {told}")
+            reported = log.read_text(errors="replace")[-3000:] if log is not None else ""
+            raise ClusterError(f"{'It ended' if ended else f'Nothing for {seconds:.0f} s'}. {reported}")
         time.sleep(_POLL_SECONDS)

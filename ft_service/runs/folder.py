@@ -39,7 +39,7 @@ State = Literal[
     "failed",
 ]
 """queued: waits for workers and their base model; checkpointing: waits for the last checkpoint before workers leave
-(other checkpoints are written while training goes on); recovering: workers died, and new ones are about to start."""
+(other checkpoints are written while training continues); recovering: workers died, and new ones are about to start."""
 
 Stored = TypeVar("Stored", bound=StoredFile)
 

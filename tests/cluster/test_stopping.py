@@ -1,4 +1,4 @@
-"""A run is stopped on purpose and goes on later; its driver dies, or a worker, and nothing is lost that was saved."""
+"""Stopping a run on purpose and resuming it; a driver or a worker dies, and nothing is lost that was saved."""
 
 import contextlib
 import json
@@ -320,11 +320,11 @@ def test_a_hung_worker_repeats_only_unsaved_steps(
         with contextlib.suppress(ProcessLookupError):
             os.kill(hung, signal.SIGKILL)
     noticed = next(event for event in read_events(run.storage, run.run_id) if event.type == "hang")
-    told = noticed.model_dump()
+    reported = noticed.model_dump()
     assert noticed.time is not None
-    assert told["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < HANG_SECONDS + 5
-    assert ranks_without_stacks(run, Path(told["stacks"]).name, 2) == [1]
-    assert "loop.py" in run.storage.read_bytes(f"{told['stacks']}/rank-00000.txt").decode()
+    assert reported["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < HANG_SECONDS + 5
+    assert ranks_without_stacks(run, Path(reported["stacks"]).name, 2) == [1]
+    assert "loop.py" in run.storage.read_bytes(f"{reported['stacks']}/rank-00000.txt").decode()
     first, second = trainings(run)
     assert first["step"] == 0 and second["step"] >= 20
     assert losses(run) == losses(whole)

@@ -96,12 +96,12 @@ def told_ranks(cluster: Cluster, attempt: Attempt) -> list[tuple[int, int]]:
     command = [sys.executable, "-c", ask, f"{cluster.dashboard}/api/train/v2/runs/v1"]
     done = run_inside(cluster.head, command, env=cluster.environment)
     assert done.returncode == 0, done.stderr
-    told: dict[int, tuple[int, int]] = {}
+    reported: dict[int, tuple[int, int]] = {}
     for trained in json.loads(done.stdout)["train_runs"]:
         for workers in (group["workers"] for group in trained["attempts"]):
             if {worker["pid"] for worker in workers} == {attempt.pid(0), attempt.pid(1)}:
-                told = {worker["pid"]: (worker["node_rank"], worker["local_rank"]) for worker in workers}
-    return [told[attempt.pid(rank)] for rank in (0, 1)]
+                reported = {worker["pid"]: (worker["node_rank"], worker["local_rank"]) for worker in workers}
+    return [reported[attempt.pid(rank)] for rank in (0, 1)]
 
 
 def check_places(hosts: Network, attempt: Attempt) -> None:

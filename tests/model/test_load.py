@@ -295,13 +295,13 @@ def test_base_on_object_storage_is_downloaded_if_files_are_needed(
     assert (settings_alone / "config.json").is_file() and not list(settings_alone.glob("*.safetensors"))
     whole = resolve_base(uri.format("llama"))
     assert WeightFiles(whole).fingerprint() == WeightFiles(bases["bf16-files"]).fingerprint()
-    # What is there in full length is not fetched again; what was mended at the source is.
+    # What is there in full length is not fetched again; what was fixed at the source is.
     fetched = {file.name: file.stat().st_mtime_ns for file in whole.glob("*.safetensors")}
-    config = json.loads((bases["bf16-files"] / "config.json").read_text()) | {"mended": True}
+    config = json.loads((bases["bf16-files"] / "config.json").read_text()) | {"fixed": True}
     client.put_object(Bucket="models", Key="llama/config.json", Body=json.dumps(config).encode())
     again = resolve_base(uri.format("llama"))
     assert {file.name: file.stat().st_mtime_ns for file in again.glob("*.safetensors")} == fetched
-    assert json.loads((again / "config.json").read_text())["mended"]
+    assert json.loads((again / "config.json").read_text())["fixed"]
 
 
 def refusal_of_uri(uri: str) -> str:

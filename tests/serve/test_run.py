@@ -1,4 +1,4 @@
-"""`ft serve`: what is wrong is told before anything starts, and nothing is left behind."""
+"""`ft serve`: errors are reported before anything starts, and nothing is left behind."""
 
 import os
 import shutil

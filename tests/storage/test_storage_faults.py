@@ -1,4 +1,4 @@
-"""A storage that fails: what may pass is waited for, what will not is told at once, and no sound checkpoint is lost."""
+"""Failing storage: passing errors are retried, permanent ones are raised at once, and no intact checkpoint is lost."""
 
 import errno
 import hashlib
@@ -46,7 +46,7 @@ from tests.worlds import prepared_run, start, work, write_world
 RUN = "bot-1"
 
 
-# -- what waiting can mend -------------------------------------------------------------------------------------------
+# -- what waiting can fix --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def test_without_an_index_the_manifests_count(tmp_path: Path, damage: bytes | No
     events = EventLog(run.storage, RUN)
     with pytest.raises(TrainingError, match="another model"):  # it came as far as to read a manifest
         resume(run, Alone(), "another course", events)  # type: ignore[arg-type]
-    told = read_events(run.storage, RUN)[-1]
-    assert told.type == "checkpoint_damaged" and str(index) in told.message
+    reported = read_events(run.storage, RUN)[-1]
+    assert reported.type == "checkpoint_damaged" and str(index) in reported.message
     save_as_one_worker(run, 30, "c")
     assert sound_steps(run) == [20, 30]
     assert Checkpoints(run).read_index()[1] == ""
@@ -454,8 +454,8 @@ def test_a_failed_save_is_reported_and_the_next_succeeds(
         save(saver, 10)
     assert [entry.step for entry in Checkpoints(run).entries()] == [5]
     assert folders(run) == ["step-000005"]
-    (told,) = events_of(run, "checkpoint_failed")
-    assert told["step"] == 10 and told["workers"] == [0] and told["newest_step"] == 5
+    (reported,) = events_of(run, "checkpoint_failed")
+    assert reported["step"] == 10 and reported["workers"] == [0] and reported["newest_step"] == 5
     for part in (
         "step 10",
         "worker 0",
@@ -464,7 +464,7 @@ def test_a_failed_save_is_reported_and_the_next_succeeds(
         "newest checkpoint is that of step 5",
         "tries again",
     ):
-        assert part in told["message"]
+        assert part in reported["message"]
     assert capsys.readouterr().err.count("The checkpoint of step 10") == 1
     save(saver, 15)
     assert [entry.step for entry in Checkpoints(run).entries()] == [5, 15]
@@ -481,7 +481,7 @@ def test_a_full_disk_without_space_for_the_event_is_reported(
         save(saver, 10)
     assert capsys.readouterr().err.count("The checkpoint of step 10") == 1
     save(saver, 15)
-    assert [told["step"] for told in events_of(run, "checkpoint_failed")] == [10]
+    assert [reported["step"] for reported in events_of(run, "checkpoint_failed")] == [10]
 
 
 def test_a_storage_away_beyond_all_retries_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -796,7 +796,7 @@ def test_a_run_survives_a_full_disk(world: Path, undisturbed: RunFolder, small_d
         running.until(lambda: sound_steps(run)[-1] > kept[-1])
         printed = running.end()
     ended_as_if_nothing_had_happened(run, undisturbed)
-    failed = [told["step"] for told in events_of(run, "checkpoint_failed")]
+    failed = [reported["step"] for reported in events_of(run, "checkpoint_failed")]
     assert len(failed) >= 3
     assert all(printed.count(f"The checkpoint of step {step} ") == 1 for step in failed)
     assert {folder[:11] for folder in folders(run)} == {f"step-{step:06}" for step in (STEPS - 10, STEPS)}

@@ -36,17 +36,17 @@ def test_stale_lock_of_a_killed_compiler_does_not_block(tmp_path: Path) -> None:
     assert not (tmp_path / "lock").exists()
 
 
-def hold(path: str, told: Connection) -> None:
+def hold(path: str, reported: Connection) -> None:
     baton = FlockBaton(path)
-    told.send(baton.try_acquire())
-    told.recv()
+    reported.send(baton.try_acquire())
+    reported.recv()
     baton.release()
 
 
-def wait(path: str, told: Connection) -> None:
-    told.send(FlockBaton(path).try_acquire())
+def wait(path: str, reported: Connection) -> None:
+    reported.send(FlockBaton(path).try_acquire())
     FlockBaton(path).wait()
-    told.send("waited")
+    reported.send("waited")
 
 
 @pytest.mark.multiprocess

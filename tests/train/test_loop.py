@@ -257,10 +257,10 @@ def test_error_names_the_nonfinite_row_its_worker_and_text(world_size: int) -> N
     workers = PlayedWorkers(bad_rows=(5,), world_size=world_size)
     with pytest.raises(TrainingError) as error:
         run(a_plan(), workers, validation=False)
-    told = str(error.value)
-    assert told.startswith(f"step {step}: the loss is nan.")
-    assert f"5 (worker {world_size - 1})" in told and "Row 5 begins 'the text of row 5'" in told
-    assert not any(f" {row} (worker" in told for row in rows if row != 5)
+    reported = str(error.value)
+    assert reported.startswith(f"step {step}: the loss is nan.")
+    assert f"5 (worker {world_size - 1})" in reported and "Row 5 begins 'the text of row 5'" in reported
+    assert not any(f" {row} (worker" in reported for row in rows if row != 5)
     updates = [call for call in workers.calls if call[0] == "micro_step"]
     assert len(updates) == 2 * step - 1  # two micro-steps a step, and the one that would have changed the weights
 

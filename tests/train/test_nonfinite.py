@@ -62,12 +62,12 @@ def test_error_of_a_run_names_step_row_worker_and_text(tmp_path: Path) -> None:
     assert workers.returncode != 0
     step = next(step for step in range(12) if bad[0] in step_rows(0, step, 4, len(rows)))
     place = step_rows(0, step, 4, len(rows)).tolist().index(bad[0])
-    told = next(line for line in printed.splitlines() if "the loss is" in line)
+    reported = next(line for line in printed.splitlines() if "the loss is" in line)
     plan = run.plan()
     worker = place // plan.micro_batch_size % 2
-    assert f"step {step + 1}: the loss is nan. " in told
-    assert f"whose loss is not finite: {bad[0]} (worker {worker}). Row {bad[0]} begins" in told
-    assert "Last word of: " in told and "@@" in told
+    assert f"step {step + 1}: the loss is nan. " in reported
+    assert f"whose loss is not finite: {bad[0]} (worker {worker}). Row {bad[0]} begins" in reported
+    assert "Last word of: " in reported and "@@" in reported
     assert [metrics.step for metrics in read_metrics(run.storage, "bad-row")] == list(range(1, step + 1))
 
 

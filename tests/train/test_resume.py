@@ -129,8 +129,8 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(world: Path) -
     content = part.read_bytes()
     part.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     work(run)
-    told = [event for event in read_events(run.storage, run.run_id) if event.type == "checkpoint_damaged"]
-    assert len(told) == 1 and newest.folder in told[0].message and part.name in told[0].message
+    reported = [event for event in read_events(run.storage, run.run_id) if event.type == "checkpoint_damaged"]
+    assert len(reported) == 1 and newest.folder in reported[0].message and part.name in reported[0].message
     assert starts(run)[1] == older.step
     assert len(curve(run)) == STEPS
 

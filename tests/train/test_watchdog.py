@@ -83,9 +83,14 @@ def test_a_hung_process_saves_stacks_and_an_event_and_exits(tmp_path: Path) -> N
     assert "Thread MainThread" in report and "in waits_for_ever" in report
     assert report in done.printed
     (event,) = read_events(Storage(str(tmp_path)), "r")
-    told = event.model_dump()
-    assert (told["type"], told["rank"], told["step"], told["doing"]) == ("hang", 0, 12, "micro-batch 3 of 4")
-    assert str(tmp_path / told["stacks"]) in event.message
+    reported = event.model_dump()
+    assert (reported["type"], reported["rank"], reported["step"], reported["doing"]) == (
+        "hang",
+        0,
+        12,
+        "micro-batch 3 of 4",
+    )
+    assert str(tmp_path / reported["stacks"]) in event.message
 
 
 @multiprocess
