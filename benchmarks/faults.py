@@ -360,16 +360,16 @@ def _is_litter(path: Path) -> bool:
 
 
 def left_processes(cluster: Cluster, driver: Driver) -> list[str]:
-    """What still works for the run after it ended, and does not go away; it is killed then."""
+    """Processes of the run that do not end with it; they are killed."""
     deadline = time.monotonic() + CLEAN_SECONDS
     while (left := [*run_processes(cluster), *driver.processes()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    left = []
+    descriptions = []
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
-            left.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:80]}")
+            descriptions.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:80]}")
     kill_all(left)
-    return left
+    return descriptions
 
 
 # -- the matrix ------------------------------------------------------------------------------------------------------
