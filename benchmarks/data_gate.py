@@ -12,6 +12,7 @@ the clean original, told by themselves) or where a planted defect brings it abou
 
 import argparse
 import base64
+import itertools
 import json
 import random
 import statistics
@@ -48,6 +49,7 @@ SHARE = 0.015
 """Of the records, for each kind of defect."""
 MAX_SEQ_LEN = 512
 HELD_OUT = 300
+SMOKE_RECORDS = 1200
 
 Messages = list[dict[str, Any]]
 
@@ -552,12 +554,17 @@ def whole_set_defects(pairs: list[Pair], chat: ChatFormat, folder: Path, languag
 
 
 def made_up_file() -> Path:
-    """Clean made-up records, for a smoke run."""
+    """Clean made-up records with answers of three sentences, for a smoke run."""
     from tests.data.gate.gate_cases import clean_pairs
 
+    pairs = clean_pairs(3 * SMOKE_RECORDS)
+    answers = iter(answer for _, answer in pairs)
+    records = (
+        {"question": question, "answer": " ".join(itertools.islice(answers, 3))}
+        for question, _ in pairs[:SMOKE_RECORDS]
+    )
     file = Path(tempfile.mkdtemp(prefix="ft-gate-"), "made-up.jsonl")
-    pairs = ({"question": question, "answer": answer} for question, answer in clean_pairs(1200))
-    file.write_text("\n".join(map(json.dumps, pairs)))
+    file.write_text("\n".join(map(json.dumps, records)))
     return file
 
 
@@ -571,7 +578,7 @@ def main() -> int:
     parser.add_argument("--explain", action="store_true", help="print some misses and false alarms")
     add_smoke_option(parser)
     options = parser.parse_args()
-    shrink(options, records=1200)
+    shrink(options, records=SMOKE_RECORDS)
     if options.smoke:
         options.english = [made_up_file()]
     if not options.english and not options.japanese:
