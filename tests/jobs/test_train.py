@@ -200,7 +200,7 @@ def test_a_full_run_publishes_a_usable_base(cluster: Cluster, world: Path, ft: F
 def test_invalid_data_fail_before_workers_are_requested(cluster: Cluster, world: Path) -> None:
     refused = train(cluster, unlicensed(world), "--run-id", "refused-1")
     assert refused.returncode == 1, output(refused)
-    assert "rights.no-license" in output(refused) and "data: {waive: {rights.no-license: why}}" in output(refused)
+    assert "rights.no-license" in output(refused) and "data: {waive: {rights.no-license: REASON}}" in output(refused)
     assert "Traceback" not in output(refused)
     storage = Storage(str(world / "storage"))
     run = RunFolder(storage, "refused-1")
