@@ -276,9 +276,9 @@ def test_a_job_rejects_relative_storage(world: Path) -> None:
     ("environment", "message"),
     [
         ({"RAY_AUTH_TOKEN": "0" * 64}, "token"),
-        ({"RAY_ADDRESS": f"127.0.0.1:{free_ports(1)[0]}"}, "nobody answers"),
+        ({"RAY_ADDRESS": f"127.0.0.1:{free_ports(1)[0]}"}, "no answer"),
     ],
-    ids=["wrong token", "nobody there"],
+    ids=["wrong token", "no answer"],
 )
 def test_a_cluster_that_cannot_be_joined_is_one_message(
     cluster: Cluster, world: Path, environment: dict[str, str], message: str
