@@ -382,7 +382,7 @@ name: faults
 model: {{base: {world}/base}}
 data:
   train: [{{path: {world}/train.jsonl, source: made up, license: CC0-1.0}}]
-  validation: [{{path: {world}/validation.jsonl}}]
+  validation: [{{path: {world}/validation.jsonl, source: made up, license: CC0-1.0}}]
   max_seq_len: 128
 train: {{max_steps: {STEPS}, global_batch_size: 4, validate_every_steps: {VALIDATE_EVERY}}}
 parallel: {{num_workers: 2, use_gpu: false}}

@@ -106,7 +106,7 @@ def told_ranks(cluster: Cluster, attempt: Attempt) -> list[tuple[int, int]]:
 
 def check_places(hosts: Network, attempt: Attempt) -> None:
     """Each worker is the only one of its host, and talks to the other by that one's address."""
-    names = [worker["host"] for worker in attempt.workers]
+    names = [worker.host for worker in attempt.workers]
     assert len(set(names)) == 2
     assert [hosts.host_of(attempt.pid(rank)) for rank in (0, 1)] == names
     address = {host.name: host.address for host in hosts.hosts}
@@ -126,7 +126,7 @@ def test_training_continues_elsewhere_when_a_host_is_cut_off(
     first = attempts(run)[0]
     assert first.step == 0
     check_places(hosts, first)
-    lost = next(host for host in working if host.name == first.workers[cut_off]["host"])
+    lost = next(host for host in working if host.name == first.workers[cut_off].host)
     hosts.pull_cable(lost)
     began = time.monotonic()
     cluster.start(spare)
@@ -140,7 +140,7 @@ def test_training_continues_elsewhere_when_a_host_is_cut_off(
     second = attempts(run)[1]
     assert told_ranks(cluster, second) == [(0, 0), (1, 0)]
     stayed = next(host for host in working if host != lost)
-    assert {worker["host"] for worker in second.workers} == {stayed.name, spare.name}
+    assert {worker.host for worker in second.workers} == {stayed.name, spare.name}
     assert 40 <= second.step <= reached + 20 and second.step % 20 == 0
     assert [metrics.step for metrics in steps(run)] == list(range(1, STEPS + 1))
     assert run.outcome().final_loss == pytest.approx(alone.outcome().final_loss, abs=1e-3)

@@ -103,7 +103,7 @@ def test_an_unknown_id_lists_the_published_ids(storage: Storage, tmp_path: Path,
 
 def test_a_damaged_record_is_an_error_with_its_path(storage: Storage, tmp_path: Path) -> None:
     record = publish(storage, tmp_path / "a", b"weights")
-    for text, message in (("{}", "not a valid record"), ("{", "not JSON")):
+    for text, message in (("{}", "damaged"), ("{", "not JSON")):
         (Registry(storage).folder(record) / "record.json").write_text(text)
         with pytest.raises(StorageError, match=message):
             Registry(storage).resolve(record.id)

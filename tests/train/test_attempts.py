@@ -11,7 +11,7 @@ from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, TrainingError
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.events import EventLog, TrainingStarted, WorkerPlace, read_events
-from ft_service.runs.folder import Request, RunFolder
+from ft_service.runs.folder import Outcome, Request, RunFolder
 from ft_service.runs.lease import Lease
 from ft_service.runs.metrics import JsonlSink, StepMetrics
 from ft_service.spec.schema import RunSpec
@@ -32,7 +32,18 @@ class Scripted:
 
 
 def complete(run: RunFolder) -> None:
-    run.storage.write_json(f"{run.path}/outcome.json", {"training_digest": DIGEST})
+    run.write_outcome(
+        Outcome(
+            weights="weights/step-4",
+            steps=4,
+            steps_run=4,
+            final_loss=1.0,
+            validation_loss=None,
+            stopped_early=False,
+            base_fingerprint="f",
+            training_digest=DIGEST,
+        )
+    )
 
 
 def die(exception: str) -> Callable[[RunFolder], None]:
