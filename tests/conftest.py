@@ -52,10 +52,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
-        """A file's tests share fixtures and go to one process, as do all that use the session's cluster."""
+        """A file's tests share fixtures and go to one process, as do all files that use the session's cluster."""
 
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "cluster" if "mark.cluster" in (config.rootpath / file).read_text(encoding="utf-8") else file
+            return "cluster" if _uses_session_cluster(config.rootpath / file) else file
 
     return ByFile(config, log)
+
+
+def _uses_session_cluster(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    return "mark.cluster" in text and "cluster: Cluster" in text and "def cluster(" not in text
