@@ -63,4 +63,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def _uses_session_cluster(file: Path) -> bool:
     text = file.read_text(encoding="utf-8")
-    return "mark.cluster" in text and "cluster: Cluster" in text and "def cluster(" not in text
+    takes_it = "cluster: Cluster" in text or "tests.shared_cluster" in text
+    return "mark.cluster" in text and takes_it and "def cluster(" not in text
