@@ -130,7 +130,7 @@ FAULTS: tuple[Fault, ...] = (
         name="lease-runs-out",
         file="ft_service/runs/lease.py",
         old="RENEW_SECONDS = 10.0",
-        new="RENEW_SECONDS = 60.0",
+        new="RENEW_SECONDS = 600.0",
         breaks="A second driver takes a living driver for dead, and takes its run away.",
         tests=("tests/cluster/test_stopping.py::test_another_driver_takes_over_from_a_killed_one",),
     ),
