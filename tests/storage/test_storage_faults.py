@@ -357,7 +357,7 @@ def test_a_damaged_index_is_never_a_new_run(tmp_path: Path) -> None:
     run = RunFolder(Storage(str(tmp_path)), RUN)
     index = f"runs/{RUN}/checkpoints/index.json"
     run.storage.write_bytes(index, b"{")
-    with pytest.raises(StorageError, match=r"index\.json: damaged.*another --run-id"):
+    with pytest.raises(StorageError, match=r"index\.json: damaged \(JSONDecodeError: .*\)\. .*another --run-id"):
         resume(run, Alone(), "c", EventLog(run.storage, RUN))  # type: ignore[arg-type]
 
 
