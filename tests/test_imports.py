@@ -14,6 +14,8 @@ from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
 from tests.worlds import prepared_run, write_world
 
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = ("torch._dynamo.eval_frame", "torch._inductor", "triton")
 """Parts of torch's compiler; its package has a stand-in where it is left out."""

@@ -16,7 +16,8 @@ from tests.worlds import write_world
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> RunSpec:
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    monkeypatch.setattr("ft_service.runs.lease._SETTLE_SECONDS", 0.0)
     write_world(tmp_path)
     return parse_run_spec(f"""
 name: words

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.multiprocess
+
 PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, {project!r})

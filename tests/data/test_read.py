@@ -483,6 +483,7 @@ def test_a_too_large_json_array_is_a_finding(tmp_path: Path, monkeypatch: pytest
     assert fault.code == FILE and "Write one record per line" in fault.reason
 
 
+@pytest.mark.multiprocess
 def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     line = json.dumps({"instruction": "q" * 500, "output": "a" * 500}).encode() + b"\n"

@@ -102,6 +102,7 @@ def test_held_out_packages_appear_in_no_file_that_is_trained_on(library: Path, t
     assert "smtplib" in held_out and "argparse" not in held_out
 
 
+@pytest.mark.slow
 def test_the_base_reads_nothing_of_the_installed_packages_that_are_held_out(installed: Path) -> None:
     modules = {record["text"].rpartition(" in module ")[2] for record in read(installed / "docs.jsonl")}
     assert len(modules) > 100
@@ -115,12 +116,14 @@ def test_the_same_library_gives_the_same_files(library: Path, tmp_path: Path) ->
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_installed_library_gives_thousands_of_records_and_over_a_hundred_questions(installed: Path) -> None:
     assert len(read(installed / "docs.jsonl")) > 3000
     assert len(read(installed / "train.jsonl")) > 2000
     assert len(read(installed / "heldout.jsonl")) >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["train.jsonl", "heldout.jsonl"])
 def test_every_question_names_its_possible_answers_and_has_one_of_them(installed: Path, file: str) -> None:
     for record in read(installed / file):
@@ -131,6 +134,7 @@ def test_every_question_names_its_possible_answers_and_has_one_of_them(installed
         assert len(summary) <= SUMMARY_CHARACTERS
 
 
+@pytest.mark.slow
 def test_always_giving_one_answer_is_right_on_less_than_a_third_of_the_held_out_questions(installed: Path) -> None:
     answers = Counter(record["output"] for record in read(installed / "heldout.jsonl"))
     assert set(answers) == set(ANSWERS)

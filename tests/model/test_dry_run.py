@@ -81,6 +81,7 @@ def test_statistics_bytes_match_the_tensors(num_weights: int) -> None:
     assert held == nf4.statistics_bytes(num_weights)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json() -> None:
     shown = CliRunner().invoke(app, ["plan", "--table", "llama-3.2-1b", "--dry-run"])
     assert shown.exit_code == 0 and "1,235,814,400 parameters" in shown.output

@@ -17,7 +17,8 @@ from ft_service.storage.storage import Storage
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr("ft_service.runs.lease._SETTLE_SECONDS", 0.0)
     return RunFolder(Storage(str(tmp_path)), "run-1")
 
 

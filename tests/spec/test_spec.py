@@ -123,6 +123,7 @@ def test_a_dumped_spec_loads_unchanged() -> None:
     assert parse_run_spec(dump_run_spec(spec)) == spec
 
 
+@pytest.mark.multiprocess
 def test_planning_imports_neither_torch_nor_ray() -> None:
     code = (
         "import sys, ft_service.spec.load, ft_service.plan.plan, ft_service.plan.memory, "

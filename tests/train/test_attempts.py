@@ -141,6 +141,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(attempts_module, "draining_nodes", set)
     monkeypatch.setattr(attempts_module, "disconnect", lambda: found.ended.append("Ray"))
     monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("ft_service.runs.lease._SETTLE_SECONDS", 0.0)  # no other driver starts in these tests
     yield found
 
 
