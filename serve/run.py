@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from threading import Event
 from types import FrameType
@@ -20,6 +21,8 @@ from serve.http.keys import is_loopback
 
 APP_NAME = "ft"
 _WILDCARDS = ("0.0.0.0", "::")
+_LISTEN_SECONDS = 300
+_POLL_SECONDS = 0.1
 
 
 def run_server(
@@ -50,6 +53,7 @@ def run_server(
             started.callback(serve.shutdown)
             serve.start(http_options={"host": host, "port": port})
             _deploy(config)
+            _wait_until_listening(port)
             _announce(config, host, port, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
@@ -93,6 +97,18 @@ def _deploy(config: ServeConfig) -> None:
         deployments = serve.status().applications[APP_NAME].deployments.values()
         reasons = "; ".join(last_line(deployment.message) for deployment in deployments)
         raise ServingError(f"the server did not start: {reasons}") from None
+
+
+def _wait_until_listening(port: int) -> None:
+    """`serve.run` waits only for the proxies that exist already; on a busy machine the first one starts later."""
+    deadline = time.monotonic() + _LISTEN_SECONDS
+    while "HEALTHY" not in (states := set(serve.status().proxies.values())) or "STARTING" in states:
+        if time.monotonic() > deadline:
+            raise ServingError(
+                f"port = {port}: the HTTP server did not answer within {_LISTEN_SECONDS} s. See the logs of Ray Serve "
+                "in the session folder of Ray (logs/serve/proxy_*.log)."
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def _announce(config: ServeConfig, host: str, port: int, local: bool) -> None:
