@@ -8,6 +8,7 @@ releases that lock when the process ends.
 import fcntl
 import os
 
+import ninja
 import torch.utils.cpp_extension
 
 
@@ -57,6 +58,16 @@ class FlockBaton:
 def compile_under_flock() -> None:
     """Make torch compile extensions under a `FlockBaton`, from now on, in this process."""
     setattr(torch.utils.cpp_extension, "FileBaton", FlockBaton)  # noqa: B010 - to mypy, the name is a type's
+
+
+def compile_with_installed_ninja() -> None:
+    """Make torch compile with this environment's ninja, from now on, in this process and those that it starts.
+
+    Trap: torch runs the first `ninja` on PATH. Another version, say the system's if the environment is not activated,
+    takes the build of this one for outdated, and the other way round: each start would compile for minutes.
+    """
+    folders = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder != ninja.BIN_DIR]
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, *folders])
 
 
 def _is_same_file(fd: int, path: str) -> bool:

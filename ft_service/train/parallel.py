@@ -24,7 +24,7 @@ from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan.memory import MAX_BUCKET_ELEMENTS
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
-from ft_service.train.compiling import compile_under_flock
+from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
 from ft_service.train.optimizer_state import OptimizerState
 
 _GIB = 2**30
@@ -36,10 +36,12 @@ def prepare_process(use_gpu: bool) -> None:
     """Settings of this process that must be made before DeepSpeed is imported; `init_process_group` calls this.
 
     - ``DS_ACCELERATOR``, unless it is set: otherwise DeepSpeed guesses an accelerator from the installed packages.
-    - Operators compile under `flock` instead of torch's lock file, see `ft_service.train.compiling`.
+    - Operators compile with this environment's ninja, under `flock` instead of torch's lock file: see
+      `ft_service.train.compiling`.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     compile_under_flock()
+    compile_with_installed_ninja()
 
 
 def import_deepspeed(use_gpu: bool) -> None:

@@ -2,15 +2,17 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import ninja
 import pytest
 
-from ft_service.train.compiling import FlockBaton
+from ft_service.train.compiling import FlockBaton, compile_with_installed_ninja
 
 EXTENSION = """
 #include <torch/extension.h>
@@ -24,6 +26,17 @@ from torch.utils.cpp_extension import load
 prepare_process(use_gpu=False)
 print(load(name="seven", sources=[sys.argv[1]], build_directory=sys.argv[2]).seven())
 """
+
+
+def test_another_ninja_on_the_path_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = tmp_path / "ninja"
+    older.write_text("#!/bin/sh\necho 1.11.1\n")
+    older.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        compile_with_installed_ninja()
+    assert os.environ["PATH"].split(os.pathsep) == [ninja.BIN_DIR, str(tmp_path)]
+    assert shutil.which("ninja") == str(Path(ninja.BIN_DIR) / "ninja")
 
 
 @pytest.mark.multiprocess
