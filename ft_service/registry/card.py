@@ -113,6 +113,10 @@ def _training(draft: Mapping[str, Any]) -> str:
     rows = [
         ("Method", _METHODS[method["type"]] + (f": {settings}" if settings else "")),
         ("Optimizer steps", f"{draft['steps']:,}"),
+        *(
+            ("Extended", f"at step {extension['step']:,}; {extension['num_steps']:,} steps were planned before")
+            for extension in draft.get("extensions", ())
+        ),
         ("Training loss of the last step", f"{draft['final_loss']:.4f} nats per loss token"),
         (
             "Validation loss of these weights",

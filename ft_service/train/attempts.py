@@ -105,7 +105,6 @@ class Attempts:
             plan = self._plan_for(self._choose_worker_count())
             if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
                 return plan
-            _check_training_digest(self._run, plan)
             num_started = len(self._training_starts())
             try:
                 self._run_attempt(plan)
@@ -303,25 +302,6 @@ class Attempts:
         """Record the event, and show its message to the person."""
         self._events.emit(event)
         self._log(event.message)
-
-
-def _check_training_digest(run: RunFolder, plan: RunPlan) -> None:
-    """Raise `TrainingError` if the run's checkpoints belong to another training, before any worker is requested.
-
-    Workers check the checkpoint that they load once more.
-    """
-    checkpoints = Checkpoints(run)
-    for entry in reversed(checkpoints.entries()):
-        try:
-            training_digest = checkpoints.manifest(entry).training_digest
-        except (StorageError, ValueError):
-            continue  # damaged: the workers use the one before
-        if training_digest != plan.training_digest:
-            raise TrainingError(
-                f"--run-id = {run.run_id!r}: its checkpoints belong to another model, method, data or schedule than "
-                "this spec. Use another --run-id, or the run's own spec."
-            )
-        return
 
 
 def _format_resources(resources: dict[str, float]) -> str:
