@@ -112,7 +112,7 @@ class RunPlan(StoredFile):
     @property
     def training_digest(self) -> str:
         """SHA-256 of what determines the result: not the hardware, the number of workers, or the layout on them."""
-        determining = {
+        determining: dict[str, object] = {
             "model": self.spec.model.model_dump(mode="json"),
             "method": self.spec.method.model_dump(mode="json"),
             "train": self.spec.train.model_dump(mode="json", exclude=LAYOUT_SETTINGS),
@@ -120,9 +120,7 @@ class RunPlan(StoredFile):
             "steps": [self.num_steps, self.warmup_steps, self.learning_rate, self.validate_every_steps],
         }
         if self.extensions:
-            determining["extensions"] = [
-                extension.model_dump(exclude={"training_digest"}) for extension in self.extensions
-            ]
+            determining["extensions"] = [[extension.step, extension.num_steps] for extension in self.extensions]
         return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
 
     def continues(self, training_digest: str, step: int) -> bool:
