@@ -7,6 +7,7 @@ Invalid specs, data and plans fail before any worker is requested.
 
 import dataclasses
 import os
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
+from ft_service.text import error_line
 from ft_service.train.attempts import Attempts
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.continuation import check_data, check_settings, continued_plan
@@ -110,8 +112,11 @@ def _record_end(folder: RunFolder, events: EventLog, error: BaseException, earli
 
     A run that was not resumed after all keeps its `earlier` status.
     """
-    reason = str(error) if isinstance(error, FtError) else f"{type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, FtError) else error_line(error)
     try:
+        if not isinstance(error, FtError | KeyboardInterrupt):
+            details = "".join(traceback.format_exception(error))
+            reason = f"{reason}. Traceback: {folder.write_traceback(details)}"
         if earlier is not None and _is_refused(folder, error, earlier):
             folder.write_status(earlier)
             events.emit(Notice(type="refused", message=f"Not resumed: {reason}"))

@@ -178,6 +178,13 @@ class RunFolder:
     def write_status(self, status: RunStatus) -> None:
         self._write("status.json", status)
 
+    def write_traceback(self, text: str) -> str:
+        """Save the traceback of an error as the next file of tracebacks/; returns where."""
+        number = len(self.storage.files(f"{self.path}/tracebacks")) + 1
+        file = f"{self.path}/tracebacks/{number:03}.txt"
+        self.storage.write_bytes(file, text.encode())
+        return self.storage.uri(file)
+
     def write_spec_if_absent(self, spec: RunSpec) -> None:
         """Save the spec of a new run, which makes it resumable; an existing spec stays."""
         if not self.storage.exists(f"{self.path}/spec.yaml"):
