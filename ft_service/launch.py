@@ -7,7 +7,9 @@ Invalid specs, data and plans fail before any worker is requested.
 
 import dataclasses
 import os
+import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,13 +32,16 @@ from ft_service.plan.plan import RunPlan
 from ft_service.publish import publish
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import EventLog, Notice, Published
-from ft_service.runs.folder import RunFolder, new_run_id
+from ft_service.runs.folder import RunFolder, RunStatus, new_run_id
 from ft_service.runs.lease import Lease
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
+from ft_service.text import error_line
 from ft_service.train.attempts import Attempts
+from ft_service.train.checkpoints.manifest import Checkpoints
+from ft_service.train.continuation import check_data, check_settings, continued_plan
 
 DATA_REPORT_FILE = "data.html"
 _SAMPLE_SECONDS = 1200.0
@@ -61,6 +66,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
     storage.check_writable()  # a wrong root fails at once; from here on, storage that does not answer is retried
     storage = Storage(spec.storage, retry_seconds=RUN_RETRY_SECONDS)
     folder = RunFolder(storage, run_id or new_run_id(spec.name))
+    check_settings(spec, folder)
     events = EventLog(storage, folder.run_id)
     log(f"Run {folder.run_id}: {storage.uri(folder.path)}")
     with Lease(folder, log) as lease, StopSignals() as signals:
@@ -68,6 +74,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
         if (done := _published(folder)) is not None:
             log(f"The run is complete; it published {done.id}. To train again, use another --run-id.")
             return done
+        earlier = folder.recorded_status()
         try:
             connect()
             signals.install()  # ray.init has installed its own handler for SIGTERM
@@ -85,7 +92,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             events.emit(Notice(type="succeeded", message=f"Run {folder.run_id} is complete."))
         except BaseException as error:
             if lease.is_held():  # otherwise another driver records the state of the run
-                _record_end(folder, events, error)
+                _record_end(folder, events, error, earlier)
             raise
     _write_report(folder)
     log(f"Published {record.id}")
@@ -100,16 +107,33 @@ def _published(folder: RunFolder) -> AdapterRecord | None:
     return Registry(folder.storage).resolve(status.published)
 
 
-def _record_end(folder: RunFolder, events: EventLog, error: BaseException) -> None:
-    """Record on storage why the run ended. A storage error here must not hide the reason."""
-    reason = str(error) if isinstance(error, FtError) else f"{type(error).__name__}: {error}"
+def _record_end(folder: RunFolder, events: EventLog, error: BaseException, earlier: RunStatus | None) -> None:
+    """Record on storage why the run ended. A storage error here must not hide the reason.
+
+    A run that was not resumed after all keeps its `earlier` status.
+    """
+    reason = str(error) if isinstance(error, FtError) else error_line(error)
     try:
+        if not isinstance(error, FtError | KeyboardInterrupt):
+            details = "".join(traceback.format_exception(error))
+            reason = f"{reason}. Traceback: {folder.write_traceback(details)}"
+        if earlier is not None and _is_refused(folder, error, earlier):
+            folder.write_status(earlier)
+            events.emit(Notice(type="refused", message=f"Not resumed: {reason}"))
+            return
         state: Literal["stopped", "failed"] = "stopped" if isinstance(error, RunStopped) else "failed"
         folder.set_state(state, message=reason)
         events.emit(Notice(type=state, message=reason))
         _write_report(folder)
     except FtError:
         pass
+
+
+def _is_refused(folder: RunFolder, error: BaseException, earlier: RunStatus) -> bool:
+    """Whether a run that can be continued was left as it was: the error came before any worker was requested."""
+    can_continue = earlier.state == "stopped" or Checkpoints(folder).newest_step() > 0
+    before_workers = folder.recorded_state() == "preparing" and not isinstance(error, RunStopped)
+    return can_continue and before_workers and isinstance(error, FtError)
 
 
 def _write_report(folder: RunFolder) -> None:
@@ -158,9 +182,10 @@ class Prepared:
     def plan_for(self, num_workers: int) -> RunPlan:
         """The plan for this number of workers, also written to the run's folder. The first plan is logged in full.
 
-        Raises `SpecError`.
+        Raises `SpecError` before it writes anything.
         """
         plan = make_plan(self.spec.with_workers(num_workers), self.dataset.facts, self.shape, self.resources)
+        plan = continued_plan(plan, self.folder)
         self.folder.write_plan(self.spec, plan, self.dataset.sources)
         self.log(f"  {plan.summary[0]}" if self._has_shown_plan else _describe(plan))
         self._has_shown_plan = True
@@ -187,7 +212,15 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
         log(f"Data check: {judgement.verdict}, {folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
         enforce(judgement, spec.data.waive, f"{folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
 
-    dataset = prepare_dataset(spec, load_tokenizer(base), folder.storage, log, map_on_cluster, publish_findings)
+    dataset = prepare_dataset(
+        spec,
+        load_tokenizer(base),
+        folder.storage,
+        log,
+        map_on_cluster,
+        publish_findings,
+        on_digest=partial(check_data, folder),
+    )
     resources = cluster_resources()
     if len(spec.worker_counts()) > 1:
         make_plan(spec, dataset.facts, shape, resources)

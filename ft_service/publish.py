@@ -41,6 +41,7 @@ def publish(run: RunFolder) -> AdapterRecord:
         "data_verdict": verdict,
         "waivers": [waiver.model_dump(mode="json") for waiver in waivers],
         "steps": outcome.steps,
+        "extensions": [extension.model_dump(include={"step", "num_steps"}) for extension in plan.extensions],
         "final_loss": outcome.final_loss,
         "validation_loss": outcome.validation_loss,
         "chat_template_digest": template_digest,

@@ -68,6 +68,17 @@ def test_a_driver_records_how_its_run_ended(
     assert status is not None and (status.state, status.message) == (state, str(error))
 
 
+def test_the_traceback_of_a_library_is_kept_in_a_file(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_with(monkeypatch, OSError("odd"), taken_over=False)
+    with pytest.raises(OSError, match="odd"):
+        launch.run(spec, "r", lambda text: None)
+    run = RunFolder(Storage(spec.storage), "r")
+    file = Path(spec.storage, "runs/r/tracebacks/001.txt")
+    status = run.status()
+    assert status is not None and status.message == f"OSError: odd. Traceback: {file}"
+    assert file.read_text().endswith("raise error\nOSError: odd\n")
+
+
 def test_a_run_that_failed_in_preparation_resumes_with_its_first_spec(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,22 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
+
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="PATH",
+        help="Where the base is now, if it has moved; its fingerprint is checked.",
+    ),
+]
 
 adapters_app = typer.Typer(help="Published adapters and models.", invoke_without_command=True)
 
@@ -37,12 +47,12 @@ def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_
 
 
 @adapters_app.command()
-def verify(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+def verify(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, base: Base = None, as_json: AsJson = False) -> None:
     """Verify one adapter: its digests, its fit to the base, and that its logits differ from the base's."""
     from ft_service.evaluate.verify import verify_adapter
 
     registry = Registry(Storage(storage))
-    checks = verify_adapter(registry, registry.resolve(adapter_id))
+    checks = verify_adapter(registry, registry.resolve(adapter_id), base)
     if as_json:
         print_json([dataclasses.asdict(check) for check in checks])
     else:
@@ -54,11 +64,11 @@ def verify(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJ
 
 
 @adapters_app.command()
-def merge(adapter_id: str, out: Path, storage: StorageRoot = DEFAULT_STORAGE) -> None:
+def merge(adapter_id: str, out: Path, storage: StorageRoot = DEFAULT_STORAGE, base: Base = None) -> None:
     """Merge an adapter into its base in bf16, and write the model to the new folder OUT."""
     from ft_service.model.merge import merge_adapter
 
     registry = Registry(Storage(storage))
     record = registry.resolve(adapter_id)
-    merge_adapter(registry, record, out)
+    merge_adapter(registry, record, out, base)
     console.print(f"Merged {record.id} into {out}")

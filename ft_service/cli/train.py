@@ -54,12 +54,19 @@ def resume(
     ] = None,
     detach: Annotated[bool, typer.Option(help="With --address: print the submission id and return.")] = False,
 ) -> None:
-    """Resume a stopped or failed run with the spec that it started with: here, or on a cluster."""
+    """Resume a stopped or failed run with the spec that it started with, or give it more steps (train.max_steps=400).
+
+    It runs here, or on a cluster. Settings of where it runs (parallel.*) may change too.
+    """
     from ft_service.runs.folder import resumed_spec
 
     spec = resumed_spec(run_id, storage, overrides or [])
     if address is not None:
         from ft_service.cluster.submit import submit_resume
+        from ft_service.runs.folder import RunFolder
+        from ft_service.train.continuation import check_settings
+
+        check_settings(spec, RunFolder(Storage(storage), run_id))
 
         raise SystemExit(submit_resume(run_id, storage, overrides or [], address, detach))
     from ft_service.launch import run

@@ -11,7 +11,7 @@ the data gate stopped, continues with them.
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
 OnJudgement = Callable[[Judgement, Path], None]
+OnDigest = Callable[[str, Mapping[str, str]], None]
+"""Gets the digest of the dataset, and that of each source by its path."""
 """Called with the judgement and the folder of its findings; raises to stop the preparation."""
 
 _LAYOUT_VERSION = 2
@@ -119,13 +121,18 @@ def prepare_dataset(
     say: Say = lambda text: None,
     run_tasks: RunTasks = run_locally,
     on_judgement: OnJudgement = lambda judgement, folder: None,
+    on_digest: OnDigest = lambda digest, sources: None,
 ) -> PreparedDataset:
     """Prepare the spec's data, or open it if it is prepared already. `on_judgement` is called in both cases.
 
-    Raises `DataError` if a file is missing or no record can be used, and whatever `on_judgement` raises.
+    `on_digest` is called first, before anything is written. Raises `DataError` if a file is missing or no record can be
+    used, and whatever `on_judgement` and `on_digest` raise.
     """
     inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
     digest = _dataset_digest(inputs, tokenizer)
+    on_digest(
+        digest, {source.path: found.digest for source, found in zip(all_sources(spec), inputs.scans, strict=True)}
+    )
     place = f"datasets/{digest}"
     if not storage.exists(f"{place}/{_MANIFEST}"):
         try:

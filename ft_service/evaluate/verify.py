@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from ft_service.catalog import models
 from ft_service.errors import FtError
 from ft_service.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from ft_service.model.base import fingerprint, read_config, resolve_base
+from ft_service.model.base import MOVED_BASE, fingerprint, read_config, resolve_base
 from ft_service.model.load import load_causal_lm
 from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import AdapterRecord, Registry
@@ -30,8 +30,10 @@ class Check:
     detail: str
 
 
-def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Check]:
+def verify_adapter(registry: Registry, record: AdapterRecord, base: str | None = None) -> list[Check]:
     """Check digests, base, names and shapes, and that the logits differ from the base's. Stops at the first failure.
+
+    `base` is where the base is now (a folder, a hub id or a URI), if not where the record says.
 
     Needs the base's weights, and memory to load them in bf16.
     """
@@ -42,10 +44,10 @@ def verify_adapter(registry: Registry, record: AdapterRecord) -> list[Check]:
     if record.kind == "model":
         return [*checks, _whole_model(folder)]
     try:
-        base_folder = resolve_base(record.base.id, record.base.revision)
+        base_folder = resolve_base(base or record.base.id, None if base else record.base.revision)
     except FtError as error:
-        return [*checks, Check("base", False, str(error))]
-    checks.append(_same_base(record, base_folder))
+        return [*checks, Check("base", False, str(error) if base else f"{error} {MOVED_BASE}")]
+    checks.append(_same_base(record, base or record.base.id, base_folder))
     if checks[-1].passed:
         checks.append(_modules(folder, base_folder))
     if checks[-1].passed:
@@ -67,9 +69,9 @@ def _whole_model(folder: Path) -> Check:
     return Check("model", True, f"complete; fingerprint {fingerprint(folder)[:8]}")
 
 
-def _same_base(record: AdapterRecord, base_folder: Path) -> Check:
+def _same_base(record: AdapterRecord, place: str, base_folder: Path) -> Check:
     actual = fingerprint(base_folder)
-    detail = f"{record.base.id} has fingerprint {actual[:8]}; the adapter was trained on {record.base.fingerprint[:8]}"
+    detail = f"{place} has fingerprint {actual[:8]}; the adapter was trained on {record.base.fingerprint[:8]}"
     return Check("base", actual == record.base.fingerprint, detail)
 
 

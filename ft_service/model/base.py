@@ -15,6 +15,7 @@ from ft_service.errors import ModelError, ModelUnreachableError
 from ft_service.model.weight_files import WeightFiles
 from ft_service.text import first_line
 
+MOVED_BASE = "If the base has moved, name its folder with --base PATH."
 _HUB_FILES = ["*.json", "*.jinja"]
 _REMOTE_CACHE = Path("~/.cache/ft_service/bases")
 

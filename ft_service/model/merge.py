@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from ft_service.catalog import models
 from ft_service.errors import ModelError, UsageError
 from ft_service.model.adapter import TEMPLATE_FILE, merge_functions
-from ft_service.model.base import open_weight_files, resolve_base
+from ft_service.model.base import MOVED_BASE, open_weight_files, resolve_base
 from ft_service.model.load import Progress, meta_model, stream_weights
 from ft_service.model.weight_files import INDEX_FILE, WeightFiles
 from ft_service.model.writer import (
@@ -19,6 +20,7 @@ from ft_service.model.writer import (
     index_of,
     lay_out,
 )
+from ft_service.registry.card import merged_card
 from ft_service.registry.registry import CARD_FILE, AdapterRecord, Registry
 from ft_service.runs.progress import LoadingLine
 from ft_service.storage.storage import Storage
@@ -26,8 +28,10 @@ from ft_service.storage.storage import Storage
 DTYPE = torch.bfloat16
 
 
-def merge_adapter(registry: Registry, record: AdapterRecord, out: Path) -> None:
+def merge_adapter(registry: Registry, record: AdapterRecord, out: Path, base: str | None = None) -> None:
     """Write base and adapter as one bf16 model folder `out`. `out` must not exist; on an error it is not created.
+
+    `base` is where the base is now (a folder, a hub id or a URI), if not where the record says.
 
     Needs memory for the adapter and a few of the base's weights, independent of the size of the base. An adapter
     trained on a 4-bit base is merged into the bf16 base, as is usual: answers then differ slightly from those on the
@@ -39,19 +43,26 @@ def merge_adapter(registry: Registry, record: AdapterRecord, out: Path) -> None:
         raise UsageError(f"{record.id}: is a full model, there is nothing to merge. Use it as model.base directly.")
     if damaged := registry.damaged_files(record):
         raise ModelError(f"{record.id}: damaged on storage ({', '.join(damaged)}). Publish its run again.")
-    weight_files = open_weight_files(record.base.id, record.base.revision)
+    place = base or record.base.id
+    revision = None if base else record.base.revision
+    try:
+        weight_files = open_weight_files(place, revision)
+    except ModelError as error:
+        raise type(error)(str(error) if base else f"{error} {MOVED_BASE}") from None
     if weight_files.fingerprint() != record.base.fingerprint:
         raise ModelError(
-            f"{record.base.id}: is not the base that {record.id} was trained on. Use the revision in its record."
+            f"{place}: is not the base that {record.id} was trained on (fingerprint {weight_files.fingerprint()[:8]} "
+            f"instead of {record.base.fingerprint[:8]}). Name the right one with --base PATH."
         )
-    base_folder = resolve_base(record.base.id, record.base.revision, weights=False)
+    base_folder = resolve_base(place, revision, weights=False)
     adapter_folder = registry.folder(record)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         progress = LoadingLine(doing="Merging", what="weights")
         write_merged(weight_files, adapter_folder, base_folder, partial, progress)
-        shutil.copy2(adapter_folder / CARD_FILE, partial / CARD_FILE)
+        card = merged_card(record.model_dump(mode="json"), models.find(record.base.id), out.name)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

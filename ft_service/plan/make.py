@@ -16,7 +16,7 @@ from ft_service.plan.checks import find_problems, find_warnings, hpz_problems, m
 from ft_service.plan.explain import reasons, suggestions, why_it_does_not_fit
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.memory import GIB, Layout, estimate_memory, trainable_parameters
-from ft_service.plan.plan import Estimate, RunPlan
+from ft_service.plan.plan import Estimate, Extension, RunPlan
 from ft_service.plan.search import (
     Candidate,
     Machine,
@@ -79,8 +79,8 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         hpz_partition_size=layout.workers_per_node if layout.hpz else 1,
         workers_per_node=layout.workers_per_node,
         validate_every_steps=schedule.validate_every_steps,
-        tokens=round(dataset.tokens * schedule.passes),
-        loss_tokens=round(dataset.loss_tokens * schedule.passes),
+        tokens=round(dataset.tokens * schedule.epochs),
+        loss_tokens=round(dataset.loss_tokens * schedule.epochs),
         memory_gib=_gib_by_component(candidate.memory.gpu) if on_gpu else {},
         host_memory_gib=_gib_by_component(candidate.memory.host) if on_gpu else {},
         gpu_capacity_gib=machine.gpu_gib if on_gpu else None,
@@ -214,28 +214,49 @@ def _warnings_of_min_workers(
 class _Schedule:
     num_steps: int
     epochs: float
-    passes: float
     """Passes over the rows that the whole number of steps makes."""
     warmup_steps: int
     validate_every_steps: int | None
 
 
+def num_steps_of(spec: RunSpec, num_rows: int) -> int:
+    """Optimizer steps that the spec asks for on that many packed rows: whole steps, at least one."""
+    if spec.train.max_steps is not None:
+        return spec.train.max_steps
+    epochs = spec.train.epochs or DEFAULT_EPOCHS
+    return max(1, math.ceil(epochs * num_rows / spec.train.global_batch_size))
+
+
+def extended(plan: RunPlan, earlier: RunPlan, step: int) -> RunPlan:
+    """`plan` as the continuation of `earlier`, from a checkpoint of `step`: same warmup, validations and past.
+
+    If `plan` has more steps, that is one more of its extensions.
+    """
+    extensions = earlier.extensions
+    if plan.num_steps != earlier.num_steps:
+        added = Extension(step=step, num_steps=earlier.num_steps, training_digest=earlier.training_digest)
+        extensions = [*extensions, added]
+    if not extensions:
+        return plan
+    continued = plan.model_copy(
+        update={
+            "extensions": extensions,
+            "warmup_steps": earlier.warmup_steps,
+            "validate_every_steps": earlier.validate_every_steps,
+        }
+    )
+    return continued.model_copy(update={"summary": plan_sentences(continued)})
+
+
 def _schedule(spec: RunSpec, dataset: DatasetFacts) -> _Schedule:
     batch = spec.train.global_batch_size
-    steps_per_epoch = dataset.rows / batch
-    if spec.train.max_steps is not None:
-        num_steps = spec.train.max_steps
-        epochs = num_steps / steps_per_epoch
-    else:
-        epochs = spec.train.epochs or DEFAULT_EPOCHS
-        num_steps = max(1, math.ceil(epochs * steps_per_epoch))
+    num_steps = num_steps_of(spec, dataset.rows)
     validate_every = None
     if spec.data.validation is not None:
         validate_every = spec.train.validate_every_steps or max(1, num_steps // VALIDATIONS_PER_RUN)
     return _Schedule(
         num_steps=num_steps,
-        epochs=epochs,
-        passes=num_steps * batch / dataset.rows,
+        epochs=num_steps * batch / dataset.rows,
         warmup_steps=math.ceil(spec.train.warmup_ratio * num_steps),
         validate_every_steps=validate_every,
     )

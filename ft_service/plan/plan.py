@@ -10,6 +10,9 @@ from ft_service.plan.facts import DatasetFacts
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.formats import StoredFile, renamed
 
+LAYOUT_SETTINGS = {"micro_batch_size", "activation_checkpointing"}
+"""Settings of the section `train` that do not affect the result."""
+
 
 class Estimate(BaseModel):
     """Time and cost of a run, from datasheets and an assumed MFU: for budgeting, not a measurement."""
@@ -31,6 +34,16 @@ class Estimate(BaseModel):
     seconds: float = Field(description="The whole run with its validations, without loading and waiting.")
     gpu_hours: float
     cost_usd: float | None
+
+
+class Extension(BaseModel):
+    """More steps than planned before, from a step on. The steps up to it keep their learning rates and batches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int = Field(description="Step of the checkpoint that the longer training continues from.")
+    num_steps: int = Field(description="Steps that were planned before.")
+    training_digest: str = Field(description="RunPlan.training_digest of the plan before.")
 
 
 _NAMES_IN_FORMAT_1 = {
@@ -55,7 +68,10 @@ class RunPlan(StoredFile):
     gradient_accumulation_steps: int
     global_batch_size: int
     num_steps: int = Field(description="Optimizer steps.")
-    epochs: float
+    extensions: list[Extension] = Field(
+        default_factory=list, description="How a resumed run was given more steps, oldest first."
+    )
+    epochs: float = Field(description="Passes over the training rows that the steps make.")
     warmup_steps: int
     learning_rate: float = Field(description="Peak learning rate.")
     activation_checkpointing: bool
@@ -96,15 +112,22 @@ class RunPlan(StoredFile):
     @property
     def training_digest(self) -> str:
         """SHA-256 of what determines the result: not the hardware, the number of workers, or the layout on them."""
-        layout = {"micro_batch_size", "activation_checkpointing"}
-        determining = {
+        determining: dict[str, object] = {
             "model": self.spec.model.model_dump(mode="json"),
             "method": self.spec.method.model_dump(mode="json"),
-            "train": self.spec.train.model_dump(mode="json", exclude=layout),
+            "train": self.spec.train.model_dump(mode="json", exclude=LAYOUT_SETTINGS),
             "dataset": self.dataset.digest,
             "steps": [self.num_steps, self.warmup_steps, self.learning_rate, self.validate_every_steps],
         }
+        if self.extensions:
+            determining["extensions"] = [[extension.step, extension.num_steps] for extension in self.extensions]
         return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+
+    def continues(self, training_digest: str, step: int) -> bool:
+        """Whether training by this plan continues a checkpoint of `step` that was saved under `training_digest`."""
+        return training_digest == self.training_digest or any(
+            training_digest == extension.training_digest and step <= extension.step for extension in self.extensions
+        )
 
     @property
     def digest(self) -> str:

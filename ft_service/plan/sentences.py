@@ -15,6 +15,7 @@ def plan_sentences(plan: RunPlan) -> list[str]:
         _batch(plan),
         _length(plan),
         _learning_rate(plan),
+        *_extensions(plan),
         _workers(plan),
     ]
     if plan.validate_every_steps:
@@ -56,9 +57,10 @@ def _batch(plan: RunPlan) -> str:
 
 
 def _length(plan: RunPlan) -> str:
+    about = "" if plan.dataset.exact else "about "
     return (
-        f"Length: {counted(plan.num_steps, 'step')}, {plan.epochs:.2f} epochs, {plan.tokens:,} tokens "
-        f"({plan.loss_tokens:,} loss tokens)."
+        f"Length: {counted(plan.num_steps, 'step')}, {about}{plan.epochs:.2f} passes over the data, "
+        f"{plan.tokens:,} tokens ({plan.loss_tokens:,} loss tokens)."
     )
 
 
@@ -68,6 +70,17 @@ def _learning_rate(plan: RunPlan) -> str:
     end = "" if schedule == "constant" else f" to {final:.1e}"
     warmup = counted(plan.warmup_steps, "step")
     return f"Learning rate: {warmup} of warmup to {plan.learning_rate:.2e}, then {schedule}{end}."
+
+
+def _extensions(plan: RunPlan) -> list[str]:
+    lengths = [*(extension.num_steps for extension in plan.extensions), plan.num_steps]
+    moving = counted(max(1, plan.warmup_steps), "step")
+    return [
+        f"Extended: at step {extension.step:,} from {extension.num_steps:,} to {counted(longer, 'step')}. Earlier "
+        f"steps stay as they are; then, over {moving}, the learning rate moves from the schedule of "
+        f"{counted(extension.num_steps, 'step')} to that of {counted(longer, 'step')}."
+        for extension, longer in zip(plan.extensions, lengths[1:], strict=True)
+    ]
 
 
 def _workers(plan: RunPlan) -> str:

@@ -20,6 +20,19 @@ _METHODS = {
 }
 
 
+_MERGED = "merged"
+"""Kind of a draft whose adapter is merged into the base; it is not published."""
+
+
+def merged_card(record: Mapping[str, Any], facts: ModelFacts | None, folder_name: str) -> str:
+    """The card of the model that an adapter and its base were merged into. `record` is the adapter's, as JSON values.
+
+    Sizes and digests of the merged weights are not part of it: it describes how they came about.
+    """
+    card = model_card({**record, "kind": _MERGED, "folder": folder_name}, facts)
+    return card.replace("{id}", record["id"]).replace("{digest}", record["digest"])
+
+
 def model_card(record_draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
     """The card in Markdown. `record_draft` is that of `Registry.publish`; `facts` is None for an unknown base."""
     sections = [
@@ -58,14 +71,20 @@ def _what_it_is(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
     base = draft["base"]
     title = facts.title if facts else base["short_name"]
     revision = f", revision {_plain(base['revision'])}" if base["revision"] else ""
-    kind = "A LoRA adapter for" if draft["kind"] == "adapter" else "A full fine-tune of"
+    about = f"{_plain(base['id'])}{revision}"
+    sentences = {
+        "adapter": f"A LoRA adapter for {about}, published as `{{id}}`.",
+        "model": f"A full fine-tune of {about}, published as `{{id}}`.",
+        _MERGED: f"A complete model in bf16: {about}, with the LoRA adapter `{{id}}` merged into its weights.",
+    }
+    digest = "Content digest of the adapter" if draft["kind"] == _MERGED else "Content digest"
     return "\n".join(
         [
             f"# {_plain(title)}: {_plain(draft['run_name'])}",
             "",
-            f"{kind} {_plain(base['id'])}{revision}, published as `{{id}}`.",
+            sentences[draft["kind"]],
             "",
-            f"Content digest: `{{digest}}` (SHA-256; the id ends with its first 8 digits). "
+            f"{digest}: `{{digest}}` (SHA-256; the id ends with its first 8 digits). "
             f"Base fingerprint: `{base['fingerprint']}`.",
             *(["", f"**{facts.license.display}**"] if facts else []),
         ]
@@ -83,7 +102,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base_id}{at_revision}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({base_id}{at_revision})
+with open("{{id}}/chat_template.jinja", encoding="utf-8") as template:
+    tokenizer.chat_template = template.read()  # of the training; that of the base may differ
 model = PeftModel.from_pretrained(base, "{{id}}")  # the folder with this card"""
+    elif draft["kind"] == _MERGED:
+        folder = _literal(draft["folder"])
+        load = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder}, dtype="auto")  # the folder with this card
+tokenizer = AutoTokenizer.from_pretrained({folder})"""
+        return f"## Load it\n\n```python\n{load}\n```"
     else:
         load = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,12 +139,17 @@ def _training(draft: Mapping[str, Any]) -> str:
     method = draft["method"]
     settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in method.items() if name != "type")
     validation_loss = draft["validation_loss"]
+    merged = ", and then merged into the base in bf16" if draft["kind"] == _MERGED else ""
     rows = [
-        ("Method", _METHODS[method["type"]] + (f": {settings}" if settings else "")),
+        ("Method", _METHODS[method["type"]] + (f": {settings}" if settings else "") + merged),
         ("Optimizer steps", f"{draft['steps']:,}"),
+        *(
+            ("Extended", f"at step {extension['step']:,}; {extension['num_steps']:,} steps were planned before")
+            for extension in draft.get("extensions", ())
+        ),
         ("Training loss of the last step", f"{draft['final_loss']:.4f} nats per loss token"),
         (
-            "Validation loss of these weights",
+            "Validation loss of the adapter" if merged else "Validation loss of these weights",
             "not measured" if validation_loss is None else f"{validation_loss:.4f} nats per loss token",
         ),
         ("Run", draft["run_id"]),

@@ -59,6 +59,13 @@ class Waiver(_Record):
     reason: str
 
 
+class ExtensionRef(_Record):
+    """A resumed run was given more steps than planned before."""
+
+    step: int = Field(description="Step from which the longer schedule applies.")
+    num_steps: int = Field(description="Steps that were planned before.")
+
+
 class AdapterRecord(StoredFile):
     """Everything that serving and evaluation need to know about an adapter, or about the model of a `full` run."""
 
@@ -76,6 +83,9 @@ class AdapterRecord(StoredFile):
     data_verdict: str = Field(description="Result of the data check: pass, warn or fail (then with waivers).")
     waivers: list[Waiver] = Field(description="Data-check findings that the spec accepts.")
     steps: int = Field(description="Optimizer steps that produced these weights.")
+    extensions: list[ExtensionRef] = Field(
+        default_factory=list, description="How the run was given more steps, oldest first."
+    )
     final_loss: float = Field(description="Training loss of the run's last step, nats per loss token.")
     validation_loss: float | None = Field(description="Validation loss of these weights.")
     chat_template_digest: str

@@ -42,7 +42,7 @@ class Event(BaseModel):
 class Notice(Event):
     """An event without further data."""
 
-    type: Literal["preparing", "leaving", "stopping", "moving", "samples", "succeeded", "stopped", "failed"]
+    type: Literal["preparing", "leaving", "stopping", "moving", "samples", "succeeded", "stopped", "failed", "refused"]
 
 
 class WorkerPlace(BaseModel):

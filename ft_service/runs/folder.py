@@ -3,7 +3,7 @@
 <storage>/runs/<run id>/   spec.yaml  gate.json  plan.json  dataset.json  status.json  events.jsonl
                            metrics.jsonl  data.html  data/{judgement.json,findings.jsonl,quarantine.jsonl}
                            lease.json  stop.json  move.json
-                           weights/  checkpoints/  stacks/  outcome.json  samples.json  report.html
+                           weights/  checkpoints/  stacks/  tracebacks/  outcome.json  samples.json  report.html
 
 The driver writes the run's state; while it trains, the first worker does too. Meanwhile the driver holds a lease
 (`ft_service.runs.lease`). A run whose driver is gone counts as failed, whatever its last recorded state.
@@ -132,7 +132,7 @@ class RunFolder:
 
     def status(self) -> RunStatus | None:
         """The run's state; None before it began. It is `failed` if the driver is gone and the run has not ended."""
-        status = self._read("status.json", RunStatus)
+        status = self.recorded_status()
         if status is None or status.state in ENDED:
             return status
         holder = self.lease_holder()
@@ -145,9 +145,13 @@ class RunFolder:
         message = f"Ended while {status.state}: {driver}. Continue with: ft resume {self.run_id}"
         return status.model_copy(update={"state": "failed", "message": message})
 
+    def recorded_status(self) -> RunStatus | None:
+        """The status written last, whether or not the driver is still alive."""
+        return self._read("status.json", RunStatus)
+
     def recorded_state(self) -> State | None:
-        """The state written last, whether or not the driver is still alive."""
-        status = self._read("status.json", RunStatus)
+        """The state of `recorded_status`."""
+        status = self.recorded_status()
         return None if status is None else status.state
 
     def lease_holder(self) -> LeaseHolder | None:
@@ -169,7 +173,17 @@ class RunFolder:
         status = RunStatus(
             run_id=self.run_id, state=state, time=datetime.now(UTC), message=message, published=published
         )
+        self.write_status(status)
+
+    def write_status(self, status: RunStatus) -> None:
         self._write("status.json", status)
+
+    def write_traceback(self, text: str) -> str:
+        """Save the traceback of an error as the next file of tracebacks/; returns where."""
+        number = len(self.storage.files(f"{self.path}/tracebacks")) + 1
+        file = f"{self.path}/tracebacks/{number:03}.txt"
+        self.storage.write_bytes(file, text.encode())
+        return self.storage.uri(file)
 
     def write_spec_if_absent(self, spec: RunSpec) -> None:
         """Save the spec of a new run, which makes it resumable; an existing spec stays."""
@@ -189,6 +203,9 @@ class RunFolder:
         """Verdict and waivers of the data check; the verdict is "not judged" for a run prepared without it."""
         check = self._read("gate.json", DataCheck) or DataCheck(verdict="not judged", waivers=[])
         return check.verdict, check.waivers
+
+    def has_plan(self) -> bool:
+        return self.storage.exists(f"{self.path}/plan.json")
 
     def plan(self) -> RunPlan:
         return self._existing("plan.json", RunPlan)
@@ -245,9 +262,19 @@ def find_run(storage: Storage, run_id: str) -> RunFolder:
 
 
 def resumed_spec(run_id: str, storage_root: str, overrides: Sequence[str] = ()) -> RunSpec:
-    """The spec of the run of that id, with overrides. Raises `NotPublishedError` or `SpecError`."""
-    spec = find_run(Storage(storage_root), run_id).spec(overrides)
+    """The spec of the run of that id, with overrides. Raises `NotPublishedError` or `SpecError`.
+
+    A new length replaces the run's own, whichever of `train.max_steps` and `train.epochs` each of them uses.
+    """
+    spec = find_run(Storage(storage_root), run_id).spec([*_unset_length(overrides), *overrides])
     return spec.model_copy(update={"storage": storage_root})
+
+
+def _unset_length(overrides: Sequence[str]) -> list[str]:
+    """An override that unsets the run's own length, if `overrides` set the other of its two settings."""
+    overridden = {override.partition("=")[0] for override in overrides} & {"train.max_steps", "train.epochs"}
+    other = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}
+    return [f"{other[setting]}=null" for setting in overridden] if len(overridden) == 1 else []
 
 
 def stop_run(storage: Storage, run_id: str, now: bool, wait: bool, log: Callable[[str], None]) -> None:

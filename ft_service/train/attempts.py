@@ -27,8 +27,9 @@ from ft_service.runs.metrics import read_metrics
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
 from ft_service.train.checkpoints.manifest import Checkpoints
+from ft_service.train.deaths import HANG_CURE, DeathReason, TrainingDied
 from ft_service.train.watchdog import ranks_without_stacks
-from ft_service.train.worker_group import DeathReason, NoRoom, TrainingDied, WorkerGroup, resources_per_worker
+from ft_service.train.worker_group import NoRoom, WorkerGroup, resources_per_worker
 
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 1.0
@@ -105,7 +106,6 @@ class Attempts:
             plan = self._plan_for(self._choose_worker_count())
             if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
                 return plan
-            _check_training_digest(self._run, plan)
             num_started = len(self._training_starts())
             try:
                 self._run_attempt(plan)
@@ -159,16 +159,29 @@ class Attempts:
         """Report that the run starts again. Raises `TrainingError` after two equal deaths, or too many deaths."""
         newest_step = self._newest_step()
         max_failures = self._spec.parallel.max_failures
+        traceback = self._write_traceback(death)
+        hang = self._hang_details()
+        died = f"{str(death).rstrip('.')}.{hang}"
+        cure = HANG_CURE if hang else death.reason.cure
         if len(deaths) > max_failures:
-            cure = f" All {max_failures} restarts (parallel.max_failures) are used up." if max_failures else ""
-            raise TrainingError(f"{death}{cure}") from death
+            used_up = f" All {max_failures} restarts (parallel.max_failures) are used up." if max_failures else ""
+            raise TrainingError(f"{died}{used_up} {cure}{traceback}") from death
         if len(deaths) > 1 and deaths[-1] == deaths[-2]:
             where = "before its first step" if deaths[-1].step is None else f"after step {deaths[-1].step}"
-            cure = "Read the log of that worker; lower train.micro_batch_size if it ran out of memory."
-            raise TrainingError(f"{death} The run died twice {where} for the same reason. {cure}") from death
+            repeated = f"The run died twice {where} for the same reason."
+            raise TrainingError(f"{died} {repeated} {cure}{traceback}") from death
         self._run.set_state("recovering", message=str(death))
-        message = f"{death}{self._hang_details()} Starting again from step {newest_step}."
+        message = f"{died} Starting again from step {newest_step}.{traceback}"
         self._report(Recovering(message=message, step=newest_step, failures=len(deaths)))
+
+    def _write_traceback(self, death: TrainingDied) -> str:
+        """Keep the library's traceback in the run's folder; returns the sentence that names the file."""
+        if not death.traceback:
+            return ""
+        try:
+            return f" Traceback: {self._run.write_traceback(death.traceback)}"
+        except StorageError as error:
+            return f" Its traceback is in the log only ({error})."
 
     # -- while workers run -----------------------------------------------------------------------------------------
 
@@ -303,25 +316,6 @@ class Attempts:
         """Record the event, and show its message to the person."""
         self._events.emit(event)
         self._log(event.message)
-
-
-def _check_training_digest(run: RunFolder, plan: RunPlan) -> None:
-    """Raise `TrainingError` if the run's checkpoints belong to another training, before any worker is requested.
-
-    Workers check the checkpoint that they load once more.
-    """
-    checkpoints = Checkpoints(run)
-    for entry in reversed(checkpoints.entries()):
-        try:
-            training_digest = checkpoints.manifest(entry).training_digest
-        except (StorageError, ValueError):
-            continue  # damaged: the workers use the one before
-        if training_digest != plan.training_digest:
-            raise TrainingError(
-                f"--run-id = {run.run_id!r}: its checkpoints belong to another model, method, data or schedule than "
-                "this spec. Use another --run-id, or the run's own spec."
-            )
-        return
 
 
 def _format_resources(resources: dict[str, float]) -> str:

@@ -12,7 +12,7 @@ from ft_service.runs.metrics import StepMetrics
 from ft_service.train.batches import Batches, prefetched
 from ft_service.train.nonfinite import nonfinite_error
 from ft_service.train.protocol import Hooks, TrainingState, Workers
-from ft_service.train.schedule import learning_rate
+from ft_service.train.schedule import planned_learning_rate
 
 
 def train(
@@ -30,14 +30,7 @@ def train(
     steps = prefetched(batches.step, state.step, plan.num_steps)
     for step in steps:
         started = time.perf_counter()
-        rate = learning_rate(
-            state.step,
-            peak=plan.learning_rate,
-            num_steps=plan.num_steps,
-            warmup_steps=plan.warmup_steps,
-            schedule=plan.spec.train.schedule,
-            min_ratio=plan.spec.train.min_learning_rate_ratio,
-        )
+        rate = planned_learning_rate(plan, state.step)
         loss = math.nan
         num_leaving = 0.0
         loss_sums = []

@@ -1,7 +1,33 @@
 """The learning rate as a function of the step alone: a resumed run needs no scheduler state."""
 
 import math
+from functools import partial
 from typing import Literal
+
+from ft_service.plan.plan import RunPlan
+
+
+def planned_learning_rate(plan: RunPlan, step: int) -> float:
+    """Learning rate of the update that follows `step` completed updates of the plan.
+
+    Where a resumed run was given more steps, the rate moves linearly from the schedule of the earlier length to that of
+    the new length, over as many steps as the warmup has. Steps before that keep their rates.
+    """
+    rate_for = partial(
+        learning_rate,
+        step,
+        peak=plan.learning_rate,
+        warmup_steps=plan.warmup_steps,
+        schedule=plan.spec.train.schedule,
+        min_ratio=plan.spec.train.min_learning_rate_ratio,
+    )
+    lengths = [*(extension.num_steps for extension in plan.extensions), plan.num_steps]
+    rate = rate_for(num_steps=lengths[0])
+    for extension, num_steps in zip(plan.extensions, lengths[1:], strict=True):
+        if step >= extension.step:
+            moved = (step - extension.step + 1) / max(1, plan.warmup_steps)
+            rate += min(1.0, moved) * (rate_for(num_steps=num_steps) - rate)
+    return rate
 
 
 def learning_rate(

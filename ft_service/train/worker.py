@@ -56,7 +56,7 @@ def run_worker(storage_root: str, run_id: str, lease_token: str | None = None, n
     worker = _open(storage_root, run_id, lease_token)
     model = _build(worker)
     worker.watchdog.beat("looking for a checkpoint to resume from")
-    resumed = resume(worker.run, worker.parallel, worker.plan.training_digest, worker.events)
+    resumed = resume(worker.run, worker.parallel, worker.plan, worker.events)
     outputs = _Outputs(worker, model, resumed)
     state = _train(worker, outputs, _announce(worker, outputs, node))
     _finish(worker, outputs, state)

@@ -6,8 +6,6 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
-from typing import Literal
 
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -18,7 +16,7 @@ from ft_service.errors import FtError, ModelUnreachableError, StorageError, Trai
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import ParallelSpec
-from ft_service.text import error_line
+from ft_service.train.deaths import RAY_FAILED, DeathReason, TrainingDied, reason_line
 
 _AFTER_HANG_TIMEOUT_SECONDS = 120
 _END_SECONDS = 30.0
@@ -29,30 +27,6 @@ _CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 _MAY_PASS = (StorageError, ModelUnreachableError)
 """Errors of this project that may not happen again in the next attempt."""
-
-
-@dataclass(frozen=True)
-class DeathReason:
-    """Why workers died; equal for deaths of the same kind."""
-
-    source: Literal["worker", "ray"]
-    """A worker's exception, or Ray's failure to run the workers."""
-    exception: str = ""
-    """Type name of a worker's exception."""
-
-
-RAY_FAILED = DeathReason("ray")
-
-
-class TrainingDied(TrainingError):
-    """Workers ended without an `FtError`: killed, out of memory, a lost node, an exception in a library."""
-
-    def __init__(self, message: str, reason: DeathReason) -> None:
-        super().__init__(message, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class NoRoom(TrainingError):
@@ -178,7 +152,8 @@ def _as_ft_error(error: ray.train.TrainingFailedError) -> FtError:
     if not failures:
         return TrainingDied(f"Ray could not run the workers: {error}", RAY_FAILED)
     rank, failure = next(iter(failures.items()))
-    print("".join(traceback.format_exception(failure)), file=sys.stderr)
-    # The full text of Ray's error may fill a screen: it goes to the log, and its first line into the message.
-    reason = DeathReason("worker", type(causes[0]).__name__)
-    return TrainingDied(f"worker {rank} failed: {error_line(causes[0])}", reason)
+    details = "".join(traceback.format_exception(failure))
+    print(details, file=sys.stderr)
+    # The full text of Ray's error may fill a screen: it goes to log and file, and its first line into the message.
+    reason = DeathReason("worker", type(causes[0]).__name__, str(causes[0]))
+    return TrainingDied(f"worker {rank} failed: {reason_line(causes[0])}", reason, details)

@@ -278,7 +278,7 @@ def test_a_run_id_with_another_training_is_rejected_early(
     training.send_signal(signal.SIGTERM)
     finish(training, 3)
     changed = start(cluster, *DRIVER, "resume", run.run_id, "train.seed=5", "--storage", run.storage.root)
-    assert "Use another --run-id" in finish(changed, 1)
+    assert "train.seed = 5: is 0 in run another-course" in finish(changed, 2)
     assert len(trainings(run)) == 1
 
 

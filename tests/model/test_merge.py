@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ft_service.errors import ModelError, StorageError, UsageError
+from ft_service.evaluate.verify import verify_adapter
 from ft_service.model.merge import merge_adapter, write_merged
 from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import AdapterRecord, Registry
@@ -82,7 +83,10 @@ def test_merged_model_equals_peft_merge(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    assert (tmp_path / "out/README.md").read_text() == f"card of {record.id}"
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"with the LoRA adapter `{record.id}` merged into its weights" in card
+    assert "library_name: transformers" in card and "base_model_relation: finetune" in card and "peft" not in card
+    assert 'AutoModelForCausalLM.from_pretrained("out"' in card
     assert (tmp_path / "out/chat_template.jinja").read_text() == "a template"
     assert "Merging: " in capsys.readouterr().out
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # weights are read where they are
@@ -116,6 +120,27 @@ def test_existing_folder_and_other_base_are_rejected(base: Path, published: Any,
         merge_adapter(registry, record.model_copy(update={"base": about}), tmp_path / "out")
     with pytest.raises(UsageError, match="nothing to merge"):
         merge_adapter(registry, record.model_copy(update={"kind": "model"}), tmp_path / "out")
+
+
+def test_a_base_that_has_moved_is_named_and_checked_by_fingerprint(base: Path, published: Any, tmp_path: Path) -> None:
+    registry, record = published
+    about = record.base.model_copy(update={"id": "/gone/base", "revision": "abc"})
+    record = record.model_copy(update={"base": about})
+    shutil.copytree(base, tmp_path / "moved")
+    write_base(tmp_path / "other", hidden_size=48)
+
+    with pytest.raises(ModelError, match=r"'/gone/base': no such folder.*--base PATH"):
+        merge_adapter(registry, record, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"other: is not the base that .*--base PATH"):
+        merge_adapter(registry, record, tmp_path / "out", str(tmp_path / "other"))
+    merge_adapter(registry, record, tmp_path / "out", str(tmp_path / "moved"))
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in stock_merge(base, registry.folder(record)).items())
+
+    assert "--base PATH" in verify_adapter(registry, record)[-1].detail
+    refused = verify_adapter(registry, record, str(tmp_path / "other"))
+    assert (refused[-1].name, refused[-1].passed) == ("base", False)
+    assert all(check.passed for check in verify_adapter(registry, record, str(tmp_path / "moved")))
 
 
 def without_a_weight(weights: dict[str, torch.Tensor]) -> None:

@@ -72,6 +72,13 @@ def test_steps_cover_the_epochs_or_equal_max_steps() -> None:
     assert decided.tokens == 280_000
 
 
+def test_the_plan_reports_the_true_number_of_passes_over_the_data() -> None:
+    few = FACTS.model_copy(update={"rows": 26})
+    decided = plan("train.epochs=1", "train.global_batch_size=512", facts=few)
+    assert decided.num_steps == 1 and decided.epochs == pytest.approx(512 / 26)
+    assert any("1 step, 19.69 passes over the data" in sentence for sentence in decided.summary)
+
+
 # -- what is left open -----------------------------------------------------------------------------------------------
 
 RECOMPUTED = "train.activation_checkpointing=true"

@@ -5,13 +5,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from ft_service.catalog import models
-from ft_service.registry.card import model_card
+from ft_service.registry.card import merged_card, model_card
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 
@@ -138,6 +139,32 @@ def test_the_snippets_are_valid_python_and_a_chat_request() -> None:
     words = shlex.split(code_block(card, "bash").replace("\\\n", " "))
     request = json.loads(words[words.index("-d") + 1])
     assert request == {"model": "{id}", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def test_the_adapters_card_loads_its_own_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "{id}").mkdir()
+    (tmp_path / "{id}/chat_template.jinja").write_text("its own")
+    monkeypatch.chdir(tmp_path)
+    lines = code_block(card_of(draft()), "python").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("with open"))
+    tokenizer = SimpleNamespace(chat_template="of the base")
+    exec("\n".join(lines[first : first + 2]), {"tokenizer": tokenizer})
+    assert tokenizer.chat_template == "its own"
+
+
+def test_the_card_of_a_merged_model_describes_that_model() -> None:
+    record = draft(id="llama-bot-12345678", digest="12345678" * 8)
+    card = merged_card(record, models.find(record["base"]["id"]), "merged {id}")
+    fields = front_matter(card)
+    assert (fields["library_name"], fields["base_model_relation"]) == ("transformers", "finetune")
+    assert "with the LoRA adapter `llama-bot-12345678` merged into its weights" in card
+    assert "Content digest of the adapter: `12345678" in card
+    assert "peft" not in card and "curl" not in card
+    ast.parse(code_block(card, "python"))
+    assert ast.literal_eval(code_block(card, "python").split("from_pretrained(")[-1].rstrip(")")) == "merged {id}"
+    values = dict(table_rows(card, "Training"))
+    assert values["Method"].endswith("and then merged into the base in bf16")
+    assert "Validation loss of the adapter" in values
 
 
 def test_user_text_is_escaped() -> None:

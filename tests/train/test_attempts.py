@@ -10,7 +10,7 @@ import pytest
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, TrainingError
 from ft_service.plan.plan import RunPlan
-from ft_service.runs.events import EventLog, TrainingStarted, WorkerPlace, read_events
+from ft_service.runs.events import EventLog, Hang, TrainingStarted, WorkerPlace, read_events
 from ft_service.runs.folder import Outcome, Request, RunFolder
 from ft_service.runs.lease import Lease
 from ft_service.runs.metrics import JsonlSink, StepMetrics
@@ -18,7 +18,8 @@ from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
-from ft_service.train.worker_group import DeathReason, NoRoom, TrainingDied
+from ft_service.train.deaths import DeathReason, TrainingDied, reason_line
+from ft_service.train.worker_group import NoRoom
 
 DIGEST = "d" * 64
 
@@ -166,6 +167,67 @@ def test_the_same_death_twice_at_one_step_ends_the_run(world: World) -> None:
     ]
     with pytest.raises(TrainingError, match=r"died twice after step 12 for the same reason.*micro_batch_size"):
         world.train(max_failures=9)
+
+
+def raised(exception: str, text: str) -> Callable[[RunFolder], None]:
+    def end(run: RunFolder) -> None:
+        reason = DeathReason("worker", exception, text)
+        raise TrainingDied(f"worker 1 failed: {exception}: {text}", reason, f"Traceback of {exception}")
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("exception", "text", "cure"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB", "memory of the GPU.*micro_batch_size"),
+        ("OutOfMemoryError", "Task was killed due to the node running low on memory.", "main memory of the node"),
+        ("RuntimeError", "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough", "main memory"),
+        ("OSError", "[Errno 28] No space left on device", "disk is full"),
+        ("ModuleNotFoundError", "No module named 'bitsandbytes'", "same packages on all nodes"),
+        ("RuntimeError", "Error building extension 'cpu_adam'", "could not compile an operator"),
+        ("FileNotFoundError", "[Errno 2] No such file or directory: '/data/base'", "Every node must be able to read"),
+        ("UnreachableError", "s3://bucket: timed out", "does not answer that node"),
+        ("DistBackendError", "NCCL error in: ProcessGroupNCCL.cpp", "NCCL_SOCKET_IFNAME"),
+        ("AcceleratorError", "CUDA error: an illegal memory access was encountered", "nvidia-smi"),
+        ("ActorDiedError", "The actor died unexpectedly", "out-of-memory killer"),
+        ("KeyError", "'rope_type'", "Read the traceback.*please report it"),
+    ],
+)
+def test_the_cure_of_a_repeated_death_follows_its_cause(world: World, exception: str, text: str, cure: str) -> None:
+    world.script = [Scripted(12, raised(exception, text)), Scripted(12, raised(exception, text))]
+    with pytest.raises(TrainingError, match=rf"died twice after step 12 for the same reason\. .*{cure}") as failed:
+        world.train(max_failures=9)
+    assert exception in str(failed.value)
+    if "memory" not in cure:
+        assert "micro_batch_size" not in str(failed.value)
+    files = sorted(Path(world.run.storage.root, world.run.path, "tracebacks").iterdir())
+    assert [file.read_text() for file in files] == [f"Traceback of {exception}"] * 2
+    assert str(failed.value).endswith(f"Traceback: {files[1]}")
+
+
+def test_the_cure_of_a_hang_is_about_its_stacks(world: World) -> None:
+    def hang(run: RunFolder) -> None:
+        event = Hang(message="Worker 0 hung.", rank=0, step=12, doing="", stacks="runs/r/stacks/a")
+        EventLog(run.storage, run.run_id).emit(event)
+        raised("ActorDiedError", "The actor died unexpectedly")(run)
+
+    class Planned:
+        spec = RunSpec.model_validate(
+            {"name": "r", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}, "storage": "s"}
+        )
+
+    world.run.plan = lambda: Planned()  # type: ignore[method-assign, assignment, return-value]
+    world.script = [Scripted(12, hang), Scripted(12, hang)]
+    with pytest.raises(TrainingError, match=r"died twice after step 12 .*Compare the stacks .*hang_timeout_seconds"):
+        world.train(max_failures=9)
+
+
+def test_a_dead_process_is_reported_with_how_it_ended() -> None:
+    text = "The actor died unexpectedly before finishing this task.\n\tpid: 7\nWorker exit detail: killed by SIGKILL."
+    assert reason_line(ValueError(text)) == (
+        "ValueError: The actor died unexpectedly before finishing this task. killed by SIGKILL."
+    )
 
 
 def test_the_same_death_twice_before_the_first_step_ends_the_run(world: World) -> None:

@@ -1,6 +1,7 @@
 """A killed run resumes from its last intact checkpoint, and ends as if it had not been killed."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import StepMetrics, read_metrics
 from ft_service.train.checkpoints.manifest import Checkpoints
+from ft_service.train.continuation import continued_plan
 from tests.worlds import kill_when, prepared_run, start, work, write_world
 
 pytestmark = pytest.mark.multiprocess
@@ -91,6 +93,35 @@ def test_resuming_on_the_same_workers_is_equal_bit_for_bit(
     assert weights_of(run) == weights_of(whole)
     assert [(m.loss, m.validation_loss) for m in curve(run)] == [(m.loss, m.validation_loss) for m in curve(whole)]
     assert run.outcome().model_copy(update={"weights": ""}) == whole.outcome().model_copy(update={"weights": ""})
+
+
+def test_more_steps_leave_the_earlier_losses_unchanged(
+    world: Path, undisturbed: Callable[[str, int, int], RunFolder]
+) -> None:
+    whole = curve(undisturbed("lora", 2, 2))
+    run = prepared(world, "extended", "lora", 2, 2)
+    kill_when(run, has_checkpoints(run, 2))
+    first = run.plan()
+    saved = Checkpoints(run).newest_step()
+    longer = prepared(world, "extended-plan", "lora", 2, 2, **{"train.max_steps": STEPS + 20}).plan()
+    continued = continued_plan(longer, run)
+    run.write_plan(continued.spec, continued, run.sources())
+    work(run)
+    metrics = read_metrics(run.storage, run.run_id)
+    assert [m.step for m in metrics] == list(range(1, STEPS + 21))
+    assert starts(run) == [0, saved]
+    assert [m.loss for m in metrics[:saved]] == [m.loss for m in whole[:saved]]
+
+    def cosine(step: int, num_steps: int) -> float:
+        warmup = first.warmup_steps
+        if step < warmup:
+            return 3e-3 * (step + 1) / warmup
+        return 3e-3 * (1 + math.cos(math.pi * min(1, (step - warmup) / (num_steps - warmup)))) / 2
+
+    moved = [min(1.0, max(0, step - saved + 1) / first.warmup_steps) for step in range(STEPS + 20)]
+    expected = [(1 - part) * cosine(step, STEPS) + part * cosine(step, STEPS + 20) for step, part in enumerate(moved)]
+    assert [m.learning_rate for m in metrics] == pytest.approx(expected)
+    assert run.outcome().steps_run == STEPS + 20
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 from ft_service.errors import FtError, TrainingError, UnreachableError
 from ft_service.model.shards import Span
+from ft_service.plan.plan import RunPlan
 from ft_service.runs.events import CheckpointDamaged, EventLog
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
@@ -22,7 +23,7 @@ from ft_service.train.optimizer_state import KINDS
 from ft_service.train.parallel import Parallel
 
 
-def resume(run: RunFolder, parallel: Parallel, training_digest: str, events: EventLog) -> Manifest | None:
+def resume(run: RunFolder, parallel: Parallel, plan: RunPlan, events: EventLog) -> Manifest | None:
     """Restore the newest intact checkpoint; None if the run has no checkpoint yet.
 
     Every rank calls it, after the model is wrapped. A damaged checkpoint is reported as an event, and the one before it
@@ -38,7 +39,7 @@ def resume(run: RunFolder, parallel: Parallel, training_digest: str, events: Eve
                 message = f"Checkpoint {entry.folder} is damaged and was skipped: {problem}"
                 events.emit(CheckpointDamaged(message=message, step=entry.step))
             continue
-        if manifest.training_digest != training_digest:
+        if not plan.continues(manifest.training_digest, manifest.step):
             raise TrainingError(
                 f"run {run.run_id}: its checkpoints were saved with another model, method, data or schedule than this "
                 "spec has. Use another --run-id, or the original spec."
