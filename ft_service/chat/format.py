@@ -4,8 +4,9 @@
     <|start_header_id|>user<|end_header_id|>\\n\\n{content}<|eot_id|>
     <|start_header_id|>assistant<|end_header_id|>\\n\\n{content}<|eot_id|>      trained: {content}<|eot_id|>
 
-Source: Meta's ``llama_models.llama3.chat_format.ChatFormat``; the tests compare every token with it. The content of a
-message is plain text: ``<|eot_id|>`` inside it never becomes the special token.
+Source: Meta's ``llama_models.llama3.chat_format.ChatFormat``; the tests compare every token with it. A conversation
+with tools is written as Llama 3.1's stock chat template writes it (`tools.py`). The content of a message is plain text:
+``<|eot_id|>`` inside it never becomes the special token.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING, Literal, cast
 
+from ft_service.chat.tools import WITH_TOOLS_TEMPLATE, offer_text, system_text, to_json
 from ft_service.chat.word_cache import word_cache_for
 from ft_service.errors import DataError, ModelError
 
@@ -35,17 +37,19 @@ _PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad|>",
 _HEADER_NAMES = {"tool": "ipython"}
 
 CHAT_TEMPLATE = (
-    "{{- '<|begin_of_text|>' }}"
-    "{%- for message in messages %}"
+    "{{- '<|begin_of_text|>' }}" + WITH_TOOLS_TEMPLATE + "{%- for message in messages %}"
     "{%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}"
     "{{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}"
     "{%- if role == 'assistant' %}"
     "{% generation %}{{- message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
     "{%- else %}{{- message['content'] | trim + '<|eot_id|>' }}{%- endif %}"
     "{%- endfor %}"
+    "{%- endif %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 """The same format for `tokenizer.apply_chat_template` of stock transformers; `generation` marks the trained answers."""
+_DIGESTS_WITHOUT_TOOLS = frozenset({"0890d77499ecacee8b428e6cb5e2738a7fb241f9f09003051d4776b607ebcf25"})
+"""SHA-256 of earlier templates. They differ from `CHAT_TEMPLATE` in conversations with tools only."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,20 @@ class Message:
     role: Role
     content: str
     weight: int | None = None
+    is_json: bool = False
+    """Of an assistant turn: the content is a function call (`tools.call_text`). Of a tool turn: the content is a JSON
+    value and not a text, which the template would quote."""
+    functions: tuple[str, ...] = ()
+    """The functions that the first user turn offers, each as JSON with an indent of 4."""
 
     @property
     def is_trained(self) -> bool:
         return self.role == "assistant" and self.weight != 0
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether this turn makes its conversation one with tools."""
+        return self.is_json or bool(self.functions)
 
 
 @dataclass(frozen=True)
@@ -118,13 +132,13 @@ class ChatFormat:
 
     def encode_batch(self, conversations: Sequence[Sequence[Message]], max_seq_len: int | None = None) -> list[Example]:
         """Ids and loss mask of each conversation, up to the end of its last turn, or cut after `max_seq_len` tokens."""
-        texts = [message.content.strip() for messages in conversations for message in messages]
-        contents = iter(plain_ids(self.tokenizer, texts))
+        turns_of = [_turns(messages) for messages in conversations]
+        contents = iter(plain_ids(self.tokenizer, [text for turns in turns_of for _, text in turns]))
         examples = []
-        for messages in conversations:
+        for turns in turns_of:
             ids = [self._begin]
             mask = [False]
-            for message in messages:
+            for message, _ in turns:
                 header = self._header(message.role)
                 body = [*next(contents), self._end]
                 ids += header + body
@@ -184,6 +198,29 @@ class ChatFormat:
     def template_digest(self) -> str:
         """SHA-256 of `template`."""
         return hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+
+    def agrees_without_tools(self, template_digest: str) -> bool:
+        """Whether the template with this digest gives the same ids for every conversation without tools."""
+        return template_digest == self.template_digest or template_digest in _DIGESTS_WITHOUT_TOOLS
+
+
+def _turns(messages: Sequence[Message]) -> list[tuple[Message, str]]:
+    """The turns of a conversation as they are written, each with its exact text."""
+    if not any(message.uses_tools for message in messages):
+        return [(message, message.content.strip()) for message in messages]
+    offers_functions = any(message.functions for message in messages)
+    system = messages[0] if messages[0].role == "system" else Message("system", "")
+    others = messages[1:] if messages[0] is system else messages
+    return [(system, system_text(system.content, offers_functions)), *((turn, _tool_text(turn)) for turn in others)]
+
+
+def _tool_text(message: Message) -> str:
+    """The text of a turn other than the system turn, in a conversation with tools."""
+    if message.functions:
+        return offer_text(message.functions, message.content)
+    if message.role == "tool" and not message.is_json:
+        return to_json(message.content)
+    return message.content.strip()
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_seq_len: int) -> list[list[Example]]:

@@ -1,7 +1,7 @@
 """`ft data`: check the data, preview the packed rows, write a cleaned copy."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,8 @@ from ft_service.spec.schema import RunSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ft_service.data.guess import Guess
+
 data_app = typer.Typer(help="Check data, preview packed rows, write a cleaned copy.", no_args_is_help=True)
 console = Console()
 _errors = Console(stderr=True)
@@ -24,9 +26,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[setting=value]...", help="Settings of the spec to override, such as data.packing=false."),
 ]
+FormatName = Literal["alpaca", "chat", "text"]
 Format = Annotated[
-    Literal["alpaca", "chat", "text"] | None,
-    typer.Option("--format", help="For a data file: its format (default: from its first record)."),
+    FormatName | None,
+    typer.Option("--format", help="For a data file: its format (default: guessed from its first record)."),
 ]
 Columns = Annotated[
     list[str] | None,
@@ -145,7 +148,7 @@ _NO_BASE = "none"
 def _spec(
     what: Path,
     overrides: list[str] | None,
-    format: str | None,
+    format: FormatName | None,
     columns: list[str] | None,
     base: str | None,
     source: str | None = None,
@@ -155,10 +158,11 @@ def _spec(
     if what.suffix in (".yaml", ".yml"):
         return load_run_spec(what, overrides or [])
     names = dict(_pair(column) for column in columns or [])
+    guess = _guess(what, format, names)
     data = {
         "path": str(what),
-        "format": format or _format_of(what, names),
-        "columns": names,
+        "format": guess.format,
+        "columns": guess.columns,
         "source": source,
         "license": license,
     }
@@ -167,20 +171,20 @@ def _spec(
     return parse_run_spec(json.dumps(document), overrides or [])
 
 
-def _format_of(what: Path, names: Mapping[str, str]) -> str:
-    """Chat or text if the first readable record has their column and no instruction; otherwise alpaca."""
+def _guess(what: Path, format: FormatName | None, names: dict[str, str]) -> "Guess":
+    """The format and columns that the options leave open, guessed from the first readable record, and printed."""
     from ft_service.data.files.shard import Fault
+    from ft_service.data.guess import complete
     from ft_service.data.read import read_shard, scan
     from ft_service.spec.schema import DataSource
 
     source = DataSource(path=str(what))
     raw = (raw for shard in scan(0, source).shards for _, raw in read_shard(shard, source))
     first = next((record for record in raw if not isinstance(record, Fault)), {})
-    if "instruction" not in names and "instruction" not in first:
-        for format, column in (("chat", "messages"), ("text", "text")):
-            if names.get(column, column) in first:
-                return format
-    return "alpaca"
+    guess = complete(first, format, names)
+    if (format, names) != (guess.format, guess.columns):
+        _errors.print(f"Guessed from the first record: {guess.as_options()}", markup=False, soft_wrap=True)
+    return guess
 
 
 def _pair(column: str) -> tuple[str, str]:

@@ -1,27 +1,28 @@
 """Converts a record to what is trained on: a conversation or a text. Errors name what the record lacks."""
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from ft_service.chat.format import ROLES, Message, Role
-from ft_service.spec.schema import COLUMNS, DataSource
+from ft_service.chat.format import Message
+from ft_service.data.bad_record import BadRecord, check_unicode
+from ft_service.data.guess import guess_of
+from ft_service.data.turns import (
+    EMPTY,
+    IMAGE,
+    Conversation,
+    check_images,
+    from_json_text,
+    has_system,
+    read_turns,
+    unread_fields,
+)
+from ft_service.spec.schema import FORMAT_COLUMNS, DataSource
 
-Conversation = tuple[Message, ...]
+__all__ = ["BadRecord", "Conversation", "columns_of", "convert", "unused_fields"]
 
 _REQUIRED = {"alpaca": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
-_COLUMNS = {name: name for name in COLUMNS}
-_EMPTY = ("form.empty-input", "form.empty-output")
-
-
-class BadRecord(ValueError):
-    """One record cannot be used. Carries the data gate's code; the caller adds the place."""
-
-    def __init__(self, reason: str, code: str = "form.wrong-type") -> None:
-        super().__init__(reason, code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+_IMAGE_COLUMNS = ("image", "images")
+_NOTHING: tuple[object, ...] = (None, "", [], {})
 
 
 def convert(record: Mapping[str, Any], source: DataSource, needs_answer: bool = True) -> Conversation | str:
@@ -29,59 +30,104 @@ def convert(record: Mapping[str, Any], source: DataSource, needs_answer: bool = 
 
     Without `needs_answer`, a question is enough, as in an evaluation set.
     """
-    column = {**_COLUMNS, **source.columns}
+    column = columns_of(source)
     for name in _REQUIRED[source.format]:
-        if column[name] not in record and (needs_answer or name != "output"):
+        if column.get(name) not in record and (needs_answer or name != "output"):
             columns = ", ".join(map(str, record)) or "none"
+            guess = guess_of(record)
+            setting = guess.as_setting(source.format) if guess is not None else f"columns: {{{name}: ...}}"
             raise BadRecord(
-                f"has no column {column[name]!r} (its columns: {columns}). Set columns: {{{name}: ...}} in the source",
+                f"has no column {column.get(name, name)!r} (its columns: {columns}). Set {setting} in the source",
                 "form.missing-column",
             )
+    for name in _IMAGE_COLUMNS:
+        if name not in source.columns.values() and record.get(name) not in _NOTHING:
+            raise BadRecord(f"has a column {name!r}; images are not supported yet", IMAGE)
     if source.format == "text":
         return _string(record, column["text"], True)
     if source.format == "chat":
-        return _chat(record[column["messages"]], needs_answer)
+        return _chat(record, column, needs_answer)
     return _alpaca(record, column, needs_answer)
+
+
+def columns_of(source: DataSource) -> dict[str, str]:
+    """Expected name -> name in the file, of the columns that the source's format reads.
+
+    A column of the file that has another use is not read by its own name as well.
+    """
+    taken = source.columns.values()
+    own = {name: name for name in FORMAT_COLUMNS[source.format] if name not in taken}
+    return {**own, **source.columns}
+
+
+def unused_fields(record: Mapping[str, Any], used: frozenset[str], messages: str | None) -> Iterator[str]:
+    """The fields of a record with a value that no format reads; with `messages`, also the fields of its turns."""
+    for name, value in record.items():
+        if name not in used and value not in _NOTHING:
+            yield str(name)
+    turns = from_json_text(record.get(messages)) if messages is not None else None
+    if isinstance(turns, list):
+        names = {
+            str(name)
+            for turn in turns
+            if isinstance(turn, Mapping)
+            for name in unread_fields(turn)
+            if turn[name] not in _NOTHING
+        }
+        yield from (f"{messages}.{name}" for name in sorted(names))
 
 
 def _alpaca(record: Mapping[str, Any], column: Mapping[str, str], needs_answer: bool) -> Conversation:
     instruction = _string(record, column["instruction"])
-    read = _string if needs_answer else _optional_string
-    output = read(record, column["output"], True)
-    extra = _optional_string(record, column["input"])
-    system = _optional_string(record, column["system"])
+    if needs_answer:
+        output = _string(record, column["output"], True)
+    else:
+        output = _optional_string(record, column.get("output"), True)
+    extra = _optional_string(record, column.get("input"))
+    system = _optional_string(record, column.get("system"))
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    turns = (Message("user", question), *([Message("assistant", output)] if output else []))
-    return (Message("system", system), *turns) if system else turns
-
-
-def _chat(messages: object, needs_answer: bool) -> Conversation:
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord("its messages are not a list of at least one message")
-    turns = tuple(_message(number, message) for number, message in enumerate(messages, 1))
-    if needs_answer and not any(turn.is_trained for turn in turns):
-        raise BadRecord("has no assistant message to train on (none, or all with weight 0)", "form.no-answer")
+    turns = (
+        *([Message("system", system)] if system else []),
+        *(_history(record.get(column["history"]), column["history"]) if "history" in column else ()),
+        Message("user", question),
+        *([Message("assistant", output)] if output else []),
+    )
+    for turn in turns:
+        check_images(turn.content, f"a {turn.role} turn")
     return turns
 
 
-def _message(number: int, message: object) -> Message:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise BadRecord(f"message {number} is not an object with role and content")
-    role = message["role"]
-    content = message["content"]
-    weight = message.get("weight")
-    if role not in ROLES:
-        raise BadRecord(
-            f"message {number} has the unknown role {role!r} (known: {', '.join(ROLES)})", "form.unknown-role"
-        )
-    if not isinstance(content, str):
-        raise BadRecord(f"the content of message {number} is not text")
-    if not content.strip():
-        raise BadRecord(f"the content of message {number} is empty", _EMPTY[role == "assistant"])
-    _check_unicode(content, f"the content of message {number}")
-    if weight not in (None, 0, 1):
-        raise BadRecord(f"message {number} has weight {weight!r} (allowed: 0 and 1)")
-    return Message(cast(Role, role), content, weight)
+def _history(history: object, column: str) -> Iterator[Message]:
+    """The earlier turns: a list of [question, answer], or its JSON text."""
+    history = from_json_text(history)
+    if history in _NOTHING:
+        return
+    pairs = history if isinstance(history, list) else [None]
+    for number, pair in enumerate(pairs, 1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRecord(f"{column} is not a list of [question, answer] pairs of text")
+        for text, role in zip(pair, ("user", "assistant"), strict=True):
+            name = f"the {role} turn of pair {number} of {column}"
+            if not text.strip():
+                raise BadRecord(f"{name} is empty", EMPTY[role == "assistant"])
+            check_unicode(text, name)
+            yield Message(role, text)  # type: ignore[arg-type]
+
+
+def _chat(record: Mapping[str, Any], column: Mapping[str, str], needs_answer: bool) -> Conversation:
+    functions = record.get(column["tools"]) if "tools" in column else None
+    turns = read_turns(record[column["messages"]], functions)
+    if system := _optional_string(record, column.get("system")):
+        check_images(system, column["system"])
+        if has_system(turns) and turns[0].content.strip() != system:
+            raise BadRecord(
+                f"has a system turn and another system prompt in the column {column['system']!r}. Keep one of them",
+                "form.two-systems",
+            )
+        turns = (Message("system", system), *turns[has_system(turns) :])
+    if needs_answer and not any(turn.is_trained for turn in turns):
+        raise BadRecord("has no assistant message to train on (none, or all with weight 0)", "form.no-answer")
+    return turns
 
 
 def _string(record: Mapping[str, Any], column: str, is_output: bool = False) -> str:
@@ -89,26 +135,16 @@ def _string(record: Mapping[str, Any], column: str, is_output: bool = False) -> 
     if not isinstance(value, str):
         raise BadRecord(f"{column} is {type(value).__name__}, not text")
     if not value.strip():
-        raise BadRecord(f"{column} is empty", _EMPTY[is_output])
-    _check_unicode(value, column)
+        raise BadRecord(f"{column} is empty", EMPTY[is_output])
+    check_unicode(value, column)
     return value
 
 
-def _optional_string(record: Mapping[str, Any], column: str, is_output: bool = False) -> str:
-    value = record.get(column)
-    if value is None:
+def _optional_string(record: Mapping[str, Any], column: str | None, is_output: bool = False) -> str:
+    value = record.get(column) if column is not None else None
+    if value is None or column is None:
         return ""
     if not isinstance(value, str):
         raise BadRecord(f"{column} is {type(value).__name__}, not text")
-    _check_unicode(value, column)
+    check_unicode(value, column)
     return value.strip()
-
-
-def _check_unicode(text: str, name: str) -> None:
-    """JSON can escape half a character (``\\ud83d`` alone), which no tokenizer accepts."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(
-            f"{name} contains half a character, {text[error.start]!r}, at position {error.start}", "form.encoding"
-        ) from None

@@ -11,6 +11,7 @@ for each record and, in `pack`, the examples of its shards.
 import dataclasses
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ def check_shard(context: TaskContext, item: tuple[int, FileShard]) -> CheckedSha
             "rendered": partial.rendered,
             "tokens": tokens,
             "columns": sorted(partial.columns),
+            "unused": [[source, name, count] for (source, name), count in sorted(partial.unused.items())],
         }
         (result_folder / _RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
         if examples is not None:
@@ -197,7 +199,8 @@ def load_partial_result(context: TaskContext, number: int, fetched: Path) -> tup
     read = {int(source): records for source, records in result["read"].items()}
     facts = np.load(folder / "facts.npy", mmap_mode="r", allow_pickle=False)
     columns = frozenset((source, name) for source, name in result["columns"])
-    return PartialResult(read, result["rendered"], facts, columns), read_hits(folder / "hits.jsonl")
+    unused = Counter({(source, name): count for source, name, count in result["unused"]})
+    return PartialResult(read, result["rendered"], facts, columns, unused), read_hits(folder / "hits.jsonl")
 
 
 def read_hits(file: Path) -> Iterator[list[Hit]]:

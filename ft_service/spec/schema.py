@@ -3,9 +3,9 @@
 `rules.py` checks settings against each other; `load.py` reads a spec from YAML.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 RUN_NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$"
 
@@ -52,8 +52,14 @@ class MethodSpec(_Section):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
-COLUMNS = ("instruction", "input", "output", "system", "messages", "text")
-OPTIONAL_COLUMNS = ("input", "system")
+COLUMNS = ("instruction", "input", "output", "system", "messages", "text", "history", "tools")
+OPTIONAL_COLUMNS = ("input", "system", "history", "tools")
+FORMAT_COLUMNS = {
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "chat": ("messages", "system", "tools"),
+    "text": ("text",),
+}
+"""The columns that each format reads."""
 
 
 class DataSource(_Section):
@@ -65,7 +71,8 @@ class DataSource(_Section):
     format: Literal["alpaca", "chat", "text"] = Field(default="alpaca", description="Layout of a record.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Expected name -> name in the file, of instruction, input, output, system, messages, text.",
+        description="Expected name -> name in the file. alpaca reads instruction, input, output, system, history; "
+        "chat reads messages, system, tools; text reads text.",
     )
     source: str | None = Field(default=None, description="Where the data comes from; saved in the adapter's record.")
     license: str | None = Field(default=None, description="SPDX id of the license; saved in the adapter's record.")
@@ -73,9 +80,20 @@ class DataSource(_Section):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        if unknown := sorted(set(columns) - set(COLUMNS)):
-            raise ValueError(f"{unknown[0]!r} is not a known column: {', '.join(COLUMNS)}")
+        for name, in_file in columns.items():
+            if name not in COLUMNS:
+                hint = f" Write the expected name first: {{{in_file}: {name}}}." if in_file in COLUMNS else ""
+                raise ValueError(f"{name!r} is not a known column: {', '.join(COLUMNS)}.{hint}")
         return columns
+
+    @model_validator(mode="after")
+    def _format_reads_columns(self) -> Self:
+        reads = FORMAT_COLUMNS[self.format]
+        if unread := next((name for name in self.columns if name not in reads), None):
+            raise ValueError(
+                f"columns has {unread!r}, which the {self.format} format does not read. It reads {', '.join(reads)}."
+            )
+        return self
 
 
 class ValidationFraction(_Section):

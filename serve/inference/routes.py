@@ -121,7 +121,7 @@ class _Translator:
             message = f"{self._models.base.id} has no chat format: {self._no_chat_reason} Use /v1/completions."
             raise ApiError(400, message, "chat_not_supported", "model")
         trained_with = model.adapter.chat_template_digest if model.adapter else self._chat.template_digest
-        if trained_with != self._chat.template_digest:
+        if not self._chat.agrees_without_tools(trained_with):  # requests with tools are refused
             message = (
                 f"{model.id} was trained with the chat template {trained_with[:8]}, and this server has "
                 f"{self._chat.template_digest[:8]}. Use /v1/completions, or the server's version that trained it."

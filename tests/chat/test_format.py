@@ -1,9 +1,7 @@
 """Llama 3's chat format, held token by token against Meta's own code and against stock transformers."""
 
 import json
-from pathlib import Path
 
-import llama_models.llama3.tokenizer as meta_tokenizer
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,7 +9,6 @@ from llama_models.datatypes import RawMessage, StopReason
 from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from ft_service.chat.format import ChatFormat, Message, encode_texts, plain_ids, special_id
 from ft_service.chat.word_cache import word_cache_for
@@ -39,24 +36,6 @@ SPECIALS = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_o
 roles = st.sampled_from(["system", "user", "assistant", "tool"])
 contents = st.one_of(st.text(max_size=60), st.lists(st.sampled_from([*SPECIALS, "a", " ", "\n", "é"])).map("".join))
 conversations = st.lists(st.builds(Message, roles, contents, st.sampled_from([None, 0, 1])), min_size=1, max_size=5)
-
-
-@pytest.fixture(scope="module")
-def meta() -> MetaChatFormat:
-    return MetaChatFormat(meta_tokenizer.Tokenizer.get_instance())
-
-
-@pytest.fixture(scope="module")
-def llama3(meta: MetaChatFormat) -> PreTrainedTokenizerFast:
-    """Meta's tokenizer file as the transformers tokenizer that a Llama 3 checkpoint has."""
-    converter = TikTokenConverter(
-        vocab_file=str(Path(meta_tokenizer.__file__).parent / "tokenizer.model"),
-        pattern=meta.tokenizer.pat_str,
-        extra_special_tokens=list(meta.tokenizer.special_tokens),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
-    )
 
 
 @pytest.fixture(scope="module")

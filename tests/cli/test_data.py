@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ft_service.chat.format import ChatFormat, Message
-from ft_service.cli.data import _format_of
+from ft_service.cli.data import _guess
 from ft_service.data.clean import clean
 from ft_service.data.gate import CODES, Judgement
 from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
@@ -293,4 +293,4 @@ def test_the_format_of_a_file_comes_from_its_first_record(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"broken\n{json.dumps(record)}\n")
-    assert _format_of(path, columns) == expected
+    assert _guess(path, None, columns).format == expected

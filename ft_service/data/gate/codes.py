@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raise it whenever a check changes its results, so that data checked by the old rules is checked again."""
 
 
@@ -70,6 +70,12 @@ _TABLE = (
         counts="column",
     ),
     Code(
+        "form.unused-field",
+        "Content of these fields is not trained on.",
+        "Name what is missing in the source's `columns`; fields that are no part of the conversation can stay.",
+        counts="field",
+    ),
+    Code(
         "form.foreign-file",
         "Files of this type are not read, so their content is not trained on.",
         "Convert the file, or move it out of the folder.",
@@ -86,6 +92,21 @@ _TABLE = (
         "form.unknown-role",
         "The chat format has no place for a turn with an unknown role.",
         "Use the roles system, user, assistant and tool.",
+    ),
+    _broken(
+        "form.two-systems",
+        "A conversation has one system prompt; with two of them, one would be lost.",
+        "Keep the system column or the system turn.",
+    ),
+    _broken(
+        "form.tool-call",
+        "The Llama 3.1 chat template cannot write these tools or this call, so the model would never meet them.",
+        "Write one call in a turn, without text beside it, with a JSON object of arguments; begin with a user turn.",
+    ),
+    _broken(
+        "form.image",
+        "Images are not supported, and a text about an image that the model does not see teaches it to invent.",
+        "Remove the record; if its text makes sense alone, remove the image and its mark.",
     ),
     _broken(
         "form.no-answer",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import rensa
 
+from ft_service.chat.format import Message
 from ft_service.data.gate.records import Record
 from ft_service.data.gate.text import (
     LANGUAGES,
@@ -202,7 +203,12 @@ def _model_input(record: Record) -> str:
     """Equal for records that the model sees as equal: the chat format strips white space at the ends of a message."""
     if isinstance(record.item, str):
         return record.item
-    return json.dumps([[message.role, message.content.strip()] for message in record.item or ()])
+    return json.dumps([_turn_input(message) for message in record.item or ()])
+
+
+def _turn_input(message: Message) -> list[str]:
+    tools = ["json"] * message.is_json + list(message.functions)
+    return [message.role, message.content.strip(), *tools]
 
 
 def _trained_turns(record: Record) -> str:

@@ -47,7 +47,12 @@ class Finding(_Report):
     @property
     def percent(self) -> str:
         """The share in per cent; a small share never reads as 0.0%."""
-        return "<0.1%" if 0 < self.share < 0.0005 else f"{self.share:.1%}"
+        return percent(self.share)
+
+
+def percent(share: float) -> str:
+    """A share in per cent; a small one never reads as 0.0%."""
+    return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 class SourceCount(_Report):

@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import ftfy.badness
 
-from ft_service.data.gate.findings import Finding, Place, source_finding
+from ft_service.data.gate.findings import Finding, Place, percent, source_finding
 from ft_service.data.gate.private import detail, excerpt, find_private, visible
 from ft_service.data.gate.records import Record, Source
 from ft_service.data.gate.text import fold, is_cjk
 from ft_service.text import counted
 
+_LISTED_FIELDS = 50
 _VALUE_CHARACTERS = 8000  # far more than an excerpt, so that masking sees private data whole
 
 
@@ -86,6 +87,31 @@ def check_files(
     places_of = [("form.empty-source", empty), ("form.absent-column", absent), ("form.foreign-file", foreign)]
     # One source may have several places, so the share is at most 1.
     return [source_finding(code, places, min(1.0, len(places) / len(sources))) for code, places in places_of if places]
+
+
+OTHER_FIELDS = "(other fields)"
+
+
+def check_unused(
+    sources: Sequence[Source], read: Mapping[int, int], unused: Mapping[tuple[int, str], int]
+) -> list[Finding]:
+    """A finding on the fields that have a value in some record and are not used.
+
+    `unused` counts the records of each (source, field); `read` those of each source.
+    """
+    if not unused:
+        return []
+    shares = [(min(1.0, count / read[source]), source, name) for (source, name), count in unused.items()]
+    shares.sort(key=lambda entry: (-entry[0], *entry[1:]))
+    names = [f"{name} ({percent(share)} of the records)" for share, _, name in shares]
+    places = [
+        Place(file=sources[source].path, line=0, detail=detail(f"{name!r}, in {percent(share)} of its records"))
+        for share, source, name in shares
+    ]
+    finding = source_finding("form.unused-field", places, shares[0][0])
+    more = f" and {len(names) - _LISTED_FIELDS} more" if len(names) > _LISTED_FIELDS else ""
+    message = visible(f"Not used: {', '.join(names[:_LISTED_FIELDS])}{more}.")
+    return [finding.model_copy(update={"message": message, "places": places[:_LISTED_FIELDS]})]
 
 
 # -- characters ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ Memory: half a KiB of facts for each record, and none of its text.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappush, heapreplace
 from itertools import chain, count
 from typing import Literal
@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from ft_service.chat.format import ChatFormat
+from ft_service.data.convert import unused_fields
 from ft_service.data.gate.balance import check_balance
 from ft_service.data.gate.codes import CODES, LEFT_OUT
 from ft_service.data.gate.duplicates import Repeats, SecondPass, check_repeats, find_repeats, suspects
@@ -36,7 +37,7 @@ from ft_service.data.gate.findings import (
     by_severity,
     verdict_of,
 )
-from ft_service.data.gate.form import Hit, check_files, check_record
+from ft_service.data.gate.form import OTHER_FIELDS, Hit, check_files, check_record, check_unused
 from ft_service.data.gate.leakage import EvaluationSets
 from ft_service.data.gate.private import detail, visible
 from ft_service.data.gate.records import Record, Source, place_of
@@ -49,6 +50,8 @@ from ft_service.text import counted
 
 FIRST_PLACES = 20
 """Places that a finding carries; `on_hit` gets all of them."""
+MAX_UNUSED_FIELDS = 1000
+"""Names of unused fields that are counted one by one; a file may have other names in every record."""
 _EDGES = [0, *(round(16 * 2 ** (step / 2)) for step in range(31))]
 
 
@@ -98,6 +101,8 @@ class PartialResult:
     """[usable records] of `FACTS`."""
     columns: frozenset[tuple[int, str]] = frozenset()
     """(source, column): the optional columns that some record has."""
+    unused: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """(source, field) -> records with a value in a field that is not used."""
 
 
 class Gate:
@@ -131,6 +136,7 @@ class Gate:
         self._left_out_by_source: Counter[int] = Counter()
         self._rendered = 0
         self._columns: set[tuple[int, str]] = set()
+        self._unused: Counter[tuple[int, str]] = Counter()
         self._table = FactTable()
         self._frozen: tuple[Facts, Repeats] | None = None
 
@@ -143,6 +149,7 @@ class Gate:
         self._columns.update(
             (record.source, name) for name in self.sources[record.source].optional if name in record.raw
         )
+        self._count_unused(record)
         hits = [*check_record(record), *check_signal(record)]
         if self._evaluation is not None:
             hits += self._evaluation.check(record)
@@ -159,7 +166,9 @@ class Gate:
 
     def partial_result(self) -> PartialResult:
         """The result so far, for another gate of the same sources to `merge`."""
-        return PartialResult(dict(self._read), self._rendered, self._table.rows(), frozenset(self._columns))
+        return PartialResult(
+            dict(self._read), self._rendered, self._table.rows(), frozenset(self._columns), self._unused.copy()
+        )
 
     def merge(self, other: PartialResult, hits: Iterable[Sequence[Hit]]) -> None:
         """Add the result of another gate, and all its hits: one sequence for each record."""
@@ -167,10 +176,19 @@ class Gate:
         self._read.update(other.read)
         self._rendered += other.rendered
         self._columns |= other.columns
+        self._unused += other.unused
         self._table.add_rows(other.facts)
         for record_hits in hits:
             if record_hits:
                 self._count(record_hits[0].key, record_hits)
+
+    def _count_unused(self, record: Record) -> None:
+        source = self.sources[record.source]
+        if source.used is None:
+            return
+        for name in unused_fields(record.raw, source.used, source.messages):
+            known = (record.source, name) in self._unused or len(self._unused) < MAX_UNUSED_FIELDS
+            self._unused[record.source, name if known else OTHER_FIELDS] += 1
 
     def _count(self, key: int, hits: Sequence[Hit]) -> bool:
         """Count a record's hits; returns whether the record is left out."""
@@ -219,6 +237,7 @@ class Gate:
         findings = [self._finding(code, tally, read) for code in tally.counts]
         findings += check_rights(self.sources)
         findings += check_files(self.sources, self._read, self._columns)
+        findings += check_unused(self.sources, self._read, self._unused)
         findings += self._evaluation.findings() if self._evaluation is not None else []
         if signal.records and signal.loss_share < FEW_LOSS_TOKENS:
             message = f"{signal.loss_share:.1%} of the tokens are trained on."

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from ft_service.data.convert import BadRecord, Conversation, convert
+from ft_service.data.convert import BadRecord, Conversation, columns_of, convert
 from ft_service.data.files.shard import Fault, FileShard, IsWanted
 from ft_service.data.read import Scan, read_shard, scan
 from ft_service.errors import DataError
@@ -31,12 +31,26 @@ class Source:
     """Files of the folder whose type is not read."""
     optional: tuple[str, ...] = ()
     """Columns that the spec names and a single record may lack. At least one record must have each."""
+    used: frozenset[str] | None = None
+    """Columns of the file that the format reads. None: unused fields are not looked for."""
+    messages: str | None = None
+    """The column of the conversations, in the chat format."""
 
     @classmethod
     def of(cls, source: DataSource, scan: Scan) -> "Source":
         """Made from a source of a spec."""
         optional = tuple(source.columns[name] for name in OPTIONAL_COLUMNS if name in source.columns)
-        return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign, optional)
+        return cls(
+            path=source.path,
+            files=scan.files,
+            format=source.format,
+            source=source.source,
+            license=source.license,
+            foreign=scan.foreign,
+            optional=optional,
+            used=frozenset(columns_of(source).values()),
+            messages=columns_of(source).get("messages"),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class Record:
         """All text of the record."""
         if isinstance(self.item, str):
             return self.item
-        return "\n".join(message.content for message in self.item or ())
+        return "\n".join(text for message in self.item or () for text in (*message.functions, message.content))
 
 
 def place_key(source: int, file: int, line: int) -> int:

@@ -1,9 +1,10 @@
 """Training signal: how many tokens of a record are trained on, and whether the tokenizer keeps its text."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
-from ft_service.chat.format import ChatFormat, plain_ids
+from ft_service.chat.format import ChatFormat, Message, plain_ids
 from ft_service.data.gate.form import Hit
 from ft_service.data.gate.private import excerpt
 from ft_service.data.gate.records import Record
@@ -57,8 +58,13 @@ def check_rendering(record: Record, chat: ChatFormat) -> Iterator[Hit]:
             yield Hit("signal.round-trip", record.key, f"decoding changes it from character {at} on", excerpt(text, at))
             return
     if isinstance(record.item, tuple) and "<|" not in record.text:
-        messages = [{"role": message.role, "content": message.content} for message in record.item]
-        stock: Any = chat.tokenizer.apply_chat_template(messages, chat_template=chat.template, return_dict=True)
+        functions = [json.loads(function) for message in record.item for function in message.functions]
+        stock: Any = chat.tokenizer.apply_chat_template(
+            [_stock_message(message) for message in record.item],
+            tools=functions or None,
+            chat_template=chat.template,
+            return_dict=True,
+        )
         if list(stock["input_ids"]) != chat.encode(record.item).input_ids:
             yield Hit(
                 "signal.round-trip",
@@ -66,3 +72,14 @@ def check_rendering(record: Record, chat: ChatFormat) -> Iterator[Hit]:
                 "the chat template of stock transformers gives other tokens",
                 excerpt(record.text),
             )
+
+
+def _stock_message(message: Message) -> dict[str, Any]:
+    """A turn as stock transformers takes it."""
+    if not message.is_json:
+        return {"role": message.role, "content": message.content}
+    value = json.loads(message.content)
+    if message.role == "tool":
+        return {"role": "tool", "content": value}
+    call = {"name": value["name"], "arguments": value["parameters"]}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
