@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ Overrides = Annotated[
 FormatName = Literal["alpaca", "chat", "text"]
 Format = Annotated[
     FormatName | None,
-    typer.Option("--format", help="For a data file: its format (default: guessed from its first record)."),
+    typer.Option("--format", help="For a data file: its format (default: guessed from its first records)."),
 ]
 Columns = Annotated[
     list[str] | None,
@@ -41,6 +42,7 @@ Base = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 _FEW_SHARDS = 2
+_GUESSED_FROM_RECORDS = 100
 REPORT_FILE = "report.html"
 
 
@@ -172,18 +174,18 @@ def _spec(
 
 
 def _guess(what: Path, format: FormatName | None, names: dict[str, str]) -> "Guess":
-    """The format and columns that the options leave open, guessed from the first readable record, and printed."""
+    """The format and columns that the options leave open, guessed from the first readable records, and printed."""
     from ft_service.data.files.shard import Fault
-    from ft_service.data.guess import complete
+    from ft_service.data.guess import complete, merged
     from ft_service.data.read import read_shard, scan
     from ft_service.spec.schema import DataSource
 
     source = DataSource(path=str(what))
     raw = (raw for shard in scan(0, source).shards for _, raw in read_shard(shard, source))
-    first = next((record for record in raw if not isinstance(record, Fault)), {})
-    guess = complete(first, format, names)
+    first = islice((record for record in raw if not isinstance(record, Fault)), _GUESSED_FROM_RECORDS)
+    guess = complete(merged(first), format, names)
     if (format, names) != (guess.format, guess.columns):
-        _errors.print(f"Guessed from the first record: {guess.as_options()}", markup=False, soft_wrap=True)
+        _errors.print(f"Guessed from the first records: {guess.as_options()}", markup=False, soft_wrap=True)
     return guess
 
 

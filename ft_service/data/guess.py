@@ -58,6 +58,14 @@ def guess_of(
     return None
 
 
+def merged(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record with the fields of all: each with its first value that is not empty, if there is one."""
+    whole: dict[str, Any] = {}
+    for record in records:
+        whole |= {name: value for name, value in record.items() if not whole.get(name)}
+    return whole
+
+
 def complete(record: Mapping[str, Any], format: Format | None, columns: Mapping[str, str]) -> Guess:
     """The given format and columns; what they leave open is guessed from a record."""
     fitting = [name for name, reads in FORMAT_COLUMNS.items() if set(columns) <= set(reads)]

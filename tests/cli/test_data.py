@@ -1,5 +1,6 @@
 """`ft data`: one judgement in a terminal, as JSON and as a page; waivers; the cleaned copy; the preview."""
 
+import csv
 import json
 import os
 import re
@@ -256,6 +257,20 @@ storage: {tmp_path}/storage
 
 
 @pytest.mark.multiprocess
+def test_check_prints_its_guess_of_format_and_columns(tmp_path: Path) -> None:
+    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in clean_pairs(12)]
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "conversations"], *enumerate(map(json.dumps, turns))])
+    done = ft("check", "a.csv", "--json", "--source", "s", "--license", "CC0-1.0", folder=tmp_path)
+    assert "Guessed from the first records: --format chat --column messages=conversations\n" in done.stderr
+    judgement = Judgement.model_validate_json(done.stdout)
+    assert (judgement.read, judgement.usable) == (12, 12)
+    finding = judgement.finding("form.unused-field")
+    assert finding is not None and finding.message == "Not used: id (100.0% of the records)."
+    given = ("--format", "chat", "--column", "messages=conversations")
+    assert "Guessed" not in ft("check", "a.csv", *given, folder=tmp_path).stderr
+
+
 def test_preview_and_clean_run_from_the_command_line(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"q": "Why is that?", "a": "Because of this."}] * 2)
     options = ("--column", "instruction=q", "--column", "output=a")

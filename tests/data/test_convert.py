@@ -9,7 +9,7 @@ import pytest
 from ft_service.chat.format import Message
 from ft_service.data.convert import BadRecord, convert
 from ft_service.data.gate import Judgement
-from ft_service.data.guess import Guess, complete, guess_of
+from ft_service.data.guess import Guess, complete, guess_of, merged
 from ft_service.data.prepare import check_dataset
 from ft_service.errors import SpecError
 from ft_service.spec.load import parse_run_spec
@@ -311,6 +311,12 @@ def test_a_format_is_guessed_from_the_content_and_the_guess_works(record: Record
     assert guess_of(record) == guess == complete(record, None, {})
     item = convert(record, DataSource(path="x", format=guess.format, columns=guess.columns))
     assert item in ("t", PLAIN, (Message("user", "u\n\nc"), Message("assistant", "a")))
+
+
+def test_a_field_that_is_empty_at_first_is_guessed_from_later_records() -> None:
+    records: list[Record] = [{"question": "u", "context": None, "answer": "a"}, {"question": "v", "context": "c"}]
+    columns = {"instruction": "question", "input": "context", "output": "answer"}
+    assert guess_of(merged(records)) == Guess("alpaca", columns)
 
 
 def test_what_is_given_is_not_guessed() -> None:
