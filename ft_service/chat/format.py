@@ -132,7 +132,7 @@ class ChatFormat:
 
     def encode_batch(self, conversations: Sequence[Sequence[Message]], max_seq_len: int | None = None) -> list[Example]:
         """Ids and loss mask of each conversation, up to the end of its last turn, or cut after `max_seq_len` tokens."""
-        turns_of = [_turns(messages) for messages in conversations]
+        turns_of = [written_turns(messages) for messages in conversations]
         contents = iter(plain_ids(self.tokenizer, [text for turns in turns_of for _, text in turns]))
         examples = []
         for turns in turns_of:
@@ -204,7 +204,7 @@ class ChatFormat:
         return template_digest == self.template_digest or template_digest in _DIGESTS_WITHOUT_TOOLS
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[Message, str]]:
+def written_turns(messages: Sequence[Message]) -> list[tuple[Message, str]]:
     """The turns of a conversation as they are written, each with its exact text."""
     if not any(message.uses_tools for message in messages):
         return [(message, message.content.strip()) for message in messages]

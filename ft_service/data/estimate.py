@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ft_service.chat.format import Message
+from ft_service.chat.format import written_turns
 from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.files.shard import Fault
 from ft_service.data.pack import pack_lengths
@@ -75,12 +75,9 @@ def _tokens(item: Conversation | str, max_seq_len: int) -> list[tuple[int, int]]
         total = _of_text(item) + 1  # the last piece ends with one more token
         pieces = [min(room, total - start) for start in range(0, total, room)]
         return [(piece + 1, piece) for piece in pieces]
-    trained = sum(_of_text(message.content) + 1 for message in item if message.is_trained)
-    return [(1 + sum(_of_message(message) for message in item), trained)]
-
-
-def _of_message(message: Message) -> int:
-    return _of_text(message.content) + _TURN_TOKENS
+    turns = written_turns(item)
+    trained = sum(_of_text(text) + 1 for message, text in turns if message.is_trained)
+    return [(1 + sum(_of_text(text) + _TURN_TOKENS for _, text in turns), trained)]
 
 
 def _of_text(text: str) -> int:
