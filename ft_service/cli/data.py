@@ -118,23 +118,35 @@ def clean(
     overrides: Overrides = None,
     format: Format = None,
     columns: Columns = None,
+    base: Base = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Mask private data in every column, and list each mask.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a cleaned copy, without unusable records and exact copies. Each record left out is listed."""
-    spec = _spec(what, overrides, format, columns, None)
-    from ft_service.data.clean import LEFT_OUT_FILE
+    spec = _spec(what, overrides, format, columns, base)
+    from ft_service.data.clean import DECISIONS_FOLDER, LEFT_OUT_FILE, REDACTED_FILE
     from ft_service.data.clean import clean as write_clean
 
-    judgement = write_clean(spec, out, _run_tasks)
+    cleaned = write_clean(spec, out, _run_tasks, _tokenizer(spec), redact)
     if as_json:
-        print(json.dumps({"read": judgement.read, "left_out": judgement.left_out, "folder": str(out)}, indent=2))
+        counts = {"read": cleaned.judgement.read, "left_out": cleaned.left_out, "redacted": cleaned.redacted}
+        print(json.dumps({**counts, "folder": str(out), "files": cleaned.files}, indent=2))
         return
-    left_out = judgement.num_left_out
-    console.print(f"{judgement.read - left_out:,} of {judgement.read:,} records written to {out}", soft_wrap=True)
-    for code, count in judgement.left_out.items():
+    written = f"{cleaned.written:,} of {cleaned.judgement.read:,} records written to {out}"
+    console.print(written, soft_wrap=True, markup=False)
+    for code, count in cleaned.left_out.items():
         console.print(f"  {count:,} left out: {code}", highlight=False)
-    if left_out:
-        console.print(f"Each record left out, with its reason: {out / LEFT_OUT_FILE}", soft_wrap=True)
+    for code, count in cleaned.redacted.items():
+        console.print(f"  {count:,} masked: {code}", highlight=False)
+    decisions = out / DECISIONS_FOLDER
+    if cleaned.left_out:
+        console.print(f"Each record left out, with its reason: {decisions / LEFT_OUT_FILE}", soft_wrap=True)
+    if cleaned.redacted:
+        console.print(f"Each mask, with its place: {decisions / REDACTED_FILE}", soft_wrap=True)
+    for source, file in cleaned.files.items():
+        console.print(f"Use path: {out / file} instead of {source}", soft_wrap=True, markup=False)
 
 
 # -- the spec --------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class FactTable:
         self._rows.append(
             (
                 record.key,
-                hash64(content + _trained_turns(record)),
+                hash64(content + _trained_turns(record)),  # as `hash_of_example`
                 hash64(content),
                 hash64(prompt) if prompt else 0,
                 hash64(output),
@@ -196,6 +196,11 @@ def _signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
     flat = np.concatenate(sets) if sets else np.empty(0, dtype=np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, SIGNATURE, _SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(sets), SIGNATURE)
+
+
+def hash_of_example(record: Record) -> int:
+    """A hash of what the model reads and is trained on: equal for exact duplicates."""
+    return hash64(_model_input(record) + _trained_turns(record))
 
 
 def _model_input(record: Record) -> str:
