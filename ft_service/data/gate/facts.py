@@ -14,14 +14,13 @@ import rensa
 from ft_service.data.gate.records import Record
 from ft_service.data.gate.text import (
     LANGUAGES,
-    all_shingles,
-    fold,
     hash32,
     hash64,
     is_cjk,
     language,
     numbers,
     opening,
+    shingles_of_parts,
 )
 
 BANDS = 12
@@ -74,7 +73,7 @@ class FactTable:
     def __init__(self) -> None:
         self._chunks: list[np.ndarray] = []
         self._rows: list[tuple[object, ...]] = []
-        self._shingles: list[np.ndarray] = []
+        self._texts: list[tuple[str, str]] = []
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -82,8 +81,8 @@ class FactTable:
 
     def add(self, record: Record) -> None:
         """Add the facts of a usable record."""
-        prompt = fold(record.prompt)
-        output = fold(record.output)
+        prompt = record.folded_prompt
+        output = record.folded_output
         content = _model_input(record)
         tokens = record.tokens
         self._rows.append(
@@ -111,8 +110,8 @@ class FactTable:
         )
         prompt = prompt[:_COMPARED_CHARACTERS]
         output = output[:_COMPARED_CHARACTERS]
-        self._shingles += [all_shingles(prompt), all_shingles(prompt + output)]
-        self._waiting += len(self._shingles[-2]) + len(self._shingles[-1])
+        self._texts.append((prompt, output))
+        self._waiting += 2 * len(prompt) + len(output)
         if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
             self._flush()
 
@@ -137,12 +136,12 @@ class FactTable:
         names = [name for name in FACTS.names or () if not name.endswith("signature")]
         for name, column in zip(names, zip(*self._rows, strict=True), strict=True):
             chunk[name] = column
-        signatures = _signatures(self._shingles)
+        signatures = _signatures(list(shingles_of_parts(self._texts)))
         chunk["prompt_signature"] = signatures[0::2]
         chunk["whole_signature"] = signatures[1::2]
         self._chunks.append(chunk)
         self._rows = []
-        self._shingles = []
+        self._texts = []
         self._waiting = 0
 
 
@@ -266,16 +265,16 @@ _CASUAL = re.compile(
 )
 
 
-_CASUAL_WORDS = {
-    *("u", "gonna", "wanna", "gotta", "kinda", "sorta", "dunno", "lemme", "gimme", "y", "ain", "lol", "lmao", "omg"),
-    *("btw", "tbh", "imo", "idk", "thx", "pls", "plz", "yeah", "yep", "nope", "dude", "cuz", "ya"),
-}
+_CASUAL_WORDS = frozenset(
+    b"u gonna wanna gotta kinda sorta dunno lemme gimme y ain lol lmao omg btw tbh imo idk thx pls plz yeah yep nope dude "
+    b"cuz ya".split()
+)
 """The words of `_CASUAL`, split at apostrophes."""
 _CASUAL_SIGNS = (
     *("!!", "??", "!?", "?!"),
     *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
 )
-_NO_LETTERS = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) == "_")}
+_NO_LETTERS = bytes(code if chr(code).isalnum() or chr(code) == "_" else 32 for code in range(128)) + bytes(128)
 
 
 def register(output: str) -> str:
@@ -295,7 +294,7 @@ def _may_be_casual(text: str) -> bool:
     if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
         return True
     lower = text.lower()
-    return not _CASUAL_WORDS.isdisjoint(lower.translate(_NO_LETTERS).split()) or "haha" in lower
+    return not _CASUAL_WORDS.isdisjoint(lower.encode().translate(_NO_LETTERS).split()) or "haha" in lower
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")
