@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raise it whenever a check changes its results, so that data checked by the old rules is checked again."""
 
 
@@ -276,15 +276,17 @@ _TABLE = (
     Code(
         "private.email",
         "The model can repeat e-mail addresses that it was trained on.",
-        "Replace them with placeholders.",
+        "Replace them with placeholders (`ft data clean --redact`).",
     ),
     Code(
-        "private.phone", "The model can repeat phone numbers that it was trained on.", "Replace them with placeholders."
+        "private.phone",
+        "The model can repeat phone numbers that it was trained on.",
+        "Replace them with placeholders (`ft data clean --redact`).",
     ),
     Code(
         "private.card",
         "A valid card number in training data breaches its owner's privacy, and often PCI DSS.",
-        "Replace it with a placeholder.",
+        "Replace it with a placeholder (`ft data clean --redact`).",
         fails_from=0.0,
     ),
     Code(
@@ -292,6 +294,28 @@ _TABLE = (
         "The model can reveal a key from the training data to any user.",
         "Revoke the key, then remove it from the data.",
         fails_from=0.0,
+    ),
+    Code(
+        "private.iban",
+        "The model can repeat bank account numbers that it was trained on.",
+        "Replace them with placeholders (`ft data clean --redact`).",
+    ),
+    Code(
+        "private.ssn",
+        "A social security number in training data lets others pose as its owner.",
+        "Replace it with a placeholder (`ft data clean --redact`).",
+        fails_from=0.0,
+    ),
+    Code(
+        "private.my-number",
+        "Japanese law (the My Number Act) allows few uses of a My Number, and training a model is none of them.",
+        "Replace it with a placeholder (`ft data clean --redact`).",
+        fails_from=0.0,
+    ),
+    Code(
+        "private.password",
+        "The model can reveal a password from the training data to any user.",
+        "Change the password, and replace it with a placeholder (`ft data clean --redact`).",
     ),
     # -- rights (shares are of sources) --------------------------------------------------------------------------------
     Code(

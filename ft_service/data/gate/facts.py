@@ -257,6 +257,13 @@ _PLAIN = re.compile(
     r"(?:だ|た|である|だろう|であろう|ない|[うくすつぬむるぐぶ])"
     r"(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
 )
+_CASUAL_JA = re.compile(
+    r"(?:だ|[うくすつぬむるぐぶ]|た|ない|い|の|ん)(?:よ|ね|よね|よな|な|ぜ|ぞ|わ|って|けど|もん|から|じゃん|じゃない|かな|かも|でしょ)$"
+    r"|(?:じゃん|っす|だって|でしょ|ちゃう|ちゃった|じゃう|じゃった|て|てね|てよ|よろしく|ごめん|うん|ううん|おけ|りょ)$"
+    r"|^(?:うん|ううん|まじ|マジ|やばい|ヤバい|ウケる)(?:[、,]|$)"
+)
+_LAUGH = re.compile(r"(?<=[\u3040-\u30ff\u4e00-\u9fff])(?:[wｗ]{1,9}|（?笑）?)$")
+_DRAWN_OUT = "〜～ー♪☆♡♥…\u3000 」』）)"
 _CASUAL = re.compile(
     r"\b(?:r u|u r|(?:do|can|are|see|for|to|with|did|will|love|thank) u(?!\.\w)|"
     r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|haha+|"
@@ -266,8 +273,8 @@ _CASUAL = re.compile(
 
 
 _CASUAL_WORDS = frozenset(
-    b"u gonna wanna gotta kinda sorta dunno lemme gimme y ain lol lmao omg btw tbh imo idk thx pls plz yeah yep nope dude "
-    b"cuz ya".split()
+    b"u gonna wanna gotta kinda sorta dunno lemme gimme y ain lol lmao omg btw tbh imo idk thx pls plz yeah yep nope "
+    b"dude cuz ya".split()
 )
 """The words of `_CASUAL`, split at apostrophes."""
 _CASUAL_SIGNS = (
@@ -278,15 +285,35 @@ _NO_LETTERS = bytes(code if chr(code).isalnum() or chr(code) == "_" else 32 for 
 
 
 def register(output: str) -> str:
-    """The tone of an answer: polite or plain by sentence endings (Japanese), neutral or casual by words (English)."""
+    """The tone of an answer: polite, plain or casual by endings (Japanese), neutral or casual by words (English).
+
+    A short answer in English is casual or of no tone: "Restart it." is neither formal nor informal.
+    """
     if is_cjk(output):
-        sentences = [s.rstrip("」』）) \u3000") for s in _SENTENCES.split(output[:4000])]
-        polite = sum(bool(_POLITE.search(sentence)) for sentence in sentences)
-        plain = sum(bool(_PLAIN.search(sentence)) and not _POLITE.search(sentence) for sentence in sentences)
-        return "none" if polite == plain else "polite" if polite > plain else "plain"
-    if len(output) < WHOLE_FROM_LATIN or language(output) != "latin":
+        tones = [_tone(sentence) for sentence in _SENTENCES.split(output[:4000])]
+        polite = tones.count("polite")
+        casual = tones.count("casual")
+        plain = tones.count("plain")
+        if polite == plain + casual:
+            return "none"
+        return "polite" if polite > plain + casual else "casual" if casual > plain else "plain"
+    if language(output) != "latin":
         return "none"
-    return "casual" if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]) else "neutral"
+    if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]):
+        return "casual"
+    return "neutral" if len(output) >= WHOLE_FROM_LATIN else "none"
+
+
+def _tone(sentence: str) -> str:
+    """The tone of one Japanese sentence."""
+    bare = sentence.strip().rstrip(_DRAWN_OUT)
+    laughs = _LAUGH.search(bare)
+    bare = bare[: laughs.start()].rstrip(_DRAWN_OUT) if laughs else bare
+    if _POLITE.search(bare):
+        return "polite"
+    if laughs or _CASUAL_JA.search(bare):
+        return "casual"
+    return "plain" if _PLAIN.search(bare) else "none"
 
 
 def _may_be_casual(text: str) -> bool:

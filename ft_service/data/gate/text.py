@@ -24,6 +24,10 @@ _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+|[+*/=<>^%#×÷−≠≤≥√]|(?<!
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _BRACKETS = re.compile(r"(?<=\w)'{0,2}[(\[{]|[(\[{](?=\w{1,20} ?[-+*/^=×÷])|[-+*/^=×÷] ?[(\[{]|(?<=\w)_(?=\w)")
 """Calls, indices and derivatives; brackets beside operators; names with underscores. Folding drops all of them."""
+_BRACKET_SIGN = re.compile(r"[(\[{_]")
+_BRACKET_BEFORE = 3
+_BRACKET_AFTER = 25
+"""Characters before and after a bracket that `_BRACKETS` looks at, at most."""
 _PUNCTUATION = re.compile(r"""[\s.,!?;:'"“”‘’、。・…「」『』()\[\]{}_~〜—–]+""")
 
 _FIGURES = bytes(code if chr(code) in "0123456789.," else 32 for code in range(256))
@@ -61,12 +65,26 @@ def hash32(text: str) -> int:
 def numbers(text: str) -> str:
     """The numbers of a text, in order, and the brackets of its formulas. Problems that differ in them are different."""
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    brackets = "".join(_BRACKETS.findall(plain)) if any(sign in plain for sign in "([{_") else ""
-    if plain.isascii():  # the same result from a shorter text
-        figures = " ".join(plain.encode().translate(_FIGURES).decode().split())
-    else:
-        figures = plain
+    brackets = "".join(_brackets(plain))
+    # The same result from a shorter text:
+    figures = " ".join(plain.encode().translate(_FIGURES).decode().split()) if plain.isascii() else plain
     return " ".join([*_NUMBER.findall(figures), brackets]).replace(",", "")
+
+
+def _brackets(text: str) -> Iterator[str]:
+    """The matches of `_BRACKETS`, searched only around brackets and underscores."""
+    end = 0
+    spans: list[list[int]] = []
+    for sign in _BRACKET_SIGN.finditer(text):
+        at = sign.start()
+        if at < end:
+            spans[-1][1] = at + _BRACKET_AFTER
+        else:
+            spans.append([max(end, at - _BRACKET_BEFORE), at + _BRACKET_AFTER])
+        end = at + _BRACKET_AFTER
+    for start, end in spans:
+        for match in _BRACKETS.finditer(text, start, end):  # look-behind sees what is before `start`
+            yield match[0]
 
 
 def has_cjk(text: str) -> bool:
