@@ -4,7 +4,7 @@ MinHash only proposes pairs (`suspects`). Their records are read a second time (
 their shingles and the numbers in them decide whether they are near-duplicates.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +66,10 @@ class SecondPass:
     passage), and the words of a template. `merge` adds the result of another shard.
     """
 
-    def __init__(self, keys: Iterable[int] = ()) -> None:
-        self._keys = frozenset(keys)
+    def __init__(self, keys: Iterable[int] = (), template_keys: Iterable[int] = ()) -> None:
+        """`template_keys` are the records that show the words of a template; without any, a sample of all."""
+        self._template_keys = frozenset(template_keys)
+        self._keys = frozenset(keys) | self._template_keys
         self._prompts: dict[int, _Prompt] = {}
         self._outputs: dict[int, np.ndarray] = {}
         self.questions: dict[int, str] = {}
@@ -144,11 +146,15 @@ class SecondPass:
 
     def _template_shingles(self) -> np.ndarray:
         if self._template is None:
-            step = max(1, len(self._prompts) // _SAMPLE)
-            sample = [self._prompts[key].whole() for key in sorted(self._prompts)[::step]]
+            keys = sorted(self._template_keys) or _sample(sorted(self._prompts))
+            sample = [self._prompts[key].whole() for key in keys if key in self._prompts]
             kinds, counts = np.unique(np.concatenate(sample), return_counts=True)
             self._template = kinds[counts > max(TEMPLATE_FROM, TEMPLATE_SHARE * len(sample))]
         return self._template
+
+
+def _sample(keys: Sequence[int]) -> Sequence[int]:
+    return keys[:: max(1, len(keys) // _SAMPLE)]
 
 
 def _sketch(text: str) -> np.ndarray:
@@ -206,10 +212,34 @@ def find_repeats(facts: Facts) -> Repeats:
     )
 
 
-def suspects(facts: Facts, repeats: Repeats) -> np.ndarray:
-    """Keys of the records to read again, at most `MAX_REREAD_RECORDS`."""
-    rows = np.unique(np.concatenate([repeats.whole_pairs.ravel(), repeats.prompt_pairs.ravel()]).astype(np.int64))
-    return facts["key"][rows[:MAX_REREAD_RECORDS]] if len(rows) else np.empty(0, dtype=np.uint64)
+def suspects(facts: Facts, repeats: Repeats, examples: Iterable[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the records to read again, at most `MAX_REREAD_RECORDS`; and keys that show the words of templates.
+
+    Pairs that `_compare` drops without their text, because their numbers differ, are read for their templates alone,
+    and a sample of them is enough. `examples` are keys that are read again for another reason.
+    """
+    keys = facts["key"]
+    all_rows = np.unique(np.concatenate([repeats.whole_pairs.ravel(), repeats.prompt_pairs.ravel()]).astype(np.int64))
+    compared = [
+        _comparable(facts, repeats.whole_pairs),
+        repeats.prompt_pairs[_same_numbers(facts, repeats.prompt_pairs)],
+    ]
+    rows = np.unique(np.concatenate([pairs.ravel() for pairs in compared]).astype(np.int64))
+    known = sorted({*keys[all_rows[:MAX_REREAD_RECORDS]].tolist(), *examples})
+    return keys[rows[:MAX_REREAD_RECORDS]], np.array(_sample(known), dtype=np.uint64)
+
+
+def _comparable(facts: Facts, pairs: np.ndarray) -> np.ndarray:
+    """The pairs [P, 2] with equal numbers, or so long that different numbers do not matter (`SecondPass.are_long`)."""
+    outputs = facts["output_numbers"]
+    sizes = facts["num_shingles"]
+    equal = _same_numbers(facts, pairs) & (outputs[pairs[:, 0]] == outputs[pairs[:, 1]])
+    return pairs[equal | (sizes[pairs].min(axis=1) >= LONG_FROM)]
+
+
+def _same_numbers(facts: Facts, pairs: np.ndarray) -> np.ndarray:
+    numbers = facts["prompt_numbers"]
+    return np.asarray(numbers[pairs[:, 0]] == numbers[pairs[:, 1]])
 
 
 def _first_of_each(values: np.ndarray) -> np.ndarray:

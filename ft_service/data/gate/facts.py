@@ -49,6 +49,7 @@ FACTS = np.dtype(
         ("prompt_opening", "u4"),
         ("output_opening", "u4"),
         ("output_length", "u4"),  # characters
+        ("num_shingles", "u4"),  # of prompt and output, with repetitions
         ("tokens", "u4"),
         ("kept", "u4"),
         ("loss", "u4"),
@@ -97,6 +98,7 @@ class FactTable:
                 hash32(opening(record.question)),
                 hash32(opening(record.output)),
                 len(record.output.strip()),
+                min(len(prompt), _COMPARED_CHARACTERS) + min(len(output), _COMPARED_CHARACTERS),
                 *((tokens.total, tokens.kept, tokens.loss, tokens.kept_loss) if tokens else (0, 0, 0, 0)),
                 record.source,
                 ENDINGS.index(ending(record.output)),

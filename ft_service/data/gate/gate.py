@@ -193,7 +193,8 @@ class Gate:
         examples = [hit.key for code in tally.counts for hit in tally.first(code)]
         for column in ("output", "output_opening", "prompt_opening"):  # the balance check shows an example of each
             examples += _first_of_the_largest(facts, column)
-        return SecondPass([*suspects(facts, repeats).tolist(), *examples])
+        rows, template_rows = suspects(facts, repeats, examples)
+        return SecondPass([*rows.tolist(), *examples], template_rows.tolist())
 
     def judgement(self, second_pass: SecondPass, on_hit: Callable[[Hit], None] = lambda hit: None) -> Judgement:
         """The judgement of all records. `on_hit` gets the hits across records; `check` returned the others."""
