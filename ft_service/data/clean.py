@@ -52,8 +52,8 @@ class Cleaned:
     """Code -> records left out."""
     redacted: dict[str, int]
     """Code -> masks."""
-    files: dict[str, str]
-    """Path of each source -> its cleaned file, relative to the new folder."""
+    files: tuple[tuple[str, str], ...]
+    """(path of the source, its cleaned file relative to the new folder), in the order of the sources."""
 
     @property
     def written(self) -> int:
@@ -96,7 +96,7 @@ def clean(
                             writer.add(kept, number, source, visible(shard.path), line, raw)
         copy.rename(out)
     return Cleaned(
-        judgement, dict(sorted(writer.left_out.items())), dict(sorted(writer.redacted.items())), writer.files
+        judgement, dict(sorted(writer.left_out.items())), dict(sorted(writer.redacted.items())), tuple(writer.files)
     )
 
 
@@ -113,7 +113,7 @@ class _Writer:
         self._lists = ExitStack()
         self.left_out: Counter[str] = Counter()
         self.redacted: Counter[str] = Counter()
-        self.files: dict[str, str] = {}
+        self.files: list[tuple[str, str]] = []
 
     def __enter__(self) -> "_Writer":
         decisions = self._folder / DECISIONS_FOLDER
@@ -129,7 +129,7 @@ class _Writer:
         """The new file of a source."""
         self._split = split
         name = f"{number}-{Path(source.path.replace(':', '-')).stem}.jsonl"
-        self.files[source.path] = f"{split}/{name}" if split else name
+        self.files.append((source.path, f"{split}/{name}" if split else name))
         (self._folder / split).mkdir(exist_ok=True)
         return _opened(self._folder / split / name)
 

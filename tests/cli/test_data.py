@@ -20,7 +20,8 @@ from ft_service.data.gate import CODES, Judgement
 from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
 from ft_service.data.prepare import check_dataset
 from ft_service.data.preview import preview
-from ft_service.errors import SpecError, UsageError
+from ft_service.data.split import split
+from ft_service.errors import DataError, SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.pages.data_report import render_data_report
 from ft_service.spec.load import parse_run_spec
@@ -215,7 +216,7 @@ def test_the_folder_of_a_cleaned_copy_passes_the_check(base: Path, tmp_path: Pat
     spec = spec_of(base, path, validation=[{"path": str(held_out), **rights}])
     cleaned = clean(spec, tmp_path / "out")
     assert cleaned.left_out == {"form.empty-output": 1, "form.unreadable": 2, "quality.exact-duplicate": 1}
-    assert cleaned.files == {str(path): "0-a.jsonl", str(held_out): "validation/1-b.jsonl"}
+    assert cleaned.files == ((str(path), "0-a.jsonl"), (str(held_out), "validation/1-b.jsonl"))
     again = check(spec_of(base, tmp_path / "out"), tmp_path / "again")
     assert again.verdict == "pass" and again.read == again.usable == 600
     assert [finding.code for finding in again.findings if finding.severity != "info"] == []
@@ -255,6 +256,45 @@ def test_redaction_masks_private_data_and_lists_each_mask(base: Path, tmp_path: 
     assert not [secret for secret in (*secrets, "4539578763621486") if secret in everything]
     again = check(spec_of(base, tmp_path / "out"), tmp_path / "again")
     assert again.read == again.usable and not [f for f in again.findings if f.code.startswith("private.")]
+
+
+# -- splitting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_has_no_leak(base: Path, tmp_path: Path) -> None:
+    records = records_of(200)
+    edited = [{**one, "output": one["output"].replace("because", "since")} for one in records[:60]]
+    other_answers = [{**one, "output": two["output"]} for one, two in zip(records[60:80], records[80:], strict=False)]
+    first = write(tmp_path / "a.jsonl", [*records, *edited, records[5], {"instruction": "?", "output": ""}])
+    second = write(tmp_path / "b.jsonl", [*other_answers, *records_of(100, "ja")])
+    leaky = check(spec_of(base, first, second, validation={"fraction": 0.2}), tmp_path / "check")
+    assert leaky.finding("leak.validation") is not None  # a split record by record leaks
+    done = split(spec_of(base, first, second), tmp_path / "out", 0.2)
+    assert done.train + done.validation == 380 and 70 <= done.validation <= 76 and done.groups == 80
+    assert done.cleaned.left_out == {"form.empty-output": 1, "quality.exact-duplicate": 1}
+    rights = {"source": "made up", "license": "CC0-1.0"}
+    validation = [{"path": str(tmp_path / "out" / "validation"), **rights}]
+    judgement = check(spec_of(base, tmp_path / "out" / "train", validation=validation), tmp_path / "check")
+    assert judgement.finding("leak.validation") is None and judgement.read == judgement.usable == 380
+    assert judgement.validation_records == done.validation
+    sides: dict[str, str] = {}
+    for side in ("train", "validation"):
+        for file in sorted((tmp_path / "out" / side).iterdir()):
+            for one in read_lines(file):
+                assert sides.setdefault(one["instruction"], side) == side  # one question, one side
+    split(spec_of(base, first, second), tmp_path / "again", 0.2)
+    for file in (tmp_path / "out").glob("*/*-?.jsonl"):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path / "out")).read_bytes()
+
+
+def test_a_split_that_cannot_be_made_writes_nothing(base: Path, tmp_path: Path) -> None:
+    alike = write(tmp_path / "a.jsonl", records_of(1) * 3)
+    with pytest.raises(DataError, match="fewer than two groups"):
+        split(spec_of(base, alike), tmp_path / "out", 0.1)
+    rights = {"source": "made up", "license": "CC0-1.0"}
+    with pytest.raises(UsageError, match="split already"):
+        split(spec_of(base, alike, validation=[{"path": str(alike), **rights}]), tmp_path / "out", 0.1)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 # -- preview -----------------------------------------------------------------------------------------------------------

@@ -256,8 +256,14 @@ _TABLE = (
     Code(
         "leak.validation",
         "Validation loss on records that are trained on measures memory, and early stopping relies on it.",
-        "Remove these records from one of the two.",
+        "Remove these records from one of the two, or make a new split without leaks (`ft data split`).",
         fails_from=0.1,
+    ),
+    Code(
+        "leak.canned-answer",
+        "Validation loss on answers that training repeats measures memory, although their questions are not leaked.",
+        "Nothing to do if the answer is meant to be canned; compare validation losses only on the same data.",
+        warns_from=0.1,
     ),
     Code(
         "leak.evaluation",

@@ -24,7 +24,14 @@ import numpy as np
 from ft_service.chat.format import ChatFormat
 from ft_service.data.gate.balance import check_balance
 from ft_service.data.gate.codes import CODES, LEFT_OUT
-from ft_service.data.gate.duplicates import Repeats, SecondPass, check_repeats, find_repeats, suspects
+from ft_service.data.gate.duplicates import (
+    Repeats,
+    SecondPass,
+    check_repeats,
+    find_repeats,
+    groups_of,
+    suspects,
+)
 from ft_service.data.gate.facts import Facts, FactTable
 from ft_service.data.gate.findings import (
     Finding,
@@ -259,6 +266,13 @@ class Gate:
         facts, repeats = self._freeze()
         used = self._is_used(facts, repeats)
         return facts["key"][used], facts["validation"][used]
+
+    def groups(self, second_pass: SecondPass) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Groups of records that ask or say the same: keys, uint64 [N], in order; the first key of the group of each,
+        uint64 [N]; and the hash of the content of that first record, uint64 [N]."""
+        facts, repeats = self._freeze()
+        firsts = groups_of(facts, repeats, second_pass)
+        return facts["key"], facts["key"][firsts], facts["content"][firsts]
 
     def _freeze(self) -> tuple[Facts, Repeats]:
         if self._frozen is None:
