@@ -1,4 +1,4 @@
-"""`ft data`: check the data, preview the packed rows, write a cleaned copy."""
+"""`ft data`: check the data, preview the packed rows, write a cleaned copy, split it without leaks."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ft_service.data.guess import Guess
 
-data_app = typer.Typer(help="Check data, preview packed rows, write a cleaned copy.", no_args_is_help=True)
+data_app = typer.Typer(help="Check data, preview packed rows, write a cleaned copy, split it.", no_args_is_help=True)
 console = Console()
 _errors = Console(stderr=True)
 
@@ -43,6 +43,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 _FEW_SHARDS = 2
 _GUESSED_FROM_RECORDS = 100
+_DEFAULT_FRACTION = 0.1
 REPORT_FILE = "report.html"
 
 
@@ -123,23 +124,70 @@ def clean(
     overrides: Overrides = None,
     format: Format = None,
     columns: Columns = None,
+    base: Base = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Mask private data in every column, and list each mask.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a cleaned copy, without unusable records and exact copies. Each record left out is listed."""
-    spec = _spec(what, overrides, format, columns, None)
-    from ft_service.data.clean import LEFT_OUT_FILE
+    spec = _spec(what, overrides, format, columns, base)
+    from ft_service.data.clean import DECISIONS_FOLDER, LEFT_OUT_FILE, REDACTED_FILE
     from ft_service.data.clean import clean as write_clean
 
-    judgement = write_clean(spec, out, _run_tasks)
+    cleaned = write_clean(spec, out, _run_tasks, _tokenizer(spec), redact)
     if as_json:
-        print(json.dumps({"read": judgement.read, "left_out": judgement.left_out, "folder": str(out)}, indent=2))
+        counts = {"read": cleaned.judgement.read, "left_out": cleaned.left_out, "redacted": cleaned.redacted}
+        print(json.dumps({**counts, "folder": str(out), "files": dict(cleaned.files)}, indent=2))
         return
-    left_out = judgement.num_left_out
-    console.print(f"{judgement.read - left_out:,} of {judgement.read:,} records written to {out}", soft_wrap=True)
-    for code, count in judgement.left_out.items():
+    written = f"{cleaned.written:,} of {cleaned.judgement.read:,} records written to {out}"
+    console.print(written, soft_wrap=True, markup=False)
+    for code, count in cleaned.left_out.items():
         console.print(f"  {count:,} left out: {code}", highlight=False)
-    if left_out:
-        console.print(f"Each record left out, with its reason: {out / LEFT_OUT_FILE}", soft_wrap=True)
+    for code, count in cleaned.redacted.items():
+        console.print(f"  {count:,} masked: {code}", highlight=False)
+    decisions = out / DECISIONS_FOLDER
+    if cleaned.left_out:
+        console.print(f"Each record left out, with its reason: {decisions / LEFT_OUT_FILE}", soft_wrap=True)
+    if cleaned.redacted:
+        console.print(f"Each mask, with its place: {decisions / REDACTED_FILE}", soft_wrap=True)
+    for source, file in cleaned.files:
+        console.print(f"Use path: {out / file} instead of {source}", soft_wrap=True, markup=False)
+
+
+@data_app.command()
+def split(
+    what: What,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    overrides: Overrides = None,
+    format: Format = None,
+    columns: Columns = None,
+    fraction: Annotated[
+        float | None,
+        typer.Option(min=0.0001, max=0.5, help="Share of the records for validation (default: the spec's, or 0.1)."),
+    ] = None,
+    redact: Annotated[bool, typer.Option("--redact", help="Mask private data in every column.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Split data into training and validation without leaks: records that ask or say the same stay on one side."""
+    spec = _spec(what, overrides, format, columns, None)
+    from ft_service.data.split import TRAIN_FOLDER, VALIDATION_FOLDER
+    from ft_service.data.split import split as write_split
+    from ft_service.spec.schema import ValidationFraction
+
+    if fraction is None:
+        validation = spec.data.validation
+        fraction = validation.fraction if isinstance(validation, ValidationFraction) else _DEFAULT_FRACTION
+    done = write_split(spec, out, fraction, _run_tasks, redact)
+    if as_json:
+        counts = {"train": done.train, "validation": done.validation, "left_out": done.cleaned.left_out}
+        print(json.dumps({**counts, "groups": done.groups, "folder": str(out)}, indent=2))
+        return
+    console.print(f"{done.train:,} records for training: {out / TRAIN_FOLDER}", soft_wrap=True)
+    console.print(f"{done.validation:,} records for validation: {out / VALIDATION_FOLDER}", soft_wrap=True)
+    console.print(f"{done.groups:,} groups of records that ask or say the same were kept together", highlight=False)
+    for code, count in done.cleaned.left_out.items():
+        console.print(f"  {count:,} left out: {code}", highlight=False)
 
 
 # -- the spec --------------------------------------------------------------------------------------------------------

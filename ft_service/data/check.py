@@ -34,6 +34,8 @@ class CheckResult:
     """uint64 [used records], in order of the data."""
     held_out: np.ndarray
     """bool [used records]: for validation."""
+    groups: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """`Gate.groups`, if they were asked for."""
 
 
 def check_shards(
@@ -44,6 +46,7 @@ def check_shards(
     fraction: float,
     seed: int,
     say: Say,
+    with_groups: bool = False,
 ) -> CheckResult:
     """Check all shards, and write the three files into `folder`. Raises `ShardChanged`."""
     num_records = 0
@@ -64,8 +67,9 @@ def check_shards(
             second_pass.merge(partial_pass)
         judgement = gate.judgement(second_pass, writer.write)
         used = gate.used_records()
+        groups = gate.groups(second_pass) if with_groups else None
     (folder / JUDGEMENT_FILE).write_text(judgement.model_dump_json(indent=2), encoding="utf-8")
-    return CheckResult(judgement, *used)
+    return CheckResult(judgement, *used, groups)
 
 
 def judgement_for_run(judgement: Judgement, spec: RunSpec) -> Judgement:

@@ -167,6 +167,18 @@ def check_dataset(
     return judgement
 
 
+def group_dataset(spec: RunSpec, folder: Path, run_tasks: RunTasks = run_locally) -> tuple[np.ndarray, ...]:
+    """`Gate.groups` of the spec's training data. Writes the files of `check_shards` into the existing `folder`."""
+    inputs = _Inputs(spec, [scan(number, source) for number, source in enumerate(all_sources(spec))])
+    with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
+        context = inputs.context(Storage(temporary), "check", None, writes_examples=False)
+        result = check_shards(
+            context, inputs.shards, run_tasks, folder, 0.0, spec.train.seed, lambda text: None, with_groups=True
+        )
+    assert result.groups is not None
+    return result.groups
+
+
 def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
     """A prepared dataset. Raises `StorageError` if it does not exist."""
     place = f"datasets/{digest}/{_MANIFEST}"

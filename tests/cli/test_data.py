@@ -21,7 +21,8 @@ from ft_service.data.gate import CODES, Judgement
 from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
 from ft_service.data.prepare import check_dataset
 from ft_service.data.preview import preview
-from ft_service.errors import SpecError, UsageError
+from ft_service.data.split import split
+from ft_service.errors import DataError, SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.pages.data_report import render_data_report
 from ft_service.spec.load import parse_run_spec
@@ -171,8 +172,8 @@ def test_a_cleaned_copy_has_the_other_records_in_order(base: Path, lines: list[s
     folder = tmp_path_factory.mktemp("clean")
     path = folder / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    judgement = clean(spec_of(base, path), folder / "out")
-    kept, left_out = (read_lines(folder / "out" / name) for name in ("0-a.jsonl", "left_out.jsonl"))
+    judgement = clean(spec_of(base, path), folder / "out").judgement
+    kept, left_out = (read_lines(folder / "out" / name) for name in ("0-a.jsonl", "decisions/left_out.jsonl"))
     gone = {entry["line"] for entry in left_out}
     for entry in left_out:
         with suppress(ValueError):
@@ -180,6 +181,9 @@ def test_a_cleaned_copy_has_the_other_records_in_order(base: Path, lines: list[s
             assert entry.get("record") == (written if isinstance(written, dict) else None)
     expected = [json.loads(line) for number, line in enumerate(lines, 1) if line.strip() and number not in gone]
     assert kept == expected and judgement.read == len(kept) + len(gone)
+    if kept:
+        again = check(spec_of(base, folder / "out"), folder / "again")
+        assert again.usable == again.read == len(kept)
     again = check(spec_of(base, folder / "out" / "0-a.jsonl"), folder / "again")
     assert again.usable == again.read == len(kept)
 
@@ -187,7 +191,7 @@ def test_a_cleaned_copy_has_the_other_records_in_order(base: Path, lines: list[s
 def test_cleaning_keeps_the_text_of_unreadable_records(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", records_of(3), '{"instruction": "cut o', "[1, 2]")
     clean(spec_of(base, path), tmp_path / "out")
-    broken, other = read_lines(tmp_path / "out" / "left_out.jsonl")
+    broken, other = read_lines(tmp_path / "out" / "decisions" / "left_out.jsonl")
     assert (broken["line"], broken["text"], broken["excerpt"]) == (
         4,
         '{"instruction": "cut o',
@@ -203,6 +207,95 @@ def test_cleaning_never_overwrites_files(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already exists"):
         clean(spec_of(base, path), tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_the_folder_of_a_cleaned_copy_passes_the_check(base: Path, tmp_path: Path) -> None:
+    records = records_of(600)
+    path = write(tmp_path / "a.jsonl", [*records, records[3], {"instruction": "?", "output": ""}], "broken")
+    held_out = write(tmp_path / "b.jsonl", [{"instruction": f"{n}?", "output": f"{n}."} for n in range(3)], "broken")
+    rights = {"source": "made up", "license": "CC0-1.0"}
+    spec = spec_of(base, path, validation=[{"path": str(held_out), **rights}])
+    cleaned = clean(spec, tmp_path / "out")
+    assert cleaned.left_out == {"form.empty-output": 1, "form.unreadable": 2, "quality.exact-duplicate": 1}
+    assert cleaned.files == ((str(path), "0-a.jsonl"), (str(held_out), "validation/1-b.jsonl"))
+    again = check(spec_of(base, tmp_path / "out"), tmp_path / "again")
+    assert again.verdict == "pass" and again.read == again.usable == 600
+    assert [finding.code for finding in again.findings if finding.severity != "info"] == []
+    validation = check(spec_of(base, tmp_path / "out" / "validation"), tmp_path / "again")
+    assert validation.read == validation.usable == 3
+
+
+def test_redaction_masks_private_data_and_lists_each_mask(base: Path, tmp_path: Path) -> None:
+    secrets = ["taro.yamada@mail.co.jp", "4539 5787 6362 1486", KEY, "090-1234-5678"]
+    private = [
+        {"instruction": "Whom do I ask?", "output": f"Ask {secrets[0]}, {secrets[0]}.", "meta": {"by": [secrets[3]]}},
+        {"instruction": "And the next key?", "output": f"It is {secrets[2]}."},
+        {"instruction": "What is your card number?", "output": "4539578763621486"},  # private only beside the question
+        {"instruction": "Whom do I ask?", "output": "Ask [e-mail], [e-mail].", "meta": {}},  # equal once it is masked
+        {"instruction": "", "output": secrets[1]},  # left out, and its list masked
+    ]
+    path = write(tmp_path / "a.jsonl", [*records_of(20), *private])
+    cleaned = clean(spec_of(base, path), tmp_path / "out", redact_private=True)
+    assert cleaned.redacted == {"private.card": 1, "private.email": 2, "private.key": 1, "private.phone": 1}
+    kept = read_lines(tmp_path / "out" / "0-a.jsonl")
+    assert kept[:20] == records_of(20)
+    assert kept[20]["output"] == "Ask [e-mail], [e-mail]." and kept[20]["meta"] == {"by": ["[phone]"]}
+    assert kept[22]["output"] == "[card number]" and len(kept) == 23
+    masks = read_lines(tmp_path / "out" / "decisions" / "redacted.jsonl")
+    assert [(mask["line"], mask["code"], mask["column"], mask["start"]) for mask in masks[:3]] == [
+        (21, "private.email", "output", 4),
+        (21, "private.email", "output", 28),
+        (21, "private.phone", "meta.by[0]", 0),
+    ]
+    assert {mask["file"] for mask in masks} == {str(path)} and masks[0]["characters"] == len(secrets[0])
+    left_out = read_lines(tmp_path / "out" / "decisions" / "left_out.jsonl")
+    assert [(entry["line"], entry["code"]) for entry in left_out] == [
+        (24, "quality.exact-duplicate"),
+        (25, "form.empty-input"),
+    ]
+    everything = "".join(file.read_text() for file in (tmp_path / "out").rglob("*.jsonl"))
+    assert not [secret for secret in (*secrets, "4539578763621486") if secret in everything]
+    again = check(spec_of(base, tmp_path / "out"), tmp_path / "again")
+    assert again.read == again.usable and not [f for f in again.findings if f.code.startswith("private.")]
+
+
+# -- splitting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_has_no_leak(base: Path, tmp_path: Path) -> None:
+    records = records_of(200)
+    edited = [{**one, "output": one["output"].replace("because", "since")} for one in records[:60]]
+    other_answers = [{**one, "output": two["output"]} for one, two in zip(records[60:80], records[80:], strict=False)]
+    first = write(tmp_path / "a.jsonl", [*records, *edited, records[5], {"instruction": "?", "output": ""}])
+    second = write(tmp_path / "b.jsonl", [*other_answers, *records_of(100, "ja")])
+    leaky = check(spec_of(base, first, second, validation={"fraction": 0.2}), tmp_path / "check")
+    assert leaky.finding("leak.validation") is not None  # a split record by record leaks
+    done = split(spec_of(base, first, second), tmp_path / "out", 0.2)
+    assert done.train + done.validation == 380 and 70 <= done.validation <= 76 and done.groups == 80
+    assert done.cleaned.left_out == {"form.empty-output": 1, "quality.exact-duplicate": 1}
+    rights = {"source": "made up", "license": "CC0-1.0"}
+    validation = [{"path": str(tmp_path / "out" / "validation"), **rights}]
+    judgement = check(spec_of(base, tmp_path / "out" / "train", validation=validation), tmp_path / "check")
+    assert judgement.finding("leak.validation") is None and judgement.read == judgement.usable == 380
+    assert judgement.validation_records == done.validation
+    sides: dict[str, str] = {}
+    for side in ("train", "validation"):
+        for file in sorted((tmp_path / "out" / side).iterdir()):
+            for one in read_lines(file):
+                assert sides.setdefault(one["instruction"], side) == side  # one question, one side
+    split(spec_of(base, first, second), tmp_path / "again", 0.2)
+    for file in (tmp_path / "out").glob("*/*-?.jsonl"):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path / "out")).read_bytes()
+
+
+def test_a_split_that_cannot_be_made_writes_nothing(base: Path, tmp_path: Path) -> None:
+    alike = write(tmp_path / "a.jsonl", records_of(1) * 3)
+    with pytest.raises(DataError, match="fewer than two groups"):
+        split(spec_of(base, alike), tmp_path / "out", 0.1)
+    rights = {"source": "made up", "license": "CC0-1.0"}
+    with pytest.raises(UsageError, match="split already"):
+        split(spec_of(base, alike, validation=[{"path": str(alike), **rights}]), tmp_path / "out", 0.1)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 # -- preview -----------------------------------------------------------------------------------------------------------

@@ -277,8 +277,14 @@ _TABLE = (
     Code(
         "leak.validation",
         "Validation loss on records that are trained on measures memory, and early stopping relies on it.",
-        "Remove these records from one of the two.",
+        "Remove these records from one of the two, or make a new split without leaks (`ft data split`).",
         fails_from=0.1,
+    ),
+    Code(
+        "leak.canned-answer",
+        "Validation loss on answers that training repeats measures memory, although their questions are not leaked.",
+        "Nothing to do if the answer is meant to be canned; compare validation losses only on the same data.",
+        warns_from=0.1,
     ),
     Code(
         "leak.evaluation",
@@ -297,15 +303,17 @@ _TABLE = (
     Code(
         "private.email",
         "The model can repeat e-mail addresses that it was trained on.",
-        "Replace them with placeholders.",
+        "Replace them with placeholders (`ft data clean --redact`).",
     ),
     Code(
-        "private.phone", "The model can repeat phone numbers that it was trained on.", "Replace them with placeholders."
+        "private.phone",
+        "The model can repeat phone numbers that it was trained on.",
+        "Replace them with placeholders (`ft data clean --redact`).",
     ),
     Code(
         "private.card",
         "A valid card number in training data breaches its owner's privacy, and often PCI DSS.",
-        "Replace it with a placeholder.",
+        "Replace it with a placeholder (`ft data clean --redact`).",
         fails_from=0.0,
     ),
     Code(
@@ -313,6 +321,28 @@ _TABLE = (
         "The model can reveal a key from the training data to any user.",
         "Revoke the key, then remove it from the data.",
         fails_from=0.0,
+    ),
+    Code(
+        "private.iban",
+        "The model can repeat bank account numbers that it was trained on.",
+        "Replace them with placeholders (`ft data clean --redact`).",
+    ),
+    Code(
+        "private.ssn",
+        "A social security number in training data lets others pose as its owner.",
+        "Replace it with a placeholder (`ft data clean --redact`).",
+        fails_from=0.0,
+    ),
+    Code(
+        "private.my-number",
+        "Japanese law (the My Number Act) allows few uses of a My Number, and training a model is none of them.",
+        "Replace it with a placeholder (`ft data clean --redact`).",
+        fails_from=0.0,
+    ),
+    Code(
+        "private.password",
+        "The model can reveal a password from the training data to any user.",
+        "Change the password, and replace it with a placeholder (`ft data clean --redact`).",
     ),
     # -- rights (shares are of sources) --------------------------------------------------------------------------------
     Code(

@@ -4,12 +4,12 @@ MinHash only proposes pairs (`suspects`). Their records are read a second time (
 their shingles and the numbers in them decide whether they are near-duplicates.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ft_service.data.gate.facts import BAND_ROWS, BANDS, SIGNATURE, Facts
+from ft_service.data.gate.facts import BAND_ROWS, BANDS, SIGNATURE, WHOLE_FROM_CJK, WHOLE_FROM_LATIN, Facts
 from ft_service.data.gate.form import Hit
 from ft_service.data.gate.private import excerpt
 from ft_service.data.gate.records import Record
@@ -27,6 +27,8 @@ SUSPECT = 0.6
 and somewhat below `NEAR_SAME_SHORT`."""
 OPEN_ENDED_FROM = 10
 """A question with this many different answers is open-ended (a joke, a name): its answers do not contradict."""
+CANNED_FROM = 5
+"""An answer to this many different questions is canned ("Please contact support ..."): training may repeat it."""
 MAX_REREAD_RECORDS = 100_000
 """At most this many records are read again, 4 KiB each. Of the others, only those with equal questions are reported:
 without the text, an edit looks the same as another filling of a template."""
@@ -66,8 +68,10 @@ class SecondPass:
     passage), and the words of a template. `merge` adds the result of another shard.
     """
 
-    def __init__(self, keys: Iterable[int] = ()) -> None:
-        self._keys = frozenset(keys)
+    def __init__(self, keys: Iterable[int] = (), template_keys: Iterable[int] = ()) -> None:
+        """`template_keys` are the records that show the words of a template; without any, a sample of all."""
+        self._template_keys = frozenset(template_keys)
+        self._keys = frozenset(keys) | self._template_keys
         self._prompts: dict[int, _Prompt] = {}
         self._outputs: dict[int, np.ndarray] = {}
         self.questions: dict[int, str] = {}
@@ -144,11 +148,15 @@ class SecondPass:
 
     def _template_shingles(self) -> np.ndarray:
         if self._template is None:
-            step = max(1, len(self._prompts) // _SAMPLE)
-            sample = [self._prompts[key].whole() for key in sorted(self._prompts)[::step]]
+            keys = sorted(self._template_keys) or _sample(sorted(self._prompts))
+            sample = [self._prompts[key].whole() for key in keys if key in self._prompts]
             kinds, counts = np.unique(np.concatenate(sample), return_counts=True)
             self._template = kinds[counts > max(TEMPLATE_FROM, TEMPLATE_SHARE * len(sample))]
         return self._template
+
+
+def _sample(keys: Sequence[int]) -> Sequence[int]:
+    return keys[:: max(1, len(keys) // _SAMPLE)]
 
 
 def _sketch(text: str) -> np.ndarray:
@@ -206,10 +214,34 @@ def find_repeats(facts: Facts) -> Repeats:
     )
 
 
-def suspects(facts: Facts, repeats: Repeats) -> np.ndarray:
-    """Keys of the records to read again, at most `MAX_REREAD_RECORDS`."""
-    rows = np.unique(np.concatenate([repeats.whole_pairs.ravel(), repeats.prompt_pairs.ravel()]).astype(np.int64))
-    return facts["key"][rows[:MAX_REREAD_RECORDS]] if len(rows) else np.empty(0, dtype=np.uint64)
+def suspects(facts: Facts, repeats: Repeats, examples: Iterable[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the records to read again, at most `MAX_REREAD_RECORDS`; and keys that show the words of templates.
+
+    Pairs that `_compare` drops without their text, because their numbers differ, are read for their templates alone,
+    and a sample of them is enough. `examples` are keys that are read again for another reason.
+    """
+    keys = facts["key"]
+    all_rows = np.unique(np.concatenate([repeats.whole_pairs.ravel(), repeats.prompt_pairs.ravel()]).astype(np.int64))
+    compared = [
+        _comparable(facts, repeats.whole_pairs),
+        repeats.prompt_pairs[_same_numbers(facts, repeats.prompt_pairs)],
+    ]
+    rows = np.unique(np.concatenate([pairs.ravel() for pairs in compared]).astype(np.int64))
+    known = sorted({*keys[all_rows[:MAX_REREAD_RECORDS]].tolist(), *examples})
+    return keys[rows[:MAX_REREAD_RECORDS]], np.array(_sample(known), dtype=np.uint64)
+
+
+def _comparable(facts: Facts, pairs: np.ndarray) -> np.ndarray:
+    """The pairs [P, 2] with equal numbers, or so long that different numbers do not matter (`SecondPass.are_long`)."""
+    outputs = facts["output_numbers"]
+    sizes = facts["num_shingles"]
+    equal = _same_numbers(facts, pairs) & (outputs[pairs[:, 0]] == outputs[pairs[:, 1]])
+    return pairs[equal | (sizes[pairs].min(axis=1) >= LONG_FROM)]
+
+
+def _same_numbers(facts: Facts, pairs: np.ndarray) -> np.ndarray:
+    numbers = facts["prompt_numbers"]
+    return np.asarray(numbers[pairs[:, 0]] == numbers[pairs[:, 1]])
 
 
 def _first_of_each(values: np.ndarray) -> np.ndarray:
@@ -283,10 +315,14 @@ def check_repeats(
         yield hit("quality.exact-duplicate", row, f"same as {place_text(keys[first])}")
     leaked |= _copies_across(facts["exact"], validation)
     near, disagreeing = _compare(facts, repeats, second_pass)
+    is_canned = _canned(facts)
+    prompt = facts["prompt"]
     groups = _Groups()
     for first, second in near:
         if validation[first] != validation[second]:
-            leaked.add((first, second))
+            # Alike questions with one canned answer are different questions; with another answer, one is an edit.
+            if not (is_canned[first] and is_canned[second] and prompt[first] != prompt[second]):
+                leaked.add((first, second))
         else:
             groups.join(first, second)
     for row in sorted(groups.members()):
@@ -298,12 +334,55 @@ def check_repeats(
         if train not in reported:
             reported.add(train)
             yield hit("leak.validation", train, f"also in validation, {place_text(keys[row + other - train])}")
+    for train, held_out in _canned_across(facts, is_canned):
+        if train not in reported:
+            detail = f"the same answer to another question is in validation, {place_text(keys[held_out])}"
+            yield hit("leak.canned-answer", train, detail)
     reported.clear()
     for first, second in sorted(disagreeing):
         for row, other in ((first, second), (second, first)):
             if row not in reported:
                 reported.add(row)
                 yield hit("quality.contradiction", row, f"different answer at {place_text(keys[other])}")
+
+
+def groups_of(facts: Facts, repeats: Repeats, second_pass: SecondPass) -> np.ndarray:
+    """For each row, the first row of its group: copies, near-duplicates and records that ask the same.
+
+    Open-ended questions, such as "Tell me a joke.", join no records.
+    """
+    groups = _Groups()
+    near, disagreeing = _compare(facts, repeats, second_pass)
+    for first, second in (*near, *disagreeing):
+        groups.join(first, second)
+    prompt = facts["prompt"]
+    open_ended = np.array(sorted(_open_ended(prompt, facts["output"])), dtype=np.uint64)
+    joins_by_prompt = (prompt != 0) & ~np.isin(prompt, open_ended)
+    rows = np.arange(len(facts))
+    for firsts in (repeats.exact, np.where(joins_by_prompt, _first_of_each(prompt), rows)):
+        for row in np.flatnonzero(firsts != rows).tolist():
+            groups.join(int(firsts[row]), row)
+    return np.array([groups.first(row) for row in rows.tolist()], dtype=np.int64)
+
+
+def _canned(facts: Facts) -> np.ndarray:
+    """Which rows have a canned answer, bool [N]: a whole sentence that answers several different questions."""
+    prompt = facts["prompt"]
+    output = facts["output"]
+    pairs = np.unique(np.stack([output, prompt], axis=1), axis=0)
+    outputs, questions = np.unique(pairs[pairs[:, 1] != 0][:, 0], return_counts=True)
+    is_sentence = facts["output_length"] >= np.where(facts["cjk"], WHOLE_FROM_CJK, WHOLE_FROM_LATIN)
+    return np.asarray(is_sentence & np.isin(output, outputs[questions >= CANNED_FROM]))
+
+
+def _canned_across(facts: Facts, is_canned: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Pairs (training row, held-out row) with one canned answer; the first held-out row of each answer."""
+    validation = facts["validation"]
+    output = facts["output"]
+    held_out = np.flatnonzero(validation & is_canned)
+    kinds, first = np.unique(output[held_out], return_index=True)
+    for row in np.flatnonzero(~validation & is_canned & np.isin(output, kinds)).tolist():
+        yield row, int(held_out[first[np.searchsorted(kinds, output[row])]])
 
 
 def _copies_across(exact: np.ndarray, validation: np.ndarray) -> set[tuple[int, int]]:

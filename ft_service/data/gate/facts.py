@@ -15,14 +15,13 @@ from ft_service.chat.format import Message
 from ft_service.data.gate.records import Record
 from ft_service.data.gate.text import (
     LANGUAGES,
-    all_shingles,
-    fold,
     hash32,
     hash64,
     is_cjk,
     language,
     numbers,
     opening,
+    shingles_of_parts,
 )
 
 BANDS = 12
@@ -51,6 +50,7 @@ FACTS = np.dtype(
         ("prompt_opening", "u4"),
         ("output_opening", "u4"),
         ("output_length", "u4"),  # characters
+        ("num_shingles", "u4"),  # of prompt and output, with repetitions
         ("tokens", "u4"),
         ("kept", "u4"),
         ("loss", "u4"),
@@ -75,7 +75,7 @@ class FactTable:
     def __init__(self) -> None:
         self._chunks: list[np.ndarray] = []
         self._rows: list[tuple[object, ...]] = []
-        self._shingles: list[np.ndarray] = []
+        self._texts: list[tuple[str, str]] = []
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -83,14 +83,14 @@ class FactTable:
 
     def add(self, record: Record) -> None:
         """Add the facts of a usable record."""
-        prompt = fold(record.prompt)
-        output = fold(record.output)
+        prompt = record.folded_prompt
+        output = record.folded_output
         content = _model_input(record)
         tokens = record.tokens
         self._rows.append(
             (
                 record.key,
-                hash64(content + _trained_turns(record)),
+                hash64(content + _trained_turns(record)),  # as `hash_of_example`
                 hash64(content),
                 hash64(prompt) if prompt else 0,
                 hash64(output),
@@ -99,6 +99,7 @@ class FactTable:
                 hash32(opening(record.question)),
                 hash32(opening(record.output)),
                 len(record.output.strip()),
+                min(len(prompt), _COMPARED_CHARACTERS) + min(len(output), _COMPARED_CHARACTERS),
                 *((tokens.total, tokens.kept, tokens.loss, tokens.kept_loss) if tokens else (0, 0, 0, 0)),
                 record.source,
                 ENDINGS.index(ending(record.output)),
@@ -112,8 +113,8 @@ class FactTable:
         )
         prompt = prompt[:_COMPARED_CHARACTERS]
         output = output[:_COMPARED_CHARACTERS]
-        self._shingles += [all_shingles(prompt), all_shingles(prompt + output)]
-        self._waiting += len(self._shingles[-2]) + len(self._shingles[-1])
+        self._texts.append((prompt, output))
+        self._waiting += 2 * len(prompt) + len(output)
         if len(self._rows) >= _BUFFER or self._waiting >= _BUFFER_HASHES:
             self._flush()
 
@@ -138,12 +139,12 @@ class FactTable:
         names = [name for name in FACTS.names or () if not name.endswith("signature")]
         for name, column in zip(names, zip(*self._rows, strict=True), strict=True):
             chunk[name] = column
-        signatures = _signatures(self._shingles)
+        signatures = _signatures(list(shingles_of_parts(self._texts)))
         chunk["prompt_signature"] = signatures[0::2]
         chunk["whole_signature"] = signatures[1::2]
         self._chunks.append(chunk)
         self._rows = []
-        self._shingles = []
+        self._texts = []
         self._waiting = 0
 
 
@@ -197,6 +198,11 @@ def _signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
     flat = np.concatenate(sets) if sets else np.empty(0, dtype=np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, SIGNATURE, _SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(sets), SIGNATURE)
+
+
+def hash_of_example(record: Record) -> int:
+    """A hash of what the model reads and is trained on: equal for exact duplicates."""
+    return hash64(_model_input(record) + _trained_turns(record))
 
 
 def _model_input(record: Record) -> str:
@@ -259,6 +265,13 @@ _PLAIN = re.compile(
     r"(?:だ|た|である|だろう|であろう|ない|[うくすつぬむるぐぶ])"
     r"(?:か|ね|よ|よね|ぞ|な|さ|わ)?$"
 )
+_CASUAL_JA = re.compile(
+    r"(?:だ|[うくすつぬむるぐぶ]|た|ない|い|の|ん)(?:よ|ね|よね|よな|な|ぜ|ぞ|わ|って|けど|もん|から|じゃん|じゃない|かな|かも|でしょ)$"
+    r"|(?:じゃん|っす|だって|でしょ|ちゃう|ちゃった|じゃう|じゃった|て|てね|てよ|よろしく|ごめん|うん|ううん|おけ|りょ)$"
+    r"|^(?:うん|ううん|まじ|マジ|やばい|ヤバい|ウケる)(?:[、,]|$)"
+)
+_LAUGH = re.compile(r"(?<=[\u3040-\u30ff\u4e00-\u9fff])(?:[wｗ]{1,9}|（?笑）?)$")
+_DRAWN_OUT = "〜～ー♪☆♡♥…\u3000 」』）)"
 _CASUAL = re.compile(
     r"\b(?:r u|u r|(?:do|can|are|see|for|to|with|did|will|love|thank) u(?!\.\w)|"
     r"gonna|wanna|gotta|kinda|sorta|dunno|lemme|gimme|y'all|ain't|lol|lmao|omg|btw|tbh|imo|idk|thx|pls|plz|haha+|"
@@ -267,28 +280,48 @@ _CASUAL = re.compile(
 )
 
 
-_CASUAL_WORDS = {
-    *("u", "gonna", "wanna", "gotta", "kinda", "sorta", "dunno", "lemme", "gimme", "y", "ain", "lol", "lmao", "omg"),
-    *("btw", "tbh", "imo", "idk", "thx", "pls", "plz", "yeah", "yep", "nope", "dude", "cuz", "ya"),
-}
+_CASUAL_WORDS = frozenset(
+    b"u gonna wanna gotta kinda sorta dunno lemme gimme y ain lol lmao omg btw tbh imo idk thx pls plz yeah yep nope "
+    b"dude cuz ya".split()
+)
 """The words of `_CASUAL`, split at apostrophes."""
 _CASUAL_SIGNS = (
     *("!!", "??", "!?", "?!"),
     *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
 )
-_NO_LETTERS = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) == "_")}
+_NO_LETTERS = bytes(code if chr(code).isalnum() or chr(code) == "_" else 32 for code in range(128)) + bytes(128)
 
 
 def register(output: str) -> str:
-    """The tone of an answer: polite or plain by sentence endings (Japanese), neutral or casual by words (English)."""
+    """The tone of an answer: polite, plain or casual by endings (Japanese), neutral or casual by words (English).
+
+    A short answer in English is casual or of no tone: "Restart it." is neither formal nor informal.
+    """
     if is_cjk(output):
-        sentences = [s.rstrip("」』）) \u3000") for s in _SENTENCES.split(output[:4000])]
-        polite = sum(bool(_POLITE.search(sentence)) for sentence in sentences)
-        plain = sum(bool(_PLAIN.search(sentence)) and not _POLITE.search(sentence) for sentence in sentences)
-        return "none" if polite == plain else "polite" if polite > plain else "plain"
-    if len(output) < WHOLE_FROM_LATIN or language(output) != "latin":
+        tones = [_tone(sentence) for sentence in _SENTENCES.split(output[:4000])]
+        polite = tones.count("polite")
+        casual = tones.count("casual")
+        plain = tones.count("plain")
+        if polite == plain + casual:
+            return "none"
+        return "polite" if polite > plain + casual else "casual" if casual > plain else "plain"
+    if language(output) != "latin":
         return "none"
-    return "casual" if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]) else "neutral"
+    if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]):
+        return "casual"
+    return "neutral" if len(output) >= WHOLE_FROM_LATIN else "none"
+
+
+def _tone(sentence: str) -> str:
+    """The tone of one Japanese sentence."""
+    bare = sentence.strip().rstrip(_DRAWN_OUT)
+    laughs = _LAUGH.search(bare)
+    bare = bare[: laughs.start()].rstrip(_DRAWN_OUT) if laughs else bare
+    if _POLITE.search(bare):
+        return "polite"
+    if laughs or _CASUAL_JA.search(bare):
+        return "casual"
+    return "plain" if _PLAIN.search(bare) else "none"
 
 
 def _may_be_casual(text: str) -> bool:
@@ -296,7 +329,7 @@ def _may_be_casual(text: str) -> bool:
     if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
         return True
     lower = text.lower()
-    return not _CASUAL_WORDS.isdisjoint(lower.translate(_NO_LETTERS).split()) or "haha" in lower
+    return not _CASUAL_WORDS.isdisjoint(lower.encode().translate(_NO_LETTERS).split()) or "haha" in lower
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")

@@ -124,6 +124,7 @@ _SHIFT_JIS_SIGNS_FROM = 2
 """A single one may be a rare word."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u200b\u202a-\u202e\u2060\ufff9-\ufffb]")
 """C0 and C1 without tab and line ends, and invisible marks that copying adds. Joiners (U+200D) belong to emoji."""
+_ASCII_CONTROLS = bytes(code for code in range(128) if _CONTROL.match(chr(code)))
 
 
 def broken_text(record: Record) -> Iterator[Hit]:
@@ -140,10 +141,15 @@ def broken_text(record: Record) -> Iterator[Hit]:
             mojibake = signs[0]
     if mojibake is not None:
         yield Hit("form.mojibake", record.key, "was decoded with the wrong encoding", excerpt(text, mojibake.start()))
-    elif match := _CONTROL.search(text):
+    elif _may_hold_controls(text) and (match := _CONTROL.search(text)):
         yield Hit(
             "form.control-characters", record.key, f"contains U+{ord(match[0]):04X}", excerpt(text, match.start())
         )
+
+
+def _may_hold_controls(text: str) -> bool:
+    """A fast test: False if `_CONTROL` cannot match."""
+    return not text.isascii() or len(text.encode().translate(None, _ASCII_CONTROLS)) < len(text)
 
 
 # -- template and markup ---------------------------------------------------------------------------------------------
@@ -155,6 +161,9 @@ _SPECIAL = re.compile(
     r"|^(?:#{2,3} ?(?:Instruction|Input|Response|指示|入力|応答|回答)\s?[:：])",  # Alpaca and its Japanese editions
     re.MULTILINE,
 )
+_TEMPLATE_HINTS = ("<|", "SYS>>", "_of_turn>", "<｜", "</s>")
+_SECTION_NAMES = ("Instruction", "Input", "Response", "指示", "入力", "応答", "回答")
+_ROLE_NAMES = ("Human", "Assistant", "User", "ユーザー", "アシスタント", "システム")
 _END = re.compile("</s>")  # ends a turn of Llama 2 and Mistral
 _STRUCK_OUT = re.compile("<s[ >]", re.IGNORECASE)  # with it, </s> is HTML
 _ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]", re.MULTILINE)
@@ -165,6 +174,8 @@ _HTML = re.compile(
     r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|mdash|ndash|rsquo|lsquo|rdquo|ldquo|copy|#\d{2,6}|#x[0-9A-Fa-f]{2,5});",
     re.IGNORECASE,
 )
+_HTML_START = re.compile(r"[<&][/#A-Za-z]")
+"""`_HTML` matches nothing without this."""
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 _ABOUT_MARKUP = re.compile(
     r"html|xml|css|svg|markup|web ?page|website|\btags?\b|javascript|\bjsx\b|\bphp\b|"
@@ -184,7 +195,7 @@ def leftovers(record: Record) -> Iterator[Hit]:
             yield Hit("form.special-tokens", record.key, f"contains {match[0]!r}", excerpt(message, match.start()))
             break
     text = record.text
-    if ("<" in text or "&" in text) and not _ABOUT_MARKUP.search(record.prompt):
+    if _HTML_START.search(text) and not _ABOUT_MARKUP.search(record.prompt):
         bare = _CODE.sub(lambda code: " " * len(code[0]), text)
         if match := _HTML.search(bare):
             yield Hit("form.html", record.key, detail(f"contains {match[0]!r}"), excerpt(text, match.start()))
@@ -192,11 +203,20 @@ def leftovers(record: Record) -> Iterator[Hit]:
 
 def _template_text(message: str, is_trained: bool) -> re.Match[str] | None:
     """The first template text in a message."""
-    if any(sign in message for sign in "<[#"):
+    if _may_hold_template(message):
         match = _SPECIAL.search(message) or (None if _STRUCK_OUT.search(message) else _END.search(message))
         if match:
             return match
-    return _ROLE_NAME.search(message) if is_trained else None
+    return _ROLE_NAME.search(message) if is_trained and any(name in message for name in _ROLE_NAMES) else None
+
+
+def _may_hold_template(message: str) -> bool:
+    """A fast test: False if neither `_SPECIAL` nor `_END` can match."""
+    if "<" in message and any(hint in message for hint in _TEMPLATE_HINTS):
+        return True
+    if "[" in message and "INST]" in message:
+        return True
+    return "##" in message and any(name in message for name in _SECTION_NAMES)
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -211,9 +231,9 @@ _STOCK_WITHIN = 300
 def copied_instruction(record: Record) -> Iterator[Hit]:
     """An answer that contains the question, or its first paragraph, word for word."""
     question = record.question
-    answer = fold(record.output)
-    for part in (question, question.split("\n\n", 1)[0]):
-        folded = fold(part)
+    answer = record.folded_output
+    for part in dict.fromkeys((question, question.split("\n\n", 1)[0])):
+        folded = record.folded_prompt if part == record.prompt else fold(part)
         if len(folded) >= (COPIED_FROM_CJK if is_cjk(folded) else COPIED_FROM_LATIN) and folded in answer:
             yield Hit("quality.copied-instruction", record.key, "repeats its question", excerpt(record.output))
             return
@@ -255,7 +275,8 @@ def stock_phrases(record: Record) -> Iterator[Hit]:
     if isinstance(record.item, str):
         return
     for output in record.outputs:
-        output = output.strip().translate(_CURLY)
+        output = output.strip()
+        output = output if output.isascii() else output.translate(_CURLY)
         start = output[:_STOCK_WITHIN]
         ending = max(0, len(output) - _STOCK_WITHIN)
         if match := _may_match(start, _REFUSAL_HINTS) and _REFUSAL.search(start):

@@ -25,7 +25,14 @@ from ft_service.chat.format import ChatFormat
 from ft_service.data.convert import unused_fields
 from ft_service.data.gate.balance import check_balance
 from ft_service.data.gate.codes import CODES, LEFT_OUT
-from ft_service.data.gate.duplicates import Repeats, SecondPass, check_repeats, find_repeats, suspects
+from ft_service.data.gate.duplicates import (
+    Repeats,
+    SecondPass,
+    check_repeats,
+    find_repeats,
+    groups_of,
+    suspects,
+)
 from ft_service.data.gate.facts import Facts, FactTable
 from ft_service.data.gate.findings import (
     Finding,
@@ -211,7 +218,8 @@ class Gate:
         examples = [hit.key for code in tally.counts for hit in tally.first(code)]
         for column in ("output", "output_opening", "prompt_opening"):  # the balance check shows an example of each
             examples += _first_of_the_largest(facts, column)
-        return SecondPass([*suspects(facts, repeats).tolist(), *examples])
+        rows, template_rows = suspects(facts, repeats, examples)
+        return SecondPass([*rows.tolist(), *examples], template_rows.tolist())
 
     def judgement(self, second_pass: SecondPass, on_hit: Callable[[Hit], None] = lambda hit: None) -> Judgement:
         """The judgement of all records. `on_hit` gets the hits across records; `check` returned the others."""
@@ -277,6 +285,13 @@ class Gate:
         facts, repeats = self._freeze()
         used = self._is_used(facts, repeats)
         return facts["key"][used], facts["validation"][used]
+
+    def groups(self, second_pass: SecondPass) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Groups of records that ask or say the same: keys, uint64 [N], in order; the first key of the group of each,
+        uint64 [N]; and the hash of the content of that first record, uint64 [N]."""
+        facts, repeats = self._freeze()
+        firsts = groups_of(facts, repeats, second_pass)
+        return facts["key"], facts["key"][firsts], facts["content"][firsts]
 
     def _freeze(self) -> tuple[Facts, Repeats]:
         if self._frozen is None:

@@ -1,7 +1,12 @@
 """Private data in text: found, counted, and masked wherever the gate shows a part of a record."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+from stdnum import iban
+from stdnum.jp import in_ as my_number
+from stdnum.us import ssn
 
 # ASCII throughout: in Unicode the は of "連絡先は090-1234-5678" is a word character, so no number could begin after it.
 _EMAIL = re.compile(
@@ -22,6 +27,9 @@ _PHONE = re.compile(
     r")(?![\w-]|\.\d)",
     re.ASCII,
 )
+"""How numbers are written; `phonenumbers` decides whether it is one that a country assigns."""
+_HOME_COUNTRIES = {"0": ("JP", "GB")}
+"""Countries of a number without +, by its first digit; the others are North American."""
 _FICTIONAL_PHONE = re.compile(r"555\D?01\d{2}$")
 """North America keeps 555-0100 to 555-0199 for fiction."""
 _CARD = re.compile(
@@ -82,10 +90,37 @@ _KEY_MATERIAL = {
 """What such a key must contain: manuals show the frame alone, and names begin with `sk-` too (sk-fading-circle)."""
 _DOCUMENTATION_KEY = re.compile(r"EXAMPLE$|\.eyJzdWIiOiIxMjM0NTY3ODkwI")
 """AWS's example keys, and the JSON web token of most tutorials, whose subject is 1234567890."""
-_LONG_WORD = re.compile(r"-----BEGIN|[A-Za-z0-9_-]{20}")
-_DIGITS = re.compile(r"\d(?:\D{0,2}\d){8}", re.ASCII)
-"""A phone number has nine digits or more, with at most two other characters between two of them. Text without this, or
-without the marks of keys and addresses, skips the longer patterns, which are slow."""
+_LONG_WORD = b"x" * 20
+_WORDS = bytes(ord("x") if chr(code).isalnum() or chr(code) in "_-" else 32 for code in range(128)) + b" " * 128
+_FIGURES = bytes(ord("0") if chr(code).isdigit() else 32 for code in range(128)) + b" " * 128
+_LEAST_DIGITS = 9
+_MOST_APART = 2
+"""A number of interest has nine digits or more, with at most two other characters between two of them. The slow
+patterns search only such regions; keys are searched only in text with a word of twenty characters."""
+_REGION_MARGIN = 8
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{1,4}){2,8}(?![A-Za-z0-9])", re.ASCII)
+_SSN = re.compile(r"(?<![\w.-])\d{3}([ -]?)\d{2}\1\d{4}(?![\w-]|\.\d)", re.ASCII)
+_SSN_BEFORE = re.compile(r"\bssn\b|social security", re.IGNORECASE)
+_MY_NUMBER = re.compile(r"(?<![\w.-])\d{4}([ -]?)\d{4}\1\d{4}(?![\w-]|\.\d)", re.ASCII)
+_MY_NUMBER_BEFORE = re.compile(r"my ?number|individual number|マイナンバー|個人番号", re.IGNORECASE)
+"""One number in eleven passes the check digit, so it counts only near these words."""
+_PASSWORD = re.compile(
+    r"(?:(?:password|passwd|passcode|passphrase|pwd)s?\b(?:[ \t]+(?:for|to|of|on)\b[^.:=\n]{1,40}?)?"
+    r"[ \t]*(?::|=|：|\b(?:is|was)\b[ \t]*:?)(?:[ \t]+(?:now|currently|still|set to))?"
+    r"|(?:パスワード|暗証番号)[ 　]*(?:は|が|を|：|:|=)(?:、)?)"
+    r"[ \t　]*(?P<quote>[\"'`“‘「『]?)(?P<secret>[!-~]{4,64})",
+    re.IGNORECASE,
+)
+_PASSWORD_HINTS = ("passw", "passc", "passp", "pwd", "パスワード", "暗証番号")
+_PASSWORD_END = re.compile(r"[.,;:)\]\"'`]+$")
+_NOT_A_PASSWORD = re.compile(
+    r"pass(?:word|wd|code)|pwd|secret|example|change|your|placeholder|dummy|test|foo|xxx|\*\*|hash|sha-?\d|md5|utf-?8|"
+    r"crypt|base64|null|none|https?:|[(){}<>\[\]|\\]|^[$%@#*&]|^\w+\.\w+$",
+    re.IGNORECASE,
+)
+"""Placeholders, code, and words about how passwords are stored."""
+_SAYS_NUMBER = re.compile(r"passcode|暗証番号", re.IGNORECASE)
+_WORD_OF_PROSE = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 _FULL_WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B), 0xFF20, 0xFF0E)}
 _FULL_WIDTH |= {0xFF0D: "-", 0x2212: "-", 0x2010: "-", 0x2011: "-", 0x30FC: "ー", 0xFF08: "(", 0xFF09: ")", 0xFF0B: "+"}
 
@@ -93,7 +128,11 @@ MASKS = {
     "private.key": "[key]",
     "private.card": "[card number]",
     "private.email": "[e-mail]",
+    "private.iban": "[IBAN]",
+    "private.ssn": "[social security number]",
+    "private.my-number": "[My Number]",
     "private.phone": "[phone]",
+    "private.password": "[password]",
 }
 
 
@@ -101,19 +140,42 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
     """(code, start, end) of private data in a text. `everything` adds what belongs to nobody, such as test numbers."""
     if not text.isascii():
         text = text.translate(_FULL_WIDTH)  # one character for one, so that positions stay
-    may_hold = {
-        "private.key": _LONG_WORD.search(text),
-        "private.email": "@" in text,
-        "private.card": (digits := _DIGITS.search(text)),
-        "private.phone": digits,
+    plain = text.encode("ascii", "replace")
+    whole = [(0, len(text))]
+    regions = _regions_of_figures(plain)
+    lower = text.lower()
+    places = {
+        "private.key": whole if "-----BEGIN" in text or _LONG_WORD in plain.translate(_WORDS) else [],
+        "private.email": whole if "@" in text else [],
+        "private.iban": whole if regions else [],
+        "private.password": whole if any(hint in lower for hint in _PASSWORD_HINTS) else [],
     }
-    for code, pattern, accepts in _KINDS:
-        if not may_hold[code]:
-            continue
-        spans = [match.span() for match in pattern.finditer(text) if accepts(match, everything)]
+    for code, pattern, span_of in _KINDS:
+        spans = []
+        for start, end in places.get(code, regions):
+            for match in pattern.finditer(text, start, end):
+                if (span := span_of(match, everything)) is not None:
+                    spans.append(span)
         for start, end in spans:
             yield code, start, end
         text = _without(text, spans)
+
+
+def _regions_of_figures(plain: bytes) -> list[tuple[int, int]]:
+    """Where there are so many digits, so close to each other, that they may be private; with a margin."""
+    figures = plain.translate(_FIGURES)
+    if figures.count(b"0") < _LEAST_DIGITS:
+        return []
+    regions: list[tuple[int, int]] = []
+    at = 0
+    for part in figures.split(b" " * (_MOST_APART + 1)):
+        if len(part) >= _LEAST_DIGITS and part.count(b"0") >= _LEAST_DIGITS:
+            start = max(0, at - _REGION_MARGIN)
+            if regions and start < regions[-1][1]:
+                start = regions.pop()[0]
+            regions.append((start, at + len(part) + _REGION_MARGIN))
+        at += len(part) + _MOST_APART + 1
+    return regions
 
 
 def _without(text: str, spans: list[tuple[int, int]]) -> str:
@@ -135,24 +197,26 @@ def is_card_number(text: str) -> bool:
     return sum(doubled) % 10 == 0
 
 
-def _is_key(match: re.Match[str], everything: bool) -> bool:
-    if everything:
-        return True
+Span = tuple[int, int]
+
+
+def _key(match: re.Match[str], everything: bool) -> Span | None:
     material = next((needed for start, needed in _KEY_MATERIAL.items() if match[0].startswith(start)), None)
-    return (material is None or material.search(match[0]) is not None) and not _DOCUMENTATION_KEY.search(match[0])
+    is_key = (material is None or material.search(match[0]) is not None) and not _DOCUMENTATION_KEY.search(match[0])
+    return match.span() if everything or is_key else None
 
 
-def _is_email(match: re.Match[str], everything: bool) -> bool:
-    return everything or not _FOR_DOCUMENTATION.search(match[0])
+def _email(match: re.Match[str], everything: bool) -> Span | None:
+    return match.span() if everything or not _FOR_DOCUMENTATION.search(match[0]) else None
 
 
-def _is_card(match: re.Match[str], everything: bool) -> bool:
+def _card(match: re.Match[str], everything: bool) -> Span | None:
     if not is_card_number(match[0]):
-        return False
+        return None
     if everything:
-        return True
+        return match.span()
     if "".join(filter(str.isdigit, match[0])) in _TEST_CARDS:
-        return False
+        return None
     text = match.string
     start, end = match.span()
     before = text[max(0, start - _NEARBY_CHARACTERS) : start]
@@ -162,25 +226,90 @@ def _is_card(match: re.Match[str], everything: bool) -> bool:
         or _FIGURE_AFTER.match(text, end) is not None
         or (len(groups) == 4 and groups in (sorted(groups), sorted(groups, reverse=True)))
     )
-    return (
+    is_card = (
         not (match[0].isdigit() or is_in_a_row)
         or _CARD_BEFORE.search(before) is not None
         or _CARD_AFTER.match(text, end) is not None
     )
+    return match.span() if is_card else None
 
 
-def _is_phone_number(match: re.Match[str], everything: bool) -> bool:
+def _iban(match: re.Match[str], everything: bool) -> Span | None:
+    """The longest beginning of the match that is valid in length, format and check digits (ISO 13616)."""
+    text = match[0]
+    ends = [at for at in range(len(text), 14, -1) if at == len(text) or text[at] == " "]
+    end = next((end for end in ends if iban.is_valid(text[:end])), None)
+    return None if end is None else (match.start(), match.start() + end)
+
+
+def _ssn(match: re.Match[str], everything: bool) -> Span | None:
+    """Without hyphens, only near words about it. Numbers that are never issued are none."""
+    is_near = match[1] == "-" or _SSN_BEFORE.search(_before(match)) is not None
+    return match.span() if is_near and ssn.is_valid(match[0].replace(" ", "-")) else None
+
+
+def _my_number(match: re.Match[str], everything: bool) -> Span | None:
+    is_near = _MY_NUMBER_BEFORE.search(_before(match)) is not None
+    return match.span() if is_near and my_number.is_valid(match[0]) else None
+
+
+def _before(match: re.Match[str]) -> str:
+    return match.string[max(0, match.start() - _NEARBY_CHARACTERS) : match.start()]
+
+
+def _phone_number(match: re.Match[str], everything: bool) -> Span | None:
     # A number that begins with 0 is Japanese or British, with ten or eleven digits.
     min_digits = 10 if match[0].lstrip("(").startswith("0") else 9
-    return min_digits <= sum(map(str.isdigit, match[0])) <= 15 and (everything or not _FICTIONAL_PHONE.search(match[0]))
+    if not min_digits <= sum(map(str.isdigit, match[0])) <= 15:
+        return None
+    is_number = everything or (not _FICTIONAL_PHONE.search(match[0]) and _is_assigned(match[0]))
+    return match.span() if is_number else None
 
 
-_KINDS: tuple[tuple[str, re.Pattern[str], Callable[[re.Match[str], bool], bool]], ...] = (
-    ("private.key", _KEYS, _is_key),
-    ("private.email", _EMAIL, _is_email),
-    ("private.card", _CARD, _is_card),
-    ("private.phone", _PHONE, _is_phone_number),
+@lru_cache(maxsize=4096)
+def _is_assigned(number: str) -> bool:
+    """Whether a country assigns such phone numbers."""
+    import phonenumbers  # the import takes long, and most data have no phone numbers
+
+    for country in _HOME_COUNTRIES.get(number.lstrip("(")[0], ("US",)):
+        try:
+            parsed = phonenumbers.parse(number, country)
+        except phonenumbers.NumberParseException:
+            continue
+        if phonenumbers.is_valid_number(parsed):
+            return True
+    return False
+
+
+def _password(match: re.Match[str], everything: bool) -> Span | None:
+    """The password alone. Without quotes, it needs letters with digits or signs, so that it is not a word of prose."""
+    secret = _PASSWORD_END.sub("", match["secret"])
+    has_digit = any(map(str.isdigit, secret))
+    if len(secret) < 4 or _NOT_A_PASSWORD.search(secret):
+        return None
+    if secret.isdigit():
+        is_password = _SAYS_NUMBER.search(match[0]) is not None
+    elif match["quote"]:
+        is_password = True
+    else:
+        is_password = len(secret) >= 6 and not _WORD_OF_PROSE.fullmatch(secret.rstrip("!?"))
+        is_password &= has_digit or any(sign in secret for sign in "!@#$%^&*?")
+        is_password &= any(map(str.isalpha, secret))
+    start = match.start("secret")
+    return (start, start + len(secret)) if is_password else None
+
+
+_KINDS: Sequence[tuple[str, re.Pattern[str], Callable[[re.Match[str], bool], Span | None]]] = (
+    ("private.key", _KEYS, _key),
+    ("private.email", _EMAIL, _email),
+    ("private.iban", _IBAN, _iban),
+    ("private.card", _CARD, _card),
+    ("private.my-number", _MY_NUMBER, _my_number),
+    ("private.ssn", _SSN, _ssn),
+    ("private.phone", _PHONE, _phone_number),
+    ("private.password", _PASSWORD, _password),
 )
+"""Code, pattern, and what is private of a match; None if nothing is."""
 
 
 def mask(text: str) -> str:

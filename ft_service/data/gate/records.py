@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ft_service.data.convert import BadRecord, Conversation, columns_of, convert
 from ft_service.data.files.shard import Fault, FileShard, IsWanted
+from ft_service.data.gate.text import fold
 from ft_service.data.read import Scan, read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec.schema import OPTIONAL_COLUMNS, DataSource
@@ -93,7 +94,7 @@ class Record:
             return (self.item,)
         return tuple(message.content for message in self.item or () if message.is_trained)
 
-    @property
+    @cached_property
     def output(self) -> str:
         """The last of the texts that are trained on."""
         return self.outputs[-1] if self.outputs else ""
@@ -113,6 +114,16 @@ class Record:
             return ""
         last = max((at for at, message in enumerate(self.item) if message.is_trained), default=len(self.item))
         return next((message.content for message in reversed(self.item[:last]) if message.role == "user"), "")
+
+    @cached_property
+    def folded_prompt(self) -> str:
+        """`prompt`, folded."""
+        return fold(self.prompt)
+
+    @cached_property
+    def folded_output(self) -> str:
+        """`output`, folded."""
+        return fold(self.output)
 
     @cached_property
     def text(self) -> str:

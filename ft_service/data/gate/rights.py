@@ -5,7 +5,18 @@ A summary by kind, not legal advice. Ids are SPDX ids (spdx.org/licenses), or th
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
+
+from boolean import ParseError
+from license_expression import (
+    OR,
+    ExpressionError,
+    LicenseSymbol,
+    LicenseWithExceptionSymbol,
+    Licensing,
+    get_license_index,
+)
 
 from ft_service.catalog.models import find
 from ft_service.data.gate.findings import Finding, Place, source_finding
@@ -22,23 +33,24 @@ _STRICTEST: tuple[Kind, ...] = (
     "unknown",
 )
 
-_FREE = "CC0-1.0 PDDL PDDL-1.0 Unlicense 0BSD WTFPL MIT-0 CC-PDDC LicenseRef-OWN LicenseRef-public-domain"
-_ATTRIBUTION = (
-    "MIT Apache-2.0 BSD-2-Clause BSD-3-Clause ISC PSF-2.0 Python-2.0 ODC-By-1.0 CDLA-Permissive-1.0 "
-    "CDLA-Permissive-2.0 OGL-UK-3.0 etalab-2.0 Zlib BSL-1.0 Artistic-2.0 AFL-3.0 ECL-2.0 NCSA PostgreSQL MS-PL "
-    "DL-DE-BY-2.0 NLOD-2.0 C-UDA C-UDA-1.0 ODC-By BSD"
-)
-_SHARE_ALIKE = (
-    "ODbL ODbL-1.0 GFDL GFDL-1.1 GFDL-1.2 GFDL-1.3 GPL GPL-2.0 GPL-3.0 AGPL-3.0 LGPL LGPL-2.1 LGPL-3.0 MPL-2.0 EPL-2.0 "
-    "EUPL-1.2 OSL-3.0 CDLA-Sharing-1.0"
-)
+_KIND_OF_CATEGORY: dict[str, Kind] = {
+    "Public Domain": "free",
+    "Permissive": "attribution",
+    "Copyleft": "share-alike",
+    "Copyleft Limited": "share-alike",
+}
+"""The categories of ScanCode's license database, which the package `license-expression` brings along."""
+_FREE = "0BSD MIT-0 PDDL LicenseRef-OWN LicenseRef-public-domain"
+_ATTRIBUTION = "ODC-By C-UDA C-UDA-1.0 BSD"
+_SHARE_ALIKE = "ODbL GFDL GPL LGPL"
+"""What the categories do not tell apart, names of our own, and the hub's names without versions."""
 _RESTRICTED_USE = (
     "llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma openrail openrail++ bigscience-openrail-m "
     "creativeml-openrail-m bigcode-openrail-m deepfloyd-if-license"
 )
 """Licenses of data made by such models: they list forbidden uses, and some require a name."""
 _NON_COMMERCIAL = "PolyForm-Noncommercial-1.0.0"
-_TABLE: dict[str, Kind] = {
+_OURS: dict[str, Kind] = {
     **{name.lower(): "free" for name in _FREE.split()},
     **{name.lower(): "attribution" for name in _ATTRIBUTION.split()},
     **{name.lower(): "share-alike" for name in _SHARE_ALIKE.split()},
@@ -46,24 +58,30 @@ _TABLE: dict[str, Kind] = {
     **{name.lower(): "non-commercial" for name in _NON_COMMERCIAL.split()},
 }
 _CREATIVE_COMMONS = re.compile(r"cc-by(-nc)?(-nd|-sa)?-(?:1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)(?:-[a-z]{2,4})?")
-_OPERATOR = re.compile(r"\s+(AND|OR)\s+", re.IGNORECASE)
 
 
 def license_kinds(license: str) -> frozenset[Kind]:
     """The conditions of an SPDX expression. "A OR B" gives those of the milder one; "A AND B" gives both."""
-    expression = license.strip().strip("()")
-    parts = _OPERATOR.split(expression)
-    if "(" in expression or len({operator.upper() for operator in parts[1::2]}) > 1:
-        return frozenset({"unknown"})  # nested expressions are rare for data, and a wrong result is worse than none
-    kinds = [_kinds_of_one(part) for part in parts[::2]]
-    if len(parts) > 1 and parts[1].upper() == "OR":
+    try:
+        expression = Licensing().parse(license)
+    except (ExpressionError, ParseError):
+        return frozenset({"unknown"})
+    return frozenset({"unknown"}) if expression is None else _kinds_of(expression)
+
+
+def _kinds_of(expression: Any) -> frozenset[Kind]:
+    if isinstance(expression, LicenseWithExceptionSymbol):
+        return _kinds_of(expression.license_symbol)  # exceptions permit more, never less
+    if isinstance(expression, LicenseSymbol):
+        return _kinds_of_one(expression.key)
+    kinds = [_kinds_of(part) for part in expression.args]
+    if isinstance(expression, OR):
         return min(kinds, key=lambda kinds: max(_STRICTEST.index(kind) for kind in kinds))
     return frozenset().union(*kinds)
 
 
 def _kinds_of_one(license: str) -> frozenset[Kind]:
-    name = license.split(" WITH ")[0].strip().lower().removesuffix("+")
-    name = re.sub(r"-(?:only|or-later)$", "", name)
+    name = license.lower()
     if match := _CREATIVE_COMMONS.fullmatch(name):
         second: dict[str | None, Kind] = {"-nd": "no-derivatives", "-sa": "share-alike"}
         kinds: set[Kind] = {"attribution"}
@@ -72,7 +90,18 @@ def _kinds_of_one(license: str) -> frozenset[Kind]:
         if match[2]:
             kinds.add(second[match[2]])
         return frozenset(kinds)
-    return frozenset({_TABLE.get(name, "unknown")})
+    return frozenset({_OURS.get(name) or _spdx_kinds().get(name, "unknown")})
+
+
+@cache
+def _spdx_kinds() -> dict[str, Kind]:
+    """The kind of each SPDX id, in lower case, whose category says it."""
+    kinds = {}
+    for license in get_license_index():
+        if (kind := _KIND_OF_CATEGORY.get(license["category"])) is not None and not license["is_exception"]:
+            names = [license.get("spdx_license_key"), *license.get("other_spdx_license_keys", [])]
+            kinds.update({name.lower(): kind for name in names if name})
+    return kinds
 
 
 def check_rights(sources: Sequence[Source]) -> list[Finding]:

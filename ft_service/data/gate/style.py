@@ -1,6 +1,7 @@
 """Answers that differ from the others of their source: cut off, too short, of unusual length, tone, format or language.
 
-The data define what is usual. Each source is checked by itself, because two sources may differ on purpose.
+The data define what is usual. Each source is checked by itself, because two sources may differ on purpose, and so may
+the languages of one source: tones and lengths are compared within a language.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import numpy as np
 
 from ft_service.data.gate.facts import ENDINGS, REGISTERS, SHAPES, WHOLE_FROM_CJK, WHOLE_FROM_LATIN, Facts
 from ft_service.data.gate.form import Hit
-from ft_service.data.gate.text import LANGUAGES
+from ft_service.data.gate.text import LANGUAGES, LATIN_LETTERS_PER_CJK_CHARACTER
 
 FEWEST = 20
 """With fewer answers, nothing counts as usual."""
@@ -31,7 +32,7 @@ FAR_OUT_AT_LEAST = 4.0
 DOMINANT = 0.8
 """From this share on, one format or language is the usual one."""
 DOMINANT_TONE = 0.5
-"""There are only two tones, and no reason to mix them: the rarer one is always reported."""
+"""There is no reason to mix the tones of one language: the rarer ones are always reported."""
 
 
 def check_style(facts: Facts) -> Iterator[Hit]:
@@ -66,12 +67,32 @@ _Findings = Iterator[tuple[str, np.ndarray, str]]
 
 def _findings(part: dict[str, np.ndarray]) -> _Findings:
     yield from _cut_off(part)
-    short = _too_short(part)
-    yield "quality.too-short", np.flatnonzero(short), "far shorter than the other answers"
-    yield from _lengths(part["output_length"], short)
-    yield from _exceptions("style.register", part["register"], REGISTERS, unknown=("none",), dominant=DOMINANT_TONE)
+    for among in _scripts(part["cjk"]):
+        answers = {name: column[among] for name, column in part.items()}
+        short = _too_short(answers)
+        yield "quality.too-short", among[short], "far shorter than the other answers"
+        for name, where, detail in _lengths(_as_of_most(answers["output_length"], answers["cjk"]), short):
+            yield name, among[where], detail
+    for language in np.unique(part["output_language"]).tolist():
+        among = np.flatnonzero(part["output_language"] == language)
+        tones = part["register"][among]
+        for name, where, detail in _exceptions("style.register", tones, REGISTERS, ("none",), DOMINANT_TONE):
+            yield name, among[where], detail
     yield from _exceptions("style.format", part["shape"], SHAPES, unknown=("short",))
     yield from _languages(part)
+
+
+def _scripts(cjk: np.ndarray) -> list[np.ndarray]:
+    """The rows of each script, because a text has other lengths in each; all rows if one script has few."""
+    parts = [np.flatnonzero(cjk), np.flatnonzero(~cjk)]
+    return parts if min(map(len, parts)) >= FEWEST else [np.arange(len(cjk))]
+
+
+def _as_of_most(lengths: np.ndarray, cjk: np.ndarray) -> np.ndarray:
+    """Lengths in characters of the script of most answers; those of the other are converted."""
+    of_most = cjk.mean() > 0.5
+    factor = np.where(cjk, LATIN_LETTERS_PER_CJK_CHARACTER, 1) / (LATIN_LETTERS_PER_CJK_CHARACTER if of_most else 1)
+    return np.maximum(1, lengths) * factor
 
 
 def _cut_off(part: dict[str, np.ndarray]) -> _Findings:
@@ -125,7 +146,7 @@ def _too_short(part: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _lengths(lengths: np.ndarray, reported: np.ndarray) -> _Findings:
-    logs = np.log(np.maximum(1, lengths).astype(float))
+    logs = np.log(np.maximum(1, lengths))
     low, high = np.quantile(logs, [0.25, 0.75])
     reach = max(FAR_OUT * (high - low), np.log(FAR_OUT_AT_LEAST))
     usual = f"(half of them have {np.exp(low):,.0f} to {np.exp(high):,.0f} characters)"
@@ -158,7 +179,10 @@ def _exceptions(
 
 
 def _languages(part: dict[str, np.ndarray]) -> _Findings:
-    """Answers in an unusual language for the language of their question, or for their source."""
+    """Answers in an unusual language for the language of their question, or for their source.
+
+    An answer in the language of its question is none of them, however rare the language is.
+    """
     asked = part["prompt_language"].astype(np.int64)
     answered = part["output_language"].astype(np.int64)
     code = np.isin(part["shape"], [SHAPES.index("code"), SHAPES.index("json")])
@@ -168,6 +192,6 @@ def _languages(part: dict[str, np.ndarray]) -> _Findings:
         among = np.ones(len(asked), dtype=bool) if language is None else asked == language
         for name, where, detail in _exceptions("style.language", answered[among], LANGUAGES, unknown=("none",)):
             rows = np.flatnonzero(among)[where]
-            rows = rows[~reported[rows]]
+            rows = rows[~reported[rows] & (answered[rows] != asked[rows])]
             reported[rows] = True
             yield name, rows, detail

@@ -38,6 +38,27 @@ def repeated(records: list[Record], reread: bool = True) -> dict[str, list[int]]
     return {code.removeprefix("quality."): found for code in codes if (found := lines(hits, code))}
 
 
+CANNED = "Thank you for asking. Please write to the help desk, which answers within two days."
+
+
+def test_canned_answers_are_not_leaked_questions() -> None:
+    pairs = clean_pairs(60)
+    train = [record(question, CANNED, line) for line, (question, _) in enumerate(pairs[:30], 1)]
+    train += [record(*pair, line) for line, pair in enumerate(pairs[40:], 31)]
+    held_out = [record(q, CANNED, 100 + at, split="validation") for at, (q, _) in enumerate(pairs[30:40])]
+    alike = [record(f"How do I change my {what} online", CANNED, 200 + at) for at, what in enumerate(("plan", "name"))]
+    asked = record("How do I change my plans online", CANNED, 300, split="validation")
+    repeated = record(pairs[0][0], CANNED, 301, split="validation")
+    _, hits = check_all([*train, *held_out, *alike, asked])
+    assert lines(hits, "leak.validation") == []
+    assert lines(hits, "leak.canned-answer") == [*range(1, 31), 200, 201]
+    _, hits = check_all([*train, *held_out, *alike, asked, repeated])
+    assert lines(hits, "leak.validation") == [1]  # the question itself is in validation
+    assert 1 not in lines(hits, "leak.canned-answer")
+    labels = [record(q, "yes", at, split="train" if at % 2 else "validation") for at, (q, _) in enumerate(pairs, 1)]
+    assert lines(check_all(labels)[1], "leak.canned-answer") == []
+
+
 @pytest.mark.parametrize("language", ["en", "ja"])
 @pytest.mark.parametrize("reread", [True, False])
 def test_clean_records_are_not_duplicates(language: str, reread: bool) -> None:

@@ -176,7 +176,7 @@ def test_the_facts_of_a_record_have_one_size_for_any_text() -> None:
         for one in records:
             table.add(one)
         table._flush()
-        assert table._rows == [] and table._shingles == []
+        assert table._rows == [] and table._texts == []
         return sum(chunk.nbytes for chunk in table._chunks)
 
     short = clean_records(40)
@@ -195,7 +195,7 @@ def test_few_hashes_wait_for_their_signatures() -> None:
     gate = new_gate()
     for line in range(1, 60):
         gate.check(text("".join(map(chr, range(0x4E00 + line, 0x4E00 + 20_000))), line))
-    waiting = sum(hashes.nbytes for hashes in gate._table._shingles)
+    waiting = 8 * sum(2 * len(prompt) + len(output) for prompt, output in gate._table._texts)  # their hashes
     assert waiting < 4 * 2**20
 
 

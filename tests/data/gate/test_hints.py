@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_service.data.gate import facts, form, private
-from ft_service.data.gate.text import _PUNCTUATION, fold
+from ft_service.data.gate.text import (
+    _BRACKETS,
+    _NUMBER,
+    _PUNCTUATION,
+    _brackets,
+    all_shingles,
+    fold,
+    numbers,
+    shingles_of_parts,
+)
 
 AROUND = st.text(alphabet=st.sampled_from("a'_ .!?-Z9\n"), max_size=6)
 
@@ -56,9 +65,38 @@ def test_every_casual_text_has_a_hint(before: str, word: str, after: str) -> Non
 
 @given(texts(private._PHONE))
 def test_every_phone_number_has_enough_digits(text: str) -> None:
-    assert private._DIGITS.search(text) or not any(
-        private._is_phone_number(found, True) for found in private._PHONE.finditer(text)
-    )
+    regions = private._regions_of_figures(text.encode())
+    for found in private._PHONE.finditer(text):
+        if private._phone_number(found, True):
+            assert any(start <= found.start() and found.end() < end for start, end in regions)
+
+
+@given(st.one_of(texts(english(form._SPECIAL)), st.builds("{}</s>{}".format, AROUND, AROUND)))
+def test_every_template_text_has_a_hint(text: str) -> None:
+    assert form._may_hold_template(text)
+
+
+@given(texts(form._HTML))
+def test_every_tag_has_a_hint(text: str) -> None:
+    assert form._HTML_START.search(text)
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2070)))
+def test_every_control_character_has_a_hint(text: str) -> None:
+    assert form._may_hold_controls(text) or not form._CONTROL.search(text)
+
+
+@given(st.text(alphabet=st.sampled_from("aé1,._'([{=-+ 7\n"), max_size=60))
+def test_fast_searches_for_figures_find_the_same(text: str) -> None:
+    assert list(_brackets(text)) == _BRACKETS.findall(text)
+    slow = " ".join([*_NUMBER.findall(text), "".join(_BRACKETS.findall(text))]).replace(",", "")
+    assert numbers(text) == slow
+
+
+@given(st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), max_size=5))
+def test_shingles_of_many_texts_are_those_of_each(parts: list[tuple[str, str]]) -> None:
+    expected = [all_shingles(text) for start, end in parts for text in (start, start + end)]
+    assert [found.tolist() for found in shingles_of_parts(parts)] == [one.tolist() for one in expected]
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))

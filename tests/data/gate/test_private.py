@@ -36,6 +36,11 @@ PRIVATE = {
     "5425-2334-3010-9903": "private.card",
     "3742 454554 00126": "private.card",
     "４５３９ ５７８７ ６３６２ １４８６": "private.card",
+    "DE89 3704 0044 0532 0130 00": "private.iban",
+    "GB82WEST12345698765432": "private.iban",
+    "FR14 2004 1010 0505 0001 3M02 606": "private.iban",
+    "ＤＥ８９３７０４００４４０５３２０１３０００": "private.iban",
+    "123-45-6789": "private.ssn",
     "AKIAIOSFODNN7ABCDEFG": "private.key",
     "eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLCJhZG1pbiI6dHJ1ZX0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0T": "private.key",
     "ghp_" + "a1B2" * 9: "private.key",
@@ -106,6 +111,52 @@ def test_a_card_number_is_found_near_words_about_cards(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "code", "secret"),
+    [
+        ("Her SSN is 123456789.", "private.ssn", "123456789"),
+        ("Social Security no. 123 45 6789", "private.ssn", "123 45 6789"),
+        ("マイナンバーは123456789018です", "private.my-number", "123456789018"),
+        ("個人番号：１２３４ ５６７８ ９０１８", "private.my-number", "１２３４ ５６７８ ９０１８"),
+        ("My Number: 1234-5678-9018", "private.my-number", "1234-5678-9018"),
+        ("My password is hunter2, as ever.", "private.password", "hunter2"),
+        ("The password for the admin account is Tr0ub4dor&3.", "private.password", "Tr0ub4dor&3"),
+        ("user: anna, password: correct-H0rse!", "private.password", "correct-H0rse!"),
+        ('The password was "sunshine".', "private.password", "sunshine"),
+        ("Wi-Fi passcode: 48291736", "private.password", "48291736"),
+        ("パスワードはSakura2024です。", "private.password", "Sakura2024"),
+        ("暗証番号は4829です。", "private.password", "4829"),
+        ("Pay to NL91 ABNA 0417 1643 00 BY MONDAY", "private.iban", "NL91 ABNA 0417 1643 00"),
+    ],
+)
+def test_private_data_that_its_words_show_is_found(text: str, code: str, secret: str) -> None:
+    found = list(find_private(text))
+    assert [(one, text[start:end]) for one, start, end in found] == [(code, secret)]
+    assert secret not in mask(text)
+    assert private_codes(mask(text)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DE88 3704 0044 0532 0130 00 and XX89370400440532013000",  # check digits; no such country
+        "000-12-3456, 666-12-3456, 912-34-5678, 123-00-4567, 123-45-0000, 078-05-1120",  # never issued, or published
+        "part 123456789, ISBN 0-306-40615-2, 12-34-5678",
+        "SSN 987654321",
+        "マイナンバーは123456789012です",  # the check digit is wrong
+        "123456789018 yen, serial 1234 5678 9018",  # no word about it
+        "Your password is incorrect. The password is required, and password is case-sensitive.",
+        "Choose a password: at least 8 characters. The password is 8-16 characters long.",
+        "password: str, password = get_password(), password=os.environ['PW1'], password: <your-password1>",
+        "Password: ********, password is base64-encoded, password: ${DB_PASS1}, password: self.pass1",
+        "パスワードは8文字以上です。パスワードを入力してください。パスワードはpassword123のようなものは避ける。",
+        "The password was changed on 2024-11-23.",
+    ],
+)
+def test_what_only_resembles_a_number_or_a_password_is_not_private(text: str) -> None:
+    assert private_codes(text) == []
+
+
+@pytest.mark.parametrize(
     ("text", "is_phone"),
     [
         ("03-1234-567", False),  # from 0 on: ten digits or more
@@ -113,7 +164,13 @@ def test_a_card_number_is_found_near_words_about_cards(text: str) -> None:
         ("03-1234-5678", True),
         ("(03) 1234-5678", True),
         ("+371 5 12 34", False),  # international: nine or more
-        ("+372 512 345", True),
+        ("+372 512 3456", True),
+        ("+372 912 3456", False),  # no country assigns these
+        ("+1 123 456 7890", False),
+        ("212-136-5000", False),
+        ("0120-123-456", True),
+        ("020 7946 0018", True),
+        ("01632 960123", False),  # for fiction
     ],
 )
 def test_a_phone_number_has_enough_digits(text: str, is_phone: bool) -> None:
@@ -121,7 +178,23 @@ def test_a_phone_number_has_enough_digits(text: str, is_phone: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "sign", ["eyJ-", "sk-", "1 ", "1-", "a@", "a.", "(0", "+1 ", "-----BEGIN PRIVATE KEY-----", "é", "あ1"]
+    "sign",
+    [
+        "eyJ-",
+        "sk-",
+        "1 ",
+        "1-",
+        "a@",
+        "a.",
+        "(0",
+        "+1 ",
+        "DE12 ",
+        "password for a ",
+        "pwd:a1",
+        "-----BEGIN PRIVATE KEY-----",
+        "é",
+        "あ1",
+    ],
 )
 def test_private_data_search_takes_linear_time(sign: str) -> None:
     times = []

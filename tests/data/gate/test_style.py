@@ -83,6 +83,37 @@ def test_the_rarer_tone_is_reported() -> None:
     assert with_answers("style.register", [polite], "ja") == ([1], [])
 
 
+def test_a_casual_answer_among_polite_ones_is_reported() -> None:
+    polite = [f"{place}の{noun}は広いです。船は夕方に港へ帰ります。" for place in "東西南北" for noun in "川庭港城橋窓"]
+    for casual in (
+        "うん、いいよ！",
+        "まじでやばいじゃんw",
+        "川は広いよね〜",
+        "それ、再起動すればいいんじゃない？",
+        "とりあえず試してみて！",
+    ):
+        records = [record(f"{at}番の問いは何か", answer, at) for at, answer in enumerate([*polite, casual], 1)]
+        assert lines(check_all(records)[1], "style.register") == [len(records)], casual
+    assert with_answers("style.register", ["yeah just restart it lol"])[0] == [1]
+
+
+def test_the_languages_of_bilingual_data_are_judged_apart() -> None:
+    english = [record(*pair, line) for line, pair in enumerate(clean_pairs(110), 1)]
+    polite = "の川は広いです。船は夕方に港へ帰ります。"
+    for share in (100, 25, 5):  # half and half, a fifth, a few
+        questions = [question for question, _ in clean_pairs(share, "ja")]
+        japanese = [record(question, f"{at}{polite}", 200 + at) for at, question in enumerate(questions)]
+        _, hits = check_all([*english, *japanese])
+        assert [hit for hit in hits if hit.code in STYLE] == []
+        casual = record("何か分からない質問がある", "うん、いいよ！", 990)
+        lol = record("Who says that the boats come home?", "lol yeah the boats are gonna come home, dude!!", 991)
+        switched = record(clean_pairs(1, "ja", seed=8)[0][0], clean_pairs(1, "en", seed=9)[0][1], 992)
+        _, hits = check_all([*english, *japanese, casual, lol, switched])
+        few = share < 20  # too few for anything to be usual among them
+        assert lines(hits, "style.register") == ([991] if few else [990, 991])
+        assert lines(hits, "style.language") == ([] if few else [992])
+
+
 def test_an_unusual_language_is_reported_but_not_two_by_design() -> None:
     japanese = clean_pairs(1, "ja")[0][1]
     english = clean_pairs(1, "en")[0][1]
@@ -159,6 +190,12 @@ def test_the_ending_of_an_answer_is_recognised(output: str, kind: str) -> None:
         ("少々お待ちください。確認いたします。", "polite"),
         ("川は広い。船が来た。これは橋である。", "plain"),
         ("絵本", "none"),
+        ("川は広いですよね。船も来ますよ！", "polite"),
+        ("お願いします。", "polite"),
+        ("川は広いよ。船が来たね〜", "casual"),
+        ("了解っす！", "casual"),
+        ("はい。", "none"),
+        ("nah, it's gonna be fine", "casual"),
         ("The river is wide, and the boats come home in the evening.", "neutral"),
         ("omg the river is sooo wide, you gotta see it when u come!", "casual"),
         ("Paris", "none"),
