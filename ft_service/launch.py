@@ -15,7 +15,6 @@ from typing import Literal
 
 import ray
 
-from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS
 from ft_service.catalog.models import ModelShape
 from ft_service.cluster.ray_cluster import connect, is_submitted_job, map_on_cluster
@@ -25,10 +24,11 @@ from ft_service.data.gate import Judgement
 from ft_service.data.gate.waivers import check_waivers, enforce, waivers
 from ft_service.data.prepare import PreparedDataset, prepare_dataset
 from ft_service.errors import FtError, Problem, RunStopped, SpecError
-from ft_service.model.base import load_tokenizer, read_config, resolve_base
-from ft_service.plan.facts import Resources
+from ft_service.model.base import resolve_base
+from ft_service.plan.facts import BaseFacts, Resources
 from ft_service.plan.make import make_plan
 from ft_service.plan.plan import RunPlan
+from ft_service.preflight import examine_base
 from ft_service.publish import publish
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import EventLog, Notice, Published
@@ -175,6 +175,7 @@ class Prepared:
     folder: RunFolder
     dataset: PreparedDataset
     shape: ModelShape
+    base_facts: BaseFacts
     resources: Resources
     log: Log
     _has_shown_plan: bool = False
@@ -184,7 +185,8 @@ class Prepared:
 
         Raises `SpecError` before it writes anything.
         """
-        plan = make_plan(self.spec.with_workers(num_workers), self.dataset.facts, self.shape, self.resources)
+        spec = self.spec.with_workers(num_workers)
+        plan = make_plan(spec, self.dataset.facts, self.shape, self.resources, self.base_facts)
         plan = continued_plan(plan, self.folder)
         self.folder.write_plan(self.spec, plan, self.dataset.sources)
         self.log(f"  {plan.summary[0]}" if self._has_shown_plan else _describe(plan))
@@ -195,7 +197,7 @@ class Prepared:
 def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
     """Prepare the dataset. Raises `SpecError` when not even the smallest number of workers fits the cluster."""
     base = resolve_base(spec.model.base, spec.model.revision, weights=False)
-    shape = models.shape_from_config(read_config(base))
+    shape, tokenizer, base_facts = examine_base(spec, base)
     check_waivers(spec.data.waive)
 
     def publish_findings(judgement: Judgement, findings: Path) -> None:
@@ -214,7 +216,7 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
 
     dataset = prepare_dataset(
         spec,
-        load_tokenizer(base),
+        tokenizer,
         folder.storage,
         log,
         map_on_cluster,
@@ -223,10 +225,10 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
     )
     resources = cluster_resources()
     if len(spec.worker_counts()) > 1:
-        make_plan(spec, dataset.facts, shape, resources)
+        make_plan(spec, dataset.facts, shape, resources, base_facts)
         # Resources change while the run lasts, so the number of workers is chosen before each attempt.
         resources = dataclasses.replace(resources, num_gpus=None, num_cpus=None)
-    return Prepared(spec, folder, dataset, shape, resources, log)
+    return Prepared(spec, folder, dataset, shape, base_facts, resources, log)
 
 
 def _describe(plan: RunPlan) -> str:

@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ft_service.catalog import models
-from ft_service.catalog.models import ModelShape
+from ft_service.catalog.models import ModelFacts, ModelShape
 from ft_service.data.estimate import BYTES_PER_TOKEN, estimate_dataset
 from ft_service.data.prepare import all_sources, measure_dataset
 from ft_service.data.read import check_sources
-from ft_service.errors import ModelError, UsageError
+from ft_service.errors import ModelError, SpecError, UsageError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
+from ft_service.model.base_facts import read_base_facts, with_own_turns
 from ft_service.model.weight_files import WeightFiles
-from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.base_checks import base_problems, vision_problems
+from ft_service.plan.facts import BaseFacts, DatasetFacts, Resources
 from ft_service.plan.make import make_plan
 from ft_service.plan.plan import RunPlan
 from ft_service.plan.table import shape_of
 from ft_service.spec.schema import RunSpec
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ft_service.model.dry_run import DryRun
 
 
@@ -32,18 +36,20 @@ def plan_without_writing(spec: RunSpec, resources: Resources) -> RunPlan:
         # --gpu-type asks "what if": it overrides the type in the spec.
         parallel = spec.parallel.model_copy(update={"accelerator_type": resources.gpu_type})
         spec = spec.model_copy(update={"parallel": parallel})
-    dataset, shape, remarks = _measure(spec)
-    decided = make_plan(spec, dataset, shape, resources)
+    dataset, shape, base_facts, remarks = _measure(spec)
+    decided = make_plan(spec, dataset, shape, resources, base_facts)
     return decided.model_copy(update={"remarks": [*remarks, *decided.remarks]})
 
 
-def _measure(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
-    """Dataset statistics, shape, and remarks on how they were obtained."""
+def _measure(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, BaseFacts, list[str]]:
+    """Dataset statistics, shape and facts of the base, and remarks on how they were obtained. Raises `SpecError`."""
+    if problems := vision_problems(spec):
+        raise SpecError(problems)
     check_sources(all_sources(spec))  # report a missing file before waiting for the hub
     try:
         base = resolve_base(spec.model.base, spec.model.revision, weights=False)
-        shape = models.shape_from_config(read_config(base))
-        return measure_dataset(spec, load_tokenizer(base)), shape, []
+        shape, tokenizer, base_facts = examine_base(spec, base)
+        return measure_dataset(spec, tokenizer), shape, base_facts, []
     except ModelError as error:
         known = models.find(spec.model.base)
         if known is None or looks_like_folder(spec.model.base):
@@ -53,7 +59,27 @@ def _measure(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, list[str]]:
         f"{reason}. The shape comes from the catalogue, and one token is assumed per {BYTES_PER_TOKEN} bytes of UTF-8, "
         "Llama 3's average for English: other languages and code need more tokens."
     )
-    return estimate_dataset(spec), known.shape, [remark]
+    return estimate_dataset(spec), known.shape, _facts_from_catalogue(known), [remark]
+
+
+def examine_base(spec: RunSpec, folder: Path) -> tuple[ModelShape, "PreTrainedTokenizerBase", BaseFacts]:
+    """Shape, tokenizer and facts of the base whose config and tokenizer lie in `folder`.
+
+    Raises `SpecError` with everything in the spec that this base cannot do.
+    """
+    base_facts = read_base_facts(spec.model.base, folder)
+    shape = models.shape_from_config(read_config(folder))
+    if problems := base_problems(spec, shape, base_facts):
+        raise SpecError(problems)  # before the tokenizer is loaded: it may be what is wrong
+    tokenizer = load_tokenizer(folder)
+    return shape, tokenizer, with_own_turns(base_facts, tokenizer)
+
+
+def _facts_from_catalogue(known: ModelFacts) -> BaseFacts:
+    return BaseFacts(
+        max_positions=known.context_length,
+        unchecked=("tokenizer, chat template and weights (the base's files are not available)",),
+    )
 
 
 DRY_RUN_WORLDS = (8, 16, 64)

@@ -14,6 +14,8 @@ from ft_service.errors import ModelError
 
 _HUB_ORGANISATION = "meta-llama/"
 _ANSWERING_FORMATS = {"alpaca", "chat"}
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Names of the linear modules in a decoder layer."""
 _ATTENTION_MAPS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -121,6 +123,12 @@ class ModelFacts:
         return self.id.removeprefix(_HUB_ORGANISATION).removeprefix("Meta-").replace("-", " ")
 
     @property
+    def text_backbone(self) -> str:
+        """Id of the text model that a vision model is built on; the model's own id if it has no vision."""
+        size = "8B" if self.shape == _8B else "70B"
+        return f"{_HUB_ORGANISATION}Llama-3.1-{size}{'-Instruct' if self.instruct else ''}" if self.vision else self.id
+
+    @property
     def short_name(self) -> str:
         """Name in adapter ids and over HTTP, such as "llama-3-8b-instruct"."""
         return self.title.replace(" ", "-").lower()
@@ -166,6 +174,13 @@ def find(base: str) -> ModelFacts | None:
     return next((model for model in MODELS if model.short_name == name), None)
 
 
+def find_within(base: str) -> ModelFacts | None:
+    """The model whose name is part of the last component of a hub id or path, such as a quantised copy's; or None."""
+    name = base.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
+    contained = [model for model in MODELS if model.short_name in name]
+    return max(contained, key=lambda model: len(model.short_name), default=None)
+
+
 def short_name(base: str) -> str:
     """Name of a base (hub id, folder or URI) in adapter ids and over HTTP: lower case, without ``/``."""
     if facts := find(base):
@@ -181,11 +196,5 @@ def remarks(facts: ModelFacts, formats: Set[str]) -> list[str]:
         notes.append(
             f"{facts.title} is not instruction-tuned, but the data contains instructions and answers. {facts.title} "
             f"Instruct already knows the chat format and is the usual choice (model.base: {facts.id}-Instruct)."
-        )
-    if facts.vision:
-        backbone = "8B" if facts.shape == _8B else "70B"
-        notes.append(
-            f"{facts.title} is a vision model, and only text models (LlamaForCausalLM) can be trained. Use its text "
-            f"backbone, Llama 3.1 {backbone}."
         )
     return notes

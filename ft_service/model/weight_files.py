@@ -23,6 +23,7 @@ from ft_service.errors import ModelError
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_CONFIG_FILE = "adapter_config.json"
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 1024 * 1024
 _MAX_HEADER_BYTES = 100 * 1000 * 1000  # the format's own limit
@@ -70,6 +71,13 @@ class WeightFiles:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json. Raises `ModelError` if the model is not a Llama."""
+        if self._files.size(CONFIG_FILE) is None and self._files.size(_ADAPTER_CONFIG_FILE) is not None:
+            base = self._json(_ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+            fix = f"model.base: {base}" if base else "the model that it was trained on"
+            raise ModelError(
+                f"model.base = {self.location!r}: is an adapter, not a model. Use its base ({fix}), or merge the "
+                "adapter into it first (`ft adapters merge`)."
+            )
         if self._files.size(CONFIG_FILE) is None:
             raise ModelError(f"model.base = {self.location!r}: has no config.json. Use a complete model folder.")
         config: dict[str, Any] = self._json(CONFIG_FILE)

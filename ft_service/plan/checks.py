@@ -20,7 +20,6 @@ def find_problems(spec: RunSpec, dataset: DatasetFacts, resources: Resources) ->
         *_missing_resources(spec, resources),
         *hpz_problems(spec, resources),
         *_unusable_data(spec, dataset),
-        *_untrainable_targets(spec),
     ]
 
 
@@ -58,15 +57,6 @@ def _unusable_data(spec: RunSpec, dataset: DatasetFacts) -> list[Problem]:
         message = "contains nothing to validate on"
         return [Problem("data.validation", dataset.validation_rows, message, "Hold out a larger fraction.")]
     return []
-
-
-def _untrainable_targets(spec: RunSpec) -> list[Problem]:
-    targets = spec.method.target_modules
-    names = [targets] if isinstance(targets, str) else targets
-    if not any("lm_head" in name or "embed_tokens" in name for name in names):
-        return []
-    message = "adapts the head or the embeddings, which servers reject and tied models share"
-    return [Problem("method.target_modules", targets, message, "Use all-linear, or names such as q_proj, v_proj.")]
 
 
 # -- warnings --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,32 @@ class DatasetFacts(BaseModel):
     validation_loss_tokens: int = 0
 
 
+class BaseFacts(BaseModel):
+    """What the files of the base say, for checks of the spec. None: unknown; `unchecked` says why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_positions: int | None = Field(default=None, description="Longest sequence of the base, in tokens.")
+    quantization: str | None = Field(
+        default=None, description="Format of a checkpoint that is already quantised, such as gptq; None: it is not."
+    )
+    embedding_rows: int | None = Field(default=None, description="Token ids from 0 on that have an embedding.")
+    tokens_beyond_embedding: dict[str, int] = Field(
+        default_factory=dict, description="Token -> id, of the tokenizer's tokens without an embedding."
+    )
+    untrained_chat_tokens: tuple[str, ...] = Field(
+        default=(), description="Tokens of the chat format whose rows look as if no training has changed them."
+    )
+    own_turns: str | None = Field(
+        default=None, description="`SAMPLE_CONVERSATION` as the base's own chat template writes it."
+    )
+    unchecked: tuple[str, ...] = Field(default=(), description="What could not be read, and so is not checked.")
+
+
+SAMPLE_CONVERSATION = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
+"""A base's own chat template is compared with the trained format on these turns."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a run may use. None: unknown, and not checked."""

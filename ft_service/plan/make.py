@@ -12,9 +12,10 @@ from ft_service.catalog.gpus import GPUS, Gpu, find_gpu
 from ft_service.catalog.models import ModelShape
 from ft_service.errors import SpecError
 from ft_service.plan import speed
+from ft_service.plan.base_checks import base_problems, base_remarks, base_warnings
 from ft_service.plan.checks import find_problems, find_warnings, hpz_problems, min_workers_warning
 from ft_service.plan.explain import reasons, suggestions, why_it_does_not_fit
-from ft_service.plan.facts import DatasetFacts, Resources
+from ft_service.plan.facts import BaseFacts, DatasetFacts, Resources
 from ft_service.plan.memory import GIB, Layout, estimate_memory, trainable_parameters
 from ft_service.plan.plan import Estimate, Extension, RunPlan
 from ft_service.plan.search import (
@@ -36,14 +37,22 @@ CPU_MICRO_BATCH_TOKENS = 4096
 """Rows are flattened, so on a CPU a few thousand tokens already fill the matrix units."""
 
 
-def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources: Resources) -> RunPlan:
+def make_plan(
+    spec: RunSpec,
+    dataset: DatasetFacts,
+    shape: ModelShape,
+    resources: Resources,
+    base_facts: BaseFacts | None = None,
+) -> RunPlan:
     """Resolve everything that the spec leaves open. A range of workers becomes the most that the resources allow.
 
-    Raises `SpecError` with every contradiction between spec, data, base and resources.
+    Without `base_facts` the spec is compared with the base's shape only. Raises `SpecError` with every contradiction
+    between spec, data, base and resources.
     """
     requested = spec
     spec = _with_available_workers(spec, resources)
-    if problems := find_problems(spec, dataset, resources):
+    base_facts = base_facts or BaseFacts()
+    if problems := [*find_problems(spec, dataset, resources), *base_problems(spec, shape, base_facts)]:
         raise SpecError(problems)
 
     workers_per_node = _workers_per_node(spec, resources)
@@ -59,11 +68,13 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
     if decision.fits is False:
         warnings.insert(0, why_it_does_not_fit(candidate, machine))
     warnings += _warnings_of_min_workers(requested, spec, shape, machine, resources)
+    warnings += base_warnings(spec, base_facts)
 
     plan = RunPlan(
         spec=spec,
         dataset=dataset,
         base_short_name=models.short_name(spec.model.base),
+        base_facts=base_facts,
         parameters=shape.num_parameters,
         trainable_parameters=trainable_parameters(shape, layout),
         zero_stage=layout.zero_stage,
@@ -93,7 +104,10 @@ def make_plan(spec: RunSpec, dataset: DatasetFacts, shape: ModelShape, resources
         reasons=decision.reasons,
         advice=suggestions(shape, spec, workers_per_node, machine) if decision.fits is False else [],
         warnings=warnings,
-        remarks=models.remarks(known, {source.format for source in spec.data.train}) if known else [],
+        remarks=[
+            *(models.remarks(known, {source.format for source in spec.data.train}) if known else []),
+            *base_remarks(spec, base_facts),
+        ],
     )
     return plan.model_copy(update={"summary": plan_sentences(plan)})
 

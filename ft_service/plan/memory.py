@@ -182,7 +182,7 @@ def _parameters_of_method(
     for name, size in shape.parameter_shapes():
         linear = name.endswith("_proj.weight")
         parameters.append(_Parameter(size, trained=full, four_bit=linear and method == "qlora"))
-        if linear and not full and _is_target(name.removesuffix(".weight"), targets):
+        if linear and not full and is_target(name.removesuffix(".weight"), targets):
             rows, columns = size
             parameters.append(_Parameter((lora_rank, columns), trained=True))
             parameters.append(_Parameter((rows, lora_rank), trained=True))
@@ -191,7 +191,7 @@ def _parameters_of_method(
     return tuple(parameters)
 
 
-def _is_target(module: str, targets: str | tuple[str, ...]) -> bool:
+def is_target(module: str, targets: str | tuple[str, ...]) -> bool:
     """Matches like peft: a string is a regular expression for the whole path, a list contains path suffixes."""
     if isinstance(targets, str):
         return targets.lower() == "all-linear" or re.fullmatch(targets, module) is not None
@@ -202,7 +202,7 @@ def _is_target(module: str, targets: str | tuple[str, ...]) -> bool:
 def _target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset[str]:
     """The linear layers that are adapted in any decoder layer, such as q_proj."""
     modules = (name.removesuffix(".weight") for name, _ in shape.parameter_shapes() if name.endswith("_proj.weight"))
-    return frozenset(module.rpartition(".")[2] for module in modules if _is_target(module, targets))
+    return frozenset(module.rpartition(".")[2] for module in modules if is_target(module, targets))
 
 
 def _optimizer_groups(trained: list[_Parameter]) -> list[list[_Parameter]]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service.plan.facts import DatasetFacts
+from ft_service.plan.facts import BaseFacts, DatasetFacts
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.formats import StoredFile, renamed
 
@@ -61,6 +61,7 @@ class RunPlan(StoredFile):
     spec: RunSpec
     dataset: DatasetFacts
     base_short_name: str
+    base_facts: BaseFacts = Field(default_factory=BaseFacts, description="What the files of the base say.")
     parameters: int = Field(description="Number of parameters of the base.")
     trainable_parameters: int
     zero_stage: int

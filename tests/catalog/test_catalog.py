@@ -198,7 +198,6 @@ def test_only_vision_licenses_mention_the_european_union() -> None:
     [
         ("meta-llama/Llama-3.1-8B", {"alpaca"}, "meta-llama/Llama-3.1-8B-Instruct"),
         ("meta-llama/Llama-3.2-1B", {"text", "chat"}, "meta-llama/Llama-3.2-1B-Instruct"),
-        ("meta-llama/Llama-3.2-11B-Vision-Instruct", {"chat"}, "only text models"),
     ],
 )
 def test_an_unusual_base_gets_a_remark(base: str, formats: set[str], expected: str) -> None:
@@ -206,6 +205,18 @@ def test_an_unusual_base_gets_a_remark(base: str, formats: set[str], expected: s
     assert facts
     (remark,) = models.remarks(facts, formats)
     assert expected in remark
+
+
+@pytest.mark.parametrize(
+    ("base", "backbone"),
+    [
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("meta-llama/Llama-3.2-90B-Vision", "meta-llama/Llama-3.1-70B"),
+    ],
+)
+def test_a_vision_model_names_its_text_backbone(base: str, backbone: str) -> None:
+    facts = models.find(base)
+    assert facts and facts.text_backbone == backbone and models.find(backbone)
 
 
 @pytest.mark.parametrize(
