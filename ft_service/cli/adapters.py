@@ -1,4 +1,4 @@
-"""`ft adapters`: list, verify and merge what runs have published."""
+"""`ft adapters`: list, verify, merge, export and delete what runs have published."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
+from ft_service.cli.common import (
+    DEFAULT_STORAGE,
+    AsJson,
+    StorageRoot,
+    console,
+    new_table,
+    print_json,
+    reject_options_before_subcommand,
+)
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 
@@ -26,7 +34,14 @@ adapters_app = typer.Typer(help="Published adapters and models.", invoke_without
 def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List published adapters, and the models of `full` runs."""
     if context.invoked_subcommand is not None:
+        reject_options_before_subcommand(context)
         return
+    list_adapters(storage, as_json)
+
+
+@adapters_app.command("list")
+def list_adapters(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List published adapters, and the models of `full` runs."""
     registry = Registry(Storage(storage))
     records = [*registry.records("model"), *registry.records("adapter")]
     if as_json:
@@ -72,3 +87,26 @@ def merge(adapter_id: str, out: Path, storage: StorageRoot = DEFAULT_STORAGE, ba
     record = registry.resolve(adapter_id)
     merge_adapter(registry, record, out, base)
     console.print(f"Merged {record.id} into {out}")
+
+
+@adapters_app.command()
+def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Hide an adapter or model at once, then delete its files. Its record stays as a tombstone.
+
+    If a server may still be answering with it, the files stay until `ft prune --yes` finds them unused.
+    """
+    from ft_service.cleanup.removal import delete_adapter
+    from ft_service.cli.cleanup import deletion_json, show_deletions
+
+    root = Storage(storage)
+    run_id = Registry(root).resolve(adapter_id).run_id
+    deletion = delete_adapter(root, adapter_id)
+    if as_json:
+        print_json(deletion_json(deletion))
+        return
+    console.print(f"Hidden {adapter_id}: it is no longer listed or served.", highlight=False, soft_wrap=True)
+    show_deletions([deletion])
+    if deletion.kept:
+        console.print("Delete its files later with: ft prune --yes", highlight=False)
+    if root.exists(f"runs/{run_id}"):
+        console.print(f"Its run keeps weights of its own. Delete them with: ft runs delete {run_id}", highlight=False)
