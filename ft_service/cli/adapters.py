@@ -1,8 +1,10 @@
 """`ft adapters`: list, verify, merge, export and delete what runs have published."""
 
+import contextlib
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +17,7 @@ from ft_service.cli.common import (
     print_json,
     reject_options_before_subcommand,
 )
+from ft_service.errors import UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 
@@ -87,6 +90,49 @@ def merge(adapter_id: str, out: Path, storage: StorageRoot = DEFAULT_STORAGE, ba
     record = registry.resolve(adapter_id)
     merge_adapter(registry, record, out, base)
     console.print(f"Merged {record.id} into {out}")
+
+
+@adapters_app.command()
+def export(
+    adapter_id: str,
+    destination: Annotated[str, typer.Argument(help="A new folder; for --to hub, a repository USER/NAME.")],
+    to: Annotated[Literal["folder", "hub", "gguf"], typer.Option("--to", help="What to export to.")],
+    storage: StorageRoot = DEFAULT_STORAGE,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge an adapter into its base (always the case for gguf).")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="With --to hub: create a public repository.")] = False,
+    gguf_type: Annotated[
+        Literal["same", "bf16", "q8_0"], typer.Option(help="With --to gguf: type of the weights; same loses nothing.")
+    ] = "same",
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter or model along: to a folder, to the Hugging Face hub, or as GGUF for llama.cpp; with its card."""
+    from ft_service.export.export import export_folder, export_gguf
+    from ft_service.export.hub import export_to_hub, naming_advice
+
+    if public and to != "hub":
+        raise UsageError(f"--public: only applies to --to hub, not to --to {to}. Leave it out.")
+    if gguf_type != "same" and to != "gguf":
+        raise UsageError(f"--gguf-type = {gguf_type!r}: only applies to --to gguf, not to --to {to}. Leave it out.")
+    registry = Registry(Storage(storage))
+    record = registry.resolve(adapter_id)
+    result = destination
+    advice = ""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
+        if to == "hub":
+            result = export_to_hub(registry, record, destination, merged, public)
+            advice = naming_advice(record, destination)
+        elif to == "gguf":
+            result = str(export_gguf(registry, record, Path(destination), gguf_type))
+        else:
+            export_folder(registry, record, Path(destination), merged)
+    if as_json:
+        print_json({"id": record.id, "digest": record.digest, "to": to, "result": result, "advice": advice or None})
+        return
+    console.print(f"Exported {record.id} to {result}", highlight=False, soft_wrap=True)
+    if advice:
+        console.print(advice, highlight=False, soft_wrap=True)
 
 
 @adapters_app.command()

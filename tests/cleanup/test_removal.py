@@ -195,6 +195,7 @@ def test_a_crash_at_any_change_leaves_nothing_half_referenced(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("ft_service.runs.lease._SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # it costs most of the time of hundreds of small files
     crashes = 0
     while True:
         storage = kind(str(tmp_path / f"storage-{crashes}"))
