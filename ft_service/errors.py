@@ -9,6 +9,7 @@
     ├── StorageError             the storage root, or something on it, is unusable
     │   ├── NotPublishedError    no run or adapter with this id
     │   └── UnreachableError     the storage does not respond; a retry may help
+    ├── ExportError              a hub does not accept what is exported to it
     ├── ClusterError             Ray does not respond, rejects the token, or lacks resources
     ├── TrainingError            training cannot continue (for example: non-finite loss)
     ├── RunStopped               exit code 3   a run was stopped on purpose, and can be resumed
@@ -96,6 +97,10 @@ class NotPublishedError(StorageError):
 
 class UnreachableError(StorageError):
     """The storage does not respond (network, server or mount); a retry may help."""
+
+
+class ExportError(FtError):
+    """A hub does not accept an export, or does not respond."""
 
 
 class ClusterError(FtError):

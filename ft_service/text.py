@@ -13,6 +13,16 @@ def format_count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def format_bytes(value: int) -> str:
+    """In powers of 1024: 980 bytes, 41.2 KiB, 3.1 GiB, 1.3 TiB."""
+    size = float(value)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
 def format_duration(seconds: float) -> str:
     """The two largest units: 45s, 12m03s, 3h07m, 2d04h."""
     minutes, second = divmod(round(seconds), 60)

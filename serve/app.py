@@ -19,6 +19,7 @@ from ft_service.errors import UsageError
 from ft_service.model.base import fingerprint, looks_like_folder, read_config, resolve_base, short_name
 from ft_service.model.light_imports import light_imports
 from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.registry.servers import Announcement
 from ft_service.storage.storage import Storage
 from serve.inference.models import ServedModels, only_base
 from serve.inference.routes import create_api
@@ -65,8 +66,15 @@ class ModelServer:
             from serve.engines.transformers_engine import TransformersEngine
 
             engine = TransformersEngine(folder, models.registry)
+        self._announcement = Announcement(models.registry.storage, models.base.base)
+        self._announcement.start()
         api_key = config.api_key.get_secret_value() if config.api_key else None
         self._api = create_api(engine, models, api_key)
+
+    def __del__(self) -> None:
+        """Called by Serve before it stops a replica."""
+        if hasattr(self, "_announcement"):
+            self._announcement.stop()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api

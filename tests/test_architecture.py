@@ -15,7 +15,7 @@ LEVELS = (
     {"spec", "catalog", "storage", "chat"},
     {"plan", "registry"},
     {"runs", "model", "data"},
-    {"cluster", "pages", "publish", "preflight"},
+    {"cluster", "pages", "publish", "preflight", "cleanup", "export"},
     {"train", "evaluate"},
     {"launch"},
     {"cli"},

@@ -1,12 +1,23 @@
-"""`ft adapters`: list, verify and merge what runs have published."""
+"""`ft adapters`: list, verify, merge, export and delete what runs have published."""
 
+import contextlib
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
+from ft_service.cli.common import (
+    DEFAULT_STORAGE,
+    AsJson,
+    StorageRoot,
+    console,
+    new_table,
+    print_json,
+    reject_options_before_subcommand,
+)
+from ft_service.errors import UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 
@@ -26,7 +37,14 @@ adapters_app = typer.Typer(help="Published adapters and models.", invoke_without
 def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List published adapters, and the models of `full` runs."""
     if context.invoked_subcommand is not None:
+        reject_options_before_subcommand(context)
         return
+    list_adapters(storage, as_json)
+
+
+@adapters_app.command("list")
+def list_adapters(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List published adapters, and the models of `full` runs."""
     registry = Registry(Storage(storage))
     records = [*registry.records("model"), *registry.records("adapter")]
     if as_json:
@@ -72,3 +90,69 @@ def merge(adapter_id: str, out: Path, storage: StorageRoot = DEFAULT_STORAGE, ba
     record = registry.resolve(adapter_id)
     merge_adapter(registry, record, out, base)
     console.print(f"Merged {record.id} into {out}")
+
+
+@adapters_app.command()
+def export(
+    adapter_id: str,
+    destination: Annotated[str, typer.Argument(help="A new folder; for --to hub, a repository USER/NAME.")],
+    to: Annotated[Literal["folder", "hub", "gguf"], typer.Option("--to", help="What to export to.")],
+    storage: StorageRoot = DEFAULT_STORAGE,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge an adapter into its base (always the case for gguf).")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="With --to hub: create a public repository.")] = False,
+    gguf_type: Annotated[
+        Literal["same", "bf16", "q8_0"], typer.Option(help="With --to gguf: type of the weights; same loses nothing.")
+    ] = "same",
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter or model along: to a folder, to the Hugging Face hub, or as GGUF for llama.cpp; with its card."""
+    from ft_service.export.export import export_folder, export_gguf
+    from ft_service.export.hub import export_to_hub, naming_advice
+
+    if public and to != "hub":
+        raise UsageError(f"--public: only applies to --to hub, not to --to {to}. Leave it out.")
+    if gguf_type != "same" and to != "gguf":
+        raise UsageError(f"--gguf-type = {gguf_type!r}: only applies to --to gguf, not to --to {to}. Leave it out.")
+    registry = Registry(Storage(storage))
+    record = registry.resolve(adapter_id)
+    result = destination
+    advice = ""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
+        if to == "hub":
+            result = export_to_hub(registry, record, destination, merged, public)
+            advice = naming_advice(record, destination)
+        elif to == "gguf":
+            result = str(export_gguf(registry, record, Path(destination), gguf_type))
+        else:
+            export_folder(registry, record, Path(destination), merged)
+    if as_json:
+        print_json({"id": record.id, "digest": record.digest, "to": to, "result": result, "advice": advice or None})
+        return
+    console.print(f"Exported {record.id} to {result}", highlight=False, soft_wrap=True)
+    if advice:
+        console.print(advice, highlight=False, soft_wrap=True)
+
+
+@adapters_app.command()
+def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Hide an adapter or model at once, then delete its files. Its record stays as a tombstone.
+
+    If a server may still be answering with it, the files stay until `ft prune --yes` finds them unused.
+    """
+    from ft_service.cleanup.removal import delete_adapter
+    from ft_service.cli.cleanup import deletion_json, show_deletions
+
+    root = Storage(storage)
+    run_id = Registry(root).resolve(adapter_id).run_id
+    deletion = delete_adapter(root, adapter_id)
+    if as_json:
+        print_json(deletion_json(deletion))
+        return
+    console.print(f"Hidden {adapter_id}: it is no longer listed or served.", highlight=False, soft_wrap=True)
+    show_deletions([deletion])
+    if deletion.kept:
+        console.print("Delete its files later with: ft prune --yes", highlight=False)
+    if root.exists(f"runs/{run_id}"):
+        console.print(f"Its run keeps weights of its own. Delete them with: ft runs delete {run_id}", highlight=False)

@@ -7,10 +7,11 @@ imported inside the commands, so that `ft --help` and an invalid spec take no ti
 import typer
 
 from ft_service.cli.adapters import adapters_app
+from ft_service.cli.cleanup import du, prune
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
 from ft_service.cli.plan import plan
-from ft_service.cli.runs import runs, show
+from ft_service.cli.runs import runs_app, show
 from ft_service.cli.serve import serve
 from ft_service.cli.train import resume, stop, submit, train
 from ft_service.errors import exit_on_error
@@ -24,12 +25,14 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(train)
 app.command()(submit)
-app.command()(runs)
+app.add_typer(runs_app, name="runs")
 app.command()(show)
 app.command()(stop)
 app.command()(resume)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
+app.command()(prune)
+app.command()(du)
 app.command()(serve)
 app.command()(doctor)
 

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ft_service.errors import UsageError
+
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Run spec (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[setting=value]...", help="Override settings: train.max_steps=10.")
@@ -20,6 +22,18 @@ StorageRoot = Annotated[
 DEFAULT_STORAGE = "storage"
 
 console = Console()
+
+
+def reject_options_before_subcommand(context: typer.Context) -> None:
+    """Raise `UsageError` for ``ft runs --storage S delete R``, where the subcommand would not see the option."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            group = context.info_name
+            raise UsageError(
+                f"{parameter.opts[0]}: comes before {context.invoked_subcommand}, which does not see it there. "
+                f"Write it behind: ft {group} {context.invoked_subcommand} ... {parameter.opts[0]} ..."
+            )
 
 
 def new_table(*columns: str) -> Table:

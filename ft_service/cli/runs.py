@@ -1,9 +1,19 @@
-"""`ft runs` and `ft show`: the runs on a storage root, and one of them."""
+"""`ft runs` and `ft show`: the runs on a storage root, one of them, and deleting one."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
+import typer
+
+from ft_service.cli.common import (
+    DEFAULT_STORAGE,
+    AsJson,
+    StorageRoot,
+    console,
+    new_table,
+    print_json,
+    reject_options_before_subcommand,
+)
 from ft_service.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -11,8 +21,20 @@ if TYPE_CHECKING:
 
 _MESSAGE_WIDTH = 80
 
+runs_app = typer.Typer(help="The runs on a storage root.", invoke_without_command=True)
 
-def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+
+@runs_app.callback()
+def runs(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List the runs on a storage root."""
+    if context.invoked_subcommand is not None:
+        reject_options_before_subcommand(context)
+        return
+    list_runs(storage, as_json)
+
+
+@runs_app.command("list")
+def list_runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List the runs on a storage root."""
     from ft_service.runs.events import read_events
     from ft_service.runs.folder import RunFolder
@@ -46,6 +68,20 @@ def runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> Non
             status.message[:_MESSAGE_WIDTH],
         )
     console.print(table)
+
+
+@runs_app.command()
+def delete(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Delete a run: its spec, metrics, report, checkpoints and weights. What it has published stays."""
+    from ft_service.cleanup.removal import delete_run
+    from ft_service.cli.cleanup import deletion_json, log_line, show_deletions
+
+    deletion = delete_run(Storage(storage), run_id, log=log_line)
+    if as_json:
+        print_json(deletion_json(deletion))
+        return
+    show_deletions([deletion])
+    console.print("If no other run or record uses its dataset, this deletes that: ft prune --yes", highlight=False)
 
 
 def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:

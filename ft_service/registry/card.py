@@ -4,6 +4,7 @@ The text keeps the placeholders ``{id}`` and ``{digest}``, which `Registry.publi
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from ft_service.catalog.models import ModelFacts
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_DATASET = "hub:"
 _NOT_STATED = "not stated"
 _METHODS = {
@@ -45,6 +47,16 @@ def model_card(record_draft: Mapping[str, Any], facts: ModelFacts | None) -> str
         _limits(),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def card_for_hub(card: str) -> str:
+    """A card that the hub accepts: without the base in its metadata if that is no hub id (a folder, a URI)."""
+    _, front, body = card.split("---\n", 2)
+    fields = yaml.safe_load(front)
+    if _HUB_ID.fullmatch(str(fields.get("base_model", ""))):
+        return card
+    fields = {name: value for name, value in fields.items() if name not in ("base_model", "base_model_relation")}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
 def _front_matter(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:

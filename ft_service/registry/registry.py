@@ -3,15 +3,18 @@
     <storage>/adapters/<id>/   adapter_model.safetensors  adapter_config.json  chat_template.jinja
                                README.md (model card)  record.json
     <storage>/models/<id>/     the weights of a `full` run, usable as the base of another run, with card and record
+    <storage>/tombstones/<id>.json   the record of a deleted adapter or model
 
 `record.json` contains the digest of every other file. It is written last, so it also marks a folder as complete.
+Deleting starts with it: a folder without `record.json` is not listed, resolved or served.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +25,7 @@ from ft_service.storage.storage import Storage
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
 DIGESTS_FILE = "digests.json"
+TOMBSTONES = "tombstones"
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
 
 Kind = Literal["adapter", "model"]
@@ -94,8 +98,22 @@ class AdapterRecord(StoredFile):
     files: dict[str, str] = Field(description="File name -> SHA-256, of every file except this record.")
 
 
+class Tombstone(StoredFile):
+    """What remains of a deleted adapter or model (tombstones/<id>.json)."""
+
+    deleted: datetime = Field(description="When it was hidden.")
+    record: AdapterRecord
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any] | bytes, where: str) -> "Tombstone":
+        """Upgrades the record as well."""
+        tombstone = super().parse(data, where)
+        content = json.loads(data) if isinstance(data, bytes) else data
+        return tombstone.model_copy(update={"record": AdapterRecord.parse(content["record"], where)})
+
+
 class Registry:
-    """Publishes, lists, resolves and checks adapters and models. A published record never changes."""
+    """Publishes, lists, resolves, hides and checks adapters and models. A published record never changes."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -109,6 +127,7 @@ class Registry:
         digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _NOT_CONTENT}
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
+        self._clear_deleted(record.id, place)
         for name, content in added.items():
             (folder / name).write_bytes(content)
         self.storage.put_folder(folder, place, marker=RECORD_FILE)
@@ -122,6 +141,7 @@ class Registry:
         digests = self.storage.read_json(f"{path}/{DIGESTS_FILE}")
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
+        self._clear_deleted(record.id, place)
         self.storage.publish_within(path, digests, place, added, marker=RECORD_FILE)
         return self._read(place)
 
@@ -138,11 +158,45 @@ class Registry:
                 place = _place(kind, adapter_id)
                 if self.storage.exists(f"{place}/{RECORD_FILE}"):
                     return self._read(place)
+            if self.storage.exists(_tombstone(adapter_id)):
+                deleted = self.tombstone(adapter_id).deleted
+                raise NotPublishedError(
+                    f"adapter = {adapter_id!r}: was deleted from {self.storage.root} at {deleted:%Y-%m-%d %H:%M} UTC. "
+                    "Train it again under another run id."
+                )
         known = [record.id for kind in ("adapter", "model") for record in self.records(kind)]
         raise NotPublishedError(
             f"adapter = {adapter_id!r}: not published on {self.storage.root}. "
             f"Published: {', '.join(known) or 'nothing yet'}."
         )
+
+    def hide(self, record: AdapterRecord) -> Tombstone:
+        """Hide a published record from now on: nobody lists, resolves or serves it. Its files stay.
+
+        Hiding again continues an interrupted call. Publishing the same content again brings the record back.
+        """
+        tombstone = Tombstone(deleted=datetime.now(UTC), record=record)
+        # The tombstone first: after a crash in between the record is still published, and can be hidden again.
+        self.storage.write_json(_tombstone(record.id), tombstone.model_dump(mode="json"))
+        self.storage.delete(f"{_place(record.kind, record.id)}/{RECORD_FILE}")
+        return tombstone
+
+    def delete_hidden_files(self, record: AdapterRecord) -> None:
+        """Delete the files of a hidden record, and this machine's copy of them. The tombstone stays."""
+        place = _place(record.kind, record.id)
+        assert not self.storage.exists(f"{place}/{RECORD_FILE}"), f"{record.id} is not hidden"
+        self.storage.delete(place)
+        self.storage.delete_local_copy(place)
+
+    def tombstone(self, adapter_id: str) -> Tombstone:
+        """What remains of a deleted adapter or model. Raises `StorageError` if there is no such tombstone."""
+        file = _tombstone(adapter_id)
+        return Tombstone.parse(self.storage.read_json(file), self.storage.uri(file))
+
+    def tombstones(self) -> list[Tombstone]:
+        """All tombstones, oldest first."""
+        names = [name.removesuffix(".json") for name in self.storage.files(TOMBSTONES) if name.endswith(".json")]
+        return sorted(map(self.tombstone, names), key=lambda tombstone: tombstone.deleted)
 
     def folder(self, record: AdapterRecord) -> Path:
         """A local folder with the files of `record`, downloaded if the storage is remote."""
@@ -156,6 +210,17 @@ class Registry:
             for name, digest in record.files.items()
             if not (folder / name).is_file() or sha256_of(folder / name) != digest
         ]
+
+    def _clear_deleted(self, adapter_id: str, place: str) -> None:
+        """Make room for content that was deleted and is published again.
+
+        The tombstone goes before the record comes back: a record next to a tombstone counts as a deletion to continue.
+        """
+        if self.storage.exists(_tombstone(adapter_id)):
+            self.storage.delete(f"{place}/{RECORD_FILE}")
+            self.storage.delete(place)
+            self.storage.delete_local_copy(place)
+            self.storage.delete(_tombstone(adapter_id))
 
     def _read(self, place: str) -> AdapterRecord:
         file = f"{place}/{RECORD_FILE}"
@@ -182,6 +247,10 @@ def _compose(
         }
     )
     return record, {CARD_FILE: card_bytes, RECORD_FILE: (record.model_dump_json(indent=2) + "\n").encode()}
+
+
+def _tombstone(adapter_id: str) -> str:
+    return f"{TOMBSTONES}/{adapter_id}.json"
 
 
 def _place(kind: object, adapter_id: str) -> str:

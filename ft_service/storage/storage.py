@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 
@@ -25,6 +26,8 @@ from ft_service.errors import StorageError
 from ft_service.storage.retry import Retries, storage_error
 
 _COPY_CHUNK_BYTES = 16 * 1024 * 1024
+
+_DEFAULT_CACHE = Path("~/.cache/ft_service")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,6 +41,16 @@ def _retried(method: Callable[Concatenate["Storage", P], T]) -> Callable[Concate
         return self.retry(lambda: method(self, *args, **kwargs))
 
     return retrying
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A file on storage. Hard links to the same bytes have the same `identity`."""
+
+    path: str
+    size: int
+    """Bytes."""
+    identity: str
 
 
 class Storage:
@@ -131,6 +144,18 @@ class Storage:
         return self._names(path, fs.FileType.File)
 
     @_retried
+    def tree(self, path: str = "") -> list[StoredObject]:
+        """Every file below `path`, at any depth, sorted by path. A file deleted meanwhile is left out."""
+        if self.is_local:
+            with self._raising(f"{self.uri(path)}: cannot be listed"):
+                return sorted(self._local_tree(Path(self._full(path))), key=lambda file: file.path)
+        selector = fs.FileSelector(self._full(path), allow_not_found=True, recursive=True)
+        with self._raising(f"{self.uri(path)}: cannot be listed"):
+            infos = self._fs.get_file_info(selector)
+        paths = ((info.path.removeprefix(f"{self._base}/"), info) for info in infos if info.type == fs.FileType.File)
+        return sorted((StoredObject(at, info.size, at) for at, info in paths), key=lambda file: file.path)
+
+    @_retried
     def local_folder(self, path: str, cache: Path | None = None) -> Path:
         """A local folder with the content of `path`: the folder itself, or a download of it.
 
@@ -140,7 +165,7 @@ class Storage:
         """
         if self.is_local:
             return Path(self._full(path))
-        cache = cache or Path("~/.cache/ft_service").expanduser()
+        cache = cache or _DEFAULT_CACHE.expanduser()
         target = cache / self._base / path
         if target.exists():
             return target
@@ -295,6 +320,36 @@ class Storage:
             elif info.type == fs.FileType.File:
                 self._fs.delete_file(info.path)
 
+    @_retried
+    def delete_folder(self, path: str, marker: str) -> None:
+        """Delete a folder that has a marker file, such that nobody ever sees it complete with files missing.
+
+        A file system renames it to a hidden name first; on an object store the marker goes first.
+        """
+        if not self.is_local:
+            self.delete(f"{path}/{marker}")
+            self.delete(path)
+            return
+        source = Path(self._full(path))
+        hidden = source.with_name(f".{source.name}-{uuid.uuid4().hex}")
+        with self._raising(f"{self.uri(path)}: cannot be deleted"):
+            try:
+                source.rename(hidden)
+            except FileNotFoundError:
+                return
+            shutil.rmtree(hidden)
+
+    @_retried
+    def delete_if_empty(self, path: str) -> None:
+        """Delete a folder that contains no file. A folder with a file is kept."""
+        if not self.tree(path):
+            self.delete(path)
+
+    def delete_local_copy(self, path: str) -> None:
+        """Delete this machine's download of `path`, if `local_folder` has made one."""
+        if not self.is_local:
+            shutil.rmtree(_DEFAULT_CACHE.expanduser() / self._base / path, ignore_errors=True)
+
     # -- internals -------------------------------------------------------------------------------------------------
 
     def _open(self) -> tuple[fs.FileSystem, str]:
@@ -321,6 +376,16 @@ class Storage:
         with self._raising(f"{self.uri(path)}: cannot be listed"):
             infos = self._fs.get_file_info(selector)
         return sorted(info.base_name for info in infos if info.type == kind)
+
+    def _local_tree(self, folder: Path) -> Iterator[StoredObject]:
+        root = Path(self._base)
+        for place, _, names in os.walk(folder):
+            for name in names:
+                file = Path(place, name)
+                with suppress(FileNotFoundError):
+                    stat = file.lstat()
+                    identity = f"{stat.st_dev}:{stat.st_ino}"
+                    yield StoredObject(file.relative_to(root).as_posix(), stat.st_size, identity)
 
     @contextmanager
     def _raising(self, problem: str) -> Iterator[None]:

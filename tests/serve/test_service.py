@@ -9,6 +9,7 @@ from ray import serve
 
 from examples.quickstart.quickstart import free_ports
 from ft_service.chat.format import ChatFormat, Message
+from ft_service.cleanup.removal import delete_adapter
 from ft_service.model.base import fingerprint
 from serve.app import ServeConfig, app
 from tests.serve.serving_world import PROMPT, SENTENCE, EndlessServer, World, damage, make_world, publish_adapter
@@ -131,6 +132,16 @@ def test_an_adapter_published_now_answers_now(world, client, tmp_path):
     answer = client.completions.create(model=adapter.id, prompt=prompt_ids(world), temperature=0, max_tokens=MAX_TOKENS)
     assert answer.choices[0].text == decode(world, world.stock_answer(prompt_ids(world), MAX_TOKENS, adapter))
     assert adapter.id in [model.id for model in client.models.list()]
+
+
+def test_a_deleted_adapter_is_no_longer_served_and_its_files_wait_for_the_server(world, client, tmp_path):
+    adapter = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=14)
+    client.completions.create(model=adapter.id, prompt="x", max_tokens=1)
+    deletion = delete_adapter(world.registry.storage, adapter.id)
+    assert "may be answering with it" in deletion.kept  # the server has announced its base
+    assert adapter.id not in [model.id for model in client.models.list()]
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model=adapter.id, prompt="x")
 
 
 def test_the_404_of_an_adapter_names_its_base(world, client, tmp_path):

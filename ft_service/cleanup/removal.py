@@ -1,0 +1,147 @@
+"""Deletes runs, adapters, models and datasets, in an order that an interruption at any point leaves consistent.
+
+    run        its driver's lease is held; the spec goes first: without it the run cannot be resumed
+    adapter    hidden first (record to tombstone): from then on nobody resolves it; then the files
+    dataset    renamed or its manifest deleted first: from then on nobody opens it; then the files
+
+`ft prune` completes what was interrupted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from ft_service.cleanup.inventory import DATASET_MARKER, RUN_MARKER, Usage, read_usage
+from ft_service.cleanup.needs import DELETION_ORDER, Decision, Inventory, Item, needed_by, prune
+from ft_service.errors import FtError, UsageError
+from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.folder import RunFolder, find_run
+from ft_service.runs.lease import Lease
+from ft_service.storage.storage import Storage
+
+Log = Callable[[str], None]
+
+_LEASE_FILE = "lease.json"
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What deleting one item did. `kept` says why files were kept for now; `error` why nothing could be done."""
+
+    item: Item
+    freed_bytes: int
+    kept: str = ""
+    error: str = ""
+
+
+def delete_adapter(storage: Storage, adapter_id: str, now: datetime | None = None) -> Deletion:
+    """Hide an adapter or model, then delete its files unless a server may still be reading them.
+
+    Raises `UsageError` if something needs it, and `NotPublishedError` for an unknown id.
+    """
+    now = now or datetime.now(UTC)
+    registry = Registry(storage)
+    record = registry.resolve(adapter_id)
+    item = Item(record.kind, record.id)
+    usage = read_usage(storage, now)
+    if needs := needed_by(item, usage.inventory, now):
+        raise UsageError(f"ID = {adapter_id!r}: cannot be deleted, {'; '.join(needs)}. {_cure(item)}")
+    return _delete_published(registry, record, usage, now)
+
+
+def _cure(item: Item) -> str:
+    if item.kind == "adapter":
+        return "Wait until the run has ended, or stop it with ft stop."
+    return "Stop or delete these first (ft runs delete, ft adapters delete; a server with Ctrl-C)."
+
+
+def _delete_published(registry: Registry, record: AdapterRecord, usage: Usage, now: datetime) -> Deletion:
+    item = Item(record.kind, record.id)
+    registry.hide(record)
+    # A server that starts from now on cannot resolve it, so the earlier list of servers is complete.
+    if reasons := needed_by(item, _hidden(usage.inventory, item, now), now):
+        return Deletion(item, 0, kept="; ".join(reasons))
+    freed = usage.freed_by([item])
+    registry.delete_hidden_files(record)
+    return Deletion(item, freed)
+
+
+def _hidden(inventory: Inventory, item: Item, now: datetime) -> Inventory:
+    published = [replace(each, hidden=now, listed=False) if each.item == item else each for each in inventory.published]
+    return replace(inventory, published=published)
+
+
+def delete_run(storage: Storage, run_id: str, log: Log) -> Deletion:
+    """Delete a run's folder: spec, metrics, report, checkpoints and weights. What it has published stays.
+
+    Raises `UsageError` if a driver is working on it, and `NotPublishedError` for an unknown run.
+    """
+    run = find_run(storage, run_id)
+    item = Item("run", run_id)
+    now = datetime.now(UTC)
+    usage = read_usage(storage, now)
+    if needs := needed_by(item, usage.inventory, now):
+        raise UsageError(f"RUN = {run_id!r}: cannot be deleted, {needs[0]}. Stop it first: ft stop {run_id}")
+    _delete_run_folder(run, log)
+    return Deletion(item, usage.freed_by([item]))
+
+
+def _delete_run_folder(run: RunFolder, log: Log) -> None:
+    storage = run.storage
+    with Lease(run, log):  # no driver can start meanwhile
+        storage.delete(f"{run.path}/{RUN_MARKER}")
+        for folder in storage.folders(run.path):
+            storage.delete(f"{run.path}/{folder}")
+        for file in storage.files(run.path):
+            if file != _LEASE_FILE:
+                storage.delete(f"{run.path}/{file}")
+    storage.delete_if_empty(run.path)
+
+
+def delete_unneeded(
+    storage: Storage, decisions: Sequence[Decision], log: Log, now: datetime | None = None
+) -> list[Deletion]:
+    """Delete what `decisions` say goes, as far as that still holds. An item that fails is noted; the others go on.
+
+    The facts are read again before each kind, because runs may have started since the decision.
+    """
+    now = now or datetime.now(UTC)
+    planned = {decision.item for decision in decisions if decision.goes}
+    done: list[Deletion] = []
+    for kind in DELETION_ORDER:
+        if not any(item.kind == kind for item in planned):
+            continue
+        usage = read_usage(storage, now)
+        for decision in prune(usage.inventory, now):
+            if decision.item.kind == kind and decision.item in planned:
+                done.append(_delete(storage, decision, usage, log, now))
+    return done
+
+
+def _delete(storage: Storage, decision: Decision, usage: Usage, log: Log, now: datetime) -> Deletion:
+    item = decision.item
+    if not decision.goes:
+        return Deletion(item, 0, kept=decision.reason)
+    try:
+        match item.kind:
+            case "run":
+                _delete_run_folder(RunFolder(storage, item.id), log)
+            case "adapter" | "model":
+                return _finish_deleting(storage, item, usage, now)
+            case "dataset":
+                storage.delete_folder(f"datasets/{item.id}", marker=DATASET_MARKER)
+                storage.delete_local_copy(f"datasets/{item.id}")
+            case "leftover":
+                storage.delete(item.id)
+    except FtError as error:
+        return Deletion(item, 0, error=str(error))
+    return Deletion(item, usage.freed_by([item]))
+
+
+def _finish_deleting(storage: Storage, item: Item, usage: Usage, now: datetime) -> Deletion:
+    registry = Registry(storage)
+    record = registry.tombstone(item.id).record
+    if next(each for each in usage.inventory.published if each.item == item).listed:
+        return _delete_published(registry, record, usage, now)
+    registry.delete_hidden_files(record)
+    return Deletion(item, usage.freed_by([item]))
