@@ -10,7 +10,7 @@ from ft_service.cli.adapters import adapters_app
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
 from ft_service.cli.plan import plan
-from ft_service.cli.runs import runs, show
+from ft_service.cli.runs import logs, runs, show
 from ft_service.cli.serve import serve
 from ft_service.cli.train import resume, stop, submit, train
 from ft_service.errors import exit_on_error
@@ -26,6 +26,7 @@ app.command()(train)
 app.command()(submit)
 app.command()(runs)
 app.command()(show)
+app.command()(logs)
 app.command()(stop)
 app.command()(resume)
 app.add_typer(adapters_app, name="adapters")
