@@ -25,6 +25,7 @@ from ft_service.data.gate.waivers import check_waivers, enforce, waivers
 from ft_service.data.prepare import PreparedDataset, prepare_dataset
 from ft_service.errors import FtError, Problem, RunStopped, SpecError
 from ft_service.model.base import resolve_base
+from ft_service.pages.live_report import LiveReport
 from ft_service.plan.facts import BaseFacts, Resources
 from ft_service.plan.make import make_plan
 from ft_service.plan.plan import RunPlan
@@ -82,7 +83,8 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             folder.write_spec_if_absent(spec)
             events.emit(Notice(type="preparing", message=f"Preparing data and plan of {spec.name}."))
             prepared = prepare(spec, folder, log)
-            plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log).train()
+            with LiveReport(storage, folder.run_id, log):
+                plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log).train()
             folder.set_state("publishing")
             record = publish(folder)
             events.emit(Published(message=f"Published {record.id}.", digest=record.digest))

@@ -11,7 +11,7 @@ from ft_service.cli.cleanup import du, prune
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
 from ft_service.cli.plan import plan
-from ft_service.cli.runs import runs_app, show
+from ft_service.cli.runs import logs, runs_app, show
 from ft_service.cli.serve import serve
 from ft_service.cli.train import resume, stop, submit, train
 from ft_service.errors import exit_on_error
@@ -27,6 +27,7 @@ app.command()(train)
 app.command()(submit)
 app.add_typer(runs_app, name="runs")
 app.command()(show)
+app.command()(logs)
 app.command()(stop)
 app.command()(resume)
 app.add_typer(adapters_app, name="adapters")

@@ -1,7 +1,8 @@
-"""`ft runs` and `ft show`: the runs on a storage root, one of them, and deleting one."""
+"""`ft runs`, `ft show` and `ft logs`: the runs on a storage root, one of them, what happens to it, deleting one."""
 
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,11 +16,13 @@ from ft_service.cli.common import (
     reject_options_before_subcommand,
 )
 from ft_service.storage.storage import Storage
+from ft_service.text import counted
 
 if TYPE_CHECKING:
+    from ft_service.runs.folder import RunStatus
     from ft_service.runs.history import Attempt
 
-_MESSAGE_WIDTH = 80
+_FOLLOW_SECONDS = 1.0
 
 runs_app = typer.Typer(help="The runs on a storage root.", invoke_without_command=True)
 
@@ -56,18 +59,43 @@ def list_runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -
             ]
         )
         return
-    table = new_table("run", "state", "since", "attempts", "wasted steps", "published", "message")
     for status in statuses:
-        table.add_row(
-            status.run_id,
-            status.state,
-            f"{status.time:%Y-%m-%d %H:%M}",
-            str(len(attempts_of[status.run_id])),
-            str(wasted_steps(attempts_of[status.run_id])),
-            status.published or "",
-            status.message[:_MESSAGE_WIDTH],
-        )
-    console.print(table)
+        tries = attempts_of[status.run_id]
+        for line in run_lines(status, len(tries), wasted_steps(tries), console.width):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def run_lines(status: "RunStatus", num_attempts: int, num_wasted: int, width: int) -> list[str]:
+    """One run in lines of at most `width` characters, unless its id or that of its adapter is longer.
+
+    The message is cut; `ft show` has the whole.
+    """
+    wasted = f", {counted(num_wasted, 'wasted step')}" if num_wasted else ""
+    facts = f"{status.time:%Y-%m-%d %H:%M}  {counted(num_attempts, 'attempt')}{wasted}"
+    first = f"{status.run_id}  {status.state}"
+    lines = [f"{first}  {facts}"] if len(first) + 2 + len(facts) <= width else [first, f"  {facts}"]
+    if status.published:
+        lines.append(f"  published {status.published}")
+    if message := " ".join(status.message.split()):
+        lines.append(f"  {message}" if len(message) + 2 <= width else f"  {message[: width - 3]}…")
+    return lines
+
+
+def logs(
+    run_id: str,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Keep printing new lines until the run has ended.")
+    ] = False,
+) -> None:
+    """Print the events and steps of a run, oldest first. Needs no cluster: they are read from storage."""
+    from ft_service.runs import log_lines
+    from ft_service.runs.folder import find_run
+
+    run = find_run(Storage(storage), run_id)
+    lines = log_lines.follow(run, lambda: time.sleep(_FOLLOW_SECONDS)) if follow else log_lines.log_lines(run)
+    for line in lines:
+        print(line, flush=True)
 
 
 @runs_app.command()

@@ -18,14 +18,15 @@ from ft_service.pages.page import OTHER, TICK_STEPS, TRAIN, VALIDATION, WARNING,
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import AdapterRecord, DatasetRef, Registry
 from ft_service.runs.events import Event, read_events
-from ft_service.runs.folder import RunStatus, find_run
+from ft_service.runs.folder import ENDED, REPORT_FILE, RunStatus, find_run
 from ft_service.runs.metrics import StepMetrics, read_metrics
 from ft_service.runs.overfitting import find_overfitting, validations
 from ft_service.storage.storage import Storage
 from ft_service.text import format_count, format_duration
 
-REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.json"
+REFRESH_SECONDS = 10
+"""How often a browser reloads the page while the run is on."""
 SMOOTHING_SHARE = 1 / 40
 """Width of the moving average of the training loss, as a fraction of the steps."""
 
@@ -91,6 +92,7 @@ def render_report(run: RunContents) -> str:
         "report.html.jinja",
         run=run,
         state=run.status.state if run.status else "unknown",
+        refresh_seconds=None if run.status is None or run.status.state in ENDED else REFRESH_SECONDS,
         name=plan.spec.name if plan else run.run_id,
         trained_name="fine-tuned" if plan and plan.spec.method.type == "full" else "adapter",
         tiles=_tiles(run),

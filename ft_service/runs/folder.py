@@ -45,6 +45,8 @@ Stored = TypeVar("Stored", bound=StoredFile)
 
 ENDED: frozenset[State] = frozenset({"stopped", "succeeded", "failed"})
 
+REPORT_FILE = "report.html"
+
 LEASE_SECONDS = 45.0
 """A driver that has not renewed its lease for this long is gone."""
 
