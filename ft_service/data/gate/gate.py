@@ -36,7 +36,7 @@ from ft_service.data.gate.findings import (
     by_severity,
     verdict_of,
 )
-from ft_service.data.gate.form import Hit, check_files, check_record
+from ft_service.data.gate.form import Hit, check_files, check_record, null_text
 from ft_service.data.gate.leakage import EvaluationSets
 from ft_service.data.gate.private import detail, visible
 from ft_service.data.gate.records import Record, Source, place_of
@@ -49,6 +49,8 @@ from ft_service.text import counted
 
 FIRST_PLACES = 20
 """Places that a finding carries; `on_hit` gets all of them."""
+_SHOWN_CURES = 3
+"""Cures of a finding whose records have several causes."""
 _EDGES = [0, *(round(16 * 2 ** (step / 2)) for step in range(31))]
 
 
@@ -144,6 +146,7 @@ class Gate:
             (record.source, name) for name in self.sources[record.source].optional if name in record.raw
         )
         hits = [*check_record(record), *check_signal(record)]
+        hits += null_text(record, self.sources[record.source].texts)
         if self._evaluation is not None:
             hits += self._evaluation.check(record)
         if self._chat is not None and is_rendering_sample(record):
@@ -276,14 +279,16 @@ class Gate:
         known = CODES[code]
         count = tally.counts[code]
         checked = self._rendered if code == "signal.round-trip" else read
+        first = tally.first(code)
+        cures = list(dict.fromkeys(hit.cure or known.cure for hit in first))
         return Finding(
             code=code,
             severity=known.severity(count / checked),
             count=count,
             share=count / checked,
-            places=[self.place(hit) for hit in tally.first(code)],
+            places=[self.place(hit) for hit in first],
             why=known.why,
-            cure=known.cure,
+            cure=visible(" ".join(cures[:_SHOWN_CURES])),
             message=f"A sample of {counted(checked, 'record')} was checked." if code == "signal.round-trip" else "",
         )
 

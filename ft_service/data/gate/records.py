@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ft_service.data.convert import BadRecord, Conversation, convert
 from ft_service.data.files.shard import Fault, FileShard, IsWanted
+from ft_service.data.gate.cures import record_cure
 from ft_service.data.read import Scan, read_shard, scan
 from ft_service.errors import DataError
 from ft_service.spec.schema import OPTIONAL_COLUMNS, DataSource
@@ -32,11 +33,27 @@ class Source:
     optional: tuple[str, ...] = ()
     """Columns that the spec names and a single record may lack. At least one record must have each."""
 
+    notes: tuple[tuple[str, str], ...] = ()
+    """(file, how it is read) of the files whose content differs from what their names say."""
+    texts: tuple[str, ...] = ()
+    """Columns of the file that hold text; none in the chat format."""
+
     @classmethod
     def of(cls, source: DataSource, scan: Scan) -> "Source":
         """Made from a source of a spec."""
         optional = tuple(source.columns[name] for name in OPTIONAL_COLUMNS if name in source.columns)
-        return cls(source.path, scan.files, source.format, source.source, source.license, scan.foreign, optional)
+        texts = {"alpaca": ("instruction", "input", "output", "system"), "chat": (), "text": ("text",)}[source.format]
+        return cls(
+            source.path,
+            scan.files,
+            source.format,
+            source.source,
+            source.license,
+            scan.foreign,
+            optional,
+            notes=scan.notes,
+            texts=tuple(source.columns.get(name, name) for name in texts),
+        )
 
 
 @dataclass(frozen=True)
@@ -168,4 +185,5 @@ def to_record(
     try:
         return Record(number, file, line, convert(raw, source, needs_answer), raw=raw, split=split)
     except BadRecord as error:
-        return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)
+        fault = Fault(error.code, str(error), cure=record_cure(error.code, raw, source))
+        return Record(number, file, line, fault=fault, raw=raw, split=split)
