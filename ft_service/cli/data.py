@@ -65,6 +65,7 @@ def check(
     spec = _spec(what, overrides, format, columns, base, source, license)
     from ft_service.cli.data_view import show_judgement
     from ft_service.data.check import FINDINGS_FILE
+    from ft_service.data.gate.cures import for_command_line
     from ft_service.data.gate.waivers import check_waivers, enforce
     from ft_service.data.prepare import check_dataset
     from ft_service.pages.data_report import render_data_report
@@ -74,6 +75,8 @@ def check(
     folder.mkdir(parents=True, exist_ok=True)
     with _errors.status("Data: scanning the files") as status:
         judgement = check_dataset(spec, _tokenizer(spec), folder, status.update, _run_tasks)
+    if what.suffix not in (".yaml", ".yml"):
+        judgement = for_command_line(judgement)
     (folder / REPORT_FILE).write_text(render_data_report(spec.name, judgement, spec.data.waive), encoding="utf-8")
     if as_json:
         print(judgement.model_dump_json(indent=2))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ft_service.data.files.content import SUFFIXES, Content, content_of, is_named_as_data
 from ft_service.data.files.csv_files import read_csv
 from ft_service.data.files.datasets_library import (
     HUB_PREFIX,
@@ -18,26 +19,16 @@ from ft_service.data.files.datasets_library import (
     open_dataset,
     read_dataset,
 )
+from ft_service.data.files.encoding import Utf8Check, other_encoding_fault
 from ft_service.data.files.json_files import read_array, read_lines
 from ft_service.data.files.parquet_files import digest_of_end, read_parquet, row_groups
-from ft_service.data.files.shard import (
-    ENCODING_MARK_BYTES,
-    Fault,
-    FileShard,
-    IsWanted,
-    Kind,
-    Record,
-    ShardChanged,
-    other_encoding_of,
-)
+from ft_service.data.files.shard import Fault, FileShard, IsWanted, Record, ShardChanged
 from ft_service.errors import DataError
 from ft_service.spec.schema import DataSource
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHARD_BYTES = 8 * 2**20
 _DATASET_SHARD_ROWS = 50_000
 _BLOCK_BYTES = 2**20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,8 @@ class Scan:
     fingerprint."""
     foreign: tuple[str, ...] = ()
     """Files of the folder whose type is not read."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """(file, how it is read) of the files whose content differs from what their names say."""
 
 
 def scan(number: int, source: DataSource, shard_bytes: int = SHARD_BYTES) -> Scan:
@@ -67,16 +60,20 @@ def scan(number: int, source: DataSource, shard_bytes: int = SHARD_BYTES) -> Sca
     files, foreign = files_of(source)
     digest = hashlib.sha256()
     shards = ()
+    notes: list[tuple[str, str]] = []
     for at, file in enumerate(files):
         try:
-            file_shards, file_digest = _split(number, at, file, shard_bytes)
+            content = content_of(file) or Content("lines")
+            file_shards, file_digest = _split(number, at, file, content, shard_bytes)
         except OSError as error:
             raise DataError(
                 f"{file}: cannot be read ({error.strerror or error}). Check that it is a file, and its permissions."
             ) from None
         digest.update(file_digest + file.suffix.encode())
         shards += file_shards
-    return Scan(tuple(map(str, files)), shards, digest.hexdigest(), tuple(map(str, foreign)))
+        if content.note:
+            notes.append((str(file), content.note))
+    return Scan(tuple(map(str, files)), shards, digest.hexdigest(), tuple(map(str, foreign)), tuple(notes))
 
 
 def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
@@ -84,15 +81,27 @@ def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         inside = sorted(path.iterdir())
-        files = [file for file in inside if file.suffix in SUFFIXES and _may_be_read(file)]
+        files = [file for file in inside if is_named_as_data(file) and _may_be_read(file)]
         if not files:
             raise DataError(f"{path}: a folder without {', '.join(SUFFIXES)} files. Name a folder that has some.")
         return files, sorted(set(inside) - set(files))
     if not path.is_file():
         raise DataError(f"{path}: no such file. Fix the path (relative paths start at the working directory).")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: files of this type are not supported. Use one of {', '.join(SUFFIXES)}.")
+    if not is_named_as_data(path):
+        _check_content(path)
     return [path], []
+
+
+def _check_content(path: Path) -> None:
+    """Raises `DataError` unless the content of a file shows how to read it, whatever its name."""
+    try:
+        content = content_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions.") from None
+    if content is None:
+        raise DataError(f"{path}: files of this type are not supported. Use one of {', '.join(SUFFIXES)}.")
+    if content.fault is not None:
+        raise DataError(f"{path}: {content.fault.reason}. {content.fault.cure}")
 
 
 def _may_be_read(file: Path) -> bool:
@@ -128,6 +137,8 @@ def read_shard(
 def _records_of(
     shard: FileShard, source: DataSource, is_wanted: IsWanted | None
 ) -> Iterator[tuple[int, Record | Fault]]:
+    if shard.fault is not None:
+        return iter([(0, shard.fault)])
     if shard.kind == "lines":
         return read_lines(shard, is_wanted)
     if shard.kind == "dataset":
@@ -145,36 +156,48 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Record | Fault]]:
 # -- splitting -------------------------------------------------------------------------------------------------------
 
 
-def _split(source: int, number: int, file: Path, shard_bytes: int) -> tuple[tuple[FileShard, ...], bytes]:
+def _split(
+    source: int, number: int, file: Path, content: Content, shard_bytes: int
+) -> tuple[tuple[FileShard, ...], bytes]:
     """The shards of a file, and the digest of the whole file."""
-    kind = _kind_of(file)
+    kind = content.kind
     whole = hashlib.sha256()
     part = hashlib.sha256()
     cuts: list[tuple[int, int, str]] = []  # start, lines before it, digest
+    utf8 = Utf8Check()
     start = 0
     position = 0
     line = 0
     first = 0
+    ends_with_cr = False
     with file.open("rb") as stream:
-        is_split = kind == "lines" and other_encoding_of(stream.read(ENCODING_MARK_BYTES)) is None
-        stream.seek(0)
         while block := stream.read(_BLOCK_BYTES):
             whole.update(block)
-            while is_split and position + len(block) - start >= shard_bytes:
+            if kind != "parquet" and content.fault is None:
+                utf8.add(block)
+            while kind == "lines" and position + len(block) - start >= shard_bytes:
                 end = block.find(b"\n", max(0, start + shard_bytes - position - 1)) + 1
                 if end == 0:
                     break  # the line continues in the next block
                 part.update(block[:end])
                 cuts.append((start, first, part.hexdigest()))
-                line += block.count(b"\n", 0, end)
+                line += _line_ends(block[:end], ends_with_cr)
+                ends_with_cr = False
                 position += end
                 block = block[end:]
                 start = position
                 first = line
                 part = hashlib.sha256()
             part.update(block)
-            line += block.count(b"\n")
+            line += _line_ends(block, ends_with_cr)
+            ends_with_cr = block.endswith(b"\r") if block else ends_with_cr
             position += len(block)
+    utf8.add(b"", is_last=True)
+    fault = content.fault
+    if fault is None and not utf8.holds:
+        fault = other_encoding_fault(file, is_first_line_decisive=kind in ("csv", "array"))
+    if fault is not None:
+        return (FileShard(source, number, str(file), kind, 0, position, 1, whole.hexdigest(), fault),), whole.digest()
     if position > start or not cuts:
         cuts.append((start, first, part.hexdigest()))
     if kind == "parquet":
@@ -183,16 +206,13 @@ def _split(source: int, number: int, file: Path, shard_bytes: int) -> tuple[tupl
     else:
         ends = [*(start for start, _, _ in cuts[1:]), position]
         shards = [
-            FileShard(source, number, str(file), kind, start, end, first + 1, digest)
+            FileShard(source, number, str(file), kind, start, end, first + 1, digest, None, content.delimiter)
             for (start, first, digest), end in zip(cuts, ends, strict=True)
         ]
     return tuple(shards), whole.digest()
 
 
-def _kind_of(file: Path) -> Kind:
-    if file.suffix == ".json":
-        with file.open("rb") as stream:
-            beginning = stream.read(_BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()
-        return "array" if beginning.startswith(b"[") else "lines"
-    kinds: dict[str, Kind] = {".jsonl": "lines", ".csv": "csv", ".parquet": "parquet"}
-    return kinds[file.suffix]
+def _line_ends(block: bytes, follows_cr: bool) -> int:
+    """The line ends in a block: LF, CRLF, or CR alone. With `follows_cr`, a leading LF belongs to a counted CR."""
+    ends = block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+    return ends - (follows_cr and block.startswith(b"\n"))

@@ -211,7 +211,7 @@ def read_hits(file: Path) -> Iterator[list[Hit]]:
 
 
 def _line_of(hits: Iterable[Hit]) -> str:
-    values = [[hit.code, hit.key, hit.detail, hit.excerpt] for hit in hits]
+    values = [[hit.code, hit.key, hit.detail, hit.excerpt, hit.cure] for hit in hits]
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 

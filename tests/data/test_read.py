@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,6 +65,10 @@ def write_folder(path: Path, records: list[dict[str, Any]]) -> None:
     write_csv(path / "3.csv", records[2:])
     (path / "README.md").write_text("not data")
 
+
+FILE = "form.unreadable-file"
+LINE = "form.unreadable"
+CODING = "form.encoding"
 
 Writer = Callable[[Path, list[dict[str, Any]]], None]
 WRITERS: dict[str, Writer] = {
@@ -182,7 +188,7 @@ def test_a_saved_date_beyond_year_9999_faults_only_its_record(tmp_path: Path) ->
 
 
 def test_the_digest_depends_on_the_suffix(tmp_path: Path) -> None:
-    """The suffix decides how a file is read: ``[...]`` is an array in .json, and one bad line in .jsonl."""
+    """The suffix decides where the content leaves it open: text that is no JSON is CSV, or bad lines of .jsonl."""
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text('[{"text": "a"}]')
     lines, array = (scan(0, DataSource(path=str(tmp_path / name))).digest for name in ("a.jsonl", "a.json"))
@@ -301,6 +307,225 @@ def test_an_override_waives_a_code_with_dots() -> None:
     assert waive == {"form.unreadable": "two lines are known"}
 
 
+# -- what a parser would decide in silence -----------------------------------------------------------------------------
+
+JAPANESE = "質問,回答\n営業時間は？,九時から六時までです。\n配送はいつですか,三日ほどかかります\n"
+PAIR = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+
+
+def only_fault(path: Path, content: bytes) -> Fault:
+    """The fault of a file that is not read at all."""
+    path.write_bytes(content)
+    ((place, fault),) = read_source(DataSource(path=str(path)))
+    assert isinstance(fault, Fault) and (place, fault.code) == (str(path), FILE)
+    return fault
+
+
+def read_bytes(path: Path, content: bytes) -> list[dict[str, Any]]:
+    path.write_bytes(content)
+    return read(path)
+
+
+def test_a_doubled_csv_column_is_refused(tmp_path: Path) -> None:
+    fault = only_fault(tmp_path / "a.csv", b"instruction,output,output\nq,first,second\n")
+    assert "two columns 'output'" in fault.reason and "Rename" in fault.cure
+
+
+def test_columns_without_a_name_may_repeat(tmp_path: Path) -> None:
+    assert read_bytes(tmp_path / "a.csv", b"a,b,,\n1,2,,\n") == [{"a": "1", "b": "2", "": ""}]
+
+
+def test_a_doubled_parquet_column_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["x"]), pa.array(["y"])]
+    pyarrow.parquet.write_table(pa.Table.from_arrays(columns, ["text", "text"]), tmp_path / "a.parquet")
+    ((_, fault),) = faults(tmp_path / "a.parquet")
+    assert fault.code == FILE and "two columns 'text'" in fault.reason
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"a": 1, "b": 2, "a": 3}', b'{"m": [{"role": "user", "content": "x", "content": "y"}]}']
+)
+def test_a_doubled_json_key_is_refused_at_any_depth(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"c": 1}\n' + line)
+    ((place, fault),) = faults(tmp_path / "a.jsonl")
+    assert place.endswith(":2") and fault.code == LINE and "twice" in fault.reason and "Rename" in fault.cure
+    assert "twice" in only_fault(tmp_path / "a.json", b"[" + line + b"]").reason
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "null"])
+def test_a_number_that_is_no_json_is_null(tmp_path: Path, name: str, value: str) -> None:
+    line = f'{{"a": {value}, "b": [{value}]}}'
+    content = f"[{line}]" if name == "a.json" else line
+    assert read_bytes(tmp_path / name, content.encode()) == [{"a": None, "b": [None]}]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+def test_nan_in_a_column_of_numbers_is_null(tmp_path: Path, name: str) -> None:
+    WRITERS["data.parquet" if name == "a.parquet" else "saved"](
+        tmp_path / name, [{"text": "x", "input": float("nan")}, {"text": "y", "input": 1.5}]
+    )
+    assert [record["input"] for record in read(tmp_path / name)] == [None, 1.5]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.csv"])
+def test_joined_files_keep_no_byte_order_mark(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, PAIR)
+    part = b"\xef\xbb\xbf" + (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(part + b"\n" + part)
+    records = [record for _, record in read_source(DataSource(path=str(tmp_path / name)))]
+    assert [record for record in records if not isinstance(record, Fault)] == PAIR * 2
+    repeated = [record.reason for record in records if isinstance(record, Fault)]
+    assert repeated == (["repeats the header"] if name == "data.csv" else [])
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "array.json", "data.csv"])
+def test_lines_may_end_with_a_carriage_return_alone(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, PAIR)
+    content = (tmp_path / name).read_bytes().replace(b"\r\n", b"\r").replace(b"\n", b"\r")
+    assert read_bytes(tmp_path / name, content) == PAIR
+    if name == "data.jsonl":
+        assert [place.rpartition(":")[2] for place in places(tmp_path / name)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 30, 1 << 20])
+def test_lines_with_all_three_ends_are_numbered_as_an_editor_does(tmp_path: Path, shard_bytes: int) -> None:
+    ends = (b"\r", b"\r\n", b"\n")
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"a": %d}%s' % (n, ends[n % 3]) for n in range(9)))
+    source = DataSource(path=str(tmp_path / "a.jsonl"))
+    numbered = [pair for shard in scan(0, source, shard_bytes).shards for pair in read_shard(shard, source)]
+    assert numbered == [(n + 1, {"a": n}) for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "text"),
+    [
+        ("cp932", "CP932", JAPANESE),
+        ("euc_jp", "EUC-JP", JAPANESE),
+        ("gb18030", "GB18030", "问题,回答\n你们几点开门？,我们早上九点开门。\n你们在哪里？,在北京。\n"),
+        ("cp949", "CP949", "질문,답변\n몇 시에 열어요?,아홉 시에 엽니다.\n어디에 있어요?,서울에 있습니다.\n"),
+        ("cp1251", "CP1251", "вопрос,ответ\nКогда вы открыты?,С девяти до шести.\n"),
+        ("cp1252", "CP1252", "question,réponse\nOù est le café ?,À côté de l'hôtel.\nÇa va ?,Très bien.\n"),
+        ("utf-16-le", "UTF-16LE", "question,answer\nWhere is it?,Over there.\n"),
+        ("utf-16-be", "UTF-16BE", "question,answer\nWhere is it?,Over there.\n"),
+    ],
+)
+def test_a_file_in_another_encoding_is_one_fault_with_the_command(
+    tmp_path: Path, encoding: str, name: str, text: str
+) -> None:
+    path = tmp_path / "my data.csv"
+    fault = only_fault(path, (text + text.partition("\n")[2] * 20).encode(encoding))
+    target = tmp_path / "my data.utf8.csv"
+    assert f"iconv -f {name} -t UTF-8 '{path}' > '{target}'" in fault.reason
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv")
+def test_the_command_that_is_given_works(tmp_path: Path) -> None:
+    fault = only_fault(tmp_path / "a.csv", JAPANESE.encode("cp932"))
+    command = fault.reason.split("UTF-8: ")[1].split(" (it then")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert [record["回答"] for record in read(tmp_path / "a.utf8.csv")] == [
+        "九時から六時までです。",
+        "三日ほどかかります",
+    ]
+
+
+def test_the_fault_shows_how_the_text_reads_in_the_encoding(tmp_path: Path) -> None:
+    fault = only_fault(
+        tmp_path / "a.jsonl", b"".join(b'{"text": "%s"}\n' % "東京は晴れです".encode("cp932") for _ in range(54))
+    )
+    assert "東京は晴れです" in fault.reason
+
+
+def test_a_few_damaged_lines_of_a_utf8_file_are_faults_of_their_own(tmp_path: Path) -> None:
+    lines = [f'{{"text": "東京は晴れ {n}"}}'.encode("cp932" if n in (3, 7) else "utf-8") for n in range(60)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    assert [place.rpartition(":")[2] for place, _ in faults(tmp_path / "a.jsonl")] == ["4", "8"]
+
+
+# -- what a file holds, whatever its name ------------------------------------------------------------------------------
+
+
+def notes(path: Path) -> list[str]:
+    return [note for _, note in scan(0, DataSource(path=str(path))).notes]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("a.jsonl", b'[{"a": 1},\n {"a": 2}]', "holds a JSON array"),
+        ("a.jsonl", b'[{"a": 1}, {"a": 2}]', "holds a JSON array"),
+        (
+            "a.json",
+            b'{"version": 1, "data": [{"a": 1}, {"a": 2}]}',
+            "'data'; its other fields ('version') are",
+        ),
+        ("a.jsonl", b'{"data": [\n{"a": 1},\n{"a": 2}]}', "in the list 'data'"),
+        ("a.json", b'{\n "a": 1\n}\n{\n "a": 2\n}\n', "has records of several lines each"),
+        ("a.csv", b'{"a": 1}\n{"a": 2}\n', "holds JSON lines"),
+        ("a.parquet", b'{"a": 1}\n{"a": 2}\n', "holds JSON lines"),
+        ("a.txt", b'{"a": 1}\n{"a": 2}\n', "holds JSON lines"),
+        ("data", b'[{"a": 1}, {"a": 2}]', "holds a JSON array"),
+    ],
+)
+def test_the_content_decides_how_a_file_is_read(tmp_path: Path, name: str, content: bytes, note: str) -> None:
+    assert read_bytes(tmp_path / name, content) == [{"a": 1}, {"a": 2}]
+    (found,) = notes(tmp_path / name)
+    assert note in found
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.jsonl"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_delimiter_is_that_of_the_header(tmp_path: Path, name: str, delimiter: str) -> None:
+    content = "\n".join(delimiter.join(row) for row in (("q", "a"), ("one", '"two, three; four"')))
+    assert read_bytes(tmp_path / name, content.encode()) == [{"q": "one", "a": "two, three; four"}]
+
+
+def test_parquet_is_known_by_its_content(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.jsonl", RECORDS)
+    assert read(tmp_path / "a.jsonl") == RECORDS and notes(tmp_path / "a.jsonl") == [
+        "holds Parquet and is read as such"
+    ]
+
+
+def test_one_conversation_is_no_wrapper(tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    for content in (json.dumps(record), json.dumps({"turns": record["messages"]})):
+        assert read_bytes(tmp_path / "a.jsonl", content.encode()) == [json.loads(content)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_is_what_its_name_says_has_no_note(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, RECORDS)
+    assert notes(tmp_path / name) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.jsonl", b"\x1f\x8b\x08rest", "is compressed with gzip. Unpack it: gzip -dk"),
+        ("a.csv", b"PK\x03\x04 [Content_Types].xml xl/", "is an Excel workbook"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an Excel workbook"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.json", b"<!DOCTYPE html>\n<html>", "is a web page"),
+        ("a.json", b'{"text": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}}', "is a table stored by column"),
+        ("a.json", b'{"text": ["a", "b"], "other": ["c", "d"]}', "is a table stored by column"),
+        ("a.json", b'{"data": [\n {"a": 1},\n {"a": \n]}', "is not JSON"),
+    ],
+)
+def test_a_file_that_holds_no_records_is_one_fault_with_its_cure(
+    tmp_path: Path, name: str, content: bytes, why: str
+) -> None:
+    fault = only_fault(tmp_path / name, content)
+    assert why in fault.reason and fault.cure
+
+
+def test_a_file_of_another_name_that_cannot_be_read_names_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04 [Content_Types].xml")
+    with pytest.raises(DataError, match=r"a\.xlsx: is an Excel workbook\. In Excel, save it as CSV UTF-8"):
+        read(tmp_path / "a.xlsx")
+
+
 # -- files that cannot be read -----------------------------------------------------------------------------------------
 
 
@@ -308,11 +533,6 @@ def refused(path: Path) -> str:
     with pytest.raises(DataError) as caught:
         read(path)
     return str(caught.value)
-
-
-FILE = "form.unreadable-file"
-LINE = "form.unreadable"
-CODING = "form.encoding"
 
 
 @pytest.mark.parametrize(
@@ -433,11 +653,10 @@ def test_any_bytes_give_the_same_lines_in_any_shards(content: bytes, shard_bytes
             return [pair for shard in scan(0, source, size).shards for pair in read_shard(shard, source)]
 
         assert records_in_shards_of(shard_bytes) == records_in_shards_of(1 << 30)
-        lines = path.read_bytes().split(b"\n")
-        if not content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):  # marks of other encodings
-            assert [number for number, _ in records_in_shards_of(shard_bytes)] == [
-                n for n, line in enumerate(lines, 1) if line.strip()
-            ]
+        lines = re.split(rb"\r\n|\r|\n", path.read_bytes())
+        numbers = [number for number, _ in records_in_shards_of(shard_bytes)]
+        if numbers != [0]:  # a file of another encoding
+            assert numbers == [n for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def test_records_that_are_not_wanted_are_skipped(tmp_path: Path) -> None:

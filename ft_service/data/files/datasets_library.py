@@ -27,7 +27,8 @@ def read_dataset(shard: FileShard, source: DataSource) -> Iterator[tuple[int, Re
         raise shard_changed(shard)
     for at in range(shard.start, shard.end):
         try:
-            yield at + 1, dict(rows[at])
+            # NaN in a column of numbers is how pandas writes a missing value.
+            yield at + 1, {name: None if value != value else value for name, value in rows[at].items()}
         except (OverflowError, ValueError) as error:
             yield at + 1, Fault("form.wrong-type", f"has a value that Python cannot represent ({error})")
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
+from ft_service.data.files.csv_files import first_doubled
 from ft_service.data.files.shard import Fault, FileShard, Record, check_digest
 
 _BATCH_ROWS = 256
@@ -54,6 +56,16 @@ def read_parquet(shard: FileShard) -> Iterator[tuple[int, Record | Fault]]:
     number = shard.first
     try:
         with pyarrow.parquet.ParquetFile(shard.path) as parquet:
+            if (name := first_doubled(parquet.schema_arrow.names)) is not None:
+                yield (
+                    0,
+                    Fault(
+                        "form.unreadable-file",
+                        f"has two columns {name!r}, so one of them would be lost",
+                        cure="Rename one of the two columns, or remove it.",
+                    ),
+                )
+                return
             groups = list(range(shard.start, shard.end))
             for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups) if groups else ():
                 for record in _rows(batch):
@@ -63,8 +75,19 @@ def read_parquet(shard: FileShard) -> Iterator[tuple[int, Record | Fault]]:
         yield 0, Fault("form.unreadable-file", f"cannot be read as Parquet ({error}). It may be cut off")
 
 
+def nan_as_null(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """NaN in a column of numbers is how pandas writes a missing value."""
+    for at, field in enumerate(batch.schema):
+        if pyarrow.types.is_floating(field.type):
+            is_nan = pyarrow.compute.is_nan(batch.column(at))
+            column = pyarrow.compute.if_else(is_nan, pyarrow.scalar(None, field.type), batch.column(at))
+            batch = batch.set_column(at, field, column)
+    return batch
+
+
 def _rows(batch: pyarrow.RecordBatch) -> list[Record]:
     """The rows as Python values. A column with a date beyond Python's (year 10000) is given as text or numbers."""
+    batch = nan_as_null(batch)
     try:
         return batch.to_pylist()
     except (OverflowError, ValueError):

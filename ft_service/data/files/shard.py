@@ -13,14 +13,8 @@ IsWanted = Callable[[int], bool]
 
 MAX_LINE_BYTES = 64 * 2**20
 """Limit of a JSON line, and of a CSV field. A book has one or two million bytes."""
-_OTHER_ENCODINGS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
-"""Byte order mark -> encoding, the longer marks first."""
-ENCODING_MARK_BYTES = max(map(len, _OTHER_ENCODINGS))
+MAX_ARRAY_BYTES = 256 * 2**20
+"""Limit of a JSON document, which is read whole and then takes about five times as much memory."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,8 @@ class Fault:
     reason: str
     text: str = ""
     """The text of the record, if it could be read; bytes that are not UTF-8 are escaped."""
+    cure: str = ""
+    """What to do about this cause; empty where the cure of the code fits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,10 @@ class FileShard:
     digest: str
     """SHA-256 of its bytes (Parquet: of the end of the file, which locates all rows; empty for a dataset). A task that
     finds another digest must stop."""
+    fault: Fault | None = None
+    """Why nothing of the file can be read."""
+    delimiter: str = ","
+    """Between the cells of a CSV file."""
 
 
 class ShardChanged(DataError):
@@ -66,13 +66,3 @@ def check_digest(shard: FileShard, digest: str) -> None:
 def shard_changed(shard: FileShard) -> ShardChanged:
     """The error for a shard whose file has changed."""
     return ShardChanged(f"{shard.path}: has changed since it was scanned, or is another file on this machine.")
-
-
-def other_encoding_of(beginning: bytes) -> str | None:
-    """The name of the encoding, if the first bytes of a file are the mark of one that is not UTF-8."""
-    return next((name for mark, name in _OTHER_ENCODINGS.items() if beginning.startswith(mark)), None)
-
-
-def other_encoding_fault(encoding: str) -> Fault:
-    """The fault for a file in another encoding than UTF-8."""
-    return Fault("form.unreadable-file", f"is {encoding}. Convert it to UTF-8: iconv -f {encoding} -t UTF-8")

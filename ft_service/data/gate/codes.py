@@ -82,6 +82,19 @@ _TABLE = (
         warns_from=None,
         counts="file",
     ),
+    Code(
+        "form.other-layout",
+        "The content of the file differs from what its name says, so it was read by its content.",
+        "Check that these are all its records, and rename or convert the file.",
+        warns_from=None,
+        counts="file",
+    ),
+    Code(
+        "form.null-text",
+        "A missing value that was written as a word (nan, None, NULL) is trained on as if it were text.",
+        "Write missing values as empty (pandas: fillna('')), unless the word is the answer itself.",
+        fails_from=0.5,
+    ),
     _broken("form.wrong-type", "A value of the wrong type holds no text to train on.", "Write the value as text."),
     _broken(
         "form.missing-column",
@@ -144,7 +157,7 @@ _TABLE = (
     Code(
         "form.special-tokens",
         "Template text inside a message teaches the model to write it, and to end its turns at random.",
-        "Remove it: the chat template adds the special tokens itself.",
+        "Remove it where it ends a message: the chat template adds the special tokens itself.",
         fails_from=MANY_BROKEN,
     ),
     Code(

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import ftfy.badness
 
+from ft_service.data.gate.cures import CONVERT_TO_CHAT, order_cure
 from ft_service.data.gate.findings import Finding, Place, percent, source_finding
 from ft_service.data.gate.private import detail, excerpt, find_private, visible
 from ft_service.data.gate.records import Record, Source
@@ -25,6 +26,8 @@ class Hit:
     key: int
     detail: str = ""
     excerpt: str = ""
+    cure: str = ""
+    """What to do about this cause; empty where the cure of the code fits."""
 
 
 def check_record(record: Record) -> Iterator[Hit]:
@@ -32,7 +35,7 @@ def check_record(record: Record) -> Iterator[Hit]:
     if record.fault is not None:
         values = list(record.raw.values())[:5] or [record.fault.text]
         text = " ".join(str(value)[:_VALUE_CHARACTERS] for value in values)
-        yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(text))
+        yield Hit(record.fault.code, record.key, detail(record.fault.reason), excerpt(text), record.fault.cure)
         return
     for check in (
         role_order,
@@ -62,7 +65,7 @@ def role_order(record: Record) -> Iterator[Hit]:
         else False
     )
     if not orderly:
-        yield Hit("form.role-order", record.key, " → ".join(roles[:12]), excerpt(record.text))
+        yield Hit("form.role-order", record.key, " → ".join(roles[:12]), excerpt(record.text), order_cure(roles))
 
 
 def check_files(
@@ -84,7 +87,15 @@ def check_files(
         if read.get(number) and (number, name) not in columns
     ]
     foreign = [Place(file=visible(name), line=0) for source in sources for name in source.foreign]
-    places_of = [("form.empty-source", empty), ("form.absent-column", absent), ("form.foreign-file", foreign)]
+    notes = [
+        Place(file=visible(name), line=0, detail=detail(note)) for source in sources for name, note in source.notes
+    ]
+    places_of = [
+        ("form.empty-source", empty),
+        ("form.absent-column", absent),
+        ("form.foreign-file", foreign),
+        ("form.other-layout", notes),
+    ]
     # One source may have several places, so the share is at most 1.
     return [source_finding(code, places, min(1.0, len(places) / len(sources))) for code, places in places_of if places]
 
@@ -112,6 +123,21 @@ def check_unused(
     more = f" and {len(names) - _LISTED_FIELDS} more" if len(names) > _LISTED_FIELDS else ""
     message = visible(f"Not used: {', '.join(names[:_LISTED_FIELDS])}{more}.")
     return [finding.model_copy(update={"message": message, "places": places[:_LISTED_FIELDS]})]
+
+
+_NULL_WORDS = frozenset({"nan", "none", "null", "<na>", "n/a", "#n/a", "nat", "undefined"})
+"""What programs write for a missing value."""
+
+
+def null_text(record: Record, columns: Sequence[str]) -> Iterator[Hit]:
+    """A used value, or the content of a message, that is only the word for a missing value."""
+    values = [(name, record.raw.get(name)) for name in columns]
+    if isinstance(record.item, tuple) and not columns:
+        values = [(f"the {message.role} turn", message.content) for message in record.item]
+    for name, value in values:
+        if isinstance(value, str) and len(value) < 12 and value.strip().casefold() in _NULL_WORDS:
+            yield Hit("form.null-text", record.key, detail(f"{name} is {value.strip()!r}"), excerpt(record.text))
+            return
 
 
 # -- characters ------------------------------------------------------------------------------------------------------
@@ -164,6 +190,10 @@ _SPECIAL = re.compile(
 _TEMPLATE_HINTS = ("<|", "SYS>>", "_of_turn>", "<｜", "</s>")
 _SECTION_NAMES = ("Instruction", "Input", "Response", "指示", "入力", "応答", "回答")
 _ROLE_NAMES = ("Human", "Assistant", "User", "ユーザー", "アシスタント", "システム")
+_END_TOKEN = re.compile(
+    r"<\|(?:eot_id|end_of_text|im_end|endoftext|eom_id)\|>|<end_of_turn>|</s>|<｜[^｜]*end[^｜]*｜>"
+)
+"""Alone, it is left over at the end of an answer. Every other template text marks turns within the text."""
 _END = re.compile("</s>")  # ends a turn of Llama 2 and Mistral
 _STRUCK_OUT = re.compile("<s[ >]", re.IGNORECASE)  # with it, </s> is HTML
 _ROLE_NAME = re.compile(r"^(?:Human|Assistant|User|ユーザー|アシスタント|システム)\s?[:：]", re.MULTILINE)
@@ -192,7 +222,9 @@ def leftovers(record: Record) -> Iterator[Hit]:
     messages += [(m.content, m.is_trained) for m in record.item or () if not isinstance(m, str)]
     for message, is_trained in messages:
         if match := _template_text(message, is_trained):
-            yield Hit("form.special-tokens", record.key, f"contains {match[0]!r}", excerpt(message, match.start()))
+            cure = "" if _END_TOKEN.fullmatch(match[0]) else CONVERT_TO_CHAT
+            contains = f"contains {match[0]!r}"
+            yield Hit("form.special-tokens", record.key, contains, excerpt(message, match.start()), cure)
             break
     text = record.text
     if _HTML_START.search(text) and not _ABOUT_MARKUP.search(record.prompt):

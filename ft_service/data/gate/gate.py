@@ -44,7 +44,7 @@ from ft_service.data.gate.findings import (
     by_severity,
     verdict_of,
 )
-from ft_service.data.gate.form import OTHER_FIELDS, Hit, check_files, check_record, check_unused
+from ft_service.data.gate.form import OTHER_FIELDS, Hit, check_files, check_record, check_unused, null_text
 from ft_service.data.gate.leakage import EvaluationSets
 from ft_service.data.gate.private import detail, visible
 from ft_service.data.gate.records import Record, Source, place_of
@@ -59,6 +59,8 @@ FIRST_PLACES = 20
 """Places that a finding carries; `on_hit` gets all of them."""
 MAX_UNUSED_FIELDS = 1000
 """Names of unused fields that are counted one by one; a file may have other names in every record."""
+_SHOWN_CURES = 3
+"""Cures of a finding whose records have several causes."""
 _EDGES = [0, *(round(16 * 2 ** (step / 2)) for step in range(31))]
 
 
@@ -158,6 +160,7 @@ class Gate:
         )
         self._count_unused(record)
         hits = [*check_record(record), *check_signal(record)]
+        hits += null_text(record, self.sources[record.source].texts)
         if self._evaluation is not None:
             hits += self._evaluation.check(record)
         if self._chat is not None and is_rendering_sample(record):
@@ -310,14 +313,16 @@ class Gate:
         known = CODES[code]
         count = tally.counts[code]
         checked = self._rendered if code == "signal.round-trip" else read
+        first = tally.first(code)
+        cures = list(dict.fromkeys(hit.cure or known.cure for hit in first))
         return Finding(
             code=code,
             severity=known.severity(count / checked),
             count=count,
             share=count / checked,
-            places=[self.place(hit) for hit in tally.first(code)],
+            places=[self.place(hit) for hit in first],
             why=known.why,
-            cure=known.cure,
+            cure=visible(" ".join(cures[:_SHOWN_CURES])),
             message=f"A sample of {counted(checked, 'record')} was checked." if code == "signal.round-trip" else "",
         )
 

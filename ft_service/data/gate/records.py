@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ft_service.data.convert import BadRecord, Conversation, columns_of, convert
 from ft_service.data.files.shard import Fault, FileShard, IsWanted
+from ft_service.data.gate.cures import record_cure
 from ft_service.data.gate.text import fold
 from ft_service.data.read import Scan, read_shard, scan
 from ft_service.errors import DataError
@@ -37,10 +38,16 @@ class Source:
     messages: str | None = None
     """The column of the conversations, in the chat format."""
 
+    notes: tuple[tuple[str, str], ...] = ()
+    """(file, how it is read) of the files whose content differs from what their names say."""
+    texts: tuple[str, ...] = ()
+    """Columns of the file that hold text; none in the chat format."""
+
     @classmethod
     def of(cls, source: DataSource, scan: Scan) -> "Source":
         """Made from a source of a spec."""
         optional = tuple(source.columns[name] for name in OPTIONAL_COLUMNS if name in source.columns)
+        texts = {"alpaca": ("instruction", "input", "output", "system"), "chat": (), "text": ("text",)}[source.format]
         return cls(
             path=source.path,
             files=scan.files,
@@ -51,6 +58,8 @@ class Source:
             optional=optional,
             used=frozenset(columns_of(source).values()),
             messages=columns_of(source).get("messages"),
+            notes=scan.notes,
+            texts=tuple(source.columns.get(name, name) for name in texts),
         )
 
 
@@ -193,4 +202,5 @@ def to_record(
     try:
         return Record(number, file, line, convert(raw, source, needs_answer), raw=raw, split=split)
     except BadRecord as error:
-        return Record(number, file, line, fault=Fault(error.code, str(error)), raw=raw, split=split)
+        fault = Fault(error.code, str(error), cure=record_cure(error.code, raw, source))
+        return Record(number, file, line, fault=fault, raw=raw, split=split)
