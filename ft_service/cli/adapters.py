@@ -98,6 +98,7 @@ def export(
     destination: Annotated[str, typer.Argument(help="A new folder; for --to hub, a repository USER/NAME.")],
     to: Annotated[Literal["folder", "hub", "gguf"], typer.Option("--to", help="What to export to.")],
     storage: StorageRoot = DEFAULT_STORAGE,
+    base: Base = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Merge an adapter into its base (always the case for gguf).")
     ] = False,
@@ -115,18 +116,20 @@ def export(
         raise UsageError(f"--public: only applies to --to hub, not to --to {to}. Leave it out.")
     if gguf_type != "same" and to != "gguf":
         raise UsageError(f"--gguf-type = {gguf_type!r}: only applies to --to gguf, not to --to {to}. Leave it out.")
+    if base is not None and not merged and to != "gguf":
+        raise UsageError(f"--base = {base!r}: only applies to --merged and --to gguf. Leave it out, or add --merged.")
     registry = Registry(Storage(storage))
     record = registry.resolve(adapter_id)
     result = destination
     advice = ""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
         if to == "hub":
-            result = export_to_hub(registry, record, destination, merged, public)
+            result = export_to_hub(registry, record, destination, merged, public, base)
             advice = naming_advice(record, destination)
         elif to == "gguf":
-            result = str(export_gguf(registry, record, Path(destination), gguf_type))
+            result = str(export_gguf(registry, record, Path(destination), gguf_type, base))
         else:
-            export_folder(registry, record, Path(destination), merged)
+            export_folder(registry, record, Path(destination), merged, base)
     if as_json:
         print_json({"id": record.id, "digest": record.digest, "to": to, "result": result, "advice": advice or None})
         return

@@ -12,31 +12,37 @@ from ft_service.export.gguf_file import GgufType, write_gguf
 from ft_service.registry.registry import CARD_FILE, RECORD_FILE, AdapterRecord, Registry
 
 
-def export_folder(registry: Registry, record: AdapterRecord, out: Path, merged: bool = False) -> None:
+def export_folder(
+    registry: Registry, record: AdapterRecord, out: Path, merged: bool = False, base: str | None = None
+) -> None:
     """Copy a published adapter or model to the new folder `out`, or write it merged into its base.
 
-    A copy keeps the record, so `out` can be checked against it. A full model is whole, so `merged` changes nothing.
+    `base` is where the base is now, if not where the record says. A copy keeps the record, so `out` can be checked
+    against it. A full model is whole, so `merged` changes nothing.
     On an error `out` is not created. Raises `UsageError` if it exists, `ModelError` if published files are damaged.
     """
     if merged and record.kind == "adapter":
         from ft_service.model.merge import merge_adapter  # imports torch
 
-        merge_adapter(registry, record, out)
+        merge_adapter(registry, record, out, base)
         return
     with _new_folder(out) as partial:
         _copy_published(registry, record, partial)
 
 
-def export_gguf(registry: Registry, record: AdapterRecord, out: Path, gguf_type: GgufType = "same") -> Path:
+def export_gguf(
+    registry: Registry, record: AdapterRecord, out: Path, gguf_type: GgufType = "same", base: str | None = None
+) -> Path:
     """Write a published model, or an adapter merged into its base, as a GGUF file in the new folder `out`.
 
-    Returns the file. The model card is next to it. Merging needs disk for the whole model, until the file is complete.
+    `base` is as for `export_folder`. Returns the file; the model card is next to it. Merging needs disk for the whole
+    model, until the file is complete.
     On an error `out` is not created. Raises `UsageError` if it exists, `ModelError` if GGUF cannot describe the model.
     """
     with _new_folder(out) as partial, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
-        source = Path(work, "model")
+        source = Path(work, record.id)
         if record.kind == "adapter":
-            export_folder(registry, record, source, merged=True)
+            export_folder(registry, record, source, merged=True, base=base)
         else:
             _raise_if_damaged(registry, record)
             source = registry.folder(record)

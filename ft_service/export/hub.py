@@ -19,7 +19,12 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def export_to_hub(
-    registry: Registry, record: AdapterRecord, repository: str, merged: bool = False, public: bool = False
+    registry: Registry,
+    record: AdapterRecord,
+    repository: str,
+    merged: bool = False,
+    public: bool = False,
+    base: str | None = None,
 ) -> str:
     """Upload to the repository ``user/name``, which is created, private unless `public`, if it does not exist.
 
@@ -32,8 +37,8 @@ def export_to_hub(
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"DESTINATION = {repository!r}: is not a repository. Write it as USER/NAME.")
     with tempfile.TemporaryDirectory(prefix="ft-export-") as temporary:
-        folder = Path(temporary, "content")
-        export_folder(registry, record, folder, merged)
+        folder = Path(temporary, repository.rpartition("/")[2])
+        export_folder(registry, record, folder, merged, base)
         card = folder / CARD_FILE
         card.write_text(card_for_hub(card.read_text(encoding="utf-8")), encoding="utf-8")
         try:

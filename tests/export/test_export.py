@@ -210,7 +210,7 @@ def test_the_command_exports_and_prints_json(published: Any, tmp_path: Path) -> 
     assert (shown["id"], shown["digest"], shown["to"]) == (record.id, record.digest, "gguf")
 
 
-@pytest.mark.parametrize("option", [["--public"], ["--gguf-type", "bf16"]])
+@pytest.mark.parametrize("option", [["--public"], ["--gguf-type", "bf16"], ["--base", "elsewhere"]])
 def test_an_option_of_another_destination_is_rejected(published: Any, tmp_path: Path, option: list[str]) -> None:
     registry, record = published
     arguments = ["adapters", "export", record.id, str(tmp_path / "out"), "--storage", registry.storage.root]
