@@ -96,8 +96,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="last-step-missing",
         file="ft_service/plan/make.py",
-        old="math.ceil(epochs * steps_per_epoch)",
-        new="math.floor(epochs * steps_per_epoch)",
+        old="math.ceil(epochs * num_rows / spec.train.global_batch_size)",
+        new="math.floor(epochs * num_rows / spec.train.global_batch_size)",
         breaks="The last rows of the last epoch are never trained on.",
         tests=("tests/plan/test_plan.py::test_steps_cover_the_epochs_or_equal_max_steps",),
     ),

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import boto3
@@ -345,7 +346,7 @@ def test_without_an_index_the_manifests_count(tmp_path: Path, damage: bytes | No
     assert sound_steps(run) == [10, 20]
     events = EventLog(run.storage, RUN)
     with pytest.raises(TrainingError, match="another model"):  # it came as far as to read a manifest
-        resume(run, Alone(), "another course", events)  # type: ignore[arg-type]
+        resume(run, Alone(), SimpleNamespace(continues=lambda digest, step: False), events)  # type: ignore[arg-type]
     reported = read_events(run.storage, RUN)[-1]
     assert reported.type == "checkpoint_damaged" and str(index) in reported.message
     save_as_one_worker(run, 30, "c")

@@ -96,6 +96,7 @@ def a_plan(max_steps: int = 6, micro: int = 2, stopping: dict[str, Any] | None =
         {
             "name": "loop",
             "model": {"base": "some/base"},
+            "method": {"type": "lora", "lora_rank": 4},
             "data": {"train": [{"path": "unused"}], "validation": {"fraction": 0.5}},
             "train": {
                 "max_steps": max_steps,
