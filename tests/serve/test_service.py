@@ -172,7 +172,8 @@ def test_every_route_except_health_requires_the_key(url):
 
 @pytest.fixture(scope="module")
 def endless(url, world) -> str:
-    serve.run(EndlessServer.bind(world.storage), name="endless", route_prefix="/endless")
+    server = EndlessServer.options(ray_actor_options={"num_cpus": 0})  # leaves room for another server
+    serve.run(server.bind(world.storage), name="endless", route_prefix="/endless")
     return url.replace("/v1", "/endless/v1")
 
 
