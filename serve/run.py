@@ -1,10 +1,12 @@
 """``ft serve``: check the settings, start or join Ray, serve until interrupted, then shut everything down."""
 
 import os
+import re
 import signal
 import socket
 import time
 from contextlib import ExitStack
+from itertools import count
 from threading import Event
 from types import FrameType
 from typing import NoReturn
@@ -12,29 +14,42 @@ from typing import NoReturn
 import ray
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from ft_service.cluster.ray_cluster import connect
 from ft_service.errors import ServingError, UsageError
+from ft_service.spec.schema import RUN_NAME_PATTERN
 from ft_service.text import last_line
 from serve.app import ServeConfig, build_app, complete, served_models
 from serve.http.keys import is_loopback
 
 APP_NAME = "ft"
+# Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
+_RESERVED_NAMES = ("v1", "docs", "redoc", "health", "default")
 _WILDCARDS = ("0.0.0.0", "::")
 _LISTEN_SECONDS = 300
 _POLL_SECONDS = 0.1
 
 
 def run_server(
-    storage: str, base: str | None, host: str = "127.0.0.1", port: int = 8000, ray_address: str | None = None
+    storage: str,
+    base: str | None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ray_address: str | None = None,
+    name: str = APP_NAME,
 ) -> None:
     """Serve `base` and its adapters on `storage` until SIGINT or SIGTERM.
 
     `base` None uses the one base that all adapters share. Joins Ray at `ray_address` or RAY_ADDRESS, or starts it on
-    this machine. Raises `ServingError` (port in use, a reachable address without FT_API_KEY, a replica that does not
+    this machine. Where Ray Serve already runs, the application called `name` joins it at a route of its own, and only
+    that application is deleted at the end.
+
+    Raises `ServingError` (port, name or route in use, a reachable address without FT_API_KEY, a replica that does not
     start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
     """
     ray_address = ray_address or os.environ.get("RAY_ADDRESS")
+    _check_name(name)
     config = _config(storage, base)
     _check_api_key(host, config)
     if not ray_address:
@@ -45,16 +60,12 @@ def run_server(
             connect(ray_address)
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
-            if serve.status().proxies:
-                raise ServingError(
-                    f"ray address = {ray_address!r}: Ray Serve already runs on this cluster. "
-                    "Add this application with: serve run serve.app:app --name ft --route-prefix /ft"
-                )
-            started.callback(serve.shutdown)
+            _check_running_serve(host, port, name)
+            started.callback(_stop_serving, name)
             serve.start(http_options={"host": host, "port": port})
-            _deploy(config)
+            _deploy(config, name)
             _wait_until_listening(port)
-            _announce(config, host, port, local=not ray_address)
+            _announce(config, host, port, name, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
             print("Stopping.", flush=True)
@@ -67,6 +78,14 @@ def _config(storage: str, base: str | None) -> ServeConfig:
         first = error.errors()[0]
         variable = f"FT_{str(first['loc'][0]).upper()}"
         raise UsageError(f"{variable} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(RUN_NAME_PATTERN, name) or name in _RESERVED_NAMES:
+        raise UsageError(
+            f"--name = {name!r}: cannot be part of an address. Use lower-case letters, digits and dashes, and none of "
+            f"{', '.join(_RESERVED_NAMES)}."
+        )
 
 
 def _check_api_key(host: str, config: ServeConfig) -> None:
@@ -90,11 +109,47 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _deploy(config: ServeConfig) -> None:
+def _route(name: str) -> str:
+    return "/" if name == APP_NAME else f"/{name}"
+
+
+def _check_running_serve(host: str, port: int, name: str) -> None:
+    """Raise `ServingError` if this server would replace an application of the cluster's Ray Serve, or not be reached.
+
+    Deploying under a name or a route that is in use takes down the application that has it.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    applications = client.get_serve_details()["applications"]
+    routes = {other: details.get("route_prefix") for other, details in applications.items()}
+    if name in routes or _route(name) in routes.values():
+        free = next(other for number in count(2) if (other := f"{APP_NAME}-{number}") not in routes)
+        raise ServingError(
+            f"--name = {name!r}: an application with this name or the route {_route(name)} already runs on this "
+            f"cluster. To serve beside it, add: --name {free}. To replace it, stop that server first."
+        )
+    running = client.http_config
+    if (running.host, running.port) != (host, port):
+        raise ServingError(
+            f"--host {host} --port {port}: Ray Serve already listens on {running.host}, port {running.port}, for all "
+            f"applications of this cluster. Use --host {running.host} --port {running.port}."
+        )
+
+
+def _stop_serving(name: str) -> None:
+    """Delete this application; shut Ray Serve down only if no other application is left."""
+    if name in serve.status().applications:
+        serve.delete(name)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _deploy(config: ServeConfig, name: str) -> None:
     try:
-        serve.run(build_app(config), name=APP_NAME)
+        serve.run(build_app(config), name=name, route_prefix=_route(name))
     except RuntimeError:  # its text names only the deployment; the status has the reason of the replica
-        deployments = serve.status().applications[APP_NAME].deployments.values()
+        deployments = serve.status().applications[name].deployments.values()
         reasons = "; ".join(last_line(deployment.message) for deployment in deployments)
         raise ServingError(f"the server did not start: {reasons}") from None
 
@@ -111,9 +166,9 @@ def _wait_until_listening(port: int) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _announce(config: ServeConfig, host: str, port: int, local: bool) -> None:
-    name = socket.gethostname() if host in _WILDCARDS else host
-    url = f"http://{f'[{name}]' if ':' in name else name}:{port}/v1"
+def _announce(config: ServeConfig, host: str, port: int, name: str, local: bool) -> None:
+    address = socket.gethostname() if host in _WILDCARDS else host
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}{_route(name).rstrip('/')}/v1"
     key = ' -H "Authorization: Bearer $FT_API_KEY"' if config.api_key else ""
     print(f"Serving at {url}")
     if local:

@@ -9,12 +9,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from ft_service.errors import ClusterError, FtError, ModelError, ServingError, UsageError
-from serve.run import run_server
+from serve.run import _stop_serving, run_server
 from tests.serve.serving_world import World, draft_record, make_world, write_adapter
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -107,6 +108,67 @@ def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
     monkeypatch.setattr("ray.init", no_answer)
     message = refused(ClusterError, world.storage, None, ray_address="192.0.2.1:6379")
     assert "192.0.2.1:6379" in message and "RAY_ADDRESS" in message and "\n" not in message
+
+
+class RunningServe:
+    """The client of a Ray Serve that has applications."""
+
+    http_config = SimpleNamespace(host="127.0.0.1", port=8000)
+
+    def __init__(self, routes: dict[str, str]) -> None:
+        self.routes = routes
+
+    def get_serve_details(self) -> dict:
+        return {"applications": {name: {"route_prefix": route} for name, route in self.routes.items()}}
+
+
+@pytest.fixture
+def running(monkeypatch):
+    """Ray Serve already runs, with these applications; nothing may be deployed, deleted or shut down."""
+
+    def run(**routes: str) -> None:
+        monkeypatch.setattr("serve.run.connect", lambda address: None)
+        monkeypatch.setattr("serve.run._get_global_client", lambda **_: RunningServe(routes))
+        for name in ("start", "run", "delete", "shutdown"):
+            monkeypatch.setattr(
+                f"ray.serve.{name}", lambda *_, name=name, **__: pytest.fail(f"serve.{name} was called")
+            )
+
+    return run
+
+
+@pytest.mark.parametrize("routes", [{"ft": "/"}, {"default": "/"}, {"ft": "/other"}])
+def test_a_second_server_is_refused_and_the_advised_name_is_free(world, running, routes):
+    running(**routes)
+    message = refused(ServingError, world.storage, None, ray_address="127.0.0.1:1")
+    assert "already runs" in message and "--name ft-2" in message and "serve run" not in message
+
+
+def test_the_advised_name_is_not_one_that_runs(world, running):
+    running(**{"ft": "/", "ft-2": "/ft-2"})
+    assert "--name ft-3" in refused(ServingError, world.storage, None, ray_address="127.0.0.1:1", name="ft-2")
+
+
+def test_a_joining_server_must_use_the_address_that_serve_listens_on(world, running):
+    running(ft="/")
+    message = refused(ServingError, world.storage, None, port=9000, ray_address="127.0.0.1:1", name="other")
+    assert "--port 9000" in message and "Use --host 127.0.0.1 --port 8000" in message
+
+
+@pytest.mark.parametrize("name", ["v1", "a/b", "", "-x"])
+def test_a_name_that_would_hide_other_routes_is_refused(world, name):
+    assert f"--name = {name!r}" in refused(UsageError, world.storage, None, name=name)
+
+
+@pytest.mark.parametrize(("left", "shuts_down"), [({"other"}, False), (set(), True)])
+def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left, shuts_down):
+    applications = {"ft", *left}
+    shutdowns = []
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr("ray.serve.delete", applications.remove)
+    monkeypatch.setattr("ray.serve.shutdown", lambda: shutdowns.append(1))
+    _stop_serving("ft")
+    assert applications == left and bool(shutdowns) == shuts_down
 
 
 @pytest.mark.cluster

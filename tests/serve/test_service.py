@@ -1,5 +1,8 @@
 """The whole service: Ray Serve, a real model, and the stock `openai` client over HTTP."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import httpx
@@ -12,6 +15,7 @@ from ft_service.chat.format import ChatFormat, Message
 from ft_service.cleanup.removal import delete_adapter
 from ft_service.model.base import fingerprint
 from serve.app import ServeConfig, app
+from tests.hosts import ROOT
 from tests.serve.serving_world import PROMPT, SENTENCE, EndlessServer, World, damage, make_world, publish_adapter
 from tests.shared_cluster import joined
 
@@ -168,7 +172,8 @@ def test_every_route_except_health_requires_the_key(url):
 
 @pytest.fixture(scope="module")
 def endless(url, world) -> str:
-    serve.run(EndlessServer.bind(world.storage), name="endless", route_prefix="/endless")
+    server = EndlessServer.options(ray_actor_options={"num_cpus": 0})  # leaves room for another server
+    serve.run(server.bind(world.storage), name="endless", route_prefix="/endless")
     return url.replace("/v1", "/endless/v1")
 
 
@@ -182,3 +187,35 @@ def test_a_disconnected_client_stops_its_answer(endless, stream):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{endless}/completions", json=body, timeout=1)
     assert serve.get_app_handle("endless").closed_answers.remote().result(timeout_s=30) == 1
+
+
+def test_a_second_server_joins_at_its_own_route_and_leaves_the_first_one_running(world, client, cluster, url):
+    port = httpx.URL(url).port
+    running = set(serve.status().applications)
+    headers = {"authorization": f"Bearer {API_KEY}"}
+
+    def second(*options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "ft_service.cli.app", "serve", "--port", str(port), *options]
+        environment = {**cluster.environment, "FT_API_KEY": API_KEY, "FT_STORAGE": world.storage}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+    refused, _ = (server := second()).communicate()
+    assert server.returncode == 1 and "--name ft-2" in refused
+    server = second("--name", "ft-2")
+    try:
+        assert server.stdout
+        printed = []
+        for line in server.stdout:
+            printed.append(line)
+            if "/models" in line and "curl" in line:
+                break
+        assert f"Serving at http://127.0.0.1:{port}/ft-2/v1\n" in printed, "".join(printed)
+        models = httpx.get(f"http://127.0.0.1:{port}/ft-2/v1/models", headers=headers).json()["data"]
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+    finally:
+        server.kill()
+    assert server.returncode == 0
+    assert [model["id"] for model in models] == [model.id for model in client.models.list()]
+    assert set(serve.status().applications) == running
