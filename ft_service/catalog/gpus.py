@@ -1,9 +1,13 @@
 """GPU types, by Ray's names for them (``accelerator_type:H100``).
 
 Sources: NVIDIA's datasheets (memory, peak rate without sparsity, memory bandwidth, NVLink, PCIe) and, for network and
-main memory, the AWS instance types with eight of them (g4dn, p3, g5, g6, g6e, p4d, p4de, p5, p5en, p6-b200).
+main memory, the AWS instance types with eight of them (g4dn, p3, g5, g6, g6e, p4d, p4de, p5, p5en, p6-b200, p6-b300).
+Peak rates of GeForce and RTX cards are those with fp32 accumulation, from the architecture whitepapers (Ampere GA102,
+Ada, Blackwell). For cards that no such instance has, a node is assumed to have 64 GiB of main memory for each GPU, and
+a network of 10 Gbit/s (GeForce, RTX) or 100 Gbit/s.
 """
 
+import difflib
 from dataclasses import dataclass
 
 GPUS_PER_NODE = 8
@@ -41,21 +45,53 @@ GPUS = {
     for gpu in (
         Gpu("T4", 15.0, 65.0, 320, None, 16, 12.5, 384, has_bf16=False),  # its fp16 rate
         Gpu("V100", 16.0, 125.0, 900, 150, 16, 3.1, 488, has_bf16=False),  # likewise
+        Gpu("A10", 22.5, 125.0, 600, None, 32, 12.5, 512),
         Gpu("A10G", 22.5, 70.0, 600, None, 32, 12.5, 768),
         Gpu("L4", 22.5, 121.0, 300, None, 32, 12.5, 768),
         Gpu("A100", 40.0, 312.0, 1555, 300, 32, 50, 1152),
         Gpu("A100-40G", 40.0, 312.0, 1555, 300, 32, 50, 1152),
         Gpu("A100-80G", 80.0, 312.0, 2039, 300, 32, 50, 1152),
+        Gpu("A30", 24.0, 165.0, 933, None, 32, 12.5, 512),
+        Gpu("A40", 45.0, 149.7, 696, None, 32, 12.5, 512),
+        Gpu("L40", 45.0, 181.0, 864, None, 32, 12.5, 512),
         Gpu("L40S", 45.0, 362.0, 864, None, 32, 50, 1536),
         Gpu("H100", 79.6, 989.0, 3350, 450, 64, 400, 2048),
+        Gpu("H20", 95.5, 148.0, 4000, 450, 64, 50, 512),
         Gpu("H200", 140.4, 989.0, 4800, 450, 64, 400, 2048),
         Gpu("B200", 179.0, 2250.0, 8000, 900, 64, 400, 2048),
+        Gpu("B300", 268.0, 2250.0, 8000, 900, 64, 800, 4096),
+        Gpu("GeForce-RTX-3090", 24.0, 71.0, 936, None, 32, 1.25, 512),
+        Gpu("GeForce-RTX-4090", 23.9, 165.2, 1008, None, 32, 1.25, 512),
+        Gpu("GeForce-RTX-5090", 31.8, 209.5, 1792, None, 64, 1.25, 512),
+        Gpu("RTX-A6000", 47.9, 154.8, 768, None, 32, 1.25, 512),
+        Gpu("RTX-6000", 47.9, 364.2, 960, None, 32, 1.25, 512),  # the Ada generation
+        Gpu("RTX-PRO-6000", 95.5, 503.8, 1792, None, 64, 1.25, 512),  # Blackwell
     )
 }
-_ALIASES = {"H100-80G": "H100", "H200-141G": "H200", "A10": "A10G"}
+_ALIASES = {
+    "H100-80G": "H100",
+    "H200-141G": "H200",
+    "RTX-3090": "GeForce-RTX-3090",
+    "RTX-4090": "GeForce-RTX-4090",
+    "RTX-5090": "GeForce-RTX-5090",
+    "A6000": "RTX-A6000",
+    "RTX-6000-Ada": "RTX-6000",
+}
 
 
 def find_gpu(name: str | None) -> Gpu | None:
-    """The type with this name, ignoring case; None if unknown."""
+    """The type with this name, ignoring case, spaces and a leading "NVIDIA"; None if unknown."""
+    if not name:
+        return None
     known = {gpu.lower(): gpu for gpu in GPUS} | {other.lower(): gpu for other, gpu in _ALIASES.items()}
-    return GPUS[known[name.lower()]] if name and name.lower() in known else None
+    wanted = name.lower().replace(" ", "-").removeprefix("nvidia-")
+    return GPUS[known[wanted]] if wanted in known else None
+
+
+def known_gpus(name: str) -> str:
+    """For errors about an unknown type: the closest names, if any, and all of them."""
+    names = [*GPUS, *_ALIASES]
+    by_lower = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    guess = f"Did you mean {by_lower[close[0]]}? " if close else ""
+    return f"{guess}Known types: {', '.join(GPUS)}."

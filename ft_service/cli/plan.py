@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE, Gpu, find_gpu
+from ft_service.catalog.gpus import GPUS_PER_NODE, Gpu, find_gpu, known_gpus
 from ft_service.cli.common import AsJson, Overrides, console, print_json
 from ft_service.errors import UsageError
 from ft_service.plan.facts import Resources
@@ -89,7 +89,7 @@ def plan(
 def _known_gpu(gpu_type: str | None) -> Gpu | None:
     gpu = find_gpu(gpu_type)
     if gpu_type is not None and gpu is None:
-        raise UsageError(f"--gpu-type = {gpu_type!r}: unknown type. Use one of {', '.join(GPUS)}, or --gpu-memory-gib.")
+        raise UsageError(f"--gpu-type = {gpu_type!r}: unknown type. {known_gpus(gpu_type)} Or use --gpu-memory-gib.")
     return gpu
 
 

@@ -21,6 +21,7 @@ from ft_service.text import counted
 MAX_SUGGESTIONS = 3
 _MAX_WORKERS = 1024
 _MIN_ROW_TOKENS = 512
+_MIN_RANK = 8
 _METHODS = ("full", "lora", "qlora")
 _RENTED_TYPES = ("L4", "L40S", "A100-80G", "H100", "H200", "B200")
 """GPU types to suggest, by memory; of types with equal memory, the one that is still offered."""
@@ -156,7 +157,7 @@ def _settings_that_fit(shape: ModelShape, spec: RunSpec, workers_per_node: int, 
     lengths = (spec.data.max_seq_len // 2**halvings for halvings in (1, 2, 3))
     shorter_rows = [("data.max_seq_len", length) for length in lengths if length >= _MIN_ROW_TOKENS]
     lighter_methods = [("method.type", method) for method in ("lora", "qlora")[_METHODS.index(spec.method.type) :]]
-    for changes in ([*_relaxed_settings(spec), *shorter_rows], lighter_methods):
+    for changes in ([*_relaxed_settings(spec), *_lower_ranks(spec), *shorter_rows], lighter_methods):
         for setting, value in changes:
             if fitting := _fitting_candidate(shape, _with(spec, {setting: value}), workers_per_node, machine):
                 yield _fits_with(f"{setting}: {_resolved(fitting, setting, value)}", fitting)
@@ -194,6 +195,14 @@ def _relaxed_settings(spec: RunSpec) -> Iterator[tuple[str, Any]]:
         yield "train.micro_batch_size", "auto"
     if spec.parallel.offload != "auto":
         yield "parallel.offload", "auto"
+
+
+def _lower_ranks(spec: RunSpec) -> Iterator[tuple[str, int]]:
+    """Halved ranks, down to one that is usual. Empty for full fine-tuning."""
+    rank = spec.method.lora_rank if spec.method.type != "full" else 0
+    while rank // 2 >= _MIN_RANK:
+        rank //= 2
+        yield "method.lora_rank", rank
 
 
 def _resolved(candidate: Candidate, setting: str, value: Any) -> Any:

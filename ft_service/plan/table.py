@@ -60,9 +60,9 @@ class PlanTable(BaseModel):
     entries: list[TableEntry]
 
     def smallest(self, method: Method) -> dict[str, TableEntry]:
-        """By GPU type, the entry with fewest GPUs that fits; one without offloading if there is any."""
+        """By GPU type, the entry with fewest GPUs that fits."""
         smallest: dict[str, TableEntry] = {}
-        for entry in sorted(self.entries, key=lambda entry: (entry.offload != "none", entry.num_gpus)):
+        for entry in sorted(self.entries, key=lambda entry: entry.num_gpus):
             if entry.method == method and entry.fits:
                 smallest.setdefault(entry.gpu_type, entry)
         return smallest
@@ -96,10 +96,15 @@ def default_gpus() -> list[Gpu]:
 def shape_of(model: str) -> ModelShape:
     """The shape of a catalogue model, or of a folder's config.json. Raises `ModelError` if `model` is neither."""
     if known := models.find(model):
+        if known.vision:
+            raise ModelError(
+                f"--table = {model!r}: is a vision model, and only text models can be trained. "
+                f"Use its text backbone, {known.text_backbone}."
+            )
         return known.shape
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
-        names = ", ".join(facts.short_name for facts in models.MODELS)
+        names = ", ".join(facts.short_name for facts in models.MODELS if not facts.vision)
         raise ModelError(
             f"--table = {model!r}: not a known model, and not a folder with a config.json. Use one of {names}."
         )

@@ -5,14 +5,15 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from ft_service.errors import Problem, SpecError
 from ft_service.spec.rules import contradictions
-from ft_service.spec.schema import RunSpec
+from ft_service.spec.schema import MethodSpec, RunSpec
 
 
 def load_run_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
@@ -41,6 +42,7 @@ def parse_run_spec(text: str, overrides: Sequence[str] = (), where: str = "run s
     if not isinstance(document, dict):
         problem = Problem("SPEC", where, "is not a mapping of settings", "Start from jobs/specs/lora.yaml.")
         raise SpecError([problem], where)
+    _leave_adapter_settings_to_overrides(document, overrides)
     override_problems = [_apply_override(document, override) for override in overrides]
     problems = [problem for problem in override_problems if problem is not None]
     try:
@@ -93,7 +95,7 @@ def _apply_override(document: dict[str, Any], override: str) -> Problem | None:
             setting or "override", override, "is not of the form setting=value", "Write for example train.max_steps=10."
         )
     try:
-        value = yaml.load(text, Loader=_SpecLoader)
+        value = _override_value(text)
     except yaml.YAMLError:
         return Problem(setting, text, "is not a valid YAML value", "Quote it.")
     *parents, last = setting.split(".", 2 if setting.startswith(_WAIVE) else -1)
@@ -108,9 +110,52 @@ def _apply_override(document: dict[str, Any], override: str) -> Problem | None:
         if not last.isdigit() or int(last) >= len(node):
             return Problem(setting, text, "is not an item of the list", f"Use a number from 0 to {len(node) - 1}.")
         node[int(last)] = value
+    elif value is None and last in node and not _may_be_null(parents, last):
+        del node[last]
+    elif value is None and _is_setting(parents, last) and not _may_be_null(parents, last):
+        pass  # it is at its default already
     else:
         node[last] = value
     return None
+
+
+def _field_at(parents: Sequence[str], last: str) -> FieldInfo | None:
+    section, _ = _field_of([int(key) if key.isdigit() else key for key in parents])
+    return section.model_fields.get(last) if section else None
+
+
+def _is_setting(parents: Sequence[str], last: str) -> bool:
+    return _field_at(parents, last) is not None
+
+
+def _may_be_null(parents: Sequence[str], last: str) -> bool:
+    """Whether null is a value of this setting: ``checkpoint.every_steps: null`` is not the same as its default."""
+    field = _field_at(parents, last)
+    return field is not None and type(None) in get_args(field.annotation)
+
+
+def _override_value(text: str) -> Any:
+    """The value after ``setting=``. YAML would end it at `` #``, but nobody writes comments on a command line."""
+    node = yaml.compose(text, Loader=_SpecLoader)
+    if node is None and text.strip():
+        return text.strip()  # nothing but a "comment"
+    if node is not None and text[node.end_mark.index :].strip():
+        if isinstance(node, yaml.ScalarNode) and node.style is None:
+            return text.strip()
+        raise yaml.YAMLError("text after the value")
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and " #" in text:
+        raise yaml.YAMLError("a comment, or part of the value")
+    return yaml.load(text, Loader=_SpecLoader)
+
+
+def _leave_adapter_settings_to_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
+    """With the override ``method.type=full``, drop the file's adapter settings, which have no meaning then.
+
+    Adapter settings among the overrides themselves stay, and are refused.
+    """
+    method = document.get("method")
+    if "method.type=full" in overrides and isinstance(method, dict):
+        document["method"] = {name: value for name, value in method.items() if name not in MethodSpec.model_fields}
 
 
 def _child(node: Any, key: str) -> Any:

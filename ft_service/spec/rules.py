@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ft_service.catalog.gpus import find_gpu, known_gpus
 from ft_service.errors import Problem
 from ft_service.spec.schema import RunSpec
 
@@ -155,6 +156,14 @@ def accelerator_type_needs_gpus(spec: RunSpec) -> Iterator[Problem]:
         )
 
 
+def accelerator_type_is_known(spec: RunSpec) -> Iterator[Problem]:
+    """Ray would wait forever for a node with a misspelt type."""
+    name = spec.parallel.accelerator_type
+    if name and find_gpu(name) is None:
+        fix = f"{known_gpus(name)} Without this setting, any GPU of the cluster is used."
+        yield Problem("parallel.accelerator_type", name, "is not a known GPU type", fix)
+
+
 # -- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +222,7 @@ RULES: tuple[Callable[[RunSpec], Iterator[Problem]], ...] = (
     hpz_and_offloading_exclude_each_other,
     hpz_needs_gpus,
     accelerator_type_needs_gpus,
+    accelerator_type_is_known,
     early_stopping_needs_validation_data,
     validating_needs_validation_data,
     uris_contain_no_credentials,

@@ -11,6 +11,7 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ft_service.catalog.gpus import find_gpu
 from ft_service.cluster.ray_cluster import kill_actors
 from ft_service.errors import FtError, ModelUnreachableError, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
@@ -113,7 +114,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
             num_workers=parallel.max_workers,
             use_gpu=parallel.use_gpu,
             resources_per_worker=resources_per_worker(parallel),
-            accelerator_type=parallel.accelerator_type,
+            accelerator_type=ray_accelerator_type(parallel.accelerator_type),
         ),
         torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
         run_config=RunConfig(
@@ -157,3 +158,9 @@ def _as_ft_error(error: ray.train.TrainingFailedError) -> FtError:
     # The full text of Ray's error may fill a screen: it goes to log and file, and its first line into the message.
     reason = DeathReason("worker", type(causes[0]).__name__, str(causes[0]))
     return TrainingDied(f"worker {rank} failed: {reason_line(causes[0])}", reason, details)
+
+
+def ray_accelerator_type(name: str | None) -> str | None:
+    """Ray's exact name: the spec may say rtx-4090 for GeForce-RTX-4090, and Ray would wait forever for such a node."""
+    gpu = find_gpu(name)
+    return gpu.name if gpu else name

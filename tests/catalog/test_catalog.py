@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
 
 from ft_service.catalog import models
+from ft_service.catalog.gpus import find_gpu
 from ft_service.catalog.models import MODELS, ModelFacts, ModelShape
 from ft_service.errors import ModelError
+from ft_service.train.worker_group import ray_accelerator_type
 
 TEXT_MODELS = [model for model in MODELS if not model.vision]
 TEXT_SHAPES = {model.shape: model for model in TEXT_MODELS}.values()
@@ -229,3 +232,22 @@ def test_a_usual_base_gets_no_remark(base: str, formats: set[str]) -> None:
 
 def test_a_base_on_object_storage_is_named_after_its_folder() -> None:
     assert models.short_name("s3://bucket/models/My_Llama/?endpoint_override=host:9000&scheme=http") == "my-llama"
+
+
+@pytest.mark.parametrize(
+    ("product", "asked"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 3090", "rtx-3090"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+        ("NVIDIA H100 80GB HBM3", "H100-80G"),
+        ("NVIDIA A40", "a40"),
+    ],
+)
+def test_workers_are_requested_by_the_name_that_ray_gives_the_card(product: str, asked: str) -> None:
+    rays_name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(product)
+    assert ray_accelerator_type(asked) == rays_name
+    gpu = find_gpu(rays_name)
+    assert gpu and gpu.name == rays_name

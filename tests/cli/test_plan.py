@@ -82,7 +82,7 @@ def test_the_spec_is_checked_against_the_hardware(spec: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu-type", "H1000"], "--gpu-type = 'H1000': unknown type. Use one of T4,"),
+        (["--gpu-type", "H1000"], "--gpu-type = 'H1000': unknown type. Did you mean H100? Known types: T4,"),
         (["--nodes", 1, "--gpus", 8], "--nodes = 1: conflicts with --gpus = 8"),
         (["--max-seq-len", 512], "--max-seq-len = 512: only for --table"),
         (["--table", "llama-3.1-8b"], "needs either a SPEC or --table MODEL"),

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS
-from ft_service.errors import SpecError
+from ft_service.errors import ModelError, SpecError
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.make import make_plan
 from ft_service.plan.memory import GIB, Layout, estimate_memory
 from ft_service.plan.plan import RunPlan
+from ft_service.plan.table import METHODS, plan_table
 from ft_service.spec.load import parse_run_spec
 
 FACTS = DatasetFacts(
@@ -327,3 +328,23 @@ def test_every_worker_count_of_a_range_has_the_same_global_batch() -> None:
         rows = decided.micro_batch_size * decided.gradient_accumulation_steps * count
         assert rows == decided.global_batch_size == 64
         assert decided.training_digest == plan("parallel.num_workers=8").training_digest
+
+
+def test_advice_may_lower_the_rank() -> None:
+    settings = ("method.lora_rank=1024", "data.max_seq_len=512", "parallel.offload=auto")
+    decided = on("A100-40G", 1, *settings, host_memory_gib_per_node=20)
+    assert decided.fits is False
+    rank = next(line for line in decided.advice if "method.lora_rank" in line)
+    assert re.search(r"Fits with method.lora_rank: (512|256|128|64|32|16|8):", rank)
+
+
+def test_the_table_names_the_smallest_entry_that_fits_whatever_it_offloads() -> None:
+    table = plan_table("llama-3.1-405b", [GPUS["H100"]], 4096)
+    for method in METHODS:
+        fitting = [entry.num_gpus for entry in table.entries if entry.method == method and entry.fits]
+        assert table.smallest(method)["H100"].num_gpus == min(fitting)
+
+
+def test_a_vision_model_has_no_table() -> None:
+    with pytest.raises(ModelError, match=r"meta-llama/Llama-3\.1-8B-Instruct"):
+        plan_table("llama-3.2-11b-vision-instruct", [GPUS["H100"]], 4096)

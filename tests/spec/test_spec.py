@@ -112,6 +112,45 @@ def test_overrides_reach_sections_list_items_and_numbers() -> None:
         assert override.partition("=")[0] in error_of(override)
 
 
+def test_null_unsets_a_setting_and_never_hides_a_misspelt_one() -> None:
+    text = SPEC + "\nmethod: {lora_rank: 8, lora_alpha: 9}\n" if "method:" not in SPEC else SPEC
+    assert parse_run_spec(text, ["method.lora_rank=null"]).method.lora_rank == 16
+    assert parse_run_spec(text, ["checkpoint.every_steps=null"]).checkpoint.every_steps is None, "null has a meaning"
+    assert parse_run_spec(text, ["data.waive.form.bad=known", "data.waive.form.bad=null"]).data.waive == {}
+    assert "method.lora_rnak" in error_of("method.lora_rnak=null")
+
+
+@pytest.mark.parametrize("reason", ["see ticket #4", "#4", "a#b", "they said: no #2"])
+def test_an_override_keeps_its_whole_value(reason: str) -> None:
+    if ":" in reason:
+        assert "Quote it" in error_of(f"data.waive.form.unreadable={reason}")
+        reason = f"'{reason}'"
+    spec = parse_run_spec(SPEC, [f"data.waive.form.unreadable={reason}"])
+    assert spec.data.waive == {"form.unreadable": reason.strip("'")}
+
+
+def test_text_after_a_value_is_not_dropped() -> None:
+    assert "Quote it" in error_of("train={epochs: 2} # a comment")
+
+
+def test_full_fine_tuning_can_be_tried_over_a_lora_spec() -> None:
+    text = SPEC + "method: {type: lora, lora_rank: 8, lora_alpha: 9}\n"
+    method = parse_run_spec(text, ["method.type=full"]).method
+    assert method.type == "full" and method.model_fields_set == {"type"}
+    with pytest.raises(SpecError, match=r"method\.lora_rank"):
+        parse_run_spec(text, ["method.type=full", "method.lora_rank=4"])
+
+
+@pytest.mark.parametrize("name", ["GeForce-RTX-4090", "rtx-4090", "NVIDIA RTX A6000", "H100", "B300"])
+def test_gpu_types_that_people_own_are_known(name: str) -> None:
+    assert parse_run_spec(SPEC, [f"parallel.accelerator_type={name}"])
+
+
+def test_an_unknown_gpu_type_lists_the_known_ones() -> None:
+    message = error_of("parallel.accelerator_type=RTX-4900")
+    assert "Did you mean RTX-4090?" in message and "A100-80G" in message
+
+
 def test_credentials_in_a_uri_are_rejected_and_not_printed() -> None:
     for setting in ("model.base", "storage"):
         message = error_of(f"{setting}=s3://AKIA:secret@bucket/llama")
