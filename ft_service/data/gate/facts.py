@@ -289,6 +289,7 @@ _CASUAL_SIGNS = (
     *("!!", "??", "!?", "?!"),
     *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
 )
+_FIRST_FACE = "\U0001f600"
 _NO_LETTERS = bytes(code if chr(code).isalnum() or chr(code) == "_" else 32 for code in range(128)) + bytes(128)
 
 
@@ -326,10 +327,13 @@ def _tone(sentence: str) -> str:
 
 def _may_be_casual(text: str) -> bool:
     """A fast test: False if `_CASUAL`, which is slow, cannot match."""
-    if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
+    if any(sign in text for sign in "!?:;") and any(sign in text for sign in _CASUAL_SIGNS):
+        return True
+    if not text.isascii() and max(text) >= _FIRST_FACE:
         return True
     lower = text.lower()
-    return not _CASUAL_WORDS.isdisjoint(lower.encode().translate(_NO_LETTERS).split()) or "haha" in lower
+    words = lower.encode("ascii", "replace").translate(_NO_LETTERS).split()
+    return not _CASUAL_WORDS.isdisjoint(words) or "haha" in lower
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")

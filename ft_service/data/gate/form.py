@@ -143,6 +143,9 @@ def null_text(record: Record, columns: Sequence[str]) -> Iterator[Hit]:
 # -- characters ------------------------------------------------------------------------------------------------------
 
 _LOST = "\ufffd"
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_BADNESS_REACH = 8
+"""Characters before and after one beyond ASCII that a match of ftfy's pattern covers or looks at, at most."""
 _UTF8_AS_SHIFT_JIS = re.compile("[縺繧繝][\u3041-\u30fe\u3400-\u9fff\uff61-\uff9f]|窶[\u3400-\u9fff\uff61-\uff9f]")
 """UTF-8 hiragana and katakana begin with E3 81, E3 82 or E3 83, which Shift-JIS reads as these rare characters (E2 80,
 of typographic quotes, as the last). ftfy does not check for this error."""
@@ -162,7 +165,7 @@ def broken_text(record: Record) -> Iterator[Hit]:
         yield Hit("form.encoding", record.key, "contains U+FFFD, a lost character", excerpt(text, at))
         return
     else:
-        mojibake = ftfy.badness.BADNESS_RE.search(text)
+        mojibake = _badness(text)
         if mojibake is None and len(signs := list(_UTF8_AS_SHIFT_JIS.finditer(text))) >= _SHIFT_JIS_SIGNS_FROM:
             mojibake = signs[0]
     if mojibake is not None:
@@ -171,6 +174,15 @@ def broken_text(record: Record) -> Iterator[Hit]:
         yield Hit(
             "form.control-characters", record.key, f"contains U+{ord(match[0]):04X}", excerpt(text, match.start())
         )
+
+
+def _badness(text: str) -> re.Match[str] | None:
+    """The first match of ftfy's slow pattern, which needs a character beyond ASCII, searched only around those."""
+    for sign in _BEYOND_ASCII.finditer(text):
+        start = max(0, sign.start() - _BADNESS_REACH)
+        if match := ftfy.badness.BADNESS_RE.search(text, start, sign.end() + _BADNESS_REACH):
+            return match
+    return None
 
 
 def _may_hold_controls(text: str) -> bool:
