@@ -86,6 +86,7 @@ class FactTable:
         prompt = record.folded_prompt
         output = record.folded_output
         content = _model_input(record)
+        spoken = language(record.output)
         tokens = record.tokens
         self._rows.append(
             (
@@ -104,8 +105,8 @@ class FactTable:
                 record.source,
                 ENDINGS.index(ending(record.output)),
                 LANGUAGES.index(language(record.question)),
-                LANGUAGES.index(language(record.output)),
-                REGISTERS.index(register(record.output)),
+                LANGUAGES.index(spoken),
+                REGISTERS.index(register(record.output, spoken)),
                 SHAPES.index(shape(record.output)),
                 record.split == "validation",
                 is_cjk(record.output),
@@ -293,7 +294,7 @@ _FIRST_FACE = "\U0001f600"
 _NO_LETTERS = bytes(code if chr(code).isalnum() or chr(code) == "_" else 32 for code in range(128)) + bytes(128)
 
 
-def register(output: str) -> str:
+def register(output: str, spoken: str | None = None) -> str:
     """The tone of an answer: polite, plain or casual by endings (Japanese), neutral or casual by words (English).
 
     A short answer in English is casual or of no tone: "Restart it." is neither formal nor informal.
@@ -306,7 +307,7 @@ def register(output: str) -> str:
         if polite == plain + casual:
             return "none"
         return "polite" if polite > plain + casual else "casual" if casual > plain else "plain"
-    if language(output) != "latin":
+    if (spoken or language(output)) != "latin":
         return "none"
     if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]):
         return "casual"

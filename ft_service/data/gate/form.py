@@ -305,12 +305,13 @@ _BOILERPLATE = re.compile(
     r"|お気軽に(?:お尋ね|ご質問|お問い合わせ|お聞き)",
     re.IGNORECASE,
 )
-_REFUSAL_HINTS = ("as a", "i'm ", "i am ", "i can", "i won't", "i will not")
-_BOILERPLATE_HINTS = (
-    *("certainly", "of course", "sure", "absolutely", "great question", "happy to"),
-    *("hope ", "let me know", "feel free", "hesitate", "anything else"),
+_REFUSAL_HINTS = (
+    *(f"as {article} {noun}" for article in ("a", "an") for noun in ("ai", "artificial", "language", "large language")),
+    *("i'm ", "i am ", "i cannot", "i can't", "i won't", "i will not"),
 )
-"""English text matches the slow patterns only if it contains one of these."""
+_BOILERPLATE_HINTS = ("hope ", "let me know", "feel free", "hesitate", "anything else")
+_BOILERPLATE_STARTS = ("certainly", "of course", "sure", "absolutely", "great question", "happy to", "i'd be happy")
+"""English text matches the slow patterns only if it contains one of the hints, or begins with one of the starts."""
 _CURLY = str.maketrans("’‘", "''")
 
 
@@ -326,18 +327,18 @@ def stock_phrases(record: Record) -> Iterator[Hit]:
         if match := _may_match(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
             yield Hit("quality.refusal", record.key, detail(f"says {match[0]!r}"), excerpt(output, match.start()))
             return
-        if not _may_match(start + output[ending:], _BOILERPLATE_HINTS):
+        if not _may_match(start + output[ending:], _BOILERPLATE_HINTS, _BOILERPLATE_STARTS):
             continue
         if match := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
             yield Hit("quality.boilerplate", record.key, detail(f"says {match[0]!r}"), excerpt(output, match.start()))
             return
 
 
-def _may_match(text: str, hints: Sequence[str]) -> bool:
+def _may_match(text: str, hints: Sequence[str], starts: tuple[str, ...] = ()) -> bool:
     if not text.isascii():
         return True
     lower = text.lower()
-    return any(hint in lower for hint in hints)
+    return lower.startswith(starts) or any(hint in lower for hint in hints)
 
 
 def private_data(record: Record) -> Iterator[Hit]:

@@ -54,7 +54,7 @@ def test_every_refusal_has_a_hint(text: str) -> None:
 
 @given(texts(english(form._BOILERPLATE)))
 def test_every_stock_phrase_has_a_hint(text: str) -> None:
-    assert form._may_match(text, form._BOILERPLATE_HINTS)
+    assert form._may_match(text, form._BOILERPLATE_HINTS, form._BOILERPLATE_STARTS)
 
 
 @given(AROUND, st.sampled_from(sorted(facts._CASUAL_WORDS)), AROUND)
