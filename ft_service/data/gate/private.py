@@ -102,6 +102,7 @@ _IBAN_CHARACTERS = 42  # with spaces
 _SSN = re.compile(r"(?<![\w.-])\d{3}([ -]?)\d{2}\1\d{4}(?![\w-]|\.\d)", re.ASCII)
 _SSN_BEFORE = re.compile(r"\bssn\b|social security", re.IGNORECASE)
 _MY_NUMBER = re.compile(r"(?<![\w.-])\d{4}([ -]?)\d{4}\1\d{4}(?![\w-]|\.\d)", re.ASCII)
+_MY_NUMBER_DIGITS = 12
 _MY_NUMBER_BEFORE = re.compile(r"my ?number|individual number|マイナンバー|個人番号", re.IGNORECASE)
 """One number in eleven passes the check digit, so it counts only near these words."""
 _PASSWORD = re.compile(
@@ -148,6 +149,8 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
         "private.key": whole if "-----BEGIN" in text or _LONG_WORD in plain.translate(_WORDS) else [],
         "private.email": whole if "@" in text else [],
         "private.iban": [(max(0, start - _IBAN_CHARACTERS), end + _IBAN_CHARACTERS) for start, end in regions],
+        "private.card": _regions_of_figures(plain, min(_CARD_LENGTHS)) if regions else [],
+        "private.my-number": _regions_of_figures(plain, _MY_NUMBER_DIGITS) if regions else [],
         "private.password": whole if _may_hold_password(text) else [],
     }
     for code, pattern, span_of in _KINDS:
@@ -167,10 +170,12 @@ def _may_hold_password(text: str) -> bool:
     return "pass" in lower or "pwd" in lower or (not text.isascii() and ("パスワード" in text or "暗証番号" in text))
 
 
-def _regions_of_figures(plain: bytes) -> list[Span]:
-    """Where there are so many digits, so close to each other, that they may be private; with a margin."""
+def _regions_of_figures(plain: bytes, least: int = 0) -> list[Span]:
+    """Where at least nine digits, or `least`, are so close to each other that they may be private; with a margin."""
     regions: list[Span] = []
     for match in _FIGURES_TOGETHER.finditer(plain.translate(_FIGURES)):
+        if match[0].count(b"0") < least:
+            continue
         start = max(0, match.start() - _REGION_MARGIN)
         if regions and start < regions[-1][1]:
             start = regions.pop()[0]
