@@ -276,10 +276,10 @@ def _proposed(facts: Facts, column: str, rows: np.ndarray) -> np.ndarray:
         follows = np.flatnonzero(sorted_bucket[1:] == sorted_bucket[:-1]) + 1
         heads = np.searchsorted(sorted_bucket, sorted_bucket[follows])
         chain, star = (sorted_rows[earlier] << np.uint64(32) | sorted_rows[follows] for earlier in (follows - 1, heads))
-        new = np.setdiff1d(np.concatenate([chain, star]), packed)
+        new = _difference(distinct(np.concatenate([chain, star])), packed)
         # Drop dissimilar pairs at once: a million records of one template give nearly all pairs, and few are similar.
         similar = [block[_estimates(facts, column, _unpacked(block)) >= SUSPECT] for block in _blocks(new)]
-        packed = np.union1d(packed, np.concatenate(similar)) if similar else packed
+        packed = distinct(np.concatenate([packed, *similar])) if similar else packed
     return _unpacked(packed)
 
 
