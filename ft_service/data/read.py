@@ -26,7 +26,7 @@ from ft_service.data.files.shard import Fault, FileShard, IsWanted, Record, Shar
 from ft_service.errors import DataError
 from ft_service.spec.schema import DataSource
 
-SHARD_BYTES = 8 * 2**20
+SHARD_BYTES = 4 * 2**20
 _DATASET_SHARD_ROWS = 50_000
 _BLOCK_BYTES = 2**20
 

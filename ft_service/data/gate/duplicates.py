@@ -6,14 +6,15 @@ their shingles and the numbers in them decide whether they are near-duplicates.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from ft_service.data.gate.facts import BAND_ROWS, BANDS, SIGNATURE, WHOLE_FROM_CJK, WHOLE_FROM_LATIN, Facts
+from ft_service.data.gate.facts import BANDS, SIGNATURE, WHOLE_FROM_CJK, WHOLE_FROM_LATIN, Facts
 from ft_service.data.gate.form import Hit
 from ft_service.data.gate.private import excerpt
 from ft_service.data.gate.records import Record
-from ft_service.data.gate.text import fold, hash64, shingles
+from ft_service.data.gate.text import distinct, fold, hash64, mixed, shingles
 
 NEAR_SAME = 0.8
 """Texts are near-duplicates from this Jaccard similarity of shingles on (Lee et al. 2022, arXiv:2107.06499)."""
@@ -51,11 +52,17 @@ class _Prompt:
 
     def without(self, others: "_Prompt") -> np.ndarray:
         """Shingles of the paragraphs that are not in the other prompt."""
-        own = [shingles for part, shingles in self.parts.items() if part not in others.parts]
-        return np.unique(np.concatenate(own))[:_SKETCH] if own else np.empty(0, dtype=np.uint64)
+        return _joined([shingles for part, shingles in self.parts.items() if part not in others.parts])
 
+    @cached_property
     def whole(self) -> np.ndarray:
-        return np.unique(np.concatenate(list(self.parts.values())))[:_SKETCH] if self.parts else _NOTHING
+        return _joined(list(self.parts.values()))
+
+
+def _joined(sketches: Sequence[np.ndarray]) -> np.ndarray:
+    if len(sketches) == 1:
+        return sketches[0][:_SKETCH]
+    return distinct(np.concatenate(sketches))[:_SKETCH] if sketches else _NOTHING
 
 
 _NOTHING = np.empty(0, dtype=np.uint64)
@@ -127,7 +134,7 @@ class SecondPass:
     def are_long(self, first: int, second: int) -> bool:
         """Whether both records are so long that they may be near-duplicates although their numbers differ."""
         return all(
-            key in self._outputs and len(self._prompts[key].whole()) + len(self._outputs[key]) >= LONG_FROM
+            key in self._outputs and len(self._prompts[key].whole) + len(self._outputs[key]) >= LONG_FROM
             for key in (first, second)
         )
 
@@ -139,8 +146,8 @@ class SecondPass:
         other = self._prompts[second]
         rests = one.without(other), other.without(one)
         if not (len(rests[0]) and len(rests[1])):
-            return one.whole(), other.whole()
-        bare = tuple(np.setdiff1d(rest, self._template_shingles(), assume_unique=True) for rest in rests)
+            return one.whole, other.whole
+        bare = tuple(_difference(rest, self._template_shingles()) for rest in rests)
         # Little may be left. If the two have little of it in common, it fills the template; otherwise it is an edit.
         least = min(map(len, bare))
         common = len(np.intersect1d(bare[0], bare[1], assume_unique=True))
@@ -149,7 +156,7 @@ class SecondPass:
     def _template_shingles(self) -> np.ndarray:
         if self._template is None:
             keys = sorted(self._template_keys) or _sample(sorted(self._prompts))
-            sample = [self._prompts[key].whole() for key in keys if key in self._prompts]
+            sample = [self._prompts[key].whole for key in keys if key in self._prompts]
             kinds, counts = np.unique(np.concatenate(sample), return_counts=True)
             self._template = kinds[counts > max(TEMPLATE_FROM, TEMPLATE_SHARE * len(sample))]
         return self._template
@@ -157,6 +164,14 @@ class SecondPass:
 
 def _sample(keys: Sequence[int]) -> Sequence[int]:
     return keys[:: max(1, len(keys) // _SAMPLE)]
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The numbers of the first sorted set that are not in the second."""
+    if not len(second):
+        return first
+    at = np.minimum(np.searchsorted(second, first), len(second) - 1)
+    return np.asarray(first[second[at] != first])
 
 
 def _sketch(text: str) -> np.ndarray:
@@ -170,10 +185,10 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
     """
     if len(first) == 0 and len(second) == 0:
         return 1.0
-    union = np.union1d(first, second)
-    if len(first) == _SKETCH or len(second) == _SKETCH:
-        union = union[:_SKETCH]
     common = np.intersect1d(first, second, assume_unique=True)
+    if len(first) < _SKETCH and len(second) < _SKETCH:
+        return len(common) / (len(first) + len(second) - len(common))
+    union = np.union1d(first, second)[:_SKETCH]
     return float(np.isin(common, union, assume_unique=True).sum() / len(union))
 
 
@@ -254,19 +269,26 @@ def _proposed(facts: Facts, column: str, rows: np.ndarray) -> np.ndarray:
     """Pairs of rows that share a band and are similar by their signatures; each bucket gives a chain and a star."""
     packed = np.empty(0, dtype=np.uint64)  # one number for each pair sorts ten times faster than two
     for band in range(BANDS if len(rows) > 1 else 0):
-        values = np.ascontiguousarray(facts.band(column, band)[rows]).view(f"V{4 * BAND_ROWS}").ravel()
-        _, bucket = np.unique(values, return_inverse=True)
+        bucket = _hash_of_bands(facts.band(column, band)[rows])
         order = np.argsort(bucket, kind="stable")
         sorted_bucket = bucket[order]
         sorted_rows = rows[order].astype(np.uint64)
         follows = np.flatnonzero(sorted_bucket[1:] == sorted_bucket[:-1]) + 1
         heads = np.searchsorted(sorted_bucket, sorted_bucket[follows])
         chain, star = (sorted_rows[earlier] << np.uint64(32) | sorted_rows[follows] for earlier in (follows - 1, heads))
-        new = np.setdiff1d(np.concatenate([chain, star]), packed)
+        new = _difference(distinct(np.concatenate([chain, star])), packed)
         # Drop dissimilar pairs at once: a million records of one template give nearly all pairs, and few are similar.
         similar = [block[_estimates(facts, column, _unpacked(block)) >= SUSPECT] for block in _blocks(new)]
-        packed = np.union1d(packed, np.concatenate(similar)) if similar else packed
+        packed = distinct(np.concatenate([packed, *similar])) if similar else packed
     return _unpacked(packed)
+
+
+def _hash_of_bands(bands: np.ndarray) -> np.ndarray:
+    """One number, uint64 [N], for each band [N, BAND_ROWS]: sorts faster, and unequal bands hardly ever share one."""
+    hashes = np.zeros(len(bands), dtype=np.uint64)
+    for column in bands.T:
+        hashes = mixed(hashes * np.uint64(0x9E3779B97F4A7C15) + column.astype(np.uint64))
+    return hashes
 
 
 def _unpacked(packed: np.ndarray) -> np.ndarray:
@@ -405,7 +427,6 @@ def _compare(
     prompt = facts["prompt"]
     output = facts["output"]
     numbers = facts["prompt_numbers"].astype(np.uint64) << np.uint64(32) | facts["output_numbers"]
-    prompt_numbers = facts["prompt_numbers"]
     length = facts["output_length"]
 
     Same = Callable[[int, int], bool | None]
@@ -419,7 +440,7 @@ def _compare(
         return compare(int(key[a]), int(key[b]))
 
     near = set()
-    for a, b, estimate in _estimated(facts, "whole_signature", repeats.whole_pairs):
+    for a, b, estimate in _estimated(facts, "whole_signature", _comparable(facts, repeats.whole_pairs)):
         if numbers[a] == numbers[b] or second_pass.are_long(int(key[a]), int(key[b])):
             same_output = same(output, second_pass.same_output, a, b)
             similar = same_output or (same_output is None and estimate >= NEAR_SAME)
@@ -427,8 +448,8 @@ def _compare(
                 near.add((a, b))
     open_ended = _open_ended(prompt, output)
     disagreeing = set()
-    for a, b in _pairs(repeats.prompt_pairs):
-        if prompt_numbers[a] != prompt_numbers[b] or prompt[a] in open_ended or prompt[b] in open_ended:
+    for a, b in _pairs(repeats.prompt_pairs[_same_numbers(facts, repeats.prompt_pairs)]):
+        if prompt[a] in open_ended or prompt[b] in open_ended:
             continue
         if same(prompt, second_pass.same_question, a, b):
             if numbers[a] == numbers[b] and same(output, second_pass.same_output, a, b):

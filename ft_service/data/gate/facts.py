@@ -86,6 +86,7 @@ class FactTable:
         prompt = record.folded_prompt
         output = record.folded_output
         content = _model_input(record)
+        spoken = language(record.output)
         tokens = record.tokens
         self._rows.append(
             (
@@ -104,8 +105,8 @@ class FactTable:
                 record.source,
                 ENDINGS.index(ending(record.output)),
                 LANGUAGES.index(language(record.question)),
-                LANGUAGES.index(language(record.output)),
-                REGISTERS.index(register(record.output)),
+                LANGUAGES.index(spoken),
+                REGISTERS.index(register(record.output, spoken)),
                 SHAPES.index(shape(record.output)),
                 record.split == "validation",
                 is_cjk(record.output),
@@ -289,10 +290,11 @@ _CASUAL_SIGNS = (
     *("!!", "??", "!?", "?!"),
     *(f"{eyes}{mouth}" for eyes in ":;" for mouth in ")-Dd(Pp"),
 )
+_FIRST_FACE = "\U0001f600"
 _NO_LETTERS = bytes(code if chr(code).isalnum() or chr(code) == "_" else 32 for code in range(128)) + bytes(128)
 
 
-def register(output: str) -> str:
+def register(output: str, spoken: str | None = None) -> str:
     """The tone of an answer: polite, plain or casual by endings (Japanese), neutral or casual by words (English).
 
     A short answer in English is casual or of no tone: "Restart it." is neither formal nor informal.
@@ -305,7 +307,7 @@ def register(output: str) -> str:
         if polite == plain + casual:
             return "none"
         return "polite" if polite > plain + casual else "casual" if casual > plain else "plain"
-    if language(output) != "latin":
+    if (spoken or language(output)) != "latin":
         return "none"
     if _may_be_casual(output[:4000]) and _CASUAL.search(output[:4000]):
         return "casual"
@@ -326,10 +328,13 @@ def _tone(sentence: str) -> str:
 
 def _may_be_casual(text: str) -> bool:
     """A fast test: False if `_CASUAL`, which is slow, cannot match."""
-    if not text.isascii() or any(sign in text for sign in _CASUAL_SIGNS):
+    if any(sign in text for sign in "!?:;") and any(sign in text for sign in _CASUAL_SIGNS):
+        return True
+    if not text.isascii() and max(text) >= _FIRST_FACE:
         return True
     lower = text.lower()
-    return not _CASUAL_WORDS.isdisjoint(lower.encode().translate(_NO_LETTERS).split()) or "haha" in lower
+    words = lower.encode("ascii", "replace").translate(_NO_LETTERS).split()
+    return not _CASUAL_WORDS.isdisjoint(words) or "haha" in lower
 
 
 SHAPES = ("short", "prose", "list", "code", "json", "table", "markdown")

@@ -143,6 +143,9 @@ def null_text(record: Record, columns: Sequence[str]) -> Iterator[Hit]:
 # -- characters ------------------------------------------------------------------------------------------------------
 
 _LOST = "\ufffd"
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_BADNESS_REACH = 8
+"""Characters before and after one beyond ASCII that a match of ftfy's pattern covers or looks at, at most."""
 _UTF8_AS_SHIFT_JIS = re.compile("[縺繧繝][\u3041-\u30fe\u3400-\u9fff\uff61-\uff9f]|窶[\u3400-\u9fff\uff61-\uff9f]")
 """UTF-8 hiragana and katakana begin with E3 81, E3 82 or E3 83, which Shift-JIS reads as these rare characters (E2 80,
 of typographic quotes, as the last). ftfy does not check for this error."""
@@ -162,7 +165,7 @@ def broken_text(record: Record) -> Iterator[Hit]:
         yield Hit("form.encoding", record.key, "contains U+FFFD, a lost character", excerpt(text, at))
         return
     else:
-        mojibake = ftfy.badness.BADNESS_RE.search(text)
+        mojibake = _badness(text)
         if mojibake is None and len(signs := list(_UTF8_AS_SHIFT_JIS.finditer(text))) >= _SHIFT_JIS_SIGNS_FROM:
             mojibake = signs[0]
     if mojibake is not None:
@@ -171,6 +174,15 @@ def broken_text(record: Record) -> Iterator[Hit]:
         yield Hit(
             "form.control-characters", record.key, f"contains U+{ord(match[0]):04X}", excerpt(text, match.start())
         )
+
+
+def _badness(text: str) -> re.Match[str] | None:
+    """The first match of ftfy's slow pattern, which needs a character beyond ASCII, searched only around those."""
+    for sign in _BEYOND_ASCII.finditer(text):
+        start = max(0, sign.start() - _BADNESS_REACH)
+        if match := ftfy.badness.BADNESS_RE.search(text, start, sign.end() + _BADNESS_REACH):
+            return match
+    return None
 
 
 def _may_hold_controls(text: str) -> bool:
@@ -293,12 +305,13 @@ _BOILERPLATE = re.compile(
     r"|お気軽に(?:お尋ね|ご質問|お問い合わせ|お聞き)",
     re.IGNORECASE,
 )
-_REFUSAL_HINTS = ("as a", "i'm ", "i am ", "i can", "i won't", "i will not")
-_BOILERPLATE_HINTS = (
-    *("certainly", "of course", "sure", "absolutely", "great question", "happy to"),
-    *("hope ", "let me know", "feel free", "hesitate", "anything else"),
+_REFUSAL_HINTS = (
+    *(f"as {article} {noun}" for article in ("a", "an") for noun in ("ai", "artificial", "language", "large language")),
+    *("i'm ", "i am ", "i cannot", "i can't", "i won't", "i will not"),
 )
-"""English text matches the slow patterns only if it contains one of these."""
+_BOILERPLATE_HINTS = ("hope ", "let me know", "feel free", "hesitate", "anything else")
+_BOILERPLATE_STARTS = ("certainly", "of course", "sure", "absolutely", "great question", "happy to", "i'd be happy")
+"""English text matches the slow patterns only if it contains one of the hints, or begins with one of the starts."""
 _CURLY = str.maketrans("’‘", "''")
 
 
@@ -314,18 +327,18 @@ def stock_phrases(record: Record) -> Iterator[Hit]:
         if match := _may_match(start, _REFUSAL_HINTS) and _REFUSAL.search(start):
             yield Hit("quality.refusal", record.key, detail(f"says {match[0]!r}"), excerpt(output, match.start()))
             return
-        if not _may_match(start + output[ending:], _BOILERPLATE_HINTS):
+        if not _may_match(start + output[ending:], _BOILERPLATE_HINTS, _BOILERPLATE_STARTS):
             continue
         if match := _BOILERPLATE.search(start) or _BOILERPLATE.search(output, ending):
             yield Hit("quality.boilerplate", record.key, detail(f"says {match[0]!r}"), excerpt(output, match.start()))
             return
 
 
-def _may_match(text: str, hints: Sequence[str]) -> bool:
+def _may_match(text: str, hints: Sequence[str], starts: tuple[str, ...] = ()) -> bool:
     if not text.isascii():
         return True
     lower = text.lower()
-    return any(hint in lower for hint in hints)
+    return lower.startswith(starts) or any(hint in lower for hint in hints)
 
 
 def private_data(record: Record) -> Iterator[Hit]:

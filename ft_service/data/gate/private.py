@@ -93,15 +93,16 @@ _DOCUMENTATION_KEY = re.compile(r"EXAMPLE$|\.eyJzdWIiOiIxMjM0NTY3ODkwI")
 _LONG_WORD = b"x" * 20
 _WORDS = bytes(ord("x") if chr(code).isalnum() or chr(code) in "_-" else 32 for code in range(128)) + b" " * 128
 _FIGURES = bytes(ord("0") if chr(code).isdigit() else 32 for code in range(128)) + b" " * 128
-_LEAST_DIGITS = 9
-_MOST_APART = 2
+_FIGURES_TOGETHER = re.compile(rb"0(?: {0,2}0){8,}")
 """A number of interest has nine digits or more, with at most two other characters between two of them. The slow
 patterns search only such regions; keys are searched only in text with a word of twenty characters."""
 _REGION_MARGIN = 8
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{1,4}){2,8}(?![A-Za-z0-9])", re.ASCII)
+_IBAN_CHARACTERS = 42  # with spaces
 _SSN = re.compile(r"(?<![\w.-])\d{3}([ -]?)\d{2}\1\d{4}(?![\w-]|\.\d)", re.ASCII)
 _SSN_BEFORE = re.compile(r"\bssn\b|social security", re.IGNORECASE)
 _MY_NUMBER = re.compile(r"(?<![\w.-])\d{4}([ -]?)\d{4}\1\d{4}(?![\w-]|\.\d)", re.ASCII)
+_MY_NUMBER_DIGITS = 12
 _MY_NUMBER_BEFORE = re.compile(r"my ?number|individual number|マイナンバー|個人番号", re.IGNORECASE)
 """One number in eleven passes the check digit, so it counts only near these words."""
 _PASSWORD = re.compile(
@@ -111,7 +112,6 @@ _PASSWORD = re.compile(
     r"[ \t　]*(?P<quote>[\"'`“‘「『]?)(?P<secret>[!-~]{4,64})",
     re.IGNORECASE,
 )
-_PASSWORD_HINTS = ("passw", "passc", "passp", "pwd", "パスワード", "暗証番号")
 _PASSWORD_END = re.compile(r"[.,;:)\]\"'`]+$")
 _NOT_A_PASSWORD = re.compile(
     r"pass(?:word|wd|code)|pwd|secret|example|change|your|placeholder|dummy|test|foo|xxx|\*\*|hash|sha-?\d|md5|utf-?8|"
@@ -123,6 +123,8 @@ _SAYS_NUMBER = re.compile(r"passcode|暗証番号", re.IGNORECASE)
 _WORD_OF_PROSE = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 _FULL_WIDTH = {code: chr(code - 0xFEE0) for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B), 0xFF20, 0xFF0E)}
 _FULL_WIDTH |= {0xFF0D: "-", 0x2212: "-", 0x2010: "-", 0x2011: "-", 0x30FC: "ー", 0xFF08: "(", 0xFF09: ")", 0xFF0B: "+"}
+
+Span = tuple[int, int]
 
 MASKS = {
     "private.key": "[key]",
@@ -143,12 +145,13 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
     plain = text.encode("ascii", "replace")
     whole = [(0, len(text))]
     regions = _regions_of_figures(plain)
-    lower = text.lower()
     places = {
         "private.key": whole if "-----BEGIN" in text or _LONG_WORD in plain.translate(_WORDS) else [],
         "private.email": whole if "@" in text else [],
-        "private.iban": whole if regions else [],
-        "private.password": whole if any(hint in lower for hint in _PASSWORD_HINTS) else [],
+        "private.iban": [(max(0, start - _IBAN_CHARACTERS), end + _IBAN_CHARACTERS) for start, end in regions],
+        "private.card": _regions_of_figures(plain, min(_CARD_LENGTHS)) if regions else [],
+        "private.my-number": _regions_of_figures(plain, _MY_NUMBER_DIGITS) if regions else [],
+        "private.password": whole if _may_hold_password(text) else [],
     }
     for code, pattern, span_of in _KINDS:
         spans = []
@@ -161,20 +164,22 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
         text = _without(text, spans)
 
 
-def _regions_of_figures(plain: bytes) -> list[tuple[int, int]]:
-    """Where there are so many digits, so close to each other, that they may be private; with a margin."""
-    figures = plain.translate(_FIGURES)
-    if figures.count(b"0") < _LEAST_DIGITS:
-        return []
-    regions: list[tuple[int, int]] = []
-    at = 0
-    for part in figures.split(b" " * (_MOST_APART + 1)):
-        if len(part) >= _LEAST_DIGITS and part.count(b"0") >= _LEAST_DIGITS:
-            start = max(0, at - _REGION_MARGIN)
-            if regions and start < regions[-1][1]:
-                start = regions.pop()[0]
-            regions.append((start, at + len(part) + _REGION_MARGIN))
-        at += len(part) + _MOST_APART + 1
+def _may_hold_password(text: str) -> bool:
+    """A fast test: False if `_PASSWORD` cannot match."""
+    lower = text.lower()
+    return "pass" in lower or "pwd" in lower or (not text.isascii() and ("パスワード" in text or "暗証番号" in text))
+
+
+def _regions_of_figures(plain: bytes, least: int = 0) -> list[Span]:
+    """Where at least nine digits, or `least`, are so close to each other that they may be private; with a margin."""
+    regions: list[Span] = []
+    for match in _FIGURES_TOGETHER.finditer(plain.translate(_FIGURES)):
+        if match[0].count(b"0") < least:
+            continue
+        start = max(0, match.start() - _REGION_MARGIN)
+        if regions and start < regions[-1][1]:
+            start = regions.pop()[0]
+        regions.append((start, match.end() + _REGION_MARGIN))
     return regions
 
 
@@ -195,9 +200,6 @@ def is_card_number(text: str) -> bool:
         return False
     doubled = [sum(divmod(2 * digit, 10)) if at % 2 else digit for at, digit in enumerate(reversed(digits))]
     return sum(doubled) % 10 == 0
-
-
-Span = tuple[int, int]
 
 
 def _key(match: re.Match[str], everything: bool) -> Span | None:

@@ -5,6 +5,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -113,7 +114,7 @@ def language(text: str) -> Language:
     chinese = cjk >= CHINESE_FROM and not _KANA.search(text)
     weights["chinese" if chinese else "japanese"] = cjk
     known = cjk + weights["korean"] + LATIN_LETTERS_PER_CJK_CHARACTER * (weights["latin"] + weights["cyrillic"])
-    weights["other"] = max(0.0, sum(character.isalpha() for character in text) - known)
+    weights["other"] = max(0.0, sum(map(str.isalpha, text)) - known)
     best = max(weights, key=lambda name: weights[name])
     if best == "japanese" and not _KANA.search(text):
         return "none"  # a few Han characters may be Japanese or Chinese
@@ -127,7 +128,13 @@ def words(text: str) -> list[str]:
 
 def shingles(folded: str) -> np.ndarray:
     """Sorted distinct hashes, uint64, of the character n-grams of a folded text."""
-    return np.unique(all_shingles(folded))
+    return distinct(all_shingles(folded))
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """`np.unique`; for a few hundred numbers two to three times as fast."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
 def all_shingles(folded: str) -> np.ndarray:
@@ -165,7 +172,7 @@ def _codes(text: str) -> np.ndarray:
 def grams(text: str, size: int) -> np.ndarray:
     """Distinct hashes, uint64, of the n-grams of `words`; a shorter text gives one hash of all of it."""
     codes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words(text)], dtype=np.uint64)
-    return np.unique(_rolled(codes, size))
+    return distinct(_rolled(codes, size))
 
 
 def _rolled(codes: np.ndarray, size: int) -> np.ndarray:
@@ -191,6 +198,8 @@ def mixed(hashes: np.ndarray) -> np.ndarray:
 
 def opening(text: str) -> str:
     """The first three words of a text, or six characters where it has no spaces; all numbers are equal."""
-    start = words(text[:80])
-    size = 6 if is_cjk("".join(start[:6])) else 3
+    beginning = text[:80]
+    plain = beginning.lower() if beginning.isascii() else unicodedata.normalize("NFKC", beginning).casefold()
+    start = [match[0] for match in islice(_WORD.finditer(plain), 6)]
+    size = 6 if is_cjk("".join(start)) else 3
     return " ".join("0" if word[0].isdigit() else word for word in start[:size])

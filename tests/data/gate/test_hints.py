@@ -2,6 +2,7 @@
 
 import re
 
+import ftfy.badness
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def test_every_refusal_has_a_hint(text: str) -> None:
 
 @given(texts(english(form._BOILERPLATE)))
 def test_every_stock_phrase_has_a_hint(text: str) -> None:
-    assert form._may_match(text, form._BOILERPLATE_HINTS)
+    assert form._may_match(text, form._BOILERPLATE_HINTS, form._BOILERPLATE_STARTS)
 
 
 @given(AROUND, st.sampled_from(sorted(facts._CASUAL_WORDS)), AROUND)
@@ -84,6 +85,26 @@ def test_every_tag_has_a_hint(text: str) -> None:
 @given(st.text(alphabet=st.characters(max_codepoint=0x2070)))
 def test_every_control_character_has_a_hint(text: str) -> None:
     assert form._may_hold_controls(text) or not form._CONTROL.search(text)
+
+
+MOJIBAKE = "aZ .Ãâ€™“”œÂ\xa0°ž√±ВГРСΒΞ€й²×¿éØÙ├\u30fe漢"
+
+
+@given(st.text(alphabet=st.sampled_from(MOJIBAKE), max_size=40), st.text(max_size=10))
+def test_mojibake_is_found_around_characters_beyond_ascii(text: str, other: str) -> None:
+    for one in (text, f"{text} and {other}", "plain words " + text[:3] + " and more plain words " + text[3:]):
+        assert (form._badness(one) is None) == (ftfy.badness.BADNESS_RE.search(one) is None)
+
+
+@given(AROUND, st.sampled_from(["gonna", "lol", "what?!", "ok :)", "\U0001f602", "\U0001f923"]), AROUND)
+def test_every_casual_text_beyond_ascii_has_a_hint(before: str, word: str, after: str) -> None:
+    text = f"é’ {before}{word}{after} —"
+    assert facts._may_be_casual(text) or not facts._CASUAL.search(text)
+
+
+@given(texts(private._PASSWORD))
+def test_every_password_has_a_hint(text: str) -> None:
+    assert private._may_hold_password(text)
 
 
 @given(st.text(alphabet=st.sampled_from("aé1,._'([{=-+ 7\n"), max_size=60))
