@@ -64,7 +64,7 @@ def run_server(
             started.callback(_stop_serving, name)
             serve.start(http_options={"host": host, "port": port})
             _deploy(config, name)
-            _wait_until_listening(port)
+            _wait_until_listening(host, port, local=not ray_address)
             _announce(config, host, port, name, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
@@ -154,16 +154,33 @@ def _deploy(config: ServeConfig, name: str) -> None:
         raise ServingError(f"the server did not start: {reasons}") from None
 
 
-def _wait_until_listening(port: int) -> None:
-    """`serve.run` waits only for the proxies that exist already; on a busy machine the first one starts later."""
+def _wait_until_listening(host: str, port: int, local: bool) -> None:
+    """`serve.run` waits only for the proxies that exist already; on a busy machine the first one starts later.
+
+    A proxy may be called healthy before it listens, so a server on this machine is tried, too.
+    """
     deadline = time.monotonic() + _LISTEN_SECONDS
-    while "HEALTHY" not in (states := set(serve.status().proxies.values())) or "STARTING" in states:
+    while not (_proxies_are_healthy() and (not local or _accepts_connections(host, port))):
         if time.monotonic() > deadline:
             raise ServingError(
                 f"port = {port}: the HTTP server did not answer within {_LISTEN_SECONDS} s. See the logs of Ray Serve "
                 "in the session folder of Ray (logs/serve/proxy_*.log)."
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _proxies_are_healthy() -> bool:
+    states = set(serve.status().proxies.values())
+    return "HEALTHY" in states and "STARTING" not in states
+
+
+def _accepts_connections(host: str, port: int) -> bool:
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    try:
+        socket.create_connection((loopback.get(host, host), port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _announce(config: ServeConfig, host: str, port: int, name: str, local: bool) -> None:
