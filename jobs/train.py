@@ -8,12 +8,15 @@ On `ray job stop` (SIGTERM) it finishes the step, saves a checkpoint, and exits 
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job runs in the checkout, which is not installed
 
 from ft_service.cluster.detach import detach
 from ft_service.errors import UsageError, exit_on_error
+
+_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets", "pydantic", "pyarrow")
 
 
 def main() -> None:
@@ -50,6 +53,17 @@ def main() -> None:
         run(spec, arguments.resume or arguments.run_id)
 
 
+def check_packages() -> None:
+    """Exit with the name of this Python if it lacks packages: a job runs the first `python` of its cluster's PATH."""
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        sys.exit(
+            f"jobs/train.py: {sys.executable} runs this driver, and lacks {', '.join(missing)}. A job uses the `python` "
+            "that its cluster finds first: activate the virtual environment before `ray start`, or submit with its full "
+            "path, as in: ray job submit --working-dir . -- /path/to/.venv/bin/python jobs/train.py SPEC"
+        )
+
+
 if __name__ == "__main__":
+    check_packages()
     with detach():
         main()

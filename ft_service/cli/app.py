@@ -4,6 +4,9 @@ Every command parses its arguments, calls one function of the package, and print
 imported inside the commands, so that `ft --help` and an invalid spec take no time.
 """
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from ft_service.cli.adapters import adapters_app
@@ -20,8 +23,26 @@ app = typer.Typer(
     help="Fine-tune Llama 3 on a Ray cluster: from a run spec to an adapter served over HTTP.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"ft {version('ft-service')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options of `ft` itself."""
+
+
 app.command()(plan)
 app.command()(train)
 app.command()(submit)

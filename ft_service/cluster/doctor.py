@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from ft_service.errors import FtError
@@ -24,7 +25,10 @@ class Check:
 
 
 def run_checks(storage_root: str) -> list[Check]:
-    """Check packages, accelerators, build tools, Ray and the storage root. Writes and deletes one probe file there."""
+    """Check packages, accelerators, build tools, Ray and the storage root.
+
+    Creates nothing in folders. On object storage it writes and deletes one probe: only that shows the right to write.
+    """
     return [*_packages(), _accelerator(), _compiler(), _ray(), _auth(), _storage(storage_root)]
 
 
@@ -80,7 +84,20 @@ def _auth() -> Check:
 
 def _storage(root: str) -> Check:
     try:
-        Storage(root).check_writable()
+        storage = Storage(root)
+        if storage.is_local:
+            return _folder(Path(root.removeprefix("file://")).expanduser().absolute())
+        storage.check_writable()
     except FtError as error:
         return Check("storage", "fail", str(error))
     return Check("storage", "ok", f"{root} is writable")
+
+
+def _folder(root: Path) -> Check:
+    """Whether a run could write to `root`, or create it."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not existing.is_dir():
+        return Check("storage", "fail", f"{root}: {existing} is a file. Use another --storage.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Check("storage", "fail", f"{root}: no right to write to {existing}. Use another --storage.")
+    return Check("storage", "ok", f"{root} is writable" if existing == root else f"{root}: the first run creates it")

@@ -34,6 +34,7 @@ def connect(address: str | None = None) -> None:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
+        _check_not_jobs_api(address)
         _check_reachable(address)
     try:
         ray.init(
@@ -48,6 +49,15 @@ def connect(address: str | None = None) -> None:
             f"RAY_ADDRESS = {address or 'local'!r}: cannot be joined ({type(error).__name__}: {last_line(error)}). "
             "Check that the cluster is up, and that RAY_AUTH_MODE and the token are those of its head node."
         ) from None
+
+
+def _check_not_jobs_api(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS = {address!r}: is the address of the Jobs API (the dashboard), where runs are submitted: "
+            f"ft submit SPEC --address {address}. To join the cluster from one of its machines, set RAY_ADDRESS to its "
+            "head's address, such as 10.0.0.1:6379, or to auto."
+        )
 
 
 def is_submitted_job() -> bool:
