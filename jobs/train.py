@@ -57,9 +57,9 @@ def check_packages() -> None:
     """Exit with the name of this Python if it lacks packages: a job runs the first `python` of its cluster's PATH."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         sys.exit(
-            f"jobs/train.py: {sys.executable} runs this driver, and lacks {', '.join(missing)}. A job uses the python that "
-            "its cluster finds first: activate the virtual environment before `ray start`, or submit with its full path, "
-            "as in: ray job submit --working-dir . -- /path/to/.venv/bin/python jobs/train.py SPEC"
+            f"jobs/train.py: {sys.executable} runs this driver, and lacks {', '.join(missing)}. A job uses the python "
+            "that its cluster finds first: activate the virtual environment before `ray start`, or submit with its "
+            "full path, as in: ray job submit --working-dir . -- /path/to/.venv/bin/python jobs/train.py SPEC"
         )
 
 
