@@ -16,6 +16,7 @@ from ft_service.cli.doctor import doctor
 from ft_service.cli.plan import plan
 from ft_service.cli.runs import logs, runs_app, show
 from ft_service.cli.serve import serve
+from ft_service.cli.spec import spec
 from ft_service.cli.train import resume, stop, submit, train
 from ft_service.errors import exit_on_error
 
@@ -43,6 +44,7 @@ def options(
     """Options of `ft` itself."""
 
 
+app.command()(spec)
 app.command()(plan)
 app.command()(train)
 app.command()(submit)
