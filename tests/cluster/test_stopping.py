@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -221,21 +222,38 @@ def test_ft_stop_waits_and_submitting_again_resumes(
     assert published(run).digest == published(whole).digest
 
 
-def test_a_second_signal_ends_the_run_at_once(
-    cluster: Cluster, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("interrupted")
+@pytest.fixture(scope="module")
+def interrupted(cluster: Cluster, world: Path) -> RunFolder:
+    """A run that a second signal has ended, between the checkpoint of step 20 and the next one."""
+    run = RunFolder(Storage(str(world / "storage")), "interrupted")
     training = start(cluster, *DRIVER, "train", str(world / "spec.yaml"), "--run-id", run.run_id)
     wait_until(is_past(run, 22), training)
-    began = trainings(run)[0]
-    os.kill(began["workers"][1]["pid"], signal.SIGSTOP)  # the step under way will never be finished
+    workers = trainings(run)[0]["workers"]
+    os.kill(workers[1]["pid"], signal.SIGSTOP)  # the step under way will never be finished
     training.send_signal(signal.SIGINT)
     wait_until(lambda: state(run) == "stopping", training)
     training.send_signal(signal.SIGINT)
     assert "a second time" in finish(training, 3)
-    assert state(run) == "stopped" and saved_step(run) == 20
-    wait_until(lambda: not any(os.path.exists(f"/proc/{place['pid']}") for place in began["workers"]))
+    return run
 
+
+def test_a_second_signal_ends_the_run_at_once(interrupted: RunFolder) -> None:
+    assert state(interrupted) == "stopped" and saved_step(interrupted) == 20
+    pids = [worker["pid"] for worker in trainings(interrupted)[0]["workers"]]
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+def test_a_run_id_with_another_training_is_rejected_early(cluster: Cluster, interrupted: RunFolder) -> None:
+    run = interrupted
+    changed = start(cluster, *DRIVER, "resume", run.run_id, "train.seed=5", "--storage", run.storage.root)
+    assert "train.seed = 5: is 0 in run interrupted" in finish(changed, 2)
+    assert len(trainings(run)) == 1 and state(run) == "stopped"
+
+
+def test_an_interrupted_run_resumes_from_its_checkpoint(
+    cluster: Cluster, whole: RunFolder, interrupted: RunFolder
+) -> None:
+    run = interrupted
     finish(start(cluster, *DRIVER, "resume", run.run_id, "--storage", run.storage.root), 0)
     assert trainings(run)[1]["step"] == 20 and trainings(run)[1]["repeated"] == last_repeated(run)
     assert losses(run) == losses(whole)
@@ -269,66 +287,68 @@ def test_another_driver_takes_over_from_a_killed_one(
     assert published(run).digest == published(whole).digest
 
 
-def test_a_run_id_with_another_training_is_rejected_early(
-    cluster: Cluster, world: Path, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("another-course")
-    training = start(cluster, *DRIVER, "train", str(world / "spec.yaml"), "--run-id", run.run_id)
-    wait_until(lambda: Checkpoints(run).entries(), training)
-    training.send_signal(signal.SIGTERM)
-    finish(training, 3)
-    changed = start(cluster, *DRIVER, "resume", run.run_id, "train.seed=5", "--storage", run.storage.root)
-    assert "train.seed = 5: is 0 in run another-course" in finish(changed, 2)
-    assert len(trainings(run)) == 1
-
-
 # -- workers that die or hang ----------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_repeats_only_unsaved_steps(
-    cluster: Cluster, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("worker-killed")
-    arguments = ("train", str(world / "spec.yaml"), "--run-id", run.run_id, "checkpoint.every_steps=10")
-    training = start(cluster, *DRIVER, *arguments)
-    wait_until(lambda: len(Checkpoints(run).entries()) >= 2, training)
-    os.kill(trainings(run)[0]["workers"][1]["pid"], signal.SIGKILL)
-    finish(training, 0)
-    first, second = trainings(run)
-    assert first["step"] == 0 and second["step"] >= 20
-    assert types_of(run).count("recovering") == 1
-    assert losses(run) == losses(whole)
-    assert published(run).digest == published(whole).digest
-    assert not run.storage.exists(f"{run.path}/checkpoints")  # of no use any more
+@dataclass
+class Disturbed:
+    """A run whose second worker was killed, and in the next attempt stopped, each time after a new checkpoint."""
+
+    run: RunFolder
+    hung: int
+    """Process id of the stopped worker."""
+    stopped_at: datetime
+    has_ended: bool
+    """Whether the stopped worker was gone when the run was complete."""
 
 
-def test_a_hung_worker_repeats_only_unsaved_steps(
-    cluster: Cluster, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("worker-hung")
+@pytest.fixture(scope="module")
+def disturbed(cluster: Cluster, world: Path) -> Disturbed:
+    run = RunFolder(Storage(str(world / "storage")), "disturbed")
     settings = ("checkpoint.every_steps=10", f"parallel.hang_timeout_seconds={HANG_SECONDS}")
     training = start(cluster, *DRIVER, "train", str(world / "spec.yaml"), "--run-id", run.run_id, *settings)
     wait_until(lambda: len(Checkpoints(run).entries()) >= 2, training)
-    hung = trainings(run)[0]["workers"][1]["pid"]
+    os.kill(trainings(run)[0]["workers"][1]["pid"], signal.SIGKILL)
+    wait_until(lambda: len(trainings(run)) == 2, training)
+    resumed = trainings(run)[1]
+    wait_until(lambda: saved_step(run) > resumed["step"], training)
+    hung = resumed["workers"][1]["pid"]
     os.kill(hung, signal.SIGSTOP)
     stopped_at = datetime.now(UTC)
     try:
         finish(training, 0)
-        with pytest.raises(ProcessLookupError):
-            os.kill(hung, 0)
+        has_ended = not os.path.exists(f"/proc/{hung}")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(hung, signal.SIGKILL)
+    return Disturbed(run, hung, stopped_at, has_ended)
+
+
+def test_a_killed_worker_repeats_only_unsaved_steps(disturbed: Disturbed) -> None:
+    first, second, _ = trainings(disturbed.run)
+    assert first["step"] == 0 and second["step"] >= 20 and second["step"] % 10 == 0
+    assert 0 <= second["repeated"] < 2 * 10  # the checkpoint under way may be lost too
+    assert types_of(disturbed.run).count("recovering") == 2
+
+
+def test_a_hung_worker_repeats_only_unsaved_steps(disturbed: Disturbed) -> None:
+    run = disturbed.run
+    assert disturbed.has_ended
     noticed = next(event for event in read_events(run.storage, run.run_id) if event.type == "hang")
     reported = noticed.model_dump()
     assert noticed.time is not None
-    assert reported["rank"] == 0 and (noticed.time - stopped_at).total_seconds() < HANG_SECONDS + 5
+    assert reported["rank"] == 0 and (noticed.time - disturbed.stopped_at).total_seconds() < HANG_SECONDS + 5
     assert ranks_without_stacks(run, Path(reported["stacks"]).name, 2) == [1]
     assert "loop.py" in run.storage.read_bytes(f"{reported['stacks']}/rank-00000.txt").decode()
-    first, second = trainings(run)
-    assert first["step"] == 0 and second["step"] >= 20
+    _, second, third = trainings(run)
+    assert third["step"] > second["step"] and third["step"] % 10 == 0 and third["repeated"] < 2 * 10
+
+
+def test_a_disturbed_run_ends_like_an_undisturbed_one(whole: RunFolder, disturbed: Disturbed) -> None:
+    run = disturbed.run
     assert losses(run) == losses(whole)
     assert published(run).digest == published(whole).digest
+    assert not run.storage.exists(f"{run.path}/checkpoints")  # of no use any more
 
 
 # -- a cluster that changes ------------------------------------------------------------------------------------------
