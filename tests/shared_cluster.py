@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from tests.hosts import NOT_NICE, QUICK_HEALTH_CHECKS, ROOT, START_SECONDS, Cluster, Host, wait_for
+from tests.hosts import QUICK_HEALTH_CHECKS, ROOT, START_SECONDS, Cluster, Host, wait_for
 
 HEAD = Host("head", "127.0.0.1", 1)
 OTHER = Host("other", "127.0.0.1", 1)
@@ -18,7 +18,7 @@ OFTEN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head and another node, with room for one worker each; token authentication is on."""
-    with Cluster(tmp_path_factory.mktemp("cluster"), HEAD, {**QUICK_HEALTH_CHECKS, **NOT_NICE, **OFTEN}) as found:
+    with Cluster(tmp_path_factory.mktemp("cluster"), HEAD, {**QUICK_HEALTH_CHECKS, **OFTEN}) as found:
         found.start(HEAD, OTHER)
         wait_for(lambda: answers(found), START_SECONDS)
         yield found

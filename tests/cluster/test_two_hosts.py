@@ -16,7 +16,7 @@ import pytest
 from ft_service.runs.folder import RunFolder
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.faults import Attempt, Driver, attempts, last_step, steps
-from tests.hosts import NOT_NICE, QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
+from tests.hosts import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
 from tests.namespaces import Network, connections, network, reason_to_skip, run_inside
 from tests.worlds import prepared_run, work, write_world
 
@@ -57,7 +57,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 def cluster(hosts: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without room for workers, and two hosts with room for one each; the third comes when one is gone."""
     # The second lets the dashboard tell the ranks that Ray Train gave.
-    settings = {**QUICK_HEALTH_CHECKS, **NOT_NICE, "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+    settings = {**QUICK_HEALTH_CHECKS, "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
     with Cluster(tmp_path_factory.mktemp("cluster"), hosts.hosts[0], settings) as found:
         found.start(*hosts.hosts[:3])
         yield found
