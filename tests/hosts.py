@@ -59,7 +59,7 @@ class Cluster:
         self._gcs, self._dashboard, self._client = free_ports(3)
         self.dashboard = f"http://{head.address}:{self._dashboard}"
         self.environment = ray_environment(f"{head.address}:{self._gcs}") | {"NO_PROXY": "*", "no_proxy": "*"}
-        self.environment |= NOT_NICE | (settings or {})
+        self.environment |= NOT_NICE | dict(settings or {})
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         # The paths of Ray's sockets lie below this folder, and Linux allows them 107 bytes.
         self._sessions = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
