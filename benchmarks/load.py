@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     add_smoke_option(parser)
     arguments = parser.parse_args()
-    shrink(arguments, workers=2, rounds=1, gigabytes=0.3)
+    shrink(arguments, workers=2, rounds=1, gigabytes=0.1)
     if arguments.side:
         run_side(arguments.side, arguments.model, arguments.device)
         return
