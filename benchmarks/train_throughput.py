@@ -36,8 +36,18 @@ SIDES = ("ours", "trl-bfd", "trl-wrapped")
 
 
 # Layers and widths of the model that both sides train: 23 M parameters; the smallest is for a look whether it runs.
-SIZES: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
-SMALLEST: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+}
+SMALLEST: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 
 
 def write_model(folder: Path, sizes: dict[str, Any]) -> None:
