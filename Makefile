@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   the whole path on this machine's CPU: data, base, adapter, HTTP answers"
 	@echo "make test         all tests"
 	@echo "make test-quick   the tests that need no cluster and no second process: a few minutes"
-	@echo "make check        lint, format and types"
+	@echo "make check        lint, format, types, and whether every optional extra resolves"
 	@echo "make setup        only the virtual environment in $(VENV)"
 
 setup: $(STAMP)
@@ -39,6 +39,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@for extra in $$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])'); do \
+		echo "Resolving .[$$extra] with constraints.txt"; \
+		$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt ".[$$extra]" || exit 1; \
+	done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

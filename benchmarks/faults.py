@@ -69,6 +69,9 @@ METHODS = {
 SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 704}
 VOCAB_SIZE = 1024
 VALIDATION_RECORDS = 1000
+SMALLEST = {**SIZES, "hidden_size": 128, "num_layers": 1, "intermediate_size": 128}
+"""With --smoke, and the next."""
+FEWEST_VALIDATION_RECORDS = 20
 STEPS = 60
 SAVE_EVERY = 10
 VALIDATE_EVERY = 35
@@ -400,13 +403,14 @@ storage: {world}/storage
 
 
 @contextlib.contextmanager
-def stage_set(methods: list[str]) -> Iterator[tuple[Path, Cluster]]:
+def stage_set(methods: list[str], smoke: bool) -> Iterator[tuple[Path, Cluster]]:
     """A folder with base, data and specs, and the cluster; all of it is gone after the block."""
     with tempfile.TemporaryDirectory(prefix="ft-faults-") as temporary, nothing_left_behind():
         world = Path(temporary)
         write_records(world / "train.jsonl", 400)
-        write_records(world / "validation.jsonl", VALIDATION_RECORDS, seed=1)
-        write_base(world / "base", made_up_texts(), VOCAB_SIZE, SIZES)
+        records = FEWEST_VALIDATION_RECORDS if smoke else VALIDATION_RECORDS
+        write_records(world / "validation.jsonl", records, seed=1)
+        write_base(world / "base", made_up_texts(), VOCAB_SIZE, SMALLEST if smoke else SIZES)
         for method in methods:
             write_spec(world, method)
         (world / "raise").mkdir()
@@ -424,7 +428,7 @@ def stage_set(methods: list[str]) -> Iterator[tuple[Path, Cluster]]:
 
 def matrix(arguments: argparse.Namespace) -> dict[str, Any]:
     cells = []
-    with stage_set(arguments.methods) as (world, cluster):
+    with stage_set(arguments.methods, arguments.smoke) as (world, cluster):
         storage = Storage(str(world / "storage"))
         wholes: dict[str, Reference] = {}
         for method in arguments.methods:
@@ -536,7 +540,7 @@ def random_kills(arguments: argparse.Namespace) -> dict[str, Any]:
     """A run of some minutes, struck about once a minute, against the same one undisturbed."""
     method, minutes = arguments.methods[0], arguments.random_kills
     rng = random.Random(arguments.seed)
-    with stage_set([method]) as (world, cluster):
+    with stage_set([method], arguments.smoke) as (world, cluster):
         storage, spec = Storage(str(world / "storage")), world / f"{method}.yaml"
         short = reference(cluster, world, spec, RunFolder(storage, "sizing"), RUN_SECONDS)
         num_steps = max(STEPS, round(60 * minutes / short.step_seconds))

@@ -19,10 +19,10 @@ from ft_service.catalog.gpus import GPUS
 from ft_service.catalog.models import ModelShape
 from ft_service.cluster.ray_cluster import connect, is_submitted_job, map_on_cluster
 from ft_service.cluster.signals import StopSignals
-from ft_service.data.check import JUDGEMENT_FILE
+from ft_service.data.dataset import JUDGEMENT_FILE, PreparedDataset
 from ft_service.data.gate import Judgement
 from ft_service.data.gate.waivers import check_waivers, enforce, waivers
-from ft_service.data.prepare import PreparedDataset, prepare_dataset
+from ft_service.data.prepare import prepare_dataset
 from ft_service.errors import FtError, Problem, RunStopped, SpecError
 from ft_service.model.base import resolve_base
 from ft_service.pages.live_report import LiveReport
@@ -36,6 +36,7 @@ from ft_service.runs.events import EventLog, Notice, Published
 from ft_service.runs.folder import RunFolder, RunStatus, new_run_id
 from ft_service.runs.lease import Lease
 from ft_service.runs.progress import Log
+from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
@@ -64,6 +65,8 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
         raise SpecError(
             [Problem("storage", spec.storage, problem, "Use an absolute folder that all machines can reach.")]
         )
+    if problems := tracker_problems(spec.report, storage):
+        raise SpecError(problems)
     storage.check_writable()  # a wrong root fails at once; from here on, storage that does not answer is retried
     storage = Storage(spec.storage, retry_seconds=RUN_RETRY_SECONDS)
     folder = RunFolder(storage, run_id or new_run_id(spec.name))

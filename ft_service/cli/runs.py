@@ -1,4 +1,4 @@
-"""`ft runs`, `ft show` and `ft logs`: the runs on a storage root, one of them, what happens to it, deleting one."""
+"""`ft runs`, `ft show` and `ft logs`: the runs on a storage root, one of them, what happens to it; send, delete."""
 
 import time
 from collections.abc import Sequence
@@ -110,6 +110,24 @@ def delete(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson 
         return
     show_deletions([deletion])
     console.print("If no other run or record uses its dataset, this deletes that: ft prune --yes", highlight=False)
+
+
+@runs_app.command("send")
+def send_run(
+    run_id: str,
+    to: Annotated[str, typer.Option("--to", help="tensorboard, wandb or mlflow")],
+    storage: StorageRoot = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a run's metrics to a tracker: the steps that it lacks. WANDB_API_KEY and MLFLOW_TRACKING_URI say where."""
+    from ft_service.runs.folder import find_run
+    from ft_service.runs.trackers import send
+
+    num_sent = send(find_run(Storage(storage), run_id), to)
+    if as_json:
+        print_json({"run": run_id, "tracker": to, "steps": num_sent})
+        return
+    console.print(f"Sent {counted(num_sent, 'step')} of {run_id} to {to}.", highlight=False)
 
 
 def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:

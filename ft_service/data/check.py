@@ -9,6 +9,7 @@ from typing import TextIO
 
 import numpy as np
 
+from ft_service.data.dataset import JUDGEMENT_FILE
 from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import Gate, Hit, Judgement, SecondPass
 from ft_service.data.gate.gate import add_base_and_steps
@@ -18,7 +19,6 @@ from ft_service.spec.schema import RunSpec
 
 Say = Callable[[str], None]
 
-JUDGEMENT_FILE = "judgement.json"
 FINDINGS_FILE = "findings.jsonl"
 """Every place of every finding on records: ``{code, file, line, detail, excerpt}``."""
 QUARANTINE_FILE = "quarantine.jsonl"

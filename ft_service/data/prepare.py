@@ -1,8 +1,5 @@
 """Sources to a prepared dataset on storage: checked, tokenised, masked and packed once, before any worker starts.
 
-    <storage>/datasets/<digest>/   rows-00000/{train,validation}.arrow ...   manifest.json
-                                   judged/{judgement.json, findings.jsonl, quarantine.jsonl}
-
 The digest covers everything that the result depends on. So the same data is prepared once, and a changed file never
 uses an old cache. Checked shards stay on storage until the dataset is complete: an interrupted preparation, or one that
 the data gate stopped, continues with them.
@@ -17,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import CHAT_TEMPLATE
-from ft_service.data.check import FINDINGS_FILE, JUDGEMENT_FILE, CheckResult, Say, check_shards, judgement_for_run
+from ft_service.data.check import FINDINGS_FILE, CheckResult, Say, check_shards, judgement_for_run
+from ft_service.data.dataset import (
+    CHECK_FOLDER,
+    JUDGEMENT_FILE,
+    MANIFEST_FILE,
+    DatasetManifest,
+    PreparedDataset,
+    open_dataset,
+)
 from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import EvaluationSets, Judgement, Source
 from ft_service.data.gate.codes import RULES_VERSION
 from ft_service.data.gate.records import place_key, read_questions
 from ft_service.data.read import Scan, scan
 from ft_service.data.tasks import (
-    ROWS,
     PackedGroup,
     RunTasks,
     ShardGroup,
@@ -42,76 +45,22 @@ from ft_service.errors import DataError, StorageError
 from ft_service.plan.facts import DatasetFacts
 from ft_service.registry.registry import DatasetRef
 from ft_service.spec.schema import DataSource, RunSpec, ValidationFraction
-from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
 OnJudgement = Callable[[Judgement, Path], None]
-OnDigest = Callable[[str, Mapping[str, str]], None]
-"""Gets the digest of the dataset, and that of each source by its path."""
 """Called with the judgement and the folder of its findings; raises to stop the preparation."""
+OnDigest = Callable[[str, Mapping[str, str]], None]
+"""Called with the digest of the dataset, and that of each source by its path."""
 
 _LAYOUT_VERSION = 2
 """Part of every digest: another number prepares all data again."""
-_MANIFEST = "manifest.json"
-_CHECK_FOLDER = "judged"
 _GROUP_TOKENS = 2**25
 """Tokens that are packed together: enough that a partly filled row does not matter, in half a GiB of memory."""
 _KEPT_IF_WAIVED = frozenset({"quality.exact-duplicate"})
 """Records with these codes can be trained on, and are if the spec waives the code."""
 _MEASURED_BYTES = 2**22
 """`measure_dataset` prepares about this much of each source, and scales up."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One packed sequence: ids int32 [T], loss mask bool [T], and the lengths int32 [D] of its documents (sum T)."""
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    document_lengths: np.ndarray
-
-
-class RowTable:
-    """Packed rows in Arrow files. They are memory-mapped: opening is free, and processes of a node share the pages."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
-        self._ends = np.cumsum([table.num_rows for table in self._tables])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> Row:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        table = self._tables[number]
-        at = index - int(self._ends[number]) + table.num_rows
-        ids, mask, lengths = (table.column(name)[at].values.to_numpy(zero_copy_only=False) for name in ROWS.names)
-        return Row(ids, mask, lengths)
-
-
-@dataclass(frozen=True)
-class PreparedDataset:
-    """A prepared dataset, as workers read it."""
-
-    digest: str
-    facts: DatasetFacts
-    sources: list[DatasetRef]
-    train: RowTable
-    validation: RowTable | None
-    judgement: Judgement
-
-
-class DatasetManifest(StoredFile):
-    """Written last: a dataset that has it is complete (manifest.json)."""
-
-    facts: DatasetFacts
-    sources: list[DatasetRef]
-
-    @classmethod
-    def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
-        """Format 1 called its number `format_version`."""
-        return {name: value for name, value in data.items() if name != "format_version"}
 
 
 def prepare_dataset(
@@ -134,16 +83,16 @@ def prepare_dataset(
         digest, {source.path: found.digest for source, found in zip(all_sources(spec), inputs.scans, strict=True)}
     )
     place = f"datasets/{digest}"
-    if not storage.exists(f"{place}/{_MANIFEST}"):
+    if not storage.exists(f"{place}/{MANIFEST_FILE}"):
         try:
             _prepare(inputs, tokenizer, storage, place, say, run_tasks, on_judgement)
             return open_dataset(storage, digest)
         except (StorageError, OSError):
-            if not storage.exists(f"{place}/{_MANIFEST}"):
+            if not storage.exists(f"{place}/{MANIFEST_FILE}"):
                 raise  # otherwise another run has prepared the same data meanwhile, and deleted the shards
     say(f"Data: already prepared, {storage.uri(place)}")
     dataset = open_dataset(storage, digest)
-    on_judgement(judgement_for_run(dataset.judgement, spec), storage.local_folder(place) / _CHECK_FOLDER)
+    on_judgement(judgement_for_run(dataset.judgement, spec), storage.local_folder(place) / CHECK_FOLDER)
     return dataset
 
 
@@ -177,23 +126,6 @@ def group_dataset(spec: RunSpec, folder: Path, run_tasks: RunTasks = run_locally
         )
     assert result.groups is not None
     return result.groups
-
-
-def open_dataset(storage: Storage, digest: str) -> PreparedDataset:
-    """A prepared dataset. Raises `StorageError` if it does not exist."""
-    place = f"datasets/{digest}/{_MANIFEST}"
-    manifest = DatasetManifest.parse(storage.read_json(place), storage.uri(place))
-    folder = storage.local_folder(f"datasets/{digest}")
-    train, validation = (sorted(folder.glob(f"rows-*/{split}.arrow")) for split in ("train", "validation"))
-    judgement = folder / _CHECK_FOLDER / JUDGEMENT_FILE
-    return PreparedDataset(
-        digest=digest,
-        facts=manifest.facts,
-        sources=manifest.sources,
-        train=RowTable(train),
-        validation=RowTable(validation) if validation else None,
-        judgement=Judgement.parse(judgement.read_bytes(), str(judgement)),
-    )
 
 
 def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> DatasetFacts:
@@ -283,7 +215,7 @@ def _prepare(
     say(f"Data: reading, checking and tokenising {counted(len(shards), 'shard')}")
     context = inputs.context(storage, place, tokenizer)
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
-        folder = Path(temporary, _CHECK_FOLDER)
+        folder = Path(temporary, CHECK_FOLDER)
         folder.mkdir()
         result = check_shards(context, shards, run_tasks, folder, inputs.fraction, spec.train.seed, say)
         on_judgement(judgement_for_run(result.judgement, spec), folder)
@@ -295,7 +227,7 @@ def _prepare(
             packed.append(group)
             num_rows = sum(group.rows[0] for group in packed)
             say(f"Data: packed group {number} of {len(groups)}, {counted(num_rows, 'training row')} so far")
-        storage.put_folder(folder, f"{place}/{_CHECK_FOLDER}", marker=JUDGEMENT_FILE)
+        storage.put_folder(folder, f"{place}/{CHECK_FOLDER}", marker=JUDGEMENT_FILE)
     facts = _facts(place.rpartition("/")[2], packed)
     sources = [
         DatasetRef(
@@ -303,7 +235,9 @@ def _prepare(
         )
         for source, scan, count in zip(context.inputs, inputs.scans, result.judgement.sources, strict=True)
     ]
-    storage.write_json(f"{place}/{_MANIFEST}", DatasetManifest(facts=facts, sources=sources).model_dump(mode="json"))
+    storage.write_json(
+        f"{place}/{MANIFEST_FILE}", DatasetManifest(facts=facts, sources=sources).model_dump(mode="json")
+    )
     storage.delete(shards_folder(place))
     return facts
 

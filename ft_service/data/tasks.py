@@ -24,6 +24,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat, Example
+from ft_service.data.dataset import ROWS
 from ft_service.data.encode import Encoder
 from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import EvaluationSets, Gate, Hit, Record, SecondPass, Source, records_of
@@ -51,13 +52,6 @@ EXAMPLES = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
         ("truncated", pa.bool_()),
-    ]
-)
-ROWS = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.bool_())),
-        ("document_lengths", pa.list_(pa.int32())),
     ]
 )
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START
-from ft_service.data.prepare import PreparedDataset, open_dataset
+from ft_service.data.dataset import PreparedDataset, open_dataset
 from ft_service.model.adapter import load_adapter
 from ft_service.model.base import load_tokenizer, resolve_base
 from ft_service.model.load import WholeWeights, load_causal_lm

@@ -10,18 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ft_service.errors import Problem, SpecError, StorageError
+from ft_service.errors import StorageError
 from ft_service.runs.jsonl import numbered_lines, run_file, to_line
 from ft_service.storage.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 REMOTE_FLUSH_SECONDS = 30.0
-_TENSORBOARD_QUEUE_SIZE = 1000
 
 
 def _now() -> datetime:
@@ -54,7 +52,8 @@ class Sink(Protocol):
 
     def flush(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, complete: bool = True) -> None:
+        """`complete`: the run has trained all its steps."""
 
 
 class JsonlSink:
@@ -109,53 +108,8 @@ class JsonlSink:
         self._failed = False
         self._flushed_at = self._clock()
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
         self.flush()
-
-
-class TensorBoardSink:
-    """Writes TensorBoard event files to a folder or URI. `step` is the step that the run continues from.
-
-    Raises `SpecError` if tensorboardX (part of ray[train]) is missing.
-    """
-
-    def __init__(self, folder: str | Path, step: int = 0) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            cure = "Run pip install tensorboardX, or set report.tensorboard: false."
-            raise SpecError([Problem("report.tensorboard", True, "needs the package tensorboardX", cure)]) from None
-        # File names hold whole seconds; without the suffix a quick resume would overwrite the previous file.
-        suffix = f".from-step-{step}"
-        self._writer = SummaryWriter(
-            str(folder), purge_step=step + 1, filename_suffix=suffix, max_queue=_TENSORBOARD_QUEUE_SIZE
-        )
-        self._has_warned = False
-
-    def __call__(self, metrics: StepMetrics) -> None:
-        for name, value in metrics.model_dump(exclude={"step", "time"}, exclude_none=True).items():
-            if self._is_alive():
-                self._writer.add_scalar(name, value, metrics.step, walltime=metrics.time.timestamp())
-
-    def flush(self) -> None:
-        if self._is_alive():
-            self._writer.flush()
-
-    def close(self) -> None:
-        if self._is_alive():
-            self._writer.close()
-
-    def _is_alive(self) -> bool:
-        # The first write that fails ends its thread. Its queue then fills up, and training would block forever.
-        is_alive: bool = self._writer.file_writer.event_writer._worker.is_alive()
-        if not is_alive and not self._has_warned:
-            self._has_warned = True
-            print(
-                "TensorBoard's files cannot be written. There will be no more until the run starts again.",
-                file=sys.stderr,
-                flush=True,
-            )
-        return is_alive
 
 
 def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:

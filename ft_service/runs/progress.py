@@ -87,7 +87,7 @@ class ProgressLine:
     def flush(self) -> None:
         self._stream.flush()
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
         if not self._is_shown:
             self._show(self._clock())
         if self._in_place and self._line:

@@ -248,15 +248,27 @@ class CheckpointSpec(_Section):
 
 
 class ReportSpec(_Section):
-    """What the report of the run shows."""
+    """What shows the run beside its metrics.jsonl."""
 
-    tensorboard: bool = Field(
-        default=False, description="Also write TensorBoard event files (pip install tensorboard)."
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=list,
+        description="Copy the metrics to tensorboard, wandb (Weights & Biases) or mlflow, while the run trains. "
+        "Each needs its package.",
     )
+    project: str = Field(default="ft-service", min_length=1, description="W&B's project, MLflow's experiment.")
     samples: int = Field(
         default=4, ge=0, le=64, description="Number of validation prompts to answer with base and adapter."
     )
     sample_max_tokens: PositiveInt = Field(default=128, description="Longest answer to a sample prompt, in tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, data: object) -> object:
+        # Specs and plans of version 0.1.0 have `tensorboard: true` or `false`.
+        if not isinstance(data, dict) or not isinstance(data.get("tensorboard"), bool):
+            return data
+        others = {name: value for name, value in data.items() if name != "tensorboard"}
+        return {"trackers": ["tensorboard"], **others} if data["tensorboard"] else others
 
 
 class RunSpec(_Section):

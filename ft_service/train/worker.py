@@ -7,13 +7,14 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ft_service.data.prepare import PreparedDataset, open_dataset
+from ft_service.data.dataset import PreparedDataset, open_dataset
 from ft_service.errors import FtError, StorageError, TrainingError
 from ft_service.model.base import load_tokenizer, open_weight_files, resolve_base
 from ft_service.model.trainable import TrainableModel
@@ -22,8 +23,9 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.events import BestWeightsFailed, EventLog, TrainingStarted, WorkerPlace
 from ft_service.runs.folder import Outcome, RunFolder
 from ft_service.runs.lease import holds_lease
-from ft_service.runs.metrics import JsonlSink, Sink, StepMetrics, TensorBoardSink
+from ft_service.runs.metrics import JsonlSink, Sink, StepMetrics, read_metrics
 from ft_service.runs.progress import LoadingLine, ProgressLine
+from ft_service.runs.trackers import BackgroundTracker, new_tracker, tracked_run
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches, PackedRows
@@ -172,7 +174,7 @@ class _Outputs:
         """Steps that an earlier attempt has logged and this one trains again."""
         if parallel.is_rank_zero:
             self.repeated_steps = log.rewind(self.start.step)
-            self.sinks = [log, *_other_sinks(run, plan, self.start.step)]
+            self.sinks = [log, ProgressLine(plan.num_steps), *_trackers(run, plan.spec.report.trackers)]
 
     def on_step(self, metrics: StepMetrics) -> None:
         for sink in self.sinks:
@@ -198,11 +200,12 @@ class _Outputs:
         self.checkpointer.save(state, self.weights.path, self.weights.delete_all_but)
 
 
-def _other_sinks(run: RunFolder, plan: RunPlan, step: int) -> list[Sink]:
-    sinks: list[Sink] = [ProgressLine(plan.num_steps)]
-    if plan.spec.report.tensorboard:
-        sinks.append(TensorBoardSink(run.storage.uri(f"{run.path}/tensorboard"), step))
-    return sinks
+def _trackers(run: RunFolder, names: Sequence[str]) -> list[Sink]:
+    if not names:
+        return []
+    tracked = tracked_run(run)
+    earlier = read_metrics(run.storage, run.run_id)
+    return [BackgroundTracker(name, new_tracker(name, tracked), earlier) for name in names]
 
 
 # -- train -----------------------------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ def _finish(worker: _Worker, outputs: _Outputs, state: TrainingState) -> None:
     if has_finished and worker.parallel.is_rank_zero:
         _write_outcome(worker, outputs.weights, state)
     for sink in outputs.sinks:
-        sink.close()
+        sink.close(complete=has_finished)
     worker.parallel.barrier()
     worker.watchdog.stop()
     worker.parallel.close()

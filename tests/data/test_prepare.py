@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ft_service.chat.format import ChatFormat, Message, encode_texts
 from ft_service.data import prepare, tasks
+from ft_service.data.dataset import PreparedDataset, Row, RowTable, open_dataset
 from ft_service.data.files.shard import FileShard
 from ft_service.data.gate import Judgement, Record, records_of
-from ft_service.data.prepare import PreparedDataset, Row, RowTable, measure_dataset, open_dataset, prepare_dataset
+from ft_service.data.prepare import measure_dataset, prepare_dataset
 from ft_service.data.read import scan
 from ft_service.errors import DataError, StorageError
 from ft_service.model.scratch import train_tokenizer

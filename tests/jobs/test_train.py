@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from examples.quickstart.quickstart import free_ports
-from ft_service.data.prepare import open_dataset
+from ft_service.data.dataset import open_dataset
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder

@@ -2,14 +2,11 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ft_service.errors import SpecError, StorageError
-from ft_service.runs.metrics import JsonlSink, TensorBoardSink, read_metrics
+from ft_service.errors import StorageError
+from ft_service.runs.metrics import JsonlSink, read_metrics
 from ft_service.storage.storage import Storage
 from tests.runs.run_cases import RUN, Clock, step_metrics
 
@@ -101,24 +98,3 @@ def test_an_object_store_is_written_every_30_seconds_or_on_flush(remote: Storage
     sink(step_metrics(5))
     sink.close()
     assert steps() == [1, 2, 3, 4, 5]
-
-
-def test_in_tensorboard_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
-    killed = TensorBoardSink(tmp_path)
-    killed(step_metrics(1, loss=3.0))
-    killed(step_metrics(2, loss=2.0, validation_loss=2.5))
-    killed.close()
-    resumed = TensorBoardSink(tmp_path, step=1)
-    resumed(step_metrics(2, loss=1.5))
-    resumed.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib"} <= set(
-        events.Tags()["scalars"]
-    )
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
-
-
-def test_missing_tensorboard_names_setting_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(SpecError, match=r"report\.tensorboard = True: needs the package .* pip install tensorboardX"):
-        TensorBoardSink(tmp_path)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from ft_service.data.dataset import DatasetManifest
 from ft_service.data.gate.findings import Judgement
-from ft_service.data.prepare import DatasetManifest
 from ft_service.errors import StorageError
 from ft_service.plan.plan import RunPlan
 from ft_service.registry.registry import AdapterRecord

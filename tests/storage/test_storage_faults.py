@@ -31,7 +31,8 @@ from ft_service.errors import StorageError, TrainingError, UnreachableError
 from ft_service.model.writer import TensorFormat
 from ft_service.runs.events import EventLog, Notice, read_events
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.metrics import JsonlSink, StepMetrics, TensorBoardSink, read_metrics
+from ft_service.runs.metrics import JsonlSink, StepMetrics, read_metrics
+from ft_service.runs.trackers import BackgroundTracker, TrackedRun, new_tracker
 from ft_service.spec.schema import CheckpointSpec
 from ft_service.storage.retry import is_transient
 from ft_service.storage.storage import Storage
@@ -198,25 +199,21 @@ def test_an_event_that_fails_is_printed_and_written_later(
 def test_training_does_not_wait_for_tensorboard_files_that_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    writes = threading.Semaphore(0)
+
     def refuse(*_: object) -> None:
+        writes.release()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    sink = TensorBoardSink(tmp_path)
     monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", refuse)
-    sink(metrics_of(1))
-    sink._writer.file_writer.event_writer._worker.join(60)
-    done = threading.Event()
-
-    def train() -> None:
-        for step in range(2, 300):
-            sink(metrics_of(step))
-        sink.flush()
-        sink.close()
-        done.set()
-
-    threading.Thread(target=train, daemon=True).start()
-    assert done.wait(60)
-    assert capsys.readouterr().err.count("TensorBoard's files cannot be written") == 1
+    storage = Storage(str(tmp_path))
+    sink = BackgroundTracker("tensorboard", new_tracker("tensorboard", TrackedRun(RUN, "p", {}, storage)), [])
+    for step in range(1, 300):
+        sink(metrics_of(step))
+    sink.flush()
+    sink.close()
+    assert writes.acquire(timeout=60)
+    assert capsys.readouterr().err.count("The tracker tensorboard") == 1
 
 
 # -- what a crash leaves ---------------------------------------------------------------------------------------------

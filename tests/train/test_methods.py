@@ -19,6 +19,7 @@ from ft_service.publish import publish
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
+from ft_service.runs.trackers import send
 from tests.forked import run_cases
 from tests.needs import LIBAIO, can_offload_to_nvme, needs
 from tests.train.training_cases import documents, run_case, write_base
@@ -215,7 +216,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_torchrun(world: Path) -> RunFolder:
-    run = prepared_run(world, "two", 2, **{"report.tensorboard": "true"})
+    run = prepared_run(world, "two", 2, **{"report.trackers": "[tensorboard, wandb, mlflow]"})
     launch(run)
     return run
 
@@ -282,8 +283,23 @@ def test_tensorboard_shows_the_metrics_of_the_run(world: Path, by_torchrun: RunF
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def test_tensorboard_is_off_by_default(world: Path, by_one_process: RunFolder) -> None:
+def test_a_run_writes_to_all_its_trackers_and_another_is_sent_later(
+    world: Path, by_torchrun: RunFolder, by_one_process: RunFolder
+) -> None:
+    from mlflow import MlflowClient
+
     assert not (world / "storage" / by_one_process.path / "tensorboard").exists()
+    assert list((world / "storage" / by_torchrun.path / "wandb").glob("offline-run-*"))
+    steps = len(read_metrics(by_one_process.storage, by_one_process.run_id))
+    assert send(by_one_process, "mlflow") == steps
+    assert send(by_one_process, "mlflow") == 0
+    client = MlflowClient(tracking_uri=(world / "storage" / "mlflow").as_uri())
+    experiment = client.get_experiment_by_name("ft-service")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    for run in (by_torchrun, by_one_process):
+        expected = [(metrics.step, metrics.loss) for metrics in read_metrics(run.storage, run.run_id)]
+        history = client.get_metric_history(runs[run.run_id].info.run_id, "loss")
+        assert [(metric.step, metric.value) for metric in history] == expected
 
 
 def test_worker_failure_is_one_message_without_ray(world: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ft_service.data.dataset import open_dataset
 from ft_service.data.order import step_rows
-from ft_service.data.prepare import open_dataset
 from ft_service.model.base import load_tokenizer
 from ft_service.runs.metrics import read_metrics
 from tests.forked import run_cases
