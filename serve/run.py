@@ -7,7 +7,7 @@ import socket
 import time
 from contextlib import ExitStack
 from itertools import count
-from threading import Event
+from threading import Event, Thread
 from types import FrameType
 from typing import NoReturn
 
@@ -29,6 +29,7 @@ _RESERVED_NAMES = ("v1", "docs", "redoc", "health", "default")
 _WILDCARDS = ("0.0.0.0", "::")
 _LISTEN_SECONDS = 300
 _POLL_SECONDS = 0.1
+_REPORT_SECONDS = 5.0
 
 
 def run_server(
@@ -146,12 +147,27 @@ def _stop_serving(name: str) -> None:
 
 
 def _deploy(config: ServeConfig, name: str) -> None:
+    done = Event()
+    Thread(target=_report_waiting, args=(name, done), daemon=True).start()
     try:
         serve.run(build_app(config), name=name, route_prefix=_route(name))
     except RuntimeError:  # its text names only the deployment; the status has the reason of the replica
         deployments = serve.status().applications[name].deployments.values()
         reasons = "; ".join(last_line(deployment.message) for deployment in deployments)
         raise ServingError(f"the server did not start: {reasons}") from None
+    finally:
+        done.set()
+
+
+def _report_waiting(name: str, done: Event) -> None:
+    """Print what Serve says of a deployment that waits: without room for its replicas it would wait in silence."""
+    shown = set()
+    while not done.wait(_REPORT_SECONDS):
+        application = serve.status().applications.get(name)
+        for deployment in application.deployments.values() if application else ():
+            if deployment.message and deployment.message not in shown:
+                print(f"Waiting: {deployment.message}", flush=True)
+                shown.add(deployment.message)
 
 
 def _wait_until_listening(host: str, port: int, local: bool) -> None:

@@ -15,7 +15,7 @@ from ft_service.cleanup.inventory import DATASET_MARKER, RUN_MARKER, Usage, read
 from ft_service.cleanup.needs import DELETION_ORDER, Decision, Inventory, Item, needed_by, prune
 from ft_service.errors import FtError, UsageError
 from ft_service.registry.registry import AdapterRecord, Registry
-from ft_service.runs.folder import RunFolder, find_run
+from ft_service.runs.folder import LEASE_SECONDS, RunFolder, find_run
 from ft_service.runs.lease import Lease
 from ft_service.storage.storage import Storage
 
@@ -81,7 +81,10 @@ def delete_run(storage: Storage, run_id: str, log: Log) -> Deletion:
     now = datetime.now(UTC)
     usage = read_usage(storage, now)
     if needs := needed_by(item, usage.inventory, now):
-        raise UsageError(f"RUN = {run_id!r}: cannot be deleted, {needs[0]}. Stop it first: ft stop {run_id}")
+        raise UsageError(
+            f"RUN = {run_id!r}: cannot be deleted, {needs[0]}. Stop it first: ft stop {run_id}. If its driver died, "
+            f"wait {LEASE_SECONDS:g} s."
+        )
     _delete_run_folder(run, log)
     return Deletion(item, usage.freed_by([item]))
 

@@ -9,13 +9,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from ft_service.errors import ClusterError, FtError, ModelError, ServingError, UsageError
-from serve.run import _stop_serving, run_server
+from serve.run import _report_waiting, _stop_serving, run_server
 from tests.serve.serving_world import World, draft_record, make_world, write_adapter
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,24 @@ def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
     monkeypatch.setattr("ray.init", no_answer)
     message = refused(ClusterError, world.storage, None, ray_address="192.0.2.1:6379")
     assert "192.0.2.1:6379" in message and "RAY_ADDRESS" in message and "\n" not in message
+
+
+def test_a_server_that_waits_for_room_says_so_once(monkeypatch, capsys):
+    message = "1 replicas that have taken more than 30s to be scheduled"
+    application = SimpleNamespace(deployments={"ModelServer": SimpleNamespace(message=message)})
+    done = Event()
+    looks = iter([{}, {"ft": application}, {"ft": application}])
+
+    def status() -> SimpleNamespace:
+        applications = next(looks, None)
+        if applications is None:
+            done.set()
+        return SimpleNamespace(applications=applications or {})
+
+    monkeypatch.setattr("ray.serve.status", status)
+    monkeypatch.setattr("serve.run._REPORT_SECONDS", 0)
+    _report_waiting("ft", done)
+    assert capsys.readouterr().out == f"Waiting: {message}\n"
 
 
 class RunningServe:

@@ -10,16 +10,17 @@ from ft_service.data.dataset import DatasetManifest
 from ft_service.data.gate.findings import Judgement
 from ft_service.errors import StorageError
 from ft_service.plan.plan import RunPlan
-from ft_service.registry.registry import AdapterRecord
+from ft_service.registry.registry import AdapterRecord, Tombstone
+from ft_service.registry.servers import ServerNotice
 from ft_service.runs.folder import DataCheck, Outcome, RunDataset, RunFolder, RunStatus
 from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints.manifest import Checkpoints, Manifest
 
-FIRST = Path(__file__).resolve().parents[1] / "formats/1"
-"""Files that version 0.1.0 wrote."""
+FORMATS = Path(__file__).resolve().parents[1] / "formats"
+"""A file of each kind, in the folder of the first format that it had."""
 
-KINDS: dict[str, type[StoredFile]] = {
+FIRST_KINDS: dict[str, type[StoredFile]] = {
     "record": AdapterRecord,
     "plan": RunPlan,
     "status": RunStatus,
@@ -30,14 +31,17 @@ KINDS: dict[str, type[StoredFile]] = {
     "dataset-manifest": DatasetManifest,
     "judgement": Judgement,
 }
+"""Files that version 0.1.0 wrote, without a number."""
+KINDS = {**FIRST_KINDS, "tombstone": Tombstone, "server-notice": ServerNotice}
 
 
 def stored(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((FIRST / f"{name}.json").read_text(encoding="utf-8"))
+    first = 1 if name in FIRST_KINDS else 2
+    content: dict[str, Any] = json.loads((FORMATS / str(first) / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", FIRST_KINDS)
 def test_the_first_format_is_read(name: str) -> None:
     assert "format" not in stored(name)
     assert KINDS[name].parse(stored(name), name).format == 2

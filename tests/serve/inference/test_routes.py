@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ft_service.chat.format import ChatFormat, Message
+from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, ChatFormat, Message
 from ft_service.errors import ServingError
 from ft_service.model.scratch import train_tokenizer
 from ft_service.registry.registry import BaseModelRef, Registry
@@ -233,6 +233,26 @@ def test_a_base_without_chat_tokens_rejects_only_chat(tmp_path):
     response = call(engine, tmp_path, "/v1/chat/completions", CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "chat_not_supported")
     assert call(engine, tmp_path, "/v1/completions", COMPLETION).status_code == 200
+
+
+@pytest.mark.parametrize(("earlier", "status"), [(True, 200), (False, 400)])
+def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(tmp_path, earlier, status):
+    digest = next(iter(_DIGESTS_WITHOUT_TOOLS)) if earlier else "0" * 64
+    base = {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": FINGERPRINT}
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "adapter_config.json").write_text("{}")
+    draft = {
+        **{"kind": "adapter", "run_id": "r-1", "run_name": "r", "plan_digest": "0" * 64, "base": base},
+        **{"method": {"type": "lora"}, "datasets": [], "dataset_digest": "0" * 64, "data_verdict": "pass"},
+        **{"waivers": [], "steps": 1, "final_loss": 1.0, "validation_loss": None, "packages": {}},
+        **{"chat_template_digest": digest, "end_of_turn_ids": []},
+    }
+    record = Registry(Storage(str(tmp_path))).publish(work, draft, "tiny", "# {id}\n")
+    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/chat/completions", {**CHAT, "model": record.id})
+    assert response.status_code == status
+    if not earlier:
+        assert response.json()["error"]["code"] == "chat_template_mismatch"
 
 
 def _without_chat_tokens(engine: ScriptedEngine):
