@@ -12,7 +12,7 @@ PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 help:
 	@echo "make quickstart   the whole path on this machine's CPU: data, base, adapter, HTTP answers"
 	@echo "make test         all tests"
-	@echo "make test-quick   the tests that need no cluster and no second process: a few minutes"
+	@echo "make test-quick   the tests that need no cluster and no second process: about a minute"
 	@echo "make check        lint, format, types, and whether every optional extra resolves"
 	@echo "make setup        only the virtual environment in $(VENV)"
 
