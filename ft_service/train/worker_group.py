@@ -10,6 +10,8 @@ import traceback
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from ft_service.catalog.gpus import find_gpu
 from ft_service.cluster.ray_cluster import kill_actors
@@ -84,12 +86,20 @@ class WorkerGroup:
             self._ended.set()
 
 
+class _Trainer(TorchTrainer):
+    """Ray Train without the actor that serves datasets: rows come from storage, and each attempt would wait for it."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+
 def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     """What Ray reserves for each worker."""
     return {"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
-def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
+def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
     parallel = plan.spec.parallel
     longer_than_hang = str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
     environment = {
@@ -107,7 +117,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> TorchTrainer:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # How often Ray Train looks whether its workers live: the seconds from a death to its notice, at most.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config=config,
         scaling_config=ScalingConfig(

@@ -172,119 +172,163 @@ def whole(cluster: Cluster, world: Path) -> RunFolder:
     return RunFolder(Storage(str(world / "storage")), "whole")
 
 
-def test_a_stopped_job_saves_and_resumes(
-    cluster: Cluster, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("stopped-job")
+# -- one run that is stopped in every way, one after the other -------------------------------------------------------
+
+
+@dataclass
+class Stopped:
+    """What was seen when a run had been stopped."""
+
+    state: State | None
+    message: str
+    reached: int
+    """The last step that was trained."""
+    saved: int
+    """The step of the newest checkpoint."""
+    workers: list[int]
+    """Process ids of the attempt that was stopped."""
+
+
+@dataclass
+class OftenStopped:
+    """A run that `ray job stop`, `ft stop`, a second signal and the death of its driver ended, and its last attempt."""
+
+    run: RunFolder
+    by_job_stop: Stopped
+    records_after_job_stop: list[AdapterRecord]
+    by_ft_stop: Stopped
+    said_by_ft_stop: list[str]
+    """What the command and the driver printed."""
+    listed: dict[str, Any]
+    """The run in `ft runs --json`."""
+    said_when_inactive: str
+    """What another `ft stop` printed."""
+    by_signals: Stopped
+    said_to_another_training: str
+    driver_killed: Stopped
+    said_to_second_driver: str
+
+
+def seen(run: RunFolder) -> Stopped:
+    status = run.status()
+    pids = [worker["pid"] for worker in trainings(run)[-1]["workers"]]
+    return Stopped(state(run), status.message if status else "", last_step(run), saved_step(run), pids)
+
+
+@pytest.fixture(scope="module")
+def often_stopped(cluster: Cluster, world: Path, whole: RunFolder) -> OftenStopped:
+    run = RunFolder(Storage(str(world / "storage")), "often-stopped")
+    storage = ("--storage", run.storage.root)
+    train = ("train", str(world / "spec.yaml"), "--run-id", run.run_id)
+
     submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--submission-id", "job-1", "--working-dir", "."]
     job = start(cluster, *submit, "--", "python", "jobs/train.py", str(world / "spec.yaml"), "--run-id", run.run_id)
-    wait_until(is_past(run, 25), job)
+    wait_until(is_past(run, 12), job)
     with held(run):  # or the run could be through before the command has loaded its libraries
         stopping = start(cluster, "ray", "job", "stop", "--address", cluster.dashboard, "job-1")
         wait_until(lambda: state(run) == "stopping")
     finish(stopping, 0)
     job.communicate(timeout=SECONDS)
     wait_until(lambda: state(run) == "stopped")
-    status = run.status()
-    assert status is not None and "SIGTERM" in status.message and f"ft resume {run.run_id}" in status.message
-    reached = last_step(run)
-    assert 25 < reached < STEPS and saved_step(run) == reached  # nothing of what was trained is lost
-    assert Registry(run.storage).records("adapter") == [published(whole)]  # nothing new is published
+    by_job_stop = seen(run)
+    records = Registry(run.storage).records("adapter")
 
-    finish(start(cluster, *DRIVER, "resume", run.run_id, "--storage", run.storage.root), 0)
-    assert [training["step"] for training in trainings(run)] == [0, reached]
-    assert [training["repeated"] for training in trainings(run)] == [0, 0]
-    assert losses(run) == losses(whole)
-    assert published(run).digest == published(whole).digest
-
-
-def test_ft_stop_waits_and_submitting_again_resumes(
-    cluster: Cluster, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("ft-stopped")
-    arguments = ("train", str(world / "spec.yaml"), "--run-id", run.run_id)
-    training = start(cluster, *DRIVER, *arguments)
-    wait_until(is_past(run, 5), training)
+    training = start(cluster, *DRIVER, *train)
+    wait_until(is_past(run, by_job_stop.reached + 3), training)
     with held(run):
-        stopping = start(cluster, *FT, "stop", run.run_id, "--storage", run.storage.root)
+        stopping = start(cluster, *FT, "stop", run.run_id, *storage)
         wait_until(lambda: state(run) == "stopping", training)
-    printed = finish(stopping, 0)
-    assert "stopped: ft stop" in printed
-    assert "stopped: ft stop" in finish(training, 3)
-    assert saved_step(run) == last_step(run) < STEPS
-    shown = json.loads(finish(start(cluster, *FT, "runs", "--storage", run.storage.root, "--json"), 0))
-    mine = next(found for found in shown if found["run_id"] == run.run_id)
-    assert (mine["state"], mine["attempts"], mine["wasted_steps"]) == ("stopped", 1, 0)
-    assert "is not active" in finish(start(cluster, *FT, "stop", run.run_id, "--storage", run.storage.root), 2)
+    said_by_ft_stop = [finish(stopping, 0), finish(training, 3)]
+    by_ft_stop = seen(run)
+    shown = json.loads(finish(start(cluster, *FT, "runs", *storage, "--json"), 0))
+    said_when_inactive = finish(start(cluster, *FT, "stop", run.run_id, *storage), 2)
 
-    finish(start(cluster, *DRIVER, *arguments), 0)
-    assert losses(run) == losses(whole)
-    assert published(run).digest == published(whole).digest
-
-
-@pytest.fixture(scope="module")
-def interrupted(cluster: Cluster, world: Path) -> RunFolder:
-    """A run that a second signal has ended, between the checkpoint of step 20 and the next one."""
-    run = RunFolder(Storage(str(world / "storage")), "interrupted")
-    training = start(cluster, *DRIVER, "train", str(world / "spec.yaml"), "--run-id", run.run_id)
-    wait_until(is_past(run, 22), training)
-    workers = trainings(run)[0]["workers"]
-    os.kill(workers[1]["pid"], signal.SIGSTOP)  # the step under way will never be finished
+    training = start(cluster, *DRIVER, "resume", run.run_id, *storage)
+    wait_until(lambda: last_step(run) > 42 and saved_step(run) == 40, training)
+    os.kill(trainings(run)[-1]["workers"][1]["pid"], signal.SIGSTOP)  # the step under way will never be finished
     training.send_signal(signal.SIGINT)
     wait_until(lambda: state(run) == "stopping", training)
     training.send_signal(signal.SIGINT)
     assert "a second time" in finish(training, 3)
-    return run
+    by_signals = seen(run)
+    changed = start(cluster, *DRIVER, "resume", run.run_id, "train.seed=5", *storage)
+    said_to_another_training = finish(changed, 2)
+    assert len(trainings(run)) == 3 and state(run) == "stopped"
 
-
-def test_a_second_signal_ends_the_run_at_once(interrupted: RunFolder) -> None:
-    assert state(interrupted) == "stopped" and saved_step(interrupted) == 20
-    pids = [worker["pid"] for worker in trainings(interrupted)[0]["workers"]]
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
-
-
-def test_a_run_id_with_another_training_is_rejected_early(cluster: Cluster, interrupted: RunFolder) -> None:
-    run = interrupted
-    changed = start(cluster, *DRIVER, "resume", run.run_id, "train.seed=5", "--storage", run.storage.root)
-    assert "train.seed = 5: is 0 in run interrupted" in finish(changed, 2)
-    assert len(trainings(run)) == 1 and state(run) == "stopped"
-
-
-def test_an_interrupted_run_resumes_from_its_checkpoint(
-    cluster: Cluster, whole: RunFolder, interrupted: RunFolder
-) -> None:
-    run = interrupted
-    finish(start(cluster, *DRIVER, "resume", run.run_id, "--storage", run.storage.root), 0)
-    assert trainings(run)[1]["step"] == 20 and trainings(run)[1]["repeated"] == last_repeated(run)
-    assert losses(run) == losses(whole)
-
-
-def last_repeated(run: RunFolder) -> int:
-    from ft_service.runs.history import attempts
-
-    return attempts(read_events(run.storage, run.run_id))[-1].repeated
-
-
-def test_another_driver_takes_over_from_a_killed_one(
-    cluster: Cluster, world: Path, whole: RunFolder, folder_of: Callable[[str], RunFolder]
-) -> None:
-    run = folder_of("driver-killed")
-    arguments = ("train", str(world / "spec.yaml"), "--run-id", run.run_id)
-    training = start(cluster, *DRIVER, *arguments)
-    wait_until(lambda: Checkpoints(run).entries(), training)
-    os.kill(trainings(run)[0]["workers"][1]["pid"], signal.SIGSTOP)  # it shall not end meanwhile
-    second = start(cluster, *DRIVER, *arguments)
-    assert "is working on it" in finish(second, 2)
+    training = start(cluster, *DRIVER, *train)
+    wait_until(lambda: len(trainings(run)) == 4 and last_step(run) > 46, training)
+    os.kill(trainings(run)[-1]["workers"][1]["pid"], signal.SIGSTOP)  # it shall not end meanwhile
+    said_to_second_driver = finish(start(cluster, *DRIVER, *train), 2)
     training.kill()
     training.communicate()
-    pids = [place["pid"] for place in trainings(run)[0]["workers"]]
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))  # Ray ends them with their driver
-    reached = last_step(run)
-    finish(start(cluster, *DRIVER, *arguments), 0)
-    again = trainings(run)[1]
-    assert again["step"] >= 20 and again["step"] % 20 == 0 and again["repeated"] == reached - again["step"]
-    assert losses(run) == losses(whole)
-    assert published(run).digest == published(whole).digest
+    driver_killed = seen(run)
+    wait_until(lambda: are_gone(driver_killed.workers))  # Ray ends them with their driver
+    driver_killed.reached = last_step(run)
+
+    finish(start(cluster, *DRIVER, *train), 0)
+    return OftenStopped(
+        run=run,
+        by_job_stop=by_job_stop,
+        records_after_job_stop=records,
+        by_ft_stop=by_ft_stop,
+        said_by_ft_stop=said_by_ft_stop,
+        listed=next(found for found in shown if found["run_id"] == run.run_id),
+        said_when_inactive=said_when_inactive,
+        by_signals=by_signals,
+        said_to_another_training=said_to_another_training,
+        driver_killed=driver_killed,
+        said_to_second_driver=said_to_second_driver,
+    )
+
+
+def are_gone(pids: list[int]) -> bool:
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_stopped_job_saves_and_resumes(often_stopped: OftenStopped, whole: RunFolder) -> None:
+    stopped = often_stopped.by_job_stop
+    assert stopped.state == "stopped"
+    assert "SIGTERM" in stopped.message and f"ft resume {often_stopped.run.run_id}" in stopped.message
+    assert 12 < stopped.reached < STEPS and stopped.saved == stopped.reached  # nothing of what was trained is lost
+    assert often_stopped.records_after_job_stop == [published(whole)]  # nothing new is published
+    first, second = trainings(often_stopped.run)[:2]
+    assert (first["step"], second["step"]) == (0, stopped.reached)
+    assert (first["repeated"], second["repeated"]) == (0, 0)
+
+
+def test_ft_stop_waits_and_submitting_again_resumes(often_stopped: OftenStopped) -> None:
+    stopped = often_stopped.by_ft_stop
+    assert all("stopped: ft stop" in said for said in often_stopped.said_by_ft_stop)
+    assert stopped.saved == stopped.reached < STEPS
+    listed = often_stopped.listed
+    assert (listed["state"], listed["attempts"], listed["wasted_steps"]) == ("stopped", 2, 0)
+    assert "is not active" in often_stopped.said_when_inactive
+    third = trainings(often_stopped.run)[2]
+    assert (third["step"], third["repeated"]) == (stopped.reached, 0)
+
+
+def test_a_second_signal_ends_the_run_at_once(often_stopped: OftenStopped) -> None:
+    stopped = often_stopped.by_signals
+    assert (stopped.state, stopped.saved) == ("stopped", 40)
+    assert are_gone(stopped.workers)
+    fourth = trainings(often_stopped.run)[3]
+    assert (fourth["step"], fourth["repeated"]) == (40, stopped.reached - 40)
+
+
+def test_a_run_id_with_another_training_is_rejected_early(often_stopped: OftenStopped) -> None:
+    assert "train.seed = 5: is 0 in run often-stopped" in often_stopped.said_to_another_training
+
+
+def test_another_driver_takes_over_from_a_killed_one(often_stopped: OftenStopped) -> None:
+    assert "is working on it" in often_stopped.said_to_second_driver
+    reached = often_stopped.driver_killed.reached
+    fifth = trainings(often_stopped.run)[4]
+    assert fifth["step"] == 40 and fifth["repeated"] == reached - 40
+
+
+def test_a_run_stopped_in_every_way_ends_like_an_undisturbed_one(often_stopped: OftenStopped, whole: RunFolder) -> None:
+    assert losses(often_stopped.run) == losses(whole)
+    assert published(often_stopped.run).digest == published(whole).digest
 
 
 # -- workers that die or hang ----------------------------------------------------------------------------------------
