@@ -217,14 +217,16 @@ storage: {world}/storage
     return spec
 
 
-def measure(checkout: Path, side: str, number: int, world: Path, spec: Path) -> Figures:
+def measure(checkout: Path, side: str, number: int, world: Path, spec: Path, own_operators: bool) -> Figures:
     figures = single_processes(checkout, world, spec)
     folder = world / f"{side}-{number}"
     folder.mkdir()
     # Each checkout has a dataset and runs of its own: formats may differ.
     own = folder / "spec.yaml"
     own.write_text(spec.read_text().replace(f"{world}/storage", f"{folder}/storage"))
-    with Cluster(folder, HOST) as cluster:
+    # Two checkouts may use two versions of ninja, each of which takes the other's build for outdated.
+    settings = {"TORCH_EXTENSIONS_DIR": str(world / f"{side}-operators")} if own_operators else {}
+    with Cluster(folder, HOST, settings) as cluster:
         cluster.start(HOST)
         figures |= run_and_kill(cluster, checkout, own, folder / "storage", f"{side}-{number}")
     return figures
@@ -258,10 +260,13 @@ def main() -> None:
         world = Path(temporary)
         write_world(world, sizes=SMALL)
         spec = write_spec(world)
-        for number in range(arguments.rounds):
+        is_compared = len(sides) > 1
+        for number in range(-1 if is_compared else 0, arguments.rounds):
             for side, checkout in sides.items():
-                rounds[side].append(measure(checkout, side, number, world, spec))
-                console.print(f"round {number + 1} {side}: {rounds[side][-1]}")
+                figures = measure(checkout, side, number, world, spec, own_operators=is_compared)
+                console.print(f"round {number + 1} {side}: {figures}")
+                if number >= 0:  # the round before the first one compiles DeepSpeed's operators
+                    rounds[side].append(figures)
     medians = {
         side: {name: statistics.median(figures[name] for figures in measured) for name in measured[0]}
         for side, measured in rounds.items()

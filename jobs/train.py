@@ -45,9 +45,9 @@ def main() -> None:
             from ft_service.spec.load import load_run_spec
 
             spec = load_run_spec(arguments.spec, overrides)
-        from ft_service.model.light_imports import collector_at_rest
+        from ft_service.model.light_imports import quick_imports
 
-        with collector_at_rest():
+        with quick_imports():
             from ft_service.launch import run  # after the checks: importing torch and Ray takes seconds
 
         run(spec, arguments.resume or arguments.run_id)

@@ -11,6 +11,7 @@ import typer
 from ft_service.catalog.gpus import GPUS_PER_NODE, Gpu, find_gpu, known_gpus
 from ft_service.cli.common import AsJson, Overrides, console, print_json
 from ft_service.errors import UsageError
+from ft_service.model.light_imports import quick_imports
 from ft_service.plan.facts import Resources
 from ft_service.spec.load import load_run_spec
 
@@ -96,7 +97,9 @@ def _known_gpu(gpu_type: str | None) -> Gpu | None:
 def _plan_spec(spec_path: Path, overrides: Sequence[str], hardware: Hardware, dry_run: bool, as_json: bool) -> None:
     spec = load_run_spec(spec_path, overrides)
     from ft_service.cli.plan_view import show_plan
-    from ft_service.preflight import dry_run_of, plan_without_writing
+
+    with quick_imports():
+        from ft_service.preflight import dry_run_of, plan_without_writing
 
     run_plan = plan_without_writing(spec, hardware.resources())
     if dry_run:

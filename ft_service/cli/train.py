@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ft_service.cli.common import DEFAULT_STORAGE, Overrides, RunId, SpecPath, StorageRoot, console
+from ft_service.model.light_imports import quick_imports
 from ft_service.spec.load import load_run_spec
 from ft_service.storage.storage import Storage
 
@@ -12,7 +13,8 @@ from ft_service.storage.storage import Storage
 def train(spec_path: SpecPath, overrides: Overrides = None, run_id: RunId = None) -> None:
     """Train and publish. Joins the Ray cluster at RAY_ADDRESS, or starts one on this machine."""
     spec = load_run_spec(spec_path, overrides or [])
-    from ft_service.launch import run
+    with quick_imports():
+        from ft_service.launch import run
 
     run(spec, run_id)
 
@@ -69,6 +71,7 @@ def resume(
         check_settings(spec, RunFolder(Storage(storage), run_id))
 
         raise SystemExit(submit_resume(run_id, storage, overrides or [], address, detach))
-    from ft_service.launch import run
+    with quick_imports():
+        from ft_service.launch import run
 
     run(spec, run_id)
