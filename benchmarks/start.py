@@ -54,6 +54,8 @@ STEPS = 100_000
 SAVE_EVERY = 20
 RUN_SECONDS = 300
 _POLL_SECONDS = 0.02
+_IDLE_PERCENT = 10.0
+_IDLE_DEADLINE_SECONDS = 30.0
 HOST = Host("head", "127.78.0.1", 2)
 
 REPLICA = """
@@ -217,6 +219,13 @@ storage: {world}/storage
     return spec
 
 
+def wait_until_idle() -> None:
+    """Ray's dashboard loads its modules for some seconds after `ray start` has returned."""
+    deadline = time.monotonic() + _IDLE_DEADLINE_SECONDS
+    while psutil.cpu_percent(interval=1.0) > _IDLE_PERCENT and time.monotonic() < deadline:
+        pass
+
+
 def measure(checkout: Path, side: str, number: int, world: Path, spec: Path, own_operators: bool) -> Figures:
     figures = single_processes(checkout, world, spec)
     folder = world / f"{side}-{number}"
@@ -228,6 +237,7 @@ def measure(checkout: Path, side: str, number: int, world: Path, spec: Path, own
     settings = {"TORCH_EXTENSIONS_DIR": str(world / f"{side}-operators")} if own_operators else {}
     with Cluster(folder, HOST, settings) as cluster:
         cluster.start(HOST)
+        wait_until_idle()
         figures |= run_and_kill(cluster, checkout, own, folder / "storage", f"{side}-{number}")
     return figures
 
