@@ -1,5 +1,6 @@
 """Storage and registry: folders are complete or absent, content-addressed, and damage is detected."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -267,6 +268,20 @@ def test_an_unusable_root_is_an_error(tmp_path: Path) -> None:
         Storage(str(tmp_path / "file" / "below")).check_writable()
     with pytest.raises(StorageError, match="not a usable root"):
         Storage("gopher://somewhere")
+
+
+class DeletedMeanwhile:
+    """A file system where another process deletes a folder between pyarrow's two looks at it."""
+
+    def get_file_info(self, selector: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "Cannot list directory")
+
+
+def test_a_folder_deleted_while_it_is_listed_is_empty(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage._fs = DeletedMeanwhile()  # type: ignore[assignment]
+    assert storage.folders("runs/r/checkpoints") == []
+    assert storage.files("runs/r/checkpoints") == []
 
 
 def test_lines_are_appended_and_a_storage_can_be_pickled(storage: Storage) -> None:
