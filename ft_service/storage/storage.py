@@ -151,10 +151,7 @@ class Storage:
                 return sorted(self._local_tree(Path(self._full(path))), key=lambda file: file.path)
         selector = fs.FileSelector(self._full(path), allow_not_found=True, recursive=True)
         with self._raising(f"{self.uri(path)}: cannot be listed"):
-            try:
-                infos = self._fs.get_file_info(selector)
-            except FileNotFoundError:  # another process deleted the folder after pyarrow had found it
-                return []
+            infos = self._fs.get_file_info(selector)
         paths = ((info.path.removeprefix(f"{self._base}/"), info) for info in infos if info.type == fs.FileType.File)
         return sorted((StoredObject(at, info.size, at) for at, info in paths), key=lambda file: file.path)
 
@@ -377,7 +374,10 @@ class Storage:
     def _names(self, path: str, kind: fs.FileType) -> list[str]:
         selector = fs.FileSelector(self._full(path), allow_not_found=True)
         with self._raising(f"{self.uri(path)}: cannot be listed"):
-            infos = self._fs.get_file_info(selector)
+            try:
+                infos = self._fs.get_file_info(selector)
+            except FileNotFoundError:  # another process deleted the folder after pyarrow had found it
+                return []
         return sorted(info.base_name for info in infos if info.type == kind)
 
     def _local_tree(self, folder: Path) -> Iterator[StoredObject]:
