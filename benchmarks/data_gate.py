@@ -37,7 +37,8 @@ from ft_service.data.read import scan
 from ft_service.model.scratch import train_tokenizer
 from ft_service.spec.schema import DataSource
 
-GOAL, GOAL_NEAR = 0.95, 0.9
+GOAL = 0.95
+GOAL_NEAR = 0.9
 NEAR = ("quality.near-duplicate", "quality.contradiction")
 STATISTICAL = ("form.cut-off", "quality.too-short", "style.length", "style.register", "style.format", "style.language")
 """Judged by what is usual in the data, so not deterministic; held to the lower goal."""
@@ -427,7 +428,8 @@ def plant(pairs: list[Pair], held_out: list[Pair], language: str, dice: random.R
             pair = next(left)
             other = edited_pair(pair, language, dice)
         cases += [Case(chat_line(pair), {"near:pair"}), Case(chat_line(other), {"near:pair"}, origin=chat_line(pair))]
-        pair, wrong = next(left), next(left)
+        pair = next(left)
+        wrong = next(left)
         question = pair.question if dice.random() < 0.5 else edited(pair.question, language, dice)
         cases += [
             Case(chat_line(pair), {"quality.contradiction"}),
@@ -460,7 +462,8 @@ class Judged:
 
 def judge(lines: list[bytes], held_out: list[Pair], chat: ChatFormat, folder: Path) -> Judged:
     """The gate over a file of these lines; hits are line numbers."""
-    file, other = folder / "train.jsonl", folder / "held-out.jsonl"
+    file = folder / "train.jsonl"
+    other = folder / "held-out.jsonl"
     file.write_bytes(b"\n".join(lines) + b"\n")
     other.write_bytes(b"\n".join(map(chat_line, held_out)) + b"\n")
     source = DataSource(path=str(file), format="chat", source="planted", license="MIT")
@@ -500,7 +503,8 @@ def measure(cases: list[Case], judged: Judged, clean_hits: dict[str, set[bytes]]
             right = len(found & pairs)
             planted = len(pairs) // 2
         else:
-            right, planted = len(found & truth), len(truth)
+            right = len(found & truth)
+            planted = len(truth)
         wrong = [
             number
             for number in found - truth - (pairs if code == "quality.near-duplicate" else set())
@@ -594,7 +598,8 @@ def main() -> int:
         tokenizer = train_tokenizer([f"{pair.question} {pair.answer}" for pair in pairs[:1000]], vocab_size=4000)
         chat = ChatFormat(tokenizer)
         dice = random.Random(options.seed)
-        held_out, train = pairs[-HELD_OUT:], pairs[:-HELD_OUT]
+        held_out = pairs[-HELD_OUT:]
+        train = pairs[:-HELD_OUT]
         with tempfile.TemporaryDirectory() as folder:
             lines = [chat_line(pair) for pair in train]
             clean = judge(lines, held_out, chat, Path(folder))

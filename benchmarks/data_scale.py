@@ -107,7 +107,8 @@ def prepare(world: Path, kind: str, cores: int) -> dict[str, Any]:
         "data": {"train": [source], "validation": {"fraction": 0.01}, "max_seq_len": ROW_TOKENS},
         "storage": str(world / "storage"),
     }
-    spec, tokenizer = parse_run_spec(json.dumps(document)), load_tokenizer(world / "base")
+    spec = parse_run_spec(json.dumps(document))
+    tokenizer = load_tokenizer(world / "base")
     ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
     watch = Watch()
     watch.start()
@@ -117,7 +118,8 @@ def prepare(world: Path, kind: str, cores: int) -> dict[str, Any]:
         dataset = prepare_dataset(spec, tokenizer, Storage(spec.storage), console.print, map_on_cluster)
         seconds.append(time.perf_counter() - began)
     watch.end()
-    facts, judgement = dataset.facts, dataset.judgement
+    facts = dataset.facts
+    judgement = dataset.judgement
     return {
         "records": judgement.read,
         "seconds": seconds[0],

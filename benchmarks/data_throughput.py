@@ -61,7 +61,8 @@ def write_records(data: Path, columns: dict[str, str], count: int, out: Path) ->
     with (out / "alpaca.jsonl").open("w") as alpaca, (out / "chat.jsonl").open("w") as chat:
         for number in range(count):
             record = records[number % len(records)]
-            question, answer = f"({number}) {record[columns['instruction']]}", record[columns["output"]]
+            question = f"({number}) {record[columns['instruction']]}"
+            answer = record[columns["output"]]
             alpaca.write(json.dumps({"instruction": question, "output": answer}) + "\n")
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             chat.write(json.dumps({"messages": turns}) + "\n")
@@ -105,7 +106,8 @@ def ours(world: Path, cores: int) -> dict[str, Any]:
     everything = CheckResult(None, keys, np.zeros(len(keys), dtype=bool))  # type: ignore[arg-type]
     packed = list(map_on_cluster(pack, context, list(prepare._groups(context, inputs.shards, everything))))
     took = time.perf_counter() - began
-    tokens, rows = sum(done.tokens[0] for done in packed), sum(done.rows[0] for done in packed)
+    tokens = sum(done.tokens[0] for done in packed)
+    rows = sum(done.rows[0] for done in packed)
     return {"seconds": took, "tokens": tokens, "rows": rows, "records": len(keys)}
 
 

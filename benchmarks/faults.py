@@ -302,7 +302,8 @@ class Cell:
 
 def try_cell(cell: Cell, cluster: Cluster, folder: Path, spec: Path, whole: Reference, storage: Storage) -> None:
     """Run it, strike, wait for the end, and fill in what was found."""
-    fault, moment = FAULTS[cell.fault], MOMENTS[cell.moment]
+    fault = FAULTS[cell.fault]
+    moment = MOMENTS[cell.moment]
     began = time.monotonic()
     run = RunFolder(storage, f"{cell.fault}-{cell.method}-{cell.moment}")
     there_before = litter(storage)
@@ -312,7 +313,8 @@ def try_cell(cell: Cell, cluster: Cluster, folder: Path, spec: Path, whole: Refe
         lived = attempts(run)
         stage.victim = lived[0].pid(1) if lived else max(p.pid for p in worker_processes(cluster))
         unfinished = unfinished_checkpoint(run)
-        struck, seen = datetime.now(UTC), last_step(run)
+        struck = datetime.now(UTC)
+        seen = last_step(run)
         fault.strike(stage)
         while len(attempts(run)) == len(lived) and not stage.driver.has_ended():
             seen = max(seen, last_step(run))  # the lines of a dying attempt; the next one cuts them off
@@ -325,7 +327,9 @@ def try_cell(cell: Cell, cluster: Cluster, folder: Path, spec: Path, whole: Refe
         if not after:
             raise TrainingError("it went on as if nothing had been.")
         resumed = after[-1].step
-        cell.restarts, cell.resumed_at, cell.wasted_steps = len(after), resumed, max(0, seen - resumed)
+        cell.restarts = len(after)
+        cell.resumed_at = resumed
+        cell.wasted_steps = max(0, seen - resumed)
         cell.recovery_seconds = (metrics[resumed].time - struck).total_seconds()
         losses = [m.loss for m in metrics]
         if [m.step for m in metrics] != list(range(1, STEPS + 1)):
@@ -538,10 +542,12 @@ class Strike:
 
 def random_kills(arguments: argparse.Namespace) -> dict[str, Any]:
     """A run of some minutes, struck about once a minute, against the same one undisturbed."""
-    method, minutes = arguments.methods[0], arguments.random_kills
+    method = arguments.methods[0]
+    minutes = arguments.random_kills
     rng = random.Random(arguments.seed)
     with stage_set([method], arguments.smoke) as (world, cluster):
-        storage, spec = Storage(str(world / "storage")), world / f"{method}.yaml"
+        storage = Storage(str(world / "storage"))
+        spec = world / f"{method}.yaml"
         short = reference(cluster, world, spec, RunFolder(storage, "sizing"), RUN_SECONDS)
         num_steps = max(STEPS, round(60 * minutes / short.step_seconds))
         save_every = max(SAVE_EVERY, round(_SAVE_SECONDS / short.step_seconds))
@@ -568,12 +574,14 @@ def random_kills(arguments: argparse.Namespace) -> dict[str, Any]:
             due = time.monotonic() + rng.uniform(*_PAUSE_SECONDS)
             while time.monotonic() < due and goes_on():
                 time.sleep(0.1)
-            lived, seen = attempts(run), last_step(run)
+            lived = attempts(run)
+            seen = last_step(run)
             if not goes_on() or seen >= num_steps:
                 break
             if not lived or not psutil.pid_exists(lived[-1].pid(0)):
                 continue  # it is recovering
-            fault, stage.victim = rng.choice(arguments.faults), lived[-1].pid(rng.randrange(2))
+            fault = rng.choice(arguments.faults)
+            stage.victim = lived[-1].pid(rng.randrange(2))
             moment = time.monotonic()
             try:
                 FAULTS[fault].strike(stage)
@@ -594,7 +602,8 @@ def random_kills(arguments: argparse.Namespace) -> dict[str, Any]:
         difference = max(abs(a - m.loss) for a, m in zip(whole.losses, metrics, strict=True)) if complete else None
         same_digest = published_digest(run) == whole.digest
         left = left_processes(cluster, stage.driver)
-    wasted, kills = sum(strike.wasted_steps for strike in struck), len(struck)
+    wasted = sum(strike.wasted_steps for strike in struck)
+    kills = len(struck)
     figures = {
         "method": method,
         "steps": num_steps,

@@ -29,7 +29,11 @@ from benchmarks.result import add_smoke_option, print_result, shrink
 SIDES = ("ours", "stock", "ours-4bit", "stock-4bit")
 GOAL_SPEEDUP = {"bf16": 8.0, "4bit": 2.0}
 PROCESS_BASE_BYTES = 0.4e9
-HIDDEN, INTERMEDIATE, VOCABULARY, KV_HEADS, HEADS = 2048, 5632, 32_000, 4, 16
+HIDDEN = 2048
+INTERMEDIATE = 5632
+VOCABULARY = 32_000
+KV_HEADS = 4
+HEADS = 16
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> None:
@@ -245,7 +249,8 @@ def main() -> None:
     peaks: dict[str, dict[str, float]] = {}
     holds = True
     for name, suffix, extra in (("bf16", "", largest), ("4bit", "-4bit", layer)):
-        ours, stock = figures.get(f"ours{suffix}"), figures.get(f"stock{suffix}")
+        ours = figures.get(f"ours{suffix}")
+        stock = figures.get(f"stock{suffix}")
         if ours is None or stock is None:
             continue
         ratios[name] = stock["seconds"] / ours["seconds"]

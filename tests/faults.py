@@ -27,7 +27,8 @@ class Driver:
     """jobs/train.py on the head's host, working on a run."""
 
     def __init__(self, cluster: Cluster, spec: Path, run: RunFolder, overrides: Sequence[str], log: Path) -> None:
-        self._run, self.log = run, log
+        self._run = run
+        self.log = log
         command = [*cluster.head.inside, sys.executable, "jobs/train.py", str(spec), "--run-id", run.run_id, *overrides]
         with log.open("ab") as output:
             self._process = subprocess.Popen(

@@ -55,7 +55,8 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, head: Host, settings: Mapping[str, str] | None = None) -> None:
-        self.folder, self.head = folder, head
+        self.folder = folder
+        self.head = head
         self._gcs, self._dashboard, self._client = free_ports(3)
         self.dashboard = f"http://{head.address}:{self._dashboard}"
         self.environment = ray_environment(f"{head.address}:{self._gcs}") | {"NO_PROXY": "*", "no_proxy": "*"}

@@ -50,7 +50,8 @@ def test_a_replaced_driver_writes_nothing_more_to_the_run(
     with pytest.raises(type(error)):
         launch.run(spec, "r", lambda text: None)
     run = RunFolder(Storage(spec.storage), "r")
-    status, holder = run.status(), run.lease_holder()
+    status = run.status()
+    holder = run.lease_holder()
     assert status is not None and status.state == "running"  # as the other driver says
     assert holder is not None and holder.token == "theirs"
     assert [event.type for event in read_events(run.storage, "r")] == ["preparing"]

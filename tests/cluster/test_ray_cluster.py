@@ -48,7 +48,8 @@ class Other:
 
 def test_killing_actors_wakes_waiters_and_spares_other_classes() -> None:
     make = ray.remote(num_cpus=0)
-    controller, other = make(Controller).remote(), make(Other).remote()
+    controller = make(Controller).remote()
+    other = make(Other).remote()
     assert ray.get(other.answer.remote()) == "here"
     errors: list[BaseException] = []
 

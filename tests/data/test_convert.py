@@ -177,7 +177,8 @@ def unused(judgement: Judgement) -> dict[str, str]:
         return {}
     assert finding.severity == "warn" and finding.count == len(finding.places)
     for place in finding.places:
-        name, share = place.detail.split("'")[1], place.detail.split()[-4]
+        name = place.detail.split("'")[1]
+        share = place.detail.split()[-4]
         assert f"{name} ({share} of the records)" in finding.message
     return {place.detail.split("'")[1]: place.detail.split()[-4] for place in finding.places}
 

@@ -150,7 +150,8 @@ def test_permuted_rows_rotate_in_neighbouring_pairs_as_halves_did(num_heads: int
     angles = rng.uniform(0, 6, size=half)
     by_halves = []
     for head in np.split(query[:, 0], num_heads):
-        a, b = head[:half], head[half:]
+        a = head[:half]
+        b = head[half:]
         by_halves += [*(a * np.cos(angles) - b * np.sin(angles)), *(b * np.cos(angles) + a * np.sin(angles))]
     by_pairs = []
     for head in np.split(permuted(query, num_heads)[:, 0], num_heads):

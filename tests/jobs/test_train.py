@@ -125,7 +125,8 @@ def stock_validation_loss(model: torch.nn.Module, storage: Storage, digest: str)
     """By stock transformers: a forward pass per validation document, its own logits, a mean over loss tokens."""
     rows = open_dataset(storage, digest).validation
     assert rows is not None
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for number in range(len(rows)):
         row = rows[number]
         ends = np.cumsum(row.document_lengths)

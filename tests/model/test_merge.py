@@ -174,7 +174,8 @@ def test_failed_merge_leaves_nothing(base: Path, tmp_path: Path, damage: Any, me
 
 def test_full_disk_leaves_nothing(published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, record = published
-    count, fsync = 0, os.fsync
+    count = 0
+    fsync = os.fsync
 
     def full_at_the_third_file(descriptor: int) -> None:
         nonlocal count

@@ -23,7 +23,8 @@ def shown_steps(stream: io.StringIO) -> list[int]:
 
 
 def test_a_log_shows_first_last_validated_and_periodic_steps() -> None:
-    clock, stream = Clock(), io.StringIO()
+    clock = Clock()
+    stream = io.StringIO()
     progress = ProgressLine(12, stream, clock)
     for step in range(1, 13):
         progress(step_metrics(step, validation_loss=1.9 if step == 3 else None))
@@ -43,7 +44,8 @@ def test_a_log_ends_with_the_last_step_of_a_stopped_run() -> None:
 
 
 def test_eta_uses_this_sessions_pace_and_keeps_the_last_validation() -> None:
-    clock, stream = Clock(), io.StringIO()
+    clock = Clock()
+    stream = io.StringIO()
     progress = ProgressLine(100, stream, clock)
     progress(step_metrics(41, validation_loss=1.9021))
     clock.now = 20.0

@@ -162,7 +162,8 @@ def change_json(path: Path, **changes: object) -> None:
 
 
 def _teach(base: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(PROMPT + SENTENCE, return_tensors="pt")["input_ids"]
     ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

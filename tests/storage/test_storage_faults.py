@@ -228,7 +228,9 @@ class Crashing(Storage):
 
     def __init__(self, root: str, at: int, when: str) -> None:
         super().__init__(root)
-        self.at, self.when, self.changes = at, when, 0
+        self.at = at
+        self.when = when
+        self.changes = 0
 
     def _crash(self, when: str) -> bool:
         if when == "before":
@@ -379,7 +381,8 @@ class Alone:
     """Stands for `Parallel` with one worker, or, in threads, for one of several."""
 
     def __init__(self, rank: int = 0, meeting: "Meeting | None" = None) -> None:
-        self.rank, self.meeting = rank, meeting
+        self.rank = rank
+        self.meeting = meeting
         self.world_size = meeting.size if meeting else 1
         self.is_rank_zero = rank == 0
 
@@ -553,7 +556,8 @@ def test_the_first_worker_does_not_wait_for_failed_parts(tmp_path: Path, monkeyp
 def test_a_save_beats_only_while_it_makes_progress(monkeypatch: pytest.MonkeyPatch, gets_on: bool) -> None:
     monkeypatch.setattr(waiting, "_STUCK_SECONDS", 10.0)
     monkeypatch.setattr(waiting, "_POLL_SECONDS", 0.0)
-    clock, beats = [0.0], []
+    clock = [0.0]
+    beats = []
     monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
     answers = threading.Event()
     thread = threading.Thread(target=answers.wait, daemon=True)
@@ -650,7 +654,9 @@ def test_failed_best_weights_leave_the_previous_best(tmp_path: Path, monkeypatch
     weights = WeightsOnStorage(run, Model(), parallel)  # type: ignore[arg-type]
     state = TrainingState(step=3, best_step=3, best_validation_loss=2.0)
     assert weights.keep_if_possible(state) == ""
-    state.step, state.best_step, state.best_validation_loss = 6, 6, 1.0
+    state.step = 6
+    state.best_step = 6
+    state.best_validation_loss = 1.0
     with monkeypatch.context() as world:
 
         def refuse(*_: object) -> None:
@@ -661,7 +667,9 @@ def test_failed_best_weights_leave_the_previous_best(tmp_path: Path, monkeypatch
     assert (state.best_step, state.best_validation_loss, weights.path) == (3, 2.0, "weights/step-3")
     weights.delete_all_but(set())
     assert run.storage.folders(f"{run.path}/weights") == ["step-3"]
-    state.step, state.best_step, state.best_validation_loss = 9, 9, 1.5  # not as good as the lost one, but better
+    state.step = 9
+    state.best_step = 9
+    state.best_validation_loss = 1.5  # not as good as the lost one, but better
     assert weights.keep_if_possible(state) == "" and weights.path == "weights/step-9"
 
 
@@ -687,7 +695,8 @@ def write_by_two(storage: Storage) -> dict[int, Exception]:
         def config_and_tokenizer_files(self) -> dict[str, bytes]:
             return {"config.json": b"{}"}
 
-    meeting, raised = Meeting(2), {}
+    meeting = Meeting(2)
+    raised = {}
 
     def work(rank: int) -> None:
         try:
@@ -705,9 +714,11 @@ def write_by_two(storage: Storage) -> dict[int, Exception]:
 
 
 def test_all_workers_rewrite_a_model_after_one_file_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"), retry_seconds=60)
+    whole = Storage(str(tmp_path / "whole"))
+    broken = Storage(str(tmp_path / "broken"), retry_seconds=60)
     assert write_by_two(whole) == {}
-    real, breaks = Storage.writing, itertools.count()
+    real = Storage.writing
+    breaks = itertools.count()
 
     @contextmanager
     def break_once(self: Storage, path: str) -> Iterator[Any]:
@@ -839,7 +850,8 @@ def test_a_run_survives_an_object_store_that_is_away(
 
 
 def ended_as_if_nothing_had_happened(run: RunFolder, undisturbed: RunFolder) -> None:
-    ours, theirs = read_metrics(run.storage, run.run_id), read_metrics(undisturbed.storage, undisturbed.run_id)
+    ours = read_metrics(run.storage, run.run_id)
+    theirs = read_metrics(undisturbed.storage, undisturbed.run_id)
     assert [m.step for m in ours] == list(range(1, STEPS + 1))
     assert [(m.loss, m.validation_loss) for m in ours] == [(m.loss, m.validation_loss) for m in theirs]
     assert run.outcome() == undisturbed.outcome()
@@ -1011,7 +1023,9 @@ class Tearing:
     """`Path.open` whose first file to append to takes only some bytes, and then fails."""
 
     def __init__(self, real: Callable[..., Any], after: int) -> None:
-        self.real, self.after, self.torn = real, after, False
+        self.real = real
+        self.after = after
+        self.torn = False
 
     def __get__(self, path: Any, kind: Any) -> Callable[..., Any]:
         def opened(mode: str = "r", *args: Any, **kwargs: Any) -> Any:

@@ -335,7 +335,8 @@ def test_workers_that_exit_unasked_without_a_result_fail_the_run(world: World) -
 
 @pytest.mark.parametrize(("room", "count"), [(8, 8), (9, 8), (7, 4), (4, 4), (3, 2), (0, 2)])
 def test_a_range_uses_the_most_workers_that_fit(world: World, room: int, count: int) -> None:
-    world.room, world.script = room, [Scripted(5, complete)]
+    world.room = room
+    world.script = [Scripted(5, complete)]
     world.train(num_workers={"min": 2, "max": 8})
     assert world.counts == [count]
 

@@ -189,7 +189,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @multiprocess
 @pytest.mark.parametrize("hung", [0, 1])
 def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
-    timeout, alive = 10, 1 - hung
+    timeout = 10
+    alive = 1 - hung
     run, workers, pids = training(world, f"stopped-{hung}", timeout, steps=100_000)
     try:
         os.kill(pids[hung], signal.SIGSTOP)
@@ -210,7 +211,8 @@ def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
 
 @multiprocess
 def test_workers_that_were_all_stopped_continue(world: Path) -> None:
-    timeout, steps = 5, 60
+    timeout = 5
+    steps = 60
     run, workers, pids = training(world, "suspended", timeout, steps)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)

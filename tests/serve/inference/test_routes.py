@@ -30,7 +30,8 @@ class ScriptedEngine:
         self.tokenizer = train_tokenizer(["hello world"], 280)
         self.context_length = CONTEXT
         self.end_ids = frozenset({1})
-        self.chunks, self.failure = chunks, failure
+        self.chunks = chunks
+        self.failure = failure
         self.requests: list[GenerationRequest] = []
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
