@@ -230,7 +230,10 @@ class Wandb:
         self._run.log(_figures(metrics), step=metrics.step)
 
     def close(self, complete: bool) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # waits for W&B's own process, which may write the file after `finish` has returned
 
 
 class Mlflow:
