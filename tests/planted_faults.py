@@ -132,7 +132,8 @@ FAULTS: tuple[Fault, ...] = (
         old="RENEW_SECONDS = 10.0",
         new="RENEW_SECONDS = 600.0",
         breaks="A second driver takes a living driver for dead, and takes its run away.",
-        tests=("tests/cluster/test_stopping.py::test_another_driver_takes_over_from_a_killed_one",),
+        # Tests on a cluster renew their leases more often, so they cannot see it.
+        tests=("tests/runs/test_lease.py::test_a_lease_outlives_two_renewals_that_fail",),
     ),
     # -- checkpoints -------------------------------------------------------------------------------------------------
     Fault(

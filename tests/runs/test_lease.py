@@ -137,6 +137,10 @@ def test_renewals_keep_a_lease_alive(run: RunFolder, monkeypatch: pytest.MonkeyP
             assert datetime.now(UTC) < deadline
 
 
+def test_a_lease_outlives_two_renewals_that_fail() -> None:
+    assert 3 * lease_module.RENEW_SECONDS < LEASE_SECONDS
+
+
 def test_a_run_without_a_live_driver_counts_as_failed(run: RunFolder) -> None:
     run.set_state("running")
     held(run, pid=77, ago=LEASE_SECONDS + 1)
