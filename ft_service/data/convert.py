@@ -21,6 +21,11 @@ from ft_service.spec.schema import FORMAT_COLUMNS, DataSource
 __all__ = ["BadRecord", "Conversation", "columns_of", "convert", "unused_fields"]
 
 _REQUIRED = {"alpaca": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+_MISSING = "form.missing-column"
+_JOIN = (
+    "Join them: jq -c '{messages: (.prompt + .completion)} + del(.prompt, .completion)' FILE > JOINED. "
+    "Set format: chat in the source"
+)
 _IMAGE_COLUMNS = ("image", "images")
 _NOTHING: tuple[object, ...] = (None, "", [], {})
 
@@ -33,12 +38,14 @@ def convert(record: Mapping[str, Any], source: DataSource, needs_answer: bool = 
     column = columns_of(source)
     for name in _REQUIRED[source.format]:
         if column.get(name) not in record and (needs_answer or name != "output"):
+            if all(isinstance(record.get(half), list) for half in ("prompt", "completion")):
+                raise BadRecord(f"has its conversation in two columns, prompt and completion. {_JOIN}", _MISSING)
             columns = ", ".join(map(str, record)) or "none"
             guess = guess_of(record)
             setting = guess.as_setting(source.format) if guess is not None else f"columns: {{{name}: ...}}"
             raise BadRecord(
                 f"has no column {column.get(name, name)!r} (its columns: {columns}). Set {setting} in the source",
-                "form.missing-column",
+                _MISSING,
             )
     for name in _IMAGE_COLUMNS:
         if name not in source.columns.values() and record.get(name) not in _NOTHING:

@@ -342,3 +342,10 @@ def test_a_record_of_another_format_says_what_to_write(format_: Any, record: Rec
     with pytest.raises(BadRecord) as refused:
         convert(record, DataSource(path="x", format=format_))
     assert setting in str(refused.value) and refused.value.code == "form.missing-column"
+
+
+@pytest.mark.parametrize("format", ["alpaca", "chat"])
+def test_a_conversation_in_two_columns_says_how_to_join_them(format: Any) -> None:
+    turns = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}
+    with pytest.raises(BadRecord, match=r"two columns.*jq -c '\{messages: \(\.prompt \+ \.completion\)\}"):
+        convert(turns, DataSource(path="x", format=format))
