@@ -19,6 +19,7 @@ for _module in (
     "peft.tuners.lora.bnb",
     "tests.model.loading_cases",
     "tests.plan.memory_cases",
+    "tests.train.gathered_cases",
     "tests.train.nonfinite_cases",
     "tests.train.training_cases",
     "tests.train.watchdog_cases",

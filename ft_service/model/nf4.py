@@ -1,4 +1,4 @@
-"""NF4 weights with double quantisation, quantised share by share. The only user of bitsandbytes.
+"""NF4 weights with double quantisation, quantised share by share. The only user of bitsandbytes, with `linear4bit`.
 
 bitsandbytes scales each block of 64 weights by its largest magnitude. It then subtracts the mean of these scales, and
 quantises them to 8 bits in groups of 256. The blocks are independent, so each rank quantises only the blocks it holds.
@@ -27,7 +27,7 @@ def make_linears_4bit(model: nn.Module, dtype: torch.dtype) -> None:
     and partitions floating types without changing their bits, but casts other types.
     """
     try:
-        from bitsandbytes.nn import Linear4bit
+        from ft_service.model.linear4bit import MemoryEfficientLinear4bit
     except ModuleNotFoundError:
         raise ModelError(
             "method.type = 'qlora': this process was started without 4-bit weights. Start another with four_bit=True."
@@ -36,7 +36,7 @@ def make_linears_4bit(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name.endswith("lm_head"):
             continue
-        linear = Linear4bit(
+        linear = MemoryEfficientLinear4bit(
             module.in_features,
             module.out_features,
             bias=module.bias is not None,

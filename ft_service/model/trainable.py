@@ -11,6 +11,7 @@ from ft_service.chat.format import ChatFormat
 from ft_service.errors import ModelError
 from ft_service.model.adapter import attach_adapter, export_adapter
 from ft_service.model.base import load_tokenizer
+from ft_service.model.linear import make_linears_memory_efficient
 from ft_service.model.load import Progress, WeightPlacement, load_causal_lm
 from ft_service.model.weight_files import WeightFiles
 from ft_service.model.writer import config_and_tokenizer_files
@@ -49,6 +50,8 @@ class TrainableModel:
         self.module: LlamaForCausalLM | PeftModel = self.causal_lm
         if self.is_adapter:
             self.module = attach_adapter(self.causal_lm, method, spec.model.base, spec.model.revision)
+        if plan.zero_stage == 3:  # the other stages free no weights
+            make_linears_memory_efficient(self.module)
         self._initial = _trained_parameters(self.module) if method.changes_base else None
         if plan.activation_checkpointing:
             self.causal_lm.gradient_checkpointing_enable()

@@ -46,9 +46,11 @@ def two_workers(base: Path) -> dict[str, Any]:
     cases = {f"full-zero{stage}": {"method": FULL, "stage": stage, "micro": 1} for stage in (0, 1, 2, 3)}
     cases |= {f"lora-zero{stage}": {"method": LORA, "stage": stage, "micro": 2} for stage in (0, 1, 2, 3)}
     cases["full-separate"] = {"method": FULL, "stage": 3, "micro": 2, "packed": False}
+    cases["full-zero3-checkpointing"] = {"method": FULL, "stage": 3, "micro": 1, "checkpointing": True}
     cases["lora-zero3-checkpointing"] = {"method": LORA, "stage": 3, "micro": 1, "checkpointing": True}
     cases |= {f"lora-bf16-zero{s}": {"method": LORA, "stage": s, "micro": 2, "precision": "bf16"} for s in (1, 2, 3)}
     cases |= {f"qlora-bf16-zero{s}": {"method": QLORA, "stage": s, "micro": 2, "precision": "bf16"} for s in (2, 3)}
+    cases["qlora-bf16-zero3-checkpointing"] = cases["qlora-bf16-zero3"] | {"checkpointing": True}
     for case in cases.values():
         case["base"] = str(base)
     return run_cases(run_case, cases, 2)
@@ -103,6 +105,7 @@ def test_bf16_curves_agree_between_stages(one_worker: dict[str, Any], two_worker
         assert_same_curve(two_workers[f"lora-bf16-zero{stage}"], one_worker["lora-bf16"], tolerance=5e-3)
     for stage in (2, 3):
         assert_same_curve(two_workers[f"qlora-bf16-zero{stage}"], one_worker["qlora-bf16"], tolerance=5e-3)
+    assert_same_curve(two_workers["qlora-bf16-zero3-checkpointing"], one_worker["qlora-bf16"], tolerance=5e-3)
 
 
 # -- independent references ------------------------------------------------------------------------------------------
