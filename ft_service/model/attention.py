@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 PACKED_ATTENTION = "ft_packed"
@@ -33,9 +32,9 @@ def packed_attention(
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes neither a mask nor dropout")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.device.type != "cpu" and query.dtype in (torch.bfloat16, torch.float16):
         longest = max(document_lengths)
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         out = varlen_attn(
             q,
             k,
@@ -59,7 +58,9 @@ def packed_attention(
 
 
 def register_packed_attention() -> None:
-    """Make `PACKED_ATTENTION` an attention implementation of transformers. Calling it again changes nothing."""
+    """Make `PACKED_ATTENTION` an attention implementation of transformers. Calling it again changes nothing.
+
+    Trap: it must not be registered with transformers' `AttentionMaskInterface`. An implementation unknown there gets no
+    mask at once; for a registered one, transformers first reads from the device whether position_ids are packed.
+    """
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    # Without this, transformers would build a [1, 1, T, T] mask from position_ids.
-    AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)

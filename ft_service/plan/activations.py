@@ -1,8 +1,8 @@
 """Activations and loss: peak bytes of the forward and backward pass of one micro-batch, from first principles.
 
 Counts what autograd saves for every operation of a Llama decoder layer, like Korthikanti et al. 2022
-(arXiv:2205.05198), for the operations used here: transformers' layers, `ft_service.model.attention`, peft's LoRA
-layers, bitsandbytes' 4-bit products and `ft_service.train.objectives.sft`.
+(arXiv:2205.05198), for the operations used here: `ft_service.model.training_layers`, `ft_service.model.attention`,
+bitsandbytes' 4-bit products and `ft_service.train.objectives.sft`.
 
 Legend: T tokens, D model width, Q width of all query heads, K of all key heads, I of the MLP, V vocabulary, e bytes of
 an element.
@@ -49,12 +49,11 @@ def activation_bytes(
     )
     temporary = _temporary(shape, tokens, element_bytes, method, targets, use_dora)
     # Hidden states of the final norm, saved like those of any norm, and rotary angles.
-    shared = tokens * (_norm(shape.hidden_size, element_bytes, full, False) + 2 * element_bytes * shape.head_dim)
+    shared = tokens * (_norm(shape.hidden_size, element_bytes, False) + 2 * element_bytes * shape.head_dim)
     hidden = tokens * element_bytes * shape.hidden_size
     if checkpointing:
         kept = shape.num_layers * hidden + shared
-        if element_bytes == _FP32:
-            saved -= hidden  # the input is already in fp32, and counted in `kept`
+        saved -= hidden  # the input of the first norm is the layer's, counted in `kept`
         return kept + max(0, saved + temporary - loss)
     return shape.num_layers * saved + shared + max(0, temporary - loss)
 
@@ -78,15 +77,15 @@ def saved_per_token(
     query = shape.num_heads * shape.head_dim
     key_value = shape.num_kv_heads * shape.head_dim
     saves_input = _ALL if full else targets
-    norms = _norm(shape.hidden_size, e, full, bool(saves_input & {"q_proj", "k_proj", "v_proj"}))
-    norms += _norm(shape.hidden_size, e, full, bool(saves_input & {"gate_proj", "up_proj"}))
+    norms = _norm(shape.hidden_size, e, bool(saves_input & {"q_proj", "k_proj", "v_proj"}))
+    norms += _norm(shape.hidden_size, e, bool(saves_input & {"gate_proj", "up_proj"}))
     # Queries, keys and values, the output of attention, and fp32 log-sum-exp per head.
     attention = e * (2 * query + 2 * key_value) + _FP32 * shape.num_heads
     if not flash:
         # The outputs of several documents are concatenated into a new tensor for the next layer.
         attention += e * query * ("o_proj" in saves_input)
-    # gate, silu(gate), up, and their product if the next layer saves its input.
-    mlp = e * shape.intermediate_size * (3 + ("down_proj" in saves_input))
+    # gate, up, and silu(gate) up if the next layer saves its input.
+    mlp = e * shape.intermediate_size * (2 + ("down_proj" in saves_input))
     adapters = 0 if full else e * lora_rank * len(targets)
     if use_dora:
         # The gradient of the magnitude needs the outputs of base and adapter.
@@ -94,9 +93,9 @@ def saved_per_token(
     return norms + attention + mlp + adapters
 
 
-def _norm(width: int, element_bytes: int, trained: bool, output_read: bool) -> int:
-    """Bytes per token: RMSNorm saves its input in fp32, and its normalised input only to train its weight."""
-    return width * (_FP32 + element_bytes * (trained + output_read)) + _FP32
+def _norm(width: int, element_bytes: int, output_read: bool) -> int:
+    """Bytes per token: RMSNorm saves its input and an fp32 number, and the next layer perhaps its own input."""
+    return width * element_bytes * (1 + output_read) + _FP32
 
 
 def _temporary(

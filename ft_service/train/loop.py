@@ -31,28 +31,22 @@ def train(
     for step in steps:
         started = time.perf_counter()
         rate = planned_learning_rate(plan, state.step)
-        loss = math.nan
-        num_leaving = 0.0
         loss_sums = []
         for number, micro_batch in enumerate(step.micro_batches, start=1):
             hooks.on_progress(f"micro-batch {number} of {len(step.micro_batches)}", state.step + 1)
             loss_sum = parallel.loss(micro_batch)
             parallel.backward(loss_sum * (parallel.world_size / step.global_loss_tokens))
             loss_sums.append(loss_sum.detach())
-            if number == len(step.micro_batches):  # the next micro_step updates the weights
-                # One collective for both: every rank must learn at the same step that one was asked to leave.
-                loss_total, num_leaving = parallel.sum_over_ranks(
-                    torch.stack(loss_sums).sum(), float(hooks.leave_requested())
-                )
-                loss = loss_total / step.global_loss_tokens
-                if not math.isfinite(loss):
-                    problem = f"step {state.step + 1}: the loss is {loss}."
-                    raise nonfinite_error(problem, step, batches, parallel, hooks.text_of_row)
-            parallel.micro_step(rate)
+            if number < len(step.micro_batches):
+                parallel.micro_step()
+        # One collective, one wait for the device. Every rank must learn at the same step that one was asked to leave.
+        update = parallel.update(rate, torch.stack(loss_sums).sum(), hooks.leave_requested())
+        loss = update.loss_sum / step.global_loss_tokens
         state.step += 1
-        if not math.isfinite(parallel.grad_norm()):
-            problem = f"step {state.step}: the gradient norm is {parallel.grad_norm()}."
-            raise nonfinite_error(problem, step, batches, parallel, hooks.text_of_row)
+        for name, value in (("loss", loss), ("gradient norm", update.grad_norm)):
+            if not math.isfinite(value):
+                problem = f"step {state.step}: the {name} is {value}."
+                raise nonfinite_error(problem, step, batches, parallel, hooks.text_of_row)
         seconds = time.perf_counter() - started
 
         validation_loss = None
@@ -71,7 +65,7 @@ def train(
                 loss=loss,
                 validation_loss=validation_loss,
                 learning_rate=rate,
-                grad_norm=parallel.grad_norm(),
+                grad_norm=update.grad_norm,
                 tokens=step.global_tokens,
                 loss_tokens=step.global_loss_tokens,
                 tokens_per_second=step.global_tokens / seconds,
@@ -80,10 +74,10 @@ def train(
         )
         if state.stopped_early:
             break
-        if num_leaving or _is_due(state.step, plan.spec.checkpoint.every_steps, None):
+        if update.num_leaving or _is_due(state.step, plan.spec.checkpoint.every_steps, None):
             hooks.on_progress("writing a checkpoint", state.step)
             hooks.on_checkpoint(state)
-        if num_leaving:
+        if update.num_leaving:
             break
     steps.close()
     return state
@@ -99,14 +93,15 @@ def mean_loss(parallel: Workers, batches: Batches, on_batch: Callable[[], None] 
 
     `on_batch` is called before each batch.
     """
-    loss_sum = 0.0
+    loss_sums = []
     loss_tokens = 0
     with parallel.evaluation_mode():
         for step in batches.in_order():
             on_batch()
-            loss_sum += float(sum(parallel.loss(micro_batch) for micro_batch in step.micro_batches))
+            loss_sums += [parallel.loss(micro_batch) for micro_batch in step.micro_batches]
             loss_tokens += step.global_loss_tokens
-    return parallel.sum_over_ranks(loss_sum)[0] / loss_tokens
+    # Read once, at the end, so that the device never waits for the host. fp64, because there may be many.
+    return parallel.sum_over_ranks(torch.stack(loss_sums).double().sum())[0] / loss_tokens
 
 
 def _is_due(step: int, every: int | None, last: int | None) -> bool:

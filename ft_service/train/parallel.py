@@ -26,6 +26,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
 from ft_service.train.optimizer_state import OptimizerState
+from ft_service.train.protocol import Update
 
 _GIB = 2**30
 _COLLECTIVE_GRACE_SECONDS = 3600
@@ -113,7 +114,8 @@ class Parallel:
         )
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
-        self._grad_norm: torch.Tensor | float = math.nan
+        self._step_sums = torch.empty(0)
+        self._update = Update(math.nan, 0, math.nan)
         self._extend_group_timeouts()
 
     @property
@@ -164,6 +166,8 @@ class Parallel:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
         )
+        if self.plan.zero_stage > 0:
+            self._read_norm_once()
         self._extend_group_timeouts()  # of the groups that DeepSpeed has just created: NCCL's default is ten minutes
 
     def _optimizer(self, model: nn.Module, for_cpu: bool) -> torch.optim.Optimizer:
@@ -216,6 +220,8 @@ class Parallel:
             "data_types": {"grad_accum_dtype": "fp32" if plan.zero_stage or self.dtype == torch.float32 else None},
             "zero_optimization": zero,
             "steps_per_print": 10**9,
+            # It would wait for the device twice in every micro-step.
+            "timers": {"throughput": {"enabled": False}},
         }
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -229,25 +235,67 @@ class Parallel:
         """Accumulate gradients. At the end of a step they are the *mean* over ranks, as ZeRO and DDP reduce them."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def micro_step(self, learning_rate: float) -> None:
-        """End a micro-step; the last one of a step updates the weights at `learning_rate`.
+    def micro_step(self) -> None:
+        """End a micro-step that is not the last one of its step."""
+        self._engine.step()
 
-        If the gradient is not finite, neither weights nor optimizer state change.
+    def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update:
+        """End a step's last micro-step: update the weights, unless the loss or the gradient is not finite.
+
+        Every rank must call it. Sums loss and `leaving` over the ranks, and waits for the device once. DeepSpeed itself
+        waits more often under offloading, and under ZeRO-0 in bf16.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.plan.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            # Without ZeRO the engine does not keep the norm, but every rank has the whole, reduced gradient.
-            self._grad_norm = nn.utils.get_total_norm(p.grad for _, p in self._trained() if p.grad is not None)
-            if not math.isfinite(self._grad_norm):
-                return  # ZeRO-1 to 3 skip such an update themselves
-        self._engine.step()
+        self._step_sums = self._summed(loss_sum, float(leaving))
         if self.plan.zero_stage > 0:
-            self._grad_norm = self._engine.get_global_grad_norm()
+            self._engine.step()  # calls _read_update, see wrap
+        else:
+            # Without ZeRO the engine does not keep the norm, but every rank has the whole, reduced gradient.
+            norm = nn.utils.get_total_norm(p.grad for _, p in self._trained() if p.grad is not None)
+            if self._read_update(norm).isfinite():
+                self._engine.step()
+        return self._update
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; if infinite or NaN, the step made no update."""
-        return float(self._grad_norm)
+    def _read_update(self, norm: torch.Tensor) -> torch.Tensor:
+        """Read the sums of the step together with its gradient norm; the norm on the host, infinite if not to be used.
+
+        ZeRO skips an update whose norm is not finite.
+        """
+        numbers = torch.cat([self._step_sums, norm.to(self._step_sums).view(1)])
+        loss_sum, num_leaving, grad_norm = numbers.tolist()
+        if grad_norm < 0:  # what DeepSpeed reports for a norm that is not finite
+            grad_norm = math.inf
+        self._update = Update(loss_sum, num_leaving, grad_norm)
+        usable = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+        return torch.tensor(grad_norm if usable else math.inf)
+
+    def _read_norm_once(self) -> None:
+        """Let ZeRO take its gradient norm from `_read_update`, instead of waiting for the device up to four times."""
+        from deepspeed.runtime import bf16_optimizer
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self._engine.optimizer
+        if self.plan.zero_stage == 3:
+            norm_groups = zero._get_norm_groups
+            zero._get_norm_groups = lambda: [self._read_update(combine_grad_norm_groups(norm_groups()))]
+        elif isinstance(zero, bf16_optimizer.BF16_Optimizer):  # DeepSpeed's choice for ZeRO-1 in bf16
+            stock_step = zero.step
+            stock_norm = bf16_optimizer.get_global_norm_of_tensors
+
+            def step() -> None:
+                bf16_optimizer.get_global_norm_of_tensors = lambda **given: self._read_update(stock_norm(**given))
+                try:
+                    stock_step()
+                finally:
+                    bf16_optimizer.get_global_norm_of_tensors = stock_norm
+
+            zero.step = step
+        else:
+            global_norm = zero.scaled_global_norm
+            zero.scaled_global_norm = lambda: self._read_update(global_norm())
+            if self.plan.offload == "none":
+                zero.has_overflow = lambda partition_gradients: False  # the norm is not finite then
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -263,12 +311,16 @@ class Parallel:
 
     def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         """The sum of each number over all ranks. Every rank must call it."""
+        sums: list[float] = self._summed(*values).tolist()
+        return sums
+
+    def _summed(self, *values: torch.Tensor | float) -> torch.Tensor:
+        """The sums, still on the device."""
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         totals = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
         if self.world_size > 1:
             dist.all_reduce(totals)
-        sums: list[float] = totals.tolist()
-        return sums
+        return totals
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The value of every rank, by rank. Every rank must call it."""

@@ -12,6 +12,18 @@ from ft_service.runs.metrics import StepMetrics
 from ft_service.train.batches import MicroBatch
 
 
+@dataclass(frozen=True)
+class Update:
+    """What a step's last micro-step reports, over all ranks. Unless loss and norm are finite, no weight has changed."""
+
+    loss_sum: float
+    """Nats, over the loss tokens of the step."""
+    num_leaving: float
+    """Ranks that were asked to leave."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+
 class Workers(Protocol):
     """What the loop needs from parallelism. `ft_service.train.parallel.Parallel` implements it with DeepSpeed."""
 
@@ -19,8 +31,8 @@ class Workers(Protocol):
 
     def loss(self, batch: MicroBatch) -> torch.Tensor: ...
     def backward(self, loss: torch.Tensor) -> None: ...
-    def micro_step(self, learning_rate: float) -> None: ...
-    def grad_norm(self) -> float: ...
+    def micro_step(self) -> None: ...
+    def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update: ...
     def evaluation_mode(self) -> AbstractContextManager[None]: ...
     def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...

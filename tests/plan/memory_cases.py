@@ -98,11 +98,16 @@ def run_case(case: dict[str, Any], world_size: int) -> list[dict[str, int]]:
     )
     most: dict[str, int] = {}
     for step in (0, 1):
-        for micro_batch in batches.step(step).micro_batches:
-            parallel.backward(parallel.loss(micro_batch))
+        micro_batches = batches.step(step).micro_batches
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            loss = parallel.loss(micro_batch)
+            parallel.backward(loss)
             if step == 1:
                 most = {name: max(size, most.get(name, size)) for name, size in count(parallel).items()}
-            parallel.micro_step(1e-3)
+            if number < len(micro_batches):
+                parallel.micro_step()
+            else:
+                parallel.update(1e-3, loss.detach(), leaving=False)
     most["trainable"] = sum(tensor.numel() for tensor in parallel.gather_trained().values())
     parallel.close()
     everyones: list[Any] = [None] * world_size

@@ -9,6 +9,7 @@ from ft_service.train.batches import Batches
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.optimizer_state import KINDS
 from ft_service.train.parallel import Parallel
+from ft_service.train.protocol import Update
 from tests.train.training_cases import TrulyPartitioned, model_of, plan_of, rows_of
 
 
@@ -33,18 +34,19 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     size = (plan.global_batch_size, plan.micro_batch_size)
     batches = Batches(rows_of(case), plan.spec.train.seed, *size, parallel.rank, world_size)
 
-    def take(number: int) -> None:
+    def take(number: int) -> Update:
         step = batches.step(number)
-        for micro_batch in step.micro_batches:
-            loss = parallel.loss(micro_batch)
-            parallel.backward(loss * (world_size / step.global_loss_tokens))
-            parallel.micro_step(1e-2)
+        for micro_batch in step.micro_batches[:-1]:
+            parallel.backward(parallel.loss(micro_batch) * (world_size / step.global_loss_tokens))
+            parallel.micro_step()
+        loss = parallel.loss(step.micro_batches[-1])
+        parallel.backward(loss * (world_size / step.global_loss_tokens))
+        return parallel.update(1e-2, loss.detach(), leaving=False)
 
     take(0)
     start = everything(parallel)
-    take(1)
+    norm = take(1).grad_norm
     healthy = everything(parallel)
-    norm = parallel.grad_norm()
 
     # The last worker's gradient of one element of one parameter, in its second micro-batch only.
     passes = []
@@ -58,10 +60,10 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
 
     name, parameter = list(parallel._trained())[-1]
     parameter.register_hook(poison)
-    take(2)
+    poisoned = take(2)
     result = {
         "norm": norm,
-        "poisoned_norm": parallel.grad_norm(),
+        "poisoned_norm": poisoned.grad_norm,
         "poisoned": name,
         "passes": len(passes),
         "moved_when_healthy": not same(start, healthy),

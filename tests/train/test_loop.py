@@ -21,7 +21,7 @@ from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches, MicroBatch, prefetched
 from ft_service.train.loop import is_complete, train
-from ft_service.train.protocol import Hooks, TrainingState
+from ft_service.train.protocol import Hooks, TrainingState, Update
 
 LENGTHS = [3, 4, 5, 6, 7, 8, 9, 10]
 
@@ -62,11 +62,14 @@ class PlayedWorkers:
     def backward(self, loss: torch.Tensor) -> None:
         self.calls.append(("backward", float(loss.detach())))
 
-    def micro_step(self, learning_rate: float) -> None:
-        self.calls.append(("micro_step", learning_rate))
+    def micro_step(self) -> None:
+        self.calls.append("micro_step")
 
-    def grad_norm(self) -> float:
-        return self.norm
+    def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update:
+        total, num_leaving = self.sum_over_ranks(loss_sum, float(leaving))
+        usable = math.isfinite(total) and math.isfinite(self.norm)
+        self.calls.append(("update" if usable else "skipped update", learning_rate))
+        return Update(total, num_leaving, self.norm)
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -262,8 +265,8 @@ def test_error_names_the_nonfinite_row_its_worker_and_text(world_size: int) -> N
     assert reported.startswith(f"step {step}: the loss is nan.")
     assert f"5 (worker {world_size - 1})" in reported and "Row 5 begins 'the text of row 5'" in reported
     assert not any(f" {row} (worker" in reported for row in rows if row != 5)
-    updates = [call for call in workers.calls if call[0] == "micro_step"]
-    assert len(updates) == 2 * step - 1  # two micro-steps a step, and the one that would have changed the weights
+    updates = [call[0] for call in workers.calls if "update" in call[0]]
+    assert updates == ["update"] * (step - 1) + ["skipped update"]
 
 
 def test_if_every_row_is_nonfinite_none_is_to_be_removed() -> None:
@@ -322,11 +325,8 @@ def test_micro_batches_are_scaled_by_world_size_over_loss_tokens() -> None:
     scaled = [2.0 * tokens * 2 / sum(loss_tokens) for tokens in mine]
     backwards = [call[1] for call in workers.calls if call[0] == "backward"]
     assert backwards == pytest.approx(scaled)
-    assert [call if isinstance(call, str) else call[0] for call in workers.calls] == [
-        "loss",
-        "backward",
-        "micro_step",
-    ] * 2
+    order = [call if isinstance(call, str) else call[0] for call in workers.calls]
+    assert order == ["loss", "backward", "micro_step", "loss", "backward", "update"]
 
 
 def test_each_step_reports_its_own_figures() -> None:

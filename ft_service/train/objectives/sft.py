@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from ft_service.model.training_layers import use_training_layers
 from ft_service.train.batches import MicroBatch
 
 # Bytes of one chunk of fp32 logits. On a GPU: large enough to keep it busy, small compared with the activations of a
@@ -107,6 +108,7 @@ class LossModel(nn.Module):
     def __init__(self, model: nn.Module, causal_lm: LlamaForCausalLM) -> None:
         """`model` is `causal_lm` itself, or the peft model that wraps it."""
         super().__init__()
+        use_training_layers(model)
         self.model = model
         causal_lm.lm_head = LossHead.with_weight_of(causal_lm.lm_head)
         self._causal_lm = (causal_lm,)  # in a tuple, so that its parameters are not registered twice

@@ -1,0 +1,216 @@
+"""The layers of a model in training, compared with stock transformers and peft in values, gradients and traffic."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
+
+from ft_service.model.attention import PACKED_ATTENTION, register_packed_attention
+from ft_service.model.training_layers import rms_norm, rotate, swiglu, use_training_layers
+from tests.counts import Traffic
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+TOKENS = 8192
+
+
+def values_and_gradients(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The result, and its gradient to every input that needs one, for a fixed random gradient of the result."""
+    leaves = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    result = function(*leaves)
+    torch.manual_seed(5)
+    gradient = torch.randn(result.shape, dtype=torch.float64).to(result.dtype)
+    return [result.detach(), *torch.autograd.grad(result, leaves, gradient, allow_unused=True)]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative to the largest element."""
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+def compare(ours: Callable[..., Any], stock: Callable[..., Any], dtype: torch.dtype, *inputs: torch.Tensor) -> None:
+    """fp32: equal but for the order of sums. bf16: as near to the exact values as stock, which rounds more often."""
+    exact = values_and_gradients(stock, *(tensor.double() for tensor in inputs))
+    inputs = tuple(tensor.to(dtype) for tensor in inputs)
+    found = values_and_gradients(ours, *inputs)
+    expected = values_and_gradients(stock, *inputs)
+    for one, other, true in zip(found, expected, exact, strict=True):
+        if true is None:
+            continue
+        assert one.dtype == other.dtype == dtype and one.shape == other.shape
+        if dtype == torch.float32:
+            assert error(one, true) < 2e-6
+        else:
+            assert error(one, true) <= 1.1 * error(other, true) + 2**-10
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [3, 700])  # one chunk, and several
+def test_rms_norm(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    stock = LlamaRMSNorm(320, eps=1e-5)
+
+    def stock_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:  # transformers would compute it in fp32
+            return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return torch.func.functional_call(stock, {"weight": weight}, (x,))
+
+    inputs = (torch.randn(1, rows, 320) * 3, 1 + 0.3 * torch.randn(320))
+    # The inputs of all three must be the same numbers.
+    inputs = tuple(tensor.bfloat16().float() for tensor in inputs)
+    compare(lambda x, weight: rms_norm(x, weight, 1e-5), stock_norm, dtype, *inputs)
+
+
+@DTYPES
+def test_rotary_positions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    angles = torch.outer(torch.arange(50.0), 10000 ** -torch.linspace(0, 1, 8)).repeat(1, 2)[None].double()
+    x = torch.randn(1, 50, 3, 16).transpose(1, 2)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, angles.cos().to(x.dtype).unsqueeze(1), angles.sin().to(x.dtype).unsqueeze(1))
+
+    def stock(x: torch.Tensor) -> torch.Tensor:
+        rotated, _ = apply_rotary_pos_emb(x, x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        return rotated
+
+    compare(ours, stock, dtype, x.bfloat16().float())
+
+
+@DTYPES
+def test_swiglu_has_stock_values_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(40, 96).to(dtype) for _ in range(2)]
+    found = values_and_gradients(swiglu, *inputs)
+    expected = values_and_gradients(lambda gate, up: nn.functional.silu(gate) * up, *inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+def adapted(dtype: torch.dtype, **settings: Any) -> Any:
+    """A small Llama with an adapter that is not zero, the same on every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    lora = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules="all-linear", **settings)
+    return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+
+
+def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)  # for dropout
+    ids = torch.arange(40).remainder(64)[None]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}],
+    ids=lambda settings: "".join(settings) or "lora",
+)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_loss_and_gradients_are_those_of_stock_peft(
+    dtype: torch.dtype, settings: dict[str, Any], checkpointing: bool
+) -> None:
+    exact = loss_and_gradients(adapted(dtype, **settings).double())
+    stock = adapted(dtype, **settings)
+    ours = adapted(dtype, **settings)
+    use_training_layers(ours)
+    if checkpointing:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable()
+    expected = loss_and_gradients(stock)
+    found = loss_and_gradients(ours)
+    assert found.keys() == expected.keys() and len(found) > 2 * 7 * 3
+    for name in found:
+        if dtype == torch.float32:
+            scale = expected[name].abs().max()
+            torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=2e-5)
+    if dtype == torch.bfloat16 and "lora_dropout" not in settings:  # the exact model drops other elements
+        # Rounding errors of a whole model scatter: compare their mean over all gradients.
+        mean = {
+            which: sum(error(values[name], exact[name]) for name in exact) / len(exact)
+            for which, values in (("ours", found), ("stock", expected))
+        }
+        assert mean["ours"] <= 1.1 * mean["stock"], mean
+
+
+def test_modules_stay_stock_and_adapters_can_be_switched_off() -> None:
+    ours = adapted(torch.float32)
+    types = {name: type(module) for name, module in ours.named_modules()}
+    names = list(ours.state_dict())
+    use_training_layers(ours)
+    assert {name: type(module) for name, module in ours.named_modules()} == types
+    assert list(ours.state_dict()) == names
+    stock = adapted(torch.float32)
+    ids = torch.arange(9)[None]
+    for model in (ours, stock):
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+        with ours.disable_adapter(), stock.disable_adapter():
+            torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+        ours.merge_adapter()
+        stock.merge_adapter()
+        torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+# -- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def layer_traffic(replace: bool) -> Traffic:
+    """One decoder layer of an 8B with LoRA of rank 16 on all linear layers, bf16, forward and backward."""
+    register_packed_attention()
+    config = LlamaConfig(vocab_size=8, num_hidden_layers=1, attn_implementation=PACKED_ATTENTION, **LLAMA_8B)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    if replace:
+        use_training_layers(model)
+    (layer,) = model.model.layers
+    assert isinstance(layer, LlamaDecoderLayer)
+    x = torch.empty(1, TOKENS, config.hidden_size, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    angles = torch.empty(1, TOKENS, 128, device="meta", dtype=torch.bfloat16)
+    offsets = torch.empty(3, device="meta", dtype=torch.int32)
+    lengths = [TOKENS // 2, TOKENS // 2]
+    with Traffic() as traffic:
+        output = layer(x, position_embeddings=(angles, angles), document_lengths=lengths, document_offsets=offsets)
+        output.backward(torch.empty_like(output))
+    return traffic
+
+
+def test_traffic_and_launches_of_an_8b_layer() -> None:
+    stock = layer_traffic(replace=False)
+    ours = layer_traffic(replace=True)
+    assert stock.bytes == pytest.approx(26.1e9, rel=0.01) and stock.launches > 150
+    assert (ours.products, ours.attention) == (stock.products, stock.attention)
+    print(ours.bytes / 1e9, ours.launches, ours.launches_by_operation, ours.bytes_by_operation)
+    assert ours.bytes < 12.2e9 and ours.launches <= 73
