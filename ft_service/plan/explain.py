@@ -7,6 +7,7 @@ from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE
 from ft_service.catalog.models import ModelShape
 from ft_service.plan.search import (
     TIE,
+    USABLE_FRACTION,
     Candidate,
     Machine,
     SearchSpace,
@@ -132,12 +133,15 @@ def _compared(chosen: Candidate, others: Sequence[Candidate]) -> str:
 def why_it_does_not_fit(candidate: Candidate, machine: Machine) -> str:
     """The missing memory, in one sentence."""
     if not candidate.fits_host and machine.host_gib is not None:
-        return _needs(candidate.host_gib, machine.host_gib, "of main memory per node")
-    return _needs(candidate.gpu_gib, machine.gpu_gib or 0.0, "per GPU")
-
-
-def _needs(needed_gib: float, available_gib: float, place: str) -> str:
-    return f"Does not fit: needs about {needed_gib:,.0f} GiB {place}, but only {available_gib:,.0f} GiB are available."
+        return (
+            f"Does not fit: needs about {candidate.host_gib:,.0f} GiB of main memory per node, but only "
+            f"{machine.host_gib:,.0f} GiB are available."
+        )
+    capacity = machine.gpu_gib or 0.0
+    return (
+        f"Does not fit: needs about {candidate.gpu_gib:,.1f} GiB per GPU, but only {USABLE_FRACTION * capacity:,.1f} "
+        f"({USABLE_FRACTION:.0%} of {capacity:,.1f}) are available."
+    )
 
 
 def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> list[str]:

@@ -41,7 +41,12 @@ _NVME_OPTIMIZER_BUFFERS = 4
 # Rough constants: no formula gives them, and they differ between drivers and versions.
 _CUDA_CONTEXT_BYTES = 3 * GIB // 4
 """The CUDA context, loaded kernels and cuBLAS workspaces, which allocator statistics do not include."""
-_NCCL_BYTES = GIB // 2
+_COMMUNICATOR_BYTES = GIB // 2
+"""Buffers of one NCCL communicator: channels to every peer, and staging for its protocols.
+
+Several workers have two: torch's group of all workers, and the copy of it that DeepSpeed makes
+(`deepspeed.utils.groups._clone_world_group`). hpZ adds the group of a node.
+"""
 _FRAGMENTED_FRACTION = 0.1
 """Of temporary memory. Persistent memory is allocated once, in large blocks."""
 _PROCESS_BYTES = 2 * GIB
@@ -49,6 +54,14 @@ _PROCESS_BYTES = 2 * GIB
 
 _STAGING_BYTES = 8 * 16 * 1024 * 1024
 """Chunks in flight in the threads of one worker that read weights (`ft_service.model.load`)."""
+
+MIN_STAGING_BYTES = GIB
+"""Size of the buffer that a worker copies a checkpoint through, if no more main memory is known to be free."""
+PINNED_CACHE_MIB = 1
+"""Largest block that torch's allocator of pinned memory rounds up to a power of two, and keeps when it is freed.
+
+`ft_service.train.environment` sets it. torch's default is no limit: every partition of a weight would be rounded up.
+"""
 
 Method = Literal["full", "lora", "qlora"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -134,15 +147,25 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     if layout.offload != "none":
         host |= _move_to_host(gpu, parameters, groups, layout)
     host["loading"] = layout.workers_per_node * _STAGING_BYTES
+    staging = min(MIN_STAGING_BYTES, checkpoint_bytes(shape, layout))
+    host["checkpoint"] = layout.workers_per_node * staging
     if layout.method == "full":  # the tensor that a worker writes, and the previous one
         largest = max(parameter.numel for parameter in parameters)
         host["publishing"] = layout.workers_per_node * 2 * largest * layout.element_bytes
     temporary = gpu["activations"] + gpu["loss"] + gpu["gather_buffers"]
     # The optimizer step makes copies too, after the memory of the passes is freed.
     gpu["gather_buffers"] += max(0, _update_copies(groups, layout) - temporary)
-    nccl = _NCCL_BYTES if layout.num_workers > 1 else 0
-    gpu["reserve"] = _CUDA_CONTEXT_BYTES + nccl + round(_FRAGMENTED_FRACTION * temporary)
+    communicators = 0 if layout.num_workers == 1 else 2 + layout.hpz
+    gpu["reserve"] = _CUDA_CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + round(_FRAGMENTED_FRACTION * temporary)
     return MemoryEstimate(gpu, host)
+
+
+def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
+    """Bytes that one worker writes into a checkpoint: fp32 master weights and both moments of its share."""
+    groups = _optimizer_groups([parameter for parameter in _parameters(shape, layout) if parameter.trained])
+    if layout.zero_stage == 0:
+        return 3 * FP32_BYTES * -(-sum(map(_numel, groups)) // layout.num_workers)
+    return _optimizer(groups, layout)
 
 
 def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
@@ -374,7 +397,7 @@ def _move_to_host(
         gradients = 2 * FP32_BYTES * partition
         sizes = [parameter.stored_numel(element) for parameter in parameters]
         persistent = _persistent_numel(sizes, workers) * element
-        weights = gpu["weights"] - persistent
+        weights = sum(_pinned_bytes(partition_numel(size, workers) * element) for size in sizes)
         gpu |= {"weights": persistent, "gradients": 0, "optimizer": 0}
         if layout.offload == "nvme":
             piece = FP32_BYTES * min(_SUB_GROUP_ELEMENTS, partition)
@@ -382,3 +405,10 @@ def _move_to_host(
             weights = min(weights, _NVME_PARAMETER_BUFFER_ELEMENTS * element)
         per_worker = {"weights": weights, "optimizer": optimizer, "gradients": gradients}
     return {name: size * layout.workers_per_node for name, size in per_worker.items()}
+
+
+def _pinned_bytes(size: int) -> int:
+    """Bytes that torch allocates for `size` bytes of pinned memory."""
+    if size > PINNED_CACHE_MIB * 2**20:
+        return size
+    return 1 << max(0, size - 1).bit_length()

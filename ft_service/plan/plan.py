@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.plan.facts import BaseFacts, DatasetFacts
+from ft_service.plan.memory import MIN_STAGING_BYTES
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.formats import StoredFile, renamed
 
@@ -87,6 +88,9 @@ class RunPlan(StoredFile):
     memory_gib: dict[str, float] = Field(description="GiB on one GPU by component, with total; empty on CPU.")
     host_memory_gib: dict[str, float] = Field(
         default_factory=dict, description="GiB of main memory of one node by component, with total; empty on CPU."
+    )
+    checkpoint_staging_bytes: int = Field(
+        default=MIN_STAGING_BYTES, description="Main memory of one worker for copies of a checkpoint, at most."
     )
     gpu_capacity_gib: float | None = Field(default=None, description="GiB of one GPU; None: unknown.")
     host_capacity_gib: float | None = Field(default=None, description="GiB of main memory of one node; None: unknown.")

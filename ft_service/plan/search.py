@@ -16,8 +16,11 @@ from ft_service.spec.schema import RunSpec
 
 TIE = 0.02
 """Layouts whose estimated speeds differ by less count as equally fast: the estimate is no more exact."""
+USABLE_FRACTION = 0.97
+"""Of the GPU memory. A layout that needs more does not fit: the memory model is an estimate, and other processes and
+the driver need some."""
 MARGIN = 0.05
-"""Fraction of the GPU memory to leave free if possible, because the memory model is an estimate too."""
+"""Fraction of the GPU memory to leave free if possible."""
 _OFFLOADING_GAIN = 1.25
 _HPZ_GAIN = 1.10
 _FULL_MEMORY_GAIN = 1.10
@@ -190,7 +193,7 @@ def evaluate_layout(shape: ModelShape, layout: Layout, rows_per_worker: int, mac
         accumulation,
         memory,
         step_time(shape, layout, accumulation, machine.gpu),
-        fits=used <= 1 and fits_host,
+        fits=used <= USABLE_FRACTION and fits_host,
         fits_host=fits_host,
         leaves_margin=used <= 1 - MARGIN,
     )

@@ -71,8 +71,13 @@ class PlanTable(BaseModel):
 def plan_table(
     model: str, gpus: Sequence[Gpu], max_seq_len: int, gpus_per_node: int = GPUS_PER_NODE, price: float | None = None
 ) -> PlanTable:
-    """The table of a catalogue model or a checkpoint folder. Raises `ModelError` if `model` is neither."""
+    """The table of a catalogue model or a checkpoint folder, in bf16.
+
+    Raises `ModelError` if `model` is neither, or if a GPU type has no bf16.
+    """
     shape = shape_of(model)
+    if without_bf16 := [gpu.name for gpu in gpus if not gpu.has_bf16]:
+        raise ModelError(f"--gpu-type = {without_bf16[0]}: cannot compute in bf16. Use an Ampere GPU or newer.")
     entries = [
         _entry(shape, method, gpu, count, max_seq_len, gpus_per_node, price)
         for method in METHODS

@@ -25,6 +25,7 @@ from ft_service.plan.memory import MAX_BUCKET_ELEMENTS
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
+from ft_service.train.environment import allocator_environment
 from ft_service.train.optimizer_state import OptimizerState
 
 _GIB = 2**30
@@ -36,10 +37,14 @@ def prepare_process(use_gpu: bool) -> None:
     """Settings of this process that must be made before DeepSpeed is imported; `init_process_group` calls this.
 
     - ``DS_ACCELERATOR``, unless it is set: otherwise DeepSpeed guesses an accelerator from the installed packages.
+    - ``PYTORCH_ALLOC_CONF``, unless the user configures torch's GPU allocator: see
+      `ft_service.train.environment`.
     - Operators compile with this environment's ninja, under `flock` instead of torch's lock file: see
       `ft_service.train.compiling`.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    if use_gpu:
+        os.environ.update(allocator_environment())
     compile_under_flock()
     compile_with_installed_ninja()
 
@@ -270,6 +275,17 @@ class Parallel:
         sums: list[float] = totals.tolist()
         return sums
 
+    def gather_over_ranks(self, *values: torch.Tensor | float) -> list[list[float]]:
+        """For each number, its value on every rank, by rank. One collective for all; every rank must call it."""
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        own = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
+        gathered = own[None]
+        if self.world_size > 1:
+            gathered = own.new_empty(self.world_size, len(own))
+            dist.all_gather_into_tensor(gathered, own)
+        by_value: list[list[float]] = gathered.T.tolist()
+        return by_value
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """The value of every rank, by rank. Every rank must call it."""
         values: list[Any] = [None] * self.world_size
@@ -378,11 +394,15 @@ class Parallel:
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def peak_memory_gib(self) -> float:
-        """Peak memory of this rank so far: allocated on the GPU, or resident on a CPU."""
+    def peak_memory_gib(self) -> tuple[float, float]:
+        """Peak memory of this rank so far: allocated on the GPU, and reserved there by torch's allocator.
+
+        On a CPU, both are the resident memory of the process.
+        """
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / _GIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+            return torch.cuda.max_memory_allocated() / _GIB, torch.cuda.max_memory_reserved() / _GIB
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+        return resident, resident
 
     def close(self) -> None:
         """Destroy the engine, and with it DeepSpeed's hooks on the model."""
