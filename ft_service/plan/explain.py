@@ -1,6 +1,7 @@
 """Why the search chose a layout, and what would fit if nothing does. Every figure comes from the models."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE
@@ -65,9 +66,18 @@ def _zero_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
 
 def _checkpointing_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     others = alternatives(candidates, chosen, lambda layout: layout.activation_checkpointing)
-    if chosen.layout.activation_checkpointing:
-        return f"Activation checkpointing on: without it, the run {_compared(chosen, others)}."
-    return f"Activation checkpointing off: with it, the run {_compared(chosen, others)}."
+    kept_layers = chosen.layout.kept_layers
+    if not chosen.layout.activation_checkpointing:
+        in_all_layers = [other for other in others if other.layout.kept_layers == 0]
+        return f"Activation checkpointing off: with it, the run {_compared(chosen, in_all_layers)}."
+    reason = f"without it, the run {_compared(chosen, others)}."
+    if not kept_layers:
+        return f"Activation checkpointing on: {reason}"
+    in_all_layers = [other for other in candidates if other.layout == replace(chosen.layout, kept_layers=0)]
+    return (
+        f"Activation checkpointing on except for the last {counted(kept_layers, 'layer')}: {reason} With it in all "
+        f"layers, the run {_compared(chosen, in_all_layers)}."
+    )
 
 
 def _micro_batch_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:

@@ -97,6 +97,7 @@ def make_plan(
         warmup_steps=schedule.warmup_steps,
         learning_rate=spec.train.learning_rate or DEFAULT_LEARNING_RATE[spec.method.type],
         activation_checkpointing=layout.activation_checkpointing,
+        kept_layers=layout.kept_layers,
         offload=layout.offload,
         hpz_partition_size=layout.workers_per_node if layout.hpz else 1,
         workers_per_node=layout.workers_per_node,

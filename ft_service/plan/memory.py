@@ -10,8 +10,9 @@ arXiv:2305.14314) for NF4 with double quantisation; the source code of these pac
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal
@@ -82,6 +83,8 @@ class Layout:
     """Packed rows per forward pass of one worker."""
     max_seq_len: int = 2048
     activation_checkpointing: bool = True
+    kept_layers: int = 0
+    """With activation checkpointing: the last layers, which keep their activations all the same."""
     precision: Literal["bf16", "fp32"] = "bf16"
     lora_rank: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -121,19 +124,8 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     parameters = _parameters(shape, layout)
     trained = [parameter for parameter in parameters if parameter.trained]
     groups = _optimizer_groups(trained)
-    targets = _target_names(shape, layout.target_modules)
-    loss = loss_bytes(shape, tokens=layout.tokens, element_bytes=layout.element_bytes, full=layout.method == "full")
-    activations = activation_bytes(
-        shape,
-        tokens=layout.tokens,
-        element_bytes=layout.element_bytes,
-        method=layout.method,
-        targets=targets,
-        lora_rank=layout.lora_rank,
-        use_dora=layout.use_dora,
-        checkpointing=layout.activation_checkpointing,
-        loss=loss,
-    )
+    loss = _loss_bytes(shape, layout)
+    activations = _activation_bytes(shape, layout, loss)
     gpu = {
         "weights": _weights(parameters, groups, layout),
         "quantisation_statistics": sum(_statistics(p.numel) for p in parameters if p.four_bit),
@@ -158,6 +150,21 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     communicators = 0 if layout.num_workers == 1 else 2 + layout.hpz
     gpu["reserve"] = _CUDA_CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + round(_FRAGMENTED_FRACTION * temporary)
     return MemoryEstimate(gpu, host)
+
+
+def most_kept_layers(shape: ModelShape, layout: Layout, limit_bytes: int) -> int:
+    """The most layers that can keep their activations with at most `limit_bytes` on a GPU; fewer than all layers.
+
+    0 if `layout`, with activation checkpointing in all layers, already needs more.
+    """
+    loss = _loss_bytes(shape, layout)
+
+    def bytes_above_layout(kept_layers: int) -> int:
+        kept = _activation_bytes(shape, replace(layout, kept_layers=kept_layers), loss)
+        return round((1 + _FRAGMENTED_FRACTION) * (kept - _activation_bytes(shape, layout, loss)))
+
+    free = limit_bytes - estimate_memory(shape, layout).gpu_bytes
+    return max(0, bisect_right(range(1, shape.num_layers), free, key=bytes_above_layout))
 
 
 def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
@@ -331,6 +338,25 @@ def _optimizer(groups: list[list[_Parameter]], layout: Layout) -> int:
 
 
 # -- temporary memory ------------------------------------------------------------------------------------------------
+
+
+def _loss_bytes(shape: ModelShape, layout: Layout) -> int:
+    return loss_bytes(shape, tokens=layout.tokens, element_bytes=layout.element_bytes, full=layout.method == "full")
+
+
+def _activation_bytes(shape: ModelShape, layout: Layout, loss: int) -> int:
+    return activation_bytes(
+        shape,
+        tokens=layout.tokens,
+        element_bytes=layout.element_bytes,
+        method=layout.method,
+        targets=_target_names(shape, layout.target_modules),
+        lora_rank=layout.lora_rank,
+        use_dora=layout.use_dora,
+        checkpointing=layout.activation_checkpointing,
+        kept_layers=layout.kept_layers,
+        loss=loss,
+    )
 
 
 def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:

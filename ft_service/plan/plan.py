@@ -77,6 +77,10 @@ class RunPlan(StoredFile):
     warmup_steps: int
     learning_rate: float = Field(description="Peak learning rate.")
     activation_checkpointing: bool
+    kept_layers: int = Field(
+        default=0,
+        description="With activation checkpointing: the last layers, which keep their activations all the same.",
+    )
     offload: Literal["none", "cpu", "nvme"] = "none"
     hpz_partition_size: int = Field(
         default=1, description="Workers that share a second copy of the weights; 1: no copy."

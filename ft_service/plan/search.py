@@ -10,7 +10,7 @@ from typing import Literal
 
 from ft_service.catalog.gpus import Gpu
 from ft_service.catalog.models import ModelShape
-from ft_service.plan.memory import GIB, Layout, MemoryEstimate, Offload, estimate_memory
+from ft_service.plan.memory import GIB, Layout, MemoryEstimate, Offload, estimate_memory, most_kept_layers
 from ft_service.plan.speed import StepTime, step_time
 from ft_service.spec.schema import RunSpec
 
@@ -91,9 +91,11 @@ class Candidate:
         return self.tokens_per_second / discount / (1.0 if self.leaves_margin else _FULL_MEMORY_GAIN)
 
     @property
-    def complexity(self) -> tuple[int, bool, int, int]:
-        """Sort key, simplest first: least data movement, then least memory."""
-        return _OFFLOADS.index(self.layout.offload), self.layout.hpz, self.layout.zero_stage, self.memory.gpu_bytes
+    def complexity(self) -> tuple[int, bool, int, bool, int]:
+        """Sort key, simplest first: least data movement, then all layers alike, then least memory."""
+        layout = self.layout
+        is_partial = layout.kept_layers > 0
+        return _OFFLOADS.index(layout.offload), layout.hpz, layout.zero_stage, is_partial, self.memory.gpu_bytes
 
 
 def search_space(spec: RunSpec, workers_per_node: int) -> SearchSpace:
@@ -200,8 +202,22 @@ def evaluate_layout(shape: ModelShape, layout: Layout, rows_per_worker: int, mac
 
 
 def evaluate_layouts(shape: ModelShape, space: SearchSpace, machine: Machine) -> list[Candidate]:
-    """Estimate the memory and the time of every layout in the search space."""
-    return [evaluate_layout(shape, layout, space.rows_per_worker, machine) for layout in possible_layouts(space)]
+    """Estimate the memory and the time of every layout in the search space.
+
+    If recomputation is open, a layout that recomputes and leaves memory free is also tried with as many layers as have
+    room for their activations.
+    """
+    candidates = []
+    for layout in possible_layouts(space):
+        candidate = evaluate_layout(shape, layout, space.rows_per_worker, machine)
+        candidates.append(candidate)
+        is_open = space.activation_checkpointing == "auto" and layout.activation_checkpointing
+        if is_open and candidate.leaves_margin and machine.gpu_gib is not None:
+            kept_layers = most_kept_layers(shape, layout, int((1 - MARGIN) * machine.gpu_gib * GIB))
+            if kept_layers:
+                layout = replace(layout, kept_layers=kept_layers)
+                candidates.append(evaluate_layout(shape, layout, space.rows_per_worker, machine))
+    return candidates
 
 
 def best_candidate(candidates: Sequence[Candidate]) -> Candidate:

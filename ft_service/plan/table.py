@@ -38,6 +38,7 @@ class TableEntry(BaseModel):
     hpz: bool
     micro_batch_size: int
     activation_checkpointing: bool
+    kept_layers: int = Field(description="With activation checkpointing: layers that keep their activations.")
     gib_per_gpu: float
     gib_per_node: float = Field(description="Main memory.")
     tokens_per_second: float = Field(description="Over all GPUs, estimated.")
@@ -143,6 +144,7 @@ def _entry(
         hpz=best.layout.hpz,
         micro_batch_size=best.layout.micro_batch_size,
         activation_checkpointing=best.layout.activation_checkpointing,
+        kept_layers=best.layout.kept_layers,
         gib_per_gpu=best.gpu_gib,
         gib_per_node=best.host_gib,
         tokens_per_second=rate,

@@ -171,7 +171,8 @@ class TrainSpec(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of row order, adapter initialisation and dropout.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of weights and activations.")
     activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="Recompute activations in the backward pass (auto: the faster choice that fits)."
+        default="auto",
+        description="Recompute activations in the backward pass (auto: of all, some or no layers; the fastest that fits).",
     )
     validate_every_steps: PositiveInt | None = Field(
         default=None, description="Steps between validations (default: ten validations per run)."

@@ -296,6 +296,21 @@ def test_a_plan_survives_json() -> None:
     assert RunPlan.model_validate_json(decided.model_dump_json()) == decided
 
 
+def test_main_memory_counts_the_copies_of_a_checkpoint() -> None:
+    full = ("method.type=full", "parallel.offload=none")
+    state = 12 * 8_030_261_248 / GIB  # fp32 weight and two moments of each parameter, over all workers
+    unknown = on("H200", 8, *full)
+    assert unknown.checkpoint_staging_bytes == GIB and unknown.host_memory_gib["checkpoint"] == 8
+    roomy = on("H200", 8, *full, host_memory_gib_per_node=2048)
+    assert roomy.host_memory_gib["checkpoint"] == pytest.approx(state, rel=1e-3)
+    tight = on("H200", 8, *full, host_memory_gib_per_node=90)
+    assert 8 <= tight.host_memory_gib["checkpoint"] < state
+    assert tight.host_memory_gib["total"] <= 90
+    assert 8 * tight.checkpoint_staging_bytes == pytest.approx(tight.host_memory_gib["checkpoint"] * GIB)
+    lora = on("H100", 8, "method.type=lora")
+    assert lora.checkpoint_staging_bytes == pytest.approx(12 * 41_943_040 / 8, rel=1e-3)
+
+
 # -- memory, against known facts -------------------------------------------------------------------------------------
 
 
