@@ -172,7 +172,7 @@ class TrainSpec(_Section):
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of weights and activations.")
     activation_checkpointing: bool | Literal["auto"] = Field(
         default="auto",
-        description="Recompute activations in the backward pass (auto: of all, some or no layers; the fastest that fits).",
+        description="Recompute activations in the backward pass (auto: of all, some or no layers, what is fastest).",
     )
     validate_every_steps: PositiveInt | None = Field(
         default=None, description="Steps between validations (default: ten validations per run)."

@@ -279,11 +279,11 @@ class Parallel:
         """For each number, its value on every rank, by rank. One collective for all; every rank must call it."""
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         own = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
-        gathered = own[None]
+        gathered = own
         if self.world_size > 1:
-            gathered = own.new_empty(self.world_size, len(own))
+            gathered = own.new_empty(self.world_size * len(own))
             dist.all_gather_into_tensor(gathered, own)
-        by_value: list[list[float]] = gathered.T.tolist()
+        by_value: list[list[float]] = gathered.view(self.world_size, len(own)).T.tolist()
         return by_value
 
     def all_gather_object(self, value: Any) -> list[Any]:
