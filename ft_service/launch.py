@@ -254,7 +254,7 @@ def _sample(plan: RunPlan, folder: RunFolder, record: AdapterRecord, events: Eve
         message = "No samples: the base is sharded over several GPUs. Serve the adapter and ask it instead."
         events.emit(Notice(type="samples", message=message))
         return
-    task = ray.remote(num_cpus=parallel.cpus_per_worker, num_gpus=int(parallel.use_gpu), max_retries=0)(_write_samples)
+    task = ray.remote(num_cpus=parallel.reserved_cpus, num_gpus=int(parallel.use_gpu), max_retries=0)(_write_samples)
     four_bit = plan.spec.method.type == "qlora"
     try:
         result = task.remote(folder.storage.root, folder.run_id, record.id, four_bit)

@@ -20,7 +20,7 @@ class Gpu:
 
     name: str
     memory_gib: float
-    """Memory that the driver reports, in GiB (2^30)."""
+    """Memory that the driver reports, in GiB (2^30); for H100 what torch reports, which is half a GiB less."""
     bf16_tflops: float
     """Peak dense rate."""
     memory_bandwidth: float
@@ -55,7 +55,7 @@ GPUS = {
         Gpu("A40", 45.0, 149.7, 696, None, 32, 12.5, 512),
         Gpu("L40", 45.0, 181.0, 864, None, 32, 12.5, 512),
         Gpu("L40S", 45.0, 362.0, 864, None, 32, 50, 1536),
-        Gpu("H100", 79.6, 989.0, 3350, 450, 64, 400, 2048),
+        Gpu("H100", 79.1, 989.0, 3350, 450, 64, 400, 2048),
         Gpu("H20", 95.5, 148.0, 4000, 450, 64, 50, 512),
         Gpu("H200", 140.4, 989.0, 4800, 450, 64, 400, 2048),
         Gpu("B200", 179.0, 2250.0, 8000, 900, 64, 400, 2048),

@@ -132,7 +132,7 @@ def show_table(plans: PlanTable, console: Console) -> None:
             table.add_section()
         console.print(table)
     console.print(
-        "rows: per forward pass; recompute: activation checkpointing; host: GiB of main memory per node.",
+        "rows: per forward pass; recompute: layers with activation checkpointing; host: GiB of main memory per node.",
         style="dim",
     )
 
@@ -142,13 +142,19 @@ def _smallest_words(entry: TableEntry) -> str:
     return f"{entry.num_gpus} x {entry.gpu_type}{offload}"
 
 
+def _recomputed(entry: TableEntry) -> str:
+    if not entry.activation_checkpointing:
+        return "no"
+    return f"all but {entry.kept_layers}" if entry.kept_layers else "yes"
+
+
 def _cells(entry: TableEntry, priced: bool) -> list[str]:
     cells = [
         entry.gpu_type,
         f"{entry.zero_stage}{' hpZ' if entry.hpz else ''}",
         entry.offload,
         str(entry.micro_batch_size),
-        "yes" if entry.activation_checkpointing else "no",
+        _recomputed(entry),
         f"{entry.gib_per_gpu:,.0f}",
         f"{GPUS[entry.gpu_type].memory_gib:.0f}",
         f"{entry.gib_per_node:,.0f}",

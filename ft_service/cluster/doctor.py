@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +31,7 @@ def run_checks(storage_root: str) -> list[Check]:
 
     Creates nothing in folders. On object storage it writes and deletes one probe: only that shows the right to write.
     """
-    return [*_packages(), _accelerator(), _compiler(), _ray(), _auth(), _storage(storage_root)]
+    return [*_packages(), _accelerator(), _compiler(), _nvme_offloading(), _ray(), _auth(), _storage(storage_root)]
 
 
 def _packages() -> Iterator[Check]:
@@ -58,6 +60,39 @@ def _compiler() -> Check:
     if shutil.which("g++") is None:
         return Check("DeepSpeed ops", "fail", "no C++ compiler: install g++")
     return Check("DeepSpeed ops", "ok", f"{' and '.join(found)} to build them at first use")
+
+
+def _nvme_offloading() -> Check:
+    """`offload: nvme` compiles DeepSpeed's async_io op: with libaio and, where torch uses CUDA, its toolkit."""
+    missing = [] if _has_libaio() else ["libaio and its header (install libaio-dev or libaio-devel)"]
+    if _needs_cuda_toolkit() and not _has_cuda_toolkit():
+        missing.append("the CUDA toolkit (install nvcc, or set CUDA_HOME)")
+    if missing:
+        return Check("NVMe offloading", "warn", f"parallel.offload: nvme would need {' and '.join(missing)}")
+    return Check("NVMe offloading", "ok", "libaio and CUDA toolkit" if _needs_cuda_toolkit() else "libaio")
+
+
+def _has_libaio() -> bool:
+    compiler = os.environ.get("CXX") or "g++"
+    program = "#include <libaio.h>\nint main() { return io_setup(0, nullptr); }\n"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, "-x", "c++", "-", "-laio", "-o", f"{folder}/program"]
+        try:
+            return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+def _needs_cuda_toolkit() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def _has_cuda_toolkit() -> bool:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
 
 
 def _ray() -> Check:

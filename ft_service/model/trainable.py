@@ -55,6 +55,9 @@ class TrainableModel:
         self._initial = _trained_parameters(self.module) if method.changes_base else None
         if plan.activation_checkpointing:
             self.causal_lm.gradient_checkpointing_enable()
+            layers = self.causal_lm.model.layers
+            for layer in layers[len(layers) - plan.kept_layers :]:
+                layer.gradient_checkpointing = False
         self.module.train()
 
     def export_adapter(self, weights: dict[str, torch.Tensor], folder: Path) -> None:

@@ -29,13 +29,14 @@ def activation_bytes(
     lora_rank: int,
     use_dora: bool,
     checkpointing: bool,
+    kept_layers: int = 0,
     loss: int,
     flash: bool = True,
 ) -> int:
     """Peak bytes of both passes minus `loss`: the sum of the result and `loss` is the peak.
 
-    With checkpointing, a layer saves only its input, and runs again before its backward pass. `flash=False` means
-    attention as on a CPU.
+    With checkpointing, a layer saves only its input, and runs again before its backward pass; the last `kept_layers`
+    layers save everything all the same. `flash=False` means attention as on a CPU.
     """
     full = method == "full"
     saved = tokens * saved_per_token(
@@ -51,11 +52,16 @@ def activation_bytes(
     # Hidden states of the final norm, saved like those of any norm, and rotary angles.
     shared = tokens * (_norm(shape.hidden_size, element_bytes, False) + 2 * element_bytes * shape.head_dim)
     hidden = tokens * element_bytes * shape.hidden_size
-    if checkpointing:
-        kept = shape.num_layers * hidden + shared
-        saved -= hidden  # the input of the first norm is the layer's, counted in `kept`
-        return kept + max(0, saved + temporary - loss)
-    return shape.num_layers * saved + shared + max(0, temporary - loss)
+    if not checkpointing:
+        kept_layers = shape.num_layers
+    inputs = (shape.num_layers - kept_layers) * hidden + shared
+    # Backward goes through the kept layers first: what they saved is freed before another layer runs again.
+    in_kept_layers = inputs + kept_layers * saved + max(0, temporary - loss)
+    if kept_layers == shape.num_layers:
+        return in_kept_layers
+    saved -= hidden  # the input of the first norm is the layer's, counted in `inputs`
+    in_recomputed_layer = inputs + max(0, saved + temporary - loss)
+    return max(in_kept_layers if kept_layers else 0, in_recomputed_layer)
 
 
 def saved_per_token(

@@ -1,5 +1,6 @@
 """Checks of a spec against the data and the resources: problems stop the run, warnings do not."""
 
+from ft_service.catalog.gpus import find_gpu
 from ft_service.errors import Problem
 from ft_service.plan.explain import why_it_does_not_fit
 from ft_service.plan.facts import DatasetFacts, Resources
@@ -18,6 +19,7 @@ def find_problems(spec: RunSpec, dataset: DatasetFacts, resources: Resources) ->
     return [
         *contradictions(spec),
         *_missing_resources(spec, resources),
+        *_missing_bf16(spec, resources),
         *hpz_problems(spec, resources),
         *_unusable_data(spec, dataset),
     ]
@@ -33,10 +35,18 @@ def _missing_resources(spec: RunSpec, resources: Resources) -> list[Problem]:
     if spec.parallel.use_gpu and gpus is not None and workers > gpus:
         message = f"needs one GPU per worker, but only {gpus} are available"
         return [Problem("parallel.num_workers", workers, message, f"Use at most {gpus}.")]
-    if not spec.parallel.use_gpu and cpus is not None and workers * spec.parallel.cpus_per_worker > cpus:
-        message = f"needs {spec.parallel.cpus_per_worker} CPUs per worker, but the cluster has {cpus} in total"
+    if not spec.parallel.use_gpu and cpus is not None and workers * spec.parallel.reserved_cpus > cpus:
+        message = f"needs {spec.parallel.reserved_cpus} CPUs per worker, but the cluster has {cpus} in total"
         return [Problem("parallel.num_workers", workers, message, "Use fewer workers or fewer cpus_per_worker.")]
     return []
+
+
+def _missing_bf16(spec: RunSpec, resources: Resources) -> list[Problem]:
+    gpu = find_gpu(spec.parallel.accelerator_type or resources.gpu_type)
+    if not spec.parallel.use_gpu or spec.train.precision != "bf16" or gpu is None or gpu.has_bf16:
+        return []
+    message = f"{gpu.name} cannot compute in bf16"
+    return [Problem("train.precision", "bf16", message, "Use an Ampere GPU or newer, or precision: fp32.")]
 
 
 def hpz_problems(spec: RunSpec, resources: Resources) -> list[Problem]:
@@ -62,11 +72,9 @@ def _unusable_data(spec: RunSpec, dataset: DatasetFacts) -> list[Problem]:
 # -- warnings --------------------------------------------------------------------------------------------------------
 
 
-def find_warnings(spec: RunSpec, dataset: DatasetFacts, machine: Machine, num_steps: int) -> list[str]:
+def find_warnings(spec: RunSpec, dataset: DatasetFacts, num_steps: int) -> list[str]:
     """What works but is probably not intended."""
     warnings = []
-    if spec.parallel.use_gpu and spec.train.precision == "bf16" and not machine.gpu.has_bf16:
-        warnings.append(f"{machine.gpu.name} does not support bf16: emulating it is slow. Use an Ampere GPU or newer.")
     if dataset.rows < spec.train.global_batch_size:
         warnings.append(
             f"The {dataset.rows} packed rows are fewer than one batch of {spec.train.global_batch_size}, so a step "

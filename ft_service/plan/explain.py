@@ -1,12 +1,14 @@
 """Why the search chose a layout, and what would fit if nothing does. Every figure comes from the models."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ft_service.catalog.gpus import GPUS, GPUS_PER_NODE
 from ft_service.catalog.models import ModelShape
 from ft_service.plan.search import (
     TIE,
+    USABLE_FRACTION,
     Candidate,
     Machine,
     SearchSpace,
@@ -64,9 +66,18 @@ def _zero_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
 
 def _checkpointing_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     others = alternatives(candidates, chosen, lambda layout: layout.activation_checkpointing)
-    if chosen.layout.activation_checkpointing:
-        return f"Activation checkpointing on: without it, the run {_compared(chosen, others)}."
-    return f"Activation checkpointing off: with it, the run {_compared(chosen, others)}."
+    kept_layers = chosen.layout.kept_layers
+    if not chosen.layout.activation_checkpointing:
+        in_all_layers = [other for other in others if other.layout.kept_layers == 0]
+        return f"Activation checkpointing off: with it, the run {_compared(chosen, in_all_layers)}."
+    reason = f"without it, the run {_compared(chosen, others)}."
+    if not kept_layers:
+        return f"Activation checkpointing on: {reason}"
+    in_all_layers = [other for other in candidates if other.layout == replace(chosen.layout, kept_layers=0)]
+    return (
+        f"Activation checkpointing on except for the last {counted(kept_layers, 'layer')}: {reason} With it in all "
+        f"layers, the run {_compared(chosen, in_all_layers)}."
+    )
 
 
 def _micro_batch_reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
@@ -132,12 +143,15 @@ def _compared(chosen: Candidate, others: Sequence[Candidate]) -> str:
 def why_it_does_not_fit(candidate: Candidate, machine: Machine) -> str:
     """The missing memory, in one sentence."""
     if not candidate.fits_host and machine.host_gib is not None:
-        return _needs(candidate.host_gib, machine.host_gib, "of main memory per node")
-    return _needs(candidate.gpu_gib, machine.gpu_gib or 0.0, "per GPU")
-
-
-def _needs(needed_gib: float, available_gib: float, place: str) -> str:
-    return f"Does not fit: needs about {needed_gib:,.0f} GiB {place}, but only {available_gib:,.0f} GiB are available."
+        return (
+            f"Does not fit: needs about {candidate.host_gib:,.0f} GiB of main memory per node, but only "
+            f"{machine.host_gib:,.0f} GiB are available."
+        )
+    capacity = machine.gpu_gib or 0.0
+    return (
+        f"Does not fit: needs about {candidate.gpu_gib:,.1f} GiB per GPU, but only {USABLE_FRACTION * capacity:,.1f} "
+        f"({USABLE_FRACTION:.0%} of {capacity:,.1f}) are available."
+    )
 
 
 def suggestions(shape: ModelShape, spec: RunSpec, workers_per_node: int, machine: Machine) -> list[str]:

@@ -16,7 +16,14 @@ from ft_service.plan.base_checks import base_problems, base_remarks, base_warnin
 from ft_service.plan.checks import find_problems, find_warnings, hpz_problems, min_workers_warning
 from ft_service.plan.explain import reasons, suggestions, why_it_does_not_fit
 from ft_service.plan.facts import BaseFacts, DatasetFacts, Resources
-from ft_service.plan.memory import GIB, Layout, estimate_memory, trainable_parameters
+from ft_service.plan.memory import (
+    GIB,
+    MIN_STAGING_BYTES,
+    Layout,
+    checkpoint_bytes,
+    estimate_memory,
+    trainable_parameters,
+)
 from ft_service.plan.plan import Estimate, Extension, RunPlan
 from ft_service.plan.search import (
     Candidate,
@@ -64,7 +71,11 @@ def make_plan(
     known = models.find(spec.model.base)
     on_gpu = spec.parallel.use_gpu
 
-    warnings = find_warnings(spec, dataset, machine, schedule.num_steps)
+    host = dict(candidate.memory.host)
+    staging = _checkpoint_staging(shape, candidate, machine) if on_gpu else MIN_STAGING_BYTES
+    host["checkpoint"] = staging * layout.workers_per_node
+
+    warnings = find_warnings(spec, dataset, schedule.num_steps)
     if decision.fits is False:
         warnings.insert(0, why_it_does_not_fit(candidate, machine))
     warnings += _warnings_of_min_workers(requested, spec, shape, machine, resources)
@@ -86,6 +97,7 @@ def make_plan(
         warmup_steps=schedule.warmup_steps,
         learning_rate=spec.train.learning_rate or DEFAULT_LEARNING_RATE[spec.method.type],
         activation_checkpointing=layout.activation_checkpointing,
+        kept_layers=layout.kept_layers,
         offload=layout.offload,
         hpz_partition_size=layout.workers_per_node if layout.hpz else 1,
         workers_per_node=layout.workers_per_node,
@@ -93,7 +105,8 @@ def make_plan(
         tokens=round(dataset.tokens * schedule.epochs),
         loss_tokens=round(dataset.loss_tokens * schedule.epochs),
         memory_gib=_gib_by_component(candidate.memory.gpu) if on_gpu else {},
-        host_memory_gib=_gib_by_component(candidate.memory.host) if on_gpu else {},
+        host_memory_gib=_gib_by_component(host) if on_gpu else {},
+        checkpoint_staging_bytes=staging,
         gpu_capacity_gib=machine.gpu_gib if on_gpu else None,
         host_capacity_gib=machine.host_gib if on_gpu else None,
         gpu_gib_with_checkpointing=_gpu_gib(shape, layout, checkpointing=True) if on_gpu else None,
@@ -121,7 +134,7 @@ def _with_available_workers(spec: RunSpec, resources: Resources) -> RunSpec:
     if parallel.min_workers == parallel.max_workers or not counts:
         return spec
     available = resources.num_gpus if parallel.use_gpu else resources.num_cpus
-    per_worker = 1 if parallel.use_gpu else parallel.cpus_per_worker
+    per_worker = 1 if parallel.use_gpu else parallel.reserved_cpus
     room = counts[0] if available is None else available // per_worker
     return spec.with_workers(next((count for count in counts if count <= room), counts[-1]))
 
@@ -285,6 +298,17 @@ def _gib_by_component(components: dict[str, int]) -> dict[str, float]:
 
 def _gpu_gib(shape: ModelShape, layout: Layout, checkpointing: bool) -> float:
     return estimate_memory(shape, replace(layout, activation_checkpointing=checkpointing)).gpu_bytes / GIB
+
+
+def _checkpoint_staging(shape: ModelShape, candidate: Candidate, machine: Machine) -> int:
+    """Bytes of main memory in which a worker may hold copies of a checkpoint while it writes them.
+
+    The whole state, so that training hardly waits for storage, if half of the main memory that is left has room for it.
+    """
+    layout = candidate.layout
+    whole = checkpoint_bytes(shape, layout)
+    free = 0 if machine.host_gib is None else round(machine.host_gib * GIB) - candidate.memory.host_bytes
+    return min(whole, max(MIN_STAGING_BYTES, free // 2 // layout.workers_per_node))
 
 
 def _estimate(

@@ -10,8 +10,9 @@ arXiv:2305.14314) for NF4 with double quantisation; the source code of these pac
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal
@@ -41,7 +42,12 @@ _NVME_OPTIMIZER_BUFFERS = 4
 # Rough constants: no formula gives them, and they differ between drivers and versions.
 _CUDA_CONTEXT_BYTES = 3 * GIB // 4
 """The CUDA context, loaded kernels and cuBLAS workspaces, which allocator statistics do not include."""
-_NCCL_BYTES = GIB // 2
+_COMMUNICATOR_BYTES = GIB // 2
+"""Buffers of one NCCL communicator: channels to every peer, and staging for its protocols.
+
+Several workers have two: torch's group of all workers, and the copy of it that DeepSpeed makes
+(`deepspeed.utils.groups._clone_world_group`). hpZ adds the group of a node.
+"""
 _FRAGMENTED_FRACTION = 0.1
 """Of temporary memory. Persistent memory is allocated once, in large blocks."""
 _PROCESS_BYTES = 2 * GIB
@@ -49,6 +55,14 @@ _PROCESS_BYTES = 2 * GIB
 
 _STAGING_BYTES = 8 * 16 * 1024 * 1024
 """Chunks in flight in the threads of one worker that read weights (`ft_service.model.load`)."""
+
+MIN_STAGING_BYTES = GIB
+"""Size of the buffer that a worker copies a checkpoint through, if no more main memory is known to be free."""
+PINNED_CACHE_MIB = 1
+"""Largest block that torch's allocator of pinned memory rounds up to a power of two, and keeps when it is freed.
+
+`ft_service.train.environment` sets it. torch's default is no limit: every partition of a weight would be rounded up.
+"""
 
 Method = Literal["full", "lora", "qlora"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -69,6 +83,8 @@ class Layout:
     """Packed rows per forward pass of one worker."""
     max_seq_len: int = 2048
     activation_checkpointing: bool = True
+    kept_layers: int = 0
+    """With activation checkpointing: the last layers, which keep their activations all the same."""
     precision: Literal["bf16", "fp32"] = "bf16"
     lora_rank: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -108,19 +124,8 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     parameters = _parameters(shape, layout)
     trained = [parameter for parameter in parameters if parameter.trained]
     groups = _optimizer_groups(trained)
-    targets = _target_names(shape, layout.target_modules)
-    loss = loss_bytes(shape, tokens=layout.tokens, element_bytes=layout.element_bytes, full=layout.method == "full")
-    activations = activation_bytes(
-        shape,
-        tokens=layout.tokens,
-        element_bytes=layout.element_bytes,
-        method=layout.method,
-        targets=targets,
-        lora_rank=layout.lora_rank,
-        use_dora=layout.use_dora,
-        checkpointing=layout.activation_checkpointing,
-        loss=loss,
-    )
+    loss = _loss_bytes(shape, layout)
+    activations = _activation_bytes(shape, layout, loss)
     gpu = {
         "weights": _weights(parameters, groups, layout),
         "quantisation_statistics": sum(_statistics(p.numel) for p in parameters if p.four_bit),
@@ -134,15 +139,40 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
     if layout.offload != "none":
         host |= _move_to_host(gpu, parameters, groups, layout)
     host["loading"] = layout.workers_per_node * _STAGING_BYTES
+    staging = min(MIN_STAGING_BYTES, checkpoint_bytes(shape, layout))
+    host["checkpoint"] = layout.workers_per_node * staging
     if layout.method == "full":  # the tensor that a worker writes, and the previous one
         largest = max(parameter.numel for parameter in parameters)
         host["publishing"] = layout.workers_per_node * 2 * largest * layout.element_bytes
     temporary = gpu["activations"] + gpu["loss"] + gpu["gather_buffers"]
     # The optimizer step makes copies too, after the memory of the passes is freed.
     gpu["gather_buffers"] += max(0, _update_copies(groups, layout) - temporary)
-    nccl = _NCCL_BYTES if layout.num_workers > 1 else 0
-    gpu["reserve"] = _CUDA_CONTEXT_BYTES + nccl + round(_FRAGMENTED_FRACTION * temporary)
+    communicators = 0 if layout.num_workers == 1 else 2 + layout.hpz
+    gpu["reserve"] = _CUDA_CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + round(_FRAGMENTED_FRACTION * temporary)
     return MemoryEstimate(gpu, host)
+
+
+def most_kept_layers(shape: ModelShape, layout: Layout, limit_bytes: int) -> int:
+    """The most layers that can keep their activations with at most `limit_bytes` on a GPU; fewer than all layers.
+
+    0 if `layout`, with activation checkpointing in all layers, already needs more.
+    """
+    loss = _loss_bytes(shape, layout)
+
+    def bytes_above_layout(kept_layers: int) -> int:
+        kept = _activation_bytes(shape, replace(layout, kept_layers=kept_layers), loss)
+        return round((1 + _FRAGMENTED_FRACTION) * (kept - _activation_bytes(shape, layout, loss)))
+
+    free = limit_bytes - estimate_memory(shape, layout).gpu_bytes
+    return max(0, bisect_right(range(1, shape.num_layers), free, key=bytes_above_layout))
+
+
+def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
+    """Bytes that one worker writes into a checkpoint: fp32 master weights and both moments of its share."""
+    groups = _optimizer_groups([parameter for parameter in _parameters(shape, layout) if parameter.trained])
+    if layout.zero_stage == 0:
+        return 3 * FP32_BYTES * -(-sum(map(_numel, groups)) // layout.num_workers)
+    return _optimizer(groups, layout)
 
 
 def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
@@ -310,6 +340,25 @@ def _optimizer(groups: list[list[_Parameter]], layout: Layout) -> int:
 # -- temporary memory ------------------------------------------------------------------------------------------------
 
 
+def _loss_bytes(shape: ModelShape, layout: Layout) -> int:
+    return loss_bytes(shape, tokens=layout.tokens, element_bytes=layout.element_bytes, full=layout.method == "full")
+
+
+def _activation_bytes(shape: ModelShape, layout: Layout, loss: int) -> int:
+    return activation_bytes(
+        shape,
+        tokens=layout.tokens,
+        element_bytes=layout.element_bytes,
+        method=layout.method,
+        targets=_target_names(shape, layout.target_modules),
+        lora_rank=layout.lora_rank,
+        use_dora=layout.use_dora,
+        checkpointing=layout.activation_checkpointing,
+        kept_layers=layout.kept_layers,
+        loss=loss,
+    )
+
+
 def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:
     """The gradient bucket and, under ZeRO-3, the weights that are gathered at the same time.
 
@@ -374,7 +423,7 @@ def _move_to_host(
         gradients = 2 * FP32_BYTES * partition
         sizes = [parameter.stored_numel(element) for parameter in parameters]
         persistent = _persistent_numel(sizes, workers) * element
-        weights = gpu["weights"] - persistent
+        weights = sum(_pinned_bytes(partition_numel(size, workers) * element) for size in sizes)
         gpu |= {"weights": persistent, "gradients": 0, "optimizer": 0}
         if layout.offload == "nvme":
             piece = FP32_BYTES * min(_SUB_GROUP_ELEMENTS, partition)
@@ -382,3 +431,10 @@ def _move_to_host(
             weights = min(weights, _NVME_PARAMETER_BUFFER_ELEMENTS * element)
         per_worker = {"weights": weights, "optimizer": optimizer, "gradients": gradients}
     return {name: size * layout.workers_per_node for name, size in per_worker.items()}
+
+
+def _pinned_bytes(size: int) -> int:
+    """Bytes that torch allocates for `size` bytes of pinned memory."""
+    if size > PINNED_CACHE_MIB * 2**20:
+        return size
+    return 1 << max(0, size - 1).bit_length()

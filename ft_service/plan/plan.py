@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ft_service.plan.facts import BaseFacts, DatasetFacts
+from ft_service.plan.memory import MIN_STAGING_BYTES
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.formats import StoredFile, renamed
 
@@ -76,6 +77,10 @@ class RunPlan(StoredFile):
     warmup_steps: int
     learning_rate: float = Field(description="Peak learning rate.")
     activation_checkpointing: bool
+    kept_layers: int = Field(
+        default=0,
+        description="With activation checkpointing: the last layers, which keep their activations all the same.",
+    )
     offload: Literal["none", "cpu", "nvme"] = "none"
     hpz_partition_size: int = Field(
         default=1, description="Workers that share a second copy of the weights; 1: no copy."
@@ -87,6 +92,9 @@ class RunPlan(StoredFile):
     memory_gib: dict[str, float] = Field(description="GiB on one GPU by component, with total; empty on CPU.")
     host_memory_gib: dict[str, float] = Field(
         default_factory=dict, description="GiB of main memory of one node by component, with total; empty on CPU."
+    )
+    checkpoint_staging_bytes: int = Field(
+        default=MIN_STAGING_BYTES, description="Main memory of one worker for copies of a checkpoint, at most."
     )
     gpu_capacity_gib: float | None = Field(default=None, description="GiB of one GPU; None: unknown.")
     host_capacity_gib: float | None = Field(default=None, description="GiB of main memory of one node; None: unknown.")

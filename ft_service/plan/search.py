@@ -10,14 +10,17 @@ from typing import Literal
 
 from ft_service.catalog.gpus import Gpu
 from ft_service.catalog.models import ModelShape
-from ft_service.plan.memory import GIB, Layout, MemoryEstimate, Offload, estimate_memory
+from ft_service.plan.memory import GIB, Layout, MemoryEstimate, Offload, estimate_memory, most_kept_layers
 from ft_service.plan.speed import StepTime, step_time
 from ft_service.spec.schema import RunSpec
 
 TIE = 0.02
 """Layouts whose estimated speeds differ by less count as equally fast: the estimate is no more exact."""
+USABLE_FRACTION = 0.97
+"""Of the GPU memory. A layout that needs more does not fit: the memory model is an estimate, and other processes and
+the driver need some."""
 MARGIN = 0.05
-"""Fraction of the GPU memory to leave free if possible, because the memory model is an estimate too."""
+"""Fraction of the GPU memory to leave free if possible."""
 _OFFLOADING_GAIN = 1.25
 _HPZ_GAIN = 1.10
 _FULL_MEMORY_GAIN = 1.10
@@ -88,9 +91,11 @@ class Candidate:
         return self.tokens_per_second / discount / (1.0 if self.leaves_margin else _FULL_MEMORY_GAIN)
 
     @property
-    def complexity(self) -> tuple[int, bool, int, int]:
-        """Sort key, simplest first: least data movement, then least memory."""
-        return _OFFLOADS.index(self.layout.offload), self.layout.hpz, self.layout.zero_stage, self.memory.gpu_bytes
+    def complexity(self) -> tuple[int, bool, int, bool, int]:
+        """Sort key, simplest first: least data movement, then all layers alike, then least memory."""
+        layout = self.layout
+        is_partial = layout.kept_layers > 0
+        return _OFFLOADS.index(layout.offload), layout.hpz, layout.zero_stage, is_partial, self.memory.gpu_bytes
 
 
 def search_space(spec: RunSpec, workers_per_node: int) -> SearchSpace:
@@ -190,15 +195,29 @@ def evaluate_layout(shape: ModelShape, layout: Layout, rows_per_worker: int, mac
         accumulation,
         memory,
         step_time(shape, layout, accumulation, machine.gpu),
-        fits=used <= 1 and fits_host,
+        fits=used <= USABLE_FRACTION and fits_host,
         fits_host=fits_host,
         leaves_margin=used <= 1 - MARGIN,
     )
 
 
 def evaluate_layouts(shape: ModelShape, space: SearchSpace, machine: Machine) -> list[Candidate]:
-    """Estimate the memory and the time of every layout in the search space."""
-    return [evaluate_layout(shape, layout, space.rows_per_worker, machine) for layout in possible_layouts(space)]
+    """Estimate the memory and the time of every layout in the search space.
+
+    If recomputation is open, a layout that recomputes and leaves memory free is also tried with as many layers as have
+    room for their activations.
+    """
+    candidates = []
+    for layout in possible_layouts(space):
+        candidate = evaluate_layout(shape, layout, space.rows_per_worker, machine)
+        candidates.append(candidate)
+        is_open = space.activation_checkpointing == "auto" and layout.activation_checkpointing
+        if is_open and candidate.leaves_margin and machine.gpu_gib is not None:
+            kept_layers = most_kept_layers(shape, layout, int((1 - MARGIN) * machine.gpu_gib * GIB))
+            if kept_layers:
+                layout = replace(layout, kept_layers=kept_layers)
+                candidates.append(evaluate_layout(shape, layout, space.rows_per_worker, machine))
+    return candidates
 
 
 def best_candidate(candidates: Sequence[Candidate]) -> Candidate:

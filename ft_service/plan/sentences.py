@@ -94,8 +94,14 @@ def _workers(plan: RunPlan) -> str:
     return (
         f"Workers: {placement}, ZeRO-{plan.zero_stage}{' with hpZ' if plan.hpz_partition_size > 1 else ''}, "
         f"offload {plan.offload}, {plan.spec.train.precision}, activation checkpointing "
-        f"{'on' if plan.activation_checkpointing else 'off'}."
+        f"{_checkpointing(plan)}."
     )
+
+
+def _checkpointing(plan: RunPlan) -> str:
+    if not plan.activation_checkpointing:
+        return "off"
+    return f"on except for the last {counted(plan.kept_layers, 'layer')}" if plan.kept_layers else "on"
 
 
 def _validation(plan: RunPlan) -> str:

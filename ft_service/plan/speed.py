@@ -58,8 +58,8 @@ def flops_per_token(shape: ModelShape, layout: Layout) -> float:
 
     Per weight 2 forward, 2 backward to the input and, where it is trained, 2 to the weight itself: 6 N for `full`, 4 N
     for a frozen base and 6 for each adapter weight. Causal attention over a full row of T tokens: 2 x heads x head_dim
-    x T per layer forward (half of the square, two products), twice that backward. Checkpointing runs the layers'
-    forward pass once more. Rows of many short documents need less attention than this estimate.
+    x T per layer forward (half of the square, two products), twice that backward. Checkpointing runs the forward pass
+    of the layers that it applies to once more. Rows of many short documents need less attention than this estimate.
     """
     weights = matmul_parameters(shape)
     attention = 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * layout.max_seq_len
@@ -68,9 +68,13 @@ def flops_per_token(shape: ModelShape, layout: Layout) -> float:
     flops = forward + 2.0 * weights + 2 * attention + 2.0 * trained
     if layout.method != "full":
         flops += 4.0 * trained  # the adapter's own forward and backward to its input
-    if layout.activation_checkpointing:
-        flops += forward - 2.0 * shape.vocab_size * shape.hidden_size
+    flops += recomputed_share(shape, layout) * (forward - 2.0 * shape.vocab_size * shape.hidden_size)
     return flops
+
+
+def recomputed_share(shape: ModelShape, layout: Layout) -> float:
+    """The fraction of the layers whose forward pass runs twice."""
+    return 1 - layout.kept_layers / shape.num_layers if layout.activation_checkpointing else 0.0
 
 
 def forward_share(shape: ModelShape, layout: Layout) -> float:
@@ -86,7 +90,7 @@ def step_time(shape: ModelShape, layout: Layout, accumulation: int, gpu: Gpu) ->
     per_micro_step = tokens * flops_per_token(shape, layout) / rate
     per_micro_step += shape.num_layers * OVERHEAD_SECONDS_PER_LAYER
     if layout.method == "qlora":  # each pass over the weights reads 4 bits, writes 16 and reads them again
-        passes = 3 if layout.activation_checkpointing else 2
+        passes = 2 + recomputed_share(shape, layout)
         per_micro_step += passes * _linear_parameters(shape) * (NF4_BYTES_PER_WEIGHT + 4) / (gpu.memory_bandwidth * _GB)
     compute = accumulation * per_micro_step
     communication = _communication(shape, layout, accumulation, gpu)

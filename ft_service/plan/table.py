@@ -38,6 +38,7 @@ class TableEntry(BaseModel):
     hpz: bool
     micro_batch_size: int
     activation_checkpointing: bool
+    kept_layers: int = Field(description="With activation checkpointing: layers that keep their activations.")
     gib_per_gpu: float
     gib_per_node: float = Field(description="Main memory.")
     tokens_per_second: float = Field(description="Over all GPUs, estimated.")
@@ -71,8 +72,13 @@ class PlanTable(BaseModel):
 def plan_table(
     model: str, gpus: Sequence[Gpu], max_seq_len: int, gpus_per_node: int = GPUS_PER_NODE, price: float | None = None
 ) -> PlanTable:
-    """The table of a catalogue model or a checkpoint folder. Raises `ModelError` if `model` is neither."""
+    """The table of a catalogue model or a checkpoint folder, in bf16.
+
+    Raises `ModelError` if `model` is neither, or if a GPU type has no bf16.
+    """
     shape = shape_of(model)
+    if without_bf16 := [gpu.name for gpu in gpus if not gpu.has_bf16]:
+        raise ModelError(f"--gpu-type = {without_bf16[0]}: cannot compute in bf16. Use an Ampere GPU or newer.")
     entries = [
         _entry(shape, method, gpu, count, max_seq_len, gpus_per_node, price)
         for method in METHODS
@@ -138,6 +144,7 @@ def _entry(
         hpz=best.layout.hpz,
         micro_batch_size=best.layout.micro_batch_size,
         activation_checkpointing=best.layout.activation_checkpointing,
+        kept_layers=best.layout.kept_layers,
         gib_per_gpu=best.gpu_gib,
         gib_per_node=best.host_gib,
         tokens_per_second=rate,

@@ -41,7 +41,14 @@ class StepMetrics(BaseModel):
     tokens: int = Field(description="Tokens of this step's global batch, padding left out.")
     loss_tokens: int = Field(description="Tokens of this step's global batch whose prediction is trained.")
     tokens_per_second: float = Field(description="`tokens` over this step's wall time, all workers together.")
-    peak_memory_gib: float = Field(description="Highest memory of any one worker so far, GiB (GPU, or process on CPU).")
+    peak_memory_gib: float = Field(
+        description="Highest memory that any one worker allocated before this step's update, GiB (on CPU: resident)."
+    )
+    peak_reserved_gib: float | None = Field(
+        default=None,
+        description="Highest memory that any one worker's torch held on its GPU, cached blocks included, GiB (on CPU: "
+        "`peak_memory_gib`); null in runs of 0.1.0.",
+    )
     time: datetime = Field(default_factory=_now, description="When the step was done, UTC.")
 
 

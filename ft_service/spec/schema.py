@@ -171,7 +171,8 @@ class TrainSpec(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of row order, adapter initialisation and dropout.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of weights and activations.")
     activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="Recompute activations in the backward pass (auto: the faster choice that fits)."
+        default="auto",
+        description="Recompute activations in the backward pass (auto: of all, some or no layers, what is fastest).",
     )
     validate_every_steps: PositiveInt | None = Field(
         default=None, description="Steps between validations (default: ten validations per run)."
@@ -203,7 +204,11 @@ class ParallelSpec(_Section):
         description="Training processes, one GPU each; with {min: 4, max: 8} a run survives the loss of a node.",
     )
     use_gpu: bool = Field(default=True, description="False trains on CPU, for small models and tests.")
-    cpus_per_worker: PositiveInt = Field(default=1, description="CPUs to reserve and threads to use, per worker.")
+    cpus_per_worker: PositiveInt | Literal["auto"] = Field(
+        default="auto",
+        description="CPUs to reserve and threads to use, per worker (auto: 1; with offloading, one CPU and as many "
+        "threads as the node has cores for each of its workers).",
+    )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         default="auto", description="DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."
     )
@@ -225,6 +230,11 @@ class ParallelSpec(_Section):
         description="A worker without progress for this many seconds saves its Python stacks and exits. Must exceed "
         "the slowest micro-step, validation batch, checkpoint or weight load, including the wait for slower workers.",
     )
+
+    @property
+    def reserved_cpus(self) -> int:
+        """CPUs that Ray reserves for each worker."""
+        return 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
     @property
     def max_workers(self) -> int:

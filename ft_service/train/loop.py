@@ -69,7 +69,8 @@ def train(
                 tokens=step.global_tokens,
                 loss_tokens=step.global_loss_tokens,
                 tokens_per_second=step.global_tokens / seconds,
-                peak_memory_gib=parallel.peak_memory_gib(),
+                peak_memory_gib=update.peak_memory_gib,
+                peak_reserved_gib=update.peak_reserved_gib,
             )
         )
         if state.stopped_early:

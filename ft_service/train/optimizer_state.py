@@ -67,9 +67,11 @@ class OptimizerState:
         """All shards of this rank. If the state is on NVMe, a shard is valid only until the next one is yielded."""
         for index, (master, slices) in enumerate(self._flat_tensors()):
             swapped_in = self._swap_in(index)
-            yield from self._shards_of(master, slices)
-            if swapped_in:
-                self._zero._release_swap_buffers(index)
+            try:
+                yield from self._shards_of(master, slices)
+            finally:
+                if swapped_in:
+                    self._zero._release_swap_buffers(index)
 
     def restore(self, read: ReadShard, step: int) -> None:
         """Fill every shard with `read`, then copy the master weights to the model. Every rank must call it."""

@@ -25,6 +25,7 @@ from ft_service.plan.memory import MAX_BUCKET_ELEMENTS
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
+from ft_service.train.environment import allocator_environment
 from ft_service.train.optimizer_state import OptimizerState
 from ft_service.train.protocol import Update
 
@@ -37,10 +38,14 @@ def prepare_process(use_gpu: bool) -> None:
     """Settings of this process that must be made before DeepSpeed is imported; `init_process_group` calls this.
 
     - ``DS_ACCELERATOR``, unless it is set: otherwise DeepSpeed guesses an accelerator from the installed packages.
+    - ``PYTORCH_ALLOC_CONF``, unless the user configures torch's GPU allocator: see
+      `ft_service.train.environment`.
     - Operators compile with this environment's ninja, under `flock` instead of torch's lock file: see
       `ft_service.train.compiling`.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    if use_gpu:
+        os.environ.update(allocator_environment())
     compile_under_flock()
     compile_with_installed_ninja()
 
@@ -114,7 +119,7 @@ class Parallel:
         )
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
-        self._step_sums = torch.empty(0)
+        self._step_values = torch.empty(0)
         self._update = Update(math.nan, 0, math.nan)
         self._extend_group_timeouts()
 
@@ -242,12 +247,12 @@ class Parallel:
     def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update:
         """End a step's last micro-step: update the weights, unless the loss or the gradient is not finite.
 
-        Every rank must call it. Sums loss and `leaving` over the ranks, and waits for the device once. DeepSpeed itself
-        waits more often under offloading, and under ZeRO-0 in bf16.
+        Every rank must call it. Adds loss and `leaving` up over the ranks, finds the highest memory of any, and waits for
+        the device once. DeepSpeed itself waits more often under offloading, and under ZeRO-0 in bf16.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._step_sums = self._summed(loss_sum, float(leaving))
+        self._step_values = self._gathered(loss_sum, float(leaving), *self.peak_memory_gib())
         if self.plan.zero_stage > 0:
             self._engine.step()  # calls _read_update, see wrap
         else:
@@ -258,15 +263,16 @@ class Parallel:
         return self._update
 
     def _read_update(self, norm: torch.Tensor) -> torch.Tensor:
-        """Read the sums of the step together with its gradient norm; the norm on the host, infinite if not to be used.
+        """Read the step's figures together with its gradient norm; the norm on the host, infinite if not to be used.
 
         ZeRO skips an update whose norm is not finite.
         """
-        numbers = torch.cat([self._step_sums, norm.to(self._step_sums).view(1)])
-        loss_sum, num_leaving, grad_norm = numbers.tolist()
+        sums = self._step_values[:, :2].sum(0)
+        peaks = self._step_values[:, 2:].amax(0)
+        loss_sum, num_leaving, allocated, reserved, grad_norm = torch.cat([sums, peaks, norm.to(sums).view(1)]).tolist()
         if grad_norm < 0:  # what DeepSpeed reports for a norm that is not finite
             grad_norm = math.inf
-        self._update = Update(loss_sum, num_leaving, grad_norm)
+        self._update = Update(loss_sum, num_leaving, allocated, reserved, grad_norm)
         usable = math.isfinite(loss_sum) and math.isfinite(grad_norm)
         return torch.tensor(grad_norm if usable else math.inf)
 
@@ -311,16 +317,18 @@ class Parallel:
 
     def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         """The sum of each number over all ranks. Every rank must call it."""
-        sums: list[float] = self._summed(*values).tolist()
+        sums: list[float] = self._gathered(*values).sum(0).tolist()
         return sums
 
-    def _summed(self, *values: torch.Tensor | float) -> torch.Tensor:
-        """The sums, still on the device."""
+    def _gathered(self, *values: torch.Tensor | float) -> torch.Tensor:
+        """The values of every rank, [ranks, values], still on the device."""
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-        totals = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
-        if self.world_size > 1:
-            dist.all_reduce(totals)
-        return totals
+        own = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
+        if self.world_size == 1:
+            return own.view(1, -1)
+        gathered = own.new_empty(self.world_size * len(own))
+        dist.all_gather_into_tensor(gathered, own)
+        return gathered.view(self.world_size, -1)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The value of every rank, by rank. Every rank must call it."""
@@ -430,11 +438,15 @@ class Parallel:
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def peak_memory_gib(self) -> float:
-        """Peak memory of this rank so far: allocated on the GPU, or resident on a CPU."""
+    def peak_memory_gib(self) -> tuple[float, float]:
+        """Peak memory of this rank so far: allocated on the GPU, and reserved there by torch's allocator.
+
+        On a CPU, both are the resident memory of the process.
+        """
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / _GIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+            return torch.cuda.max_memory_allocated() / _GIB, torch.cuda.max_memory_reserved() / _GIB
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+        return resident, resident
 
     def close(self) -> None:
         """Destroy the engine, and with it DeepSpeed's hooks on the model."""

@@ -20,6 +20,10 @@ class Update:
     """Nats, over the loss tokens of the step."""
     num_leaving: float
     """Ranks that were asked to leave."""
+    peak_memory_gib: float
+    """The most that any rank has allocated so far, before this update."""
+    peak_reserved_gib: float
+    """The most that any rank's allocator has held so far."""
     grad_norm: float
     """Global gradient norm before clipping."""
 
@@ -36,7 +40,6 @@ class Workers(Protocol):
     def evaluation_mode(self) -> AbstractContextManager[None]: ...
     def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...
-    def peak_memory_gib(self) -> float: ...
 
 
 @dataclass

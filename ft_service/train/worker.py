@@ -32,6 +32,7 @@ from ft_service.train.batches import Batches, PackedRows
 from ft_service.train.checkpoints.manifest import Checkpoints, Manifest
 from ft_service.train.checkpoints.resume import resume
 from ft_service.train.checkpoints.save import Checkpointer, TakenOverError
+from ft_service.train.environment import threads_per_worker
 from ft_service.train.loop import is_complete, train
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
@@ -110,7 +111,10 @@ def _open(storage_root: str, run_id: str, lease_token: str | None) -> _Worker:
     run = RunFolder(Storage(storage_root, retry_seconds=RUN_RETRY_SECONDS), run_id)
     plan = run.plan()
     init_process_group(plan.spec.parallel.use_gpu)
-    torch.set_num_threads(plan.spec.parallel.cpus_per_worker)
+    threads = threads_per_worker(plan)
+    torch.set_num_threads(threads)
+    # DeepSpeed's CPU optimizer may load an OpenMP of its own, which reads this when it is loaded.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     parallel = Parallel(plan)
     dataset = open_dataset(run.storage, plan.dataset.digest)
     model = plan.spec.model
@@ -167,7 +171,13 @@ class _Outputs:
         self.weights = WeightsOnStorage(run, model, parallel, resumed.weights if resumed else "", self.start)
         log = JsonlSink(run.storage, run.run_id)
         self.checkpointer = Checkpointer(
-            run, parallel, plan.training_digest, plan.spec.checkpoint, log.flush, worker.is_leased
+            run,
+            parallel,
+            plan.training_digest,
+            plan.spec.checkpoint,
+            log.flush,
+            worker.is_leased,
+            plan.checkpoint_staging_bytes,
         )
         self.sinks: list[Sink] = []
         self.repeated_steps = 0

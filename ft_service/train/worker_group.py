@@ -20,6 +20,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import ParallelSpec
 from ft_service.train.deaths import RAY_FAILED, DeathReason, TrainingDied, reason_line
+from ft_service.train.environment import allocator_environment
 
 _AFTER_HANG_TIMEOUT_SECONDS = 120
 _END_SECONDS = 30.0
@@ -96,14 +97,14 @@ class _Trainer(TorchTrainer):
 
 def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     """What Ray reserves for each worker."""
-    return {"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.use_gpu else {})}
+    return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
 def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
     parallel = plan.spec.parallel
     longer_than_hang = str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
     environment = {
-        "OMP_NUM_THREADS": str(parallel.cpus_per_worker),
+        "OMP_NUM_THREADS": str(parallel.reserved_cpus),  # `run_worker` raises it where it knows the node
         "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -112,6 +113,8 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
         # These timeouts must be longer than the watchdog's, or the worker ends before the watchdog saves its stacks.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": longer_than_hang,
     }
+    if parallel.use_gpu:  # Ray Train may use CUDA before the worker's own code runs
+        environment |= allocator_environment()
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
     # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

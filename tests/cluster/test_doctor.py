@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.cluster import doctor
 from ft_service.cluster.doctor import _storage
 from ft_service.cluster.ray_cluster import connect
 from ft_service.errors import ClusterError
@@ -26,6 +27,33 @@ def test_doctor_names_what_stands_in_the_way_of_the_storage(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     check = _storage(str(tmp_path / "file" / "storage"))
     assert check.level == "fail" and f"{tmp_path}/file is a file" in check.detail
+
+
+def test_doctor_says_what_nvme_offloading_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them, DeepSpeed fails to compile its async_io op only once the workers are up."""
+    for aio, on_cuda, toolkit, level, named in (
+        (True, False, False, "ok", "libaio"),
+        (True, True, True, "ok", "CUDA toolkit"),
+        (False, False, False, "warn", "install libaio-dev"),
+        (True, True, False, "warn", "install nvcc"),
+        (False, True, False, "warn", "libaio-devel) and the CUDA toolkit"),
+    ):
+        monkeypatch.setattr(doctor, "_has_libaio", lambda aio=aio: aio)
+        monkeypatch.setattr(doctor, "_needs_cuda_toolkit", lambda on_cuda=on_cuda: on_cuda)
+        monkeypatch.setattr(doctor, "_has_cuda_toolkit", lambda toolkit=toolkit: toolkit)
+        check = doctor._nvme_offloading()
+        assert check.level == level and named in check.detail
+
+
+def test_doctor_tries_libaio_with_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    for exit_code in (0, 1):
+        compiler.write_text(f'#!/bin/sh\ncase "$*" in *-laio*) exit {exit_code};; esac\nexit 2\n')
+        compiler.chmod(0o700)
+        monkeypatch.setenv("CXX", str(compiler))
+        assert doctor._has_libaio() == (exit_code == 0)
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert not doctor._has_libaio()
 
 
 @pytest.mark.parametrize("address", ["http://10.0.0.1:8265", "https://ray.example.org"])

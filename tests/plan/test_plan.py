@@ -241,9 +241,26 @@ def test_a_run_that_fits_gets_no_advice() -> None:
     assert on("H100", 8).fits and on("H100", 8).advice == []
 
 
-def test_a_gpu_without_bf16_gets_a_warning() -> None:
-    assert any("does not support bf16" in warning for warning in on("T4", 1, "method.type=qlora").warnings)
-    assert not any("does not support bf16" in warning for warning in on("L4", 1, "method.type=qlora").warnings)
+@pytest.mark.parametrize("gpu", ["T4", "V100"])
+def test_a_gpu_without_bf16_is_refused(gpu: str) -> None:
+    requested = error_of(f"parallel.accelerator_type={gpu}", "method.type=qlora")
+    of_the_cluster = error_of("method.type=qlora", gpu_type=gpu)
+    for error in (requested, of_the_cluster):
+        assert f"train.precision = 'bf16': {gpu} cannot compute in bf16. Use an Ampere GPU or newer" in error
+    assert plan("parallel.use_gpu=false", gpu_type=gpu)
+    assert on(gpu, 1, "method.type=lora", "train.precision=fp32", "model.base=meta-llama/Llama-3.2-1B")
+    with pytest.raises(ModelError, match=f"{gpu}: cannot compute in bf16"):
+        plan_table("llama-3.1-8b", [GPUS["L4"], GPUS[gpu]], 2048)
+    assert on("L4", 1, "method.type=qlora").fits
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(1 / 0.96, True), (1 / 0.97 + 0.001, True), (1 / 0.98, False), (1.0, False)])
+def test_a_layout_fits_if_it_needs_at_most_97_percent(gib: float, fits: bool) -> None:
+    settings = ("train.micro_batch_size=1", "parallel.offload=none", RECOMPUTED)
+    needed = plan(*settings, gpu_memory_gib=80).memory_gib["total"]
+    decided = plan(*settings, gpu_memory_gib=needed * gib)
+    assert decided.fits is fits
+    assert fits or "(97% of " in decided.warnings[0]
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -279,6 +296,21 @@ def test_a_plan_survives_json() -> None:
     assert RunPlan.model_validate_json(decided.model_dump_json()) == decided
 
 
+def test_main_memory_counts_the_copies_of_a_checkpoint() -> None:
+    full = ("method.type=full", "parallel.offload=none")
+    state = 12 * 8_030_261_248 / GIB  # fp32 weight and two moments of each parameter, over all workers
+    unknown = on("H200", 8, *full)
+    assert unknown.checkpoint_staging_bytes == GIB and unknown.host_memory_gib["checkpoint"] == 8
+    roomy = on("H200", 8, *full, host_memory_gib_per_node=2048)
+    assert roomy.host_memory_gib["checkpoint"] == pytest.approx(state, rel=1e-3)
+    tight = on("H200", 8, *full, host_memory_gib_per_node=90)
+    assert 8 <= tight.host_memory_gib["checkpoint"] < state
+    assert tight.host_memory_gib["total"] <= 90
+    assert 8 * tight.checkpoint_staging_bytes == pytest.approx(tight.host_memory_gib["checkpoint"] * GIB)
+    lora = on("H100", 8, "method.type=lora")
+    assert lora.checkpoint_staging_bytes == pytest.approx(12 * 41_943_040 / 8, rel=1e-3)
+
+
 # -- memory, against known facts -------------------------------------------------------------------------------------
 
 
@@ -290,10 +322,10 @@ def gib(base: str, method: str, workers: int = 1, stage: int = 0, tokens: int = 
 def test_memory_agrees_with_known_facts() -> None:
     assert gib("Llama-3.1-8B", "qlora") < gib("Llama-3.1-8B", "lora") < 22.5  # a 24 GB card reports 22.5 GiB
     assert gib("Llama-3.1-8B", "full") > 80
-    assert gib("Llama-3.3-70B-Instruct", "qlora") < 79.6
-    assert gib("Llama-3.3-70B-Instruct", "lora") > 79.6
+    assert gib("Llama-3.3-70B-Instruct", "qlora") < 79.1
+    assert gib("Llama-3.3-70B-Instruct", "lora") > 79.1
     assert min(gib("Llama-3.1-405B", method) for method in ("full", "lora", "qlora")) > 140.4
-    assert gib("Llama-3.1-405B", "lora", workers=32, stage=3) < 79.6
+    assert gib("Llama-3.1-405B", "lora", workers=32, stage=3) < 79.1
 
 
 # -- a range of workers ----------------------------------------------------------------------------------------------

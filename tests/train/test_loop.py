@@ -69,7 +69,7 @@ class PlayedWorkers:
         total, num_leaving = self.sum_over_ranks(loss_sum, float(leaving))
         usable = math.isfinite(total) and math.isfinite(self.norm)
         self.calls.append(("update" if usable else "skipped update", learning_rate))
-        return Update(total, num_leaving, self.norm)
+        return Update(total, num_leaving, 2.5, 3.75, self.norm)
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -89,9 +89,6 @@ class PlayedWorkers:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [[]] * (self.world_size - 1) + [value]  # this is the last worker
-
-    def peak_memory_gib(self) -> float:
-        return 1.5
 
 
 def a_plan(max_steps: int = 6, micro: int = 2, stopping: dict[str, Any] | None = None, **settings: Any) -> RunPlan:
@@ -339,7 +336,7 @@ def test_each_step_reports_its_own_figures() -> None:
     for m in seen.metrics:
         lengths = [LENGTHS[row] for row in step_rows(0, m.step - 1, 4, len(ROWS))]
         assert (m.tokens, m.loss_tokens) == (sum(lengths), sum(lengths) - 4)
-        assert (m.grad_norm, m.peak_memory_gib) == (0.5, 1.5)
+        assert (m.grad_norm, m.peak_memory_gib, m.peak_reserved_gib) == (0.5, 2.5, 3.75)
     assert seen.state.loss == pytest.approx(1.0)
 
 

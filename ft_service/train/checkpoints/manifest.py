@@ -32,14 +32,22 @@ class SavedShard(_StrictModel):
 
 
 class Part(_StrictModel):
-    """What one rank wrote (part-*.json)."""
+    """One file that a rank wrote."""
 
     file: str
     bytes: int
     sha256: str
     shards: dict[str, SavedShard] = Field(description="By parameter name.")
     rng_offset: int = Field(description="Byte where the rank's random state starts.")
-    rng_bytes: dict[str, int] = Field(description="Its generators, in order, with their lengths in bytes.")
+    rng_bytes: dict[str, int] = Field(
+        description="Its generators, in order, with their lengths in bytes; {} but in the rank's last part."
+    )
+
+
+class RankParts(_StrictModel):
+    """The parts of one rank, in order (part-*.json)."""
+
+    parts: list[Part]
 
 
 class Manifest(StoredFile):

@@ -136,8 +136,9 @@ def _restore(storage: Storage, folder: str, manifest: Manifest, parallel: Parall
             raise TrainingError(f"checkpoint {folder}: holds {num_filled:,} of {len(span):,} elements of {name}.")
 
     parallel.optimizer_state().restore(read, manifest.adam_step)
-    if len(manifest.parts) == parallel.world_size:  # on another number of ranks, dropout draws new numbers
-        parallel.restore_random_state(_read_random_state(storage, folder, manifest.parts[parallel.rank]))
+    with_random_state = [part for part in manifest.parts if part.rng_bytes]  # one of each rank
+    if len(with_random_state) == parallel.world_size:  # on another number of ranks, dropout draws new numbers
+        parallel.restore_random_state(_read_random_state(storage, folder, with_random_state[parallel.rank]))
 
 
 def _read_random_state(storage: Storage, folder: str, part: Part) -> dict[str, torch.Tensor]:

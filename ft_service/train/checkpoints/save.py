@@ -1,11 +1,22 @@
-"""Saving checkpoints while training continues: copy now, write in a background thread."""
+"""Saving checkpoints while training continues: copy what fits in main memory, write in a background thread.
+
+The state of a step (12 bytes a trained parameter, divided among the ranks) does not change until the next step begins.
+The thread copies it, file by file, into a staging buffer of bounded size. While the buffer is full, the thread writes
+its oldest file, and training waits. Training continues once the whole state is copied or written; the thread then
+writes what is left in the buffer. So a state that fits in the buffer delays training by a copy only, and a larger one
+by the time to write the part that exceeds it. The buffer never holds more than its size, whatever the state's size and
+wherever it is: on the GPU, in main memory, or on NVMe.
+
+A file is copied before it is written, so a broken stream can be written again without the state.
+"""
 
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,13 +25,14 @@ import torch
 from ft_service.errors import FtError, StorageError, TrainingError, UnreachableError
 from ft_service.model.shards import Span
 from ft_service.model.writer import DTYPE_NAMES, FileLayout, TensorFormat, WeightWriter
+from ft_service.plan.memory import MIN_STAGING_BYTES
 from ft_service.runs.events import EventLog
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import CheckpointSpec
-from ft_service.train.checkpoints.manifest import FP32_BYTES, Checkpoints, Manifest, Part, SavedShard
+from ft_service.train.checkpoints.manifest import FP32_BYTES, Checkpoints, Manifest, Part, RankParts, SavedShard
 from ft_service.train.checkpoints.report import SaveReport
-from ft_service.train.checkpoints.waiting import PART_TIMEOUT_SECONDS, wait_for_threads
-from ft_service.train.optimizer_state import KINDS
+from ft_service.train.checkpoints.waiting import PART_TIMEOUT_SECONDS, wait_for_threads, wait_on_all_ranks
+from ft_service.train.optimizer_state import KINDS, OptimizerState
 from ft_service.train.parallel import Parallel
 from ft_service.train.protocol import TrainingState
 
@@ -36,19 +48,32 @@ class _AbandonedError(TrainingError):
 
 
 @dataclass(frozen=True)
-class _Snapshot:
-    """A copy of what this rank writes into one checkpoint."""
+class _Save:
+    """One checkpoint being saved, as this rank knows it before its parts are written."""
 
     folder: str
     step: int
-    tensors: dict[str, torch.Tensor]
-    """``parameter/kind`` -> fp32 elements, in the order of the file"""
-    spans: dict[str, Span]
-    """Parameter -> which of its elements `tensors` has; in the same order"""
+    optimizer: OptimizerState
     random: dict[str, torch.Tensor]
     """``random/generator`` -> its state, as bytes"""
     manifest: dict[str, Any]
     """The fields of `Manifest` that are known before the parts are written."""
+
+
+@dataclass
+class _StagedFile:
+    """A part file whose tensors are copied to main memory and not yet written."""
+
+    name: str
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """``parameter/kind`` -> fp32 elements, in the order of the file"""
+    spans: dict[str, Span] = field(default_factory=dict)
+    """Parameter -> which of its elements `tensors` has; in the same order"""
+    random: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class Checkpointer:
@@ -65,8 +90,11 @@ class Checkpointer:
         settings: CheckpointSpec,
         flush: Callable[[], None] = lambda: None,
         still_ours: Callable[[], bool] = lambda: True,
+        staging_bytes: int = MIN_STAGING_BYTES,
     ) -> None:
-        """Rank 0 calls `flush` and `still_ours` in its thread, right before it commits a checkpoint.
+        """`staging_bytes` bounds the copies that this rank holds in main memory.
+
+        Rank 0 calls `flush` and `still_ours` in its thread, right before it commits a checkpoint.
 
         `flush` writes the metrics of the steps so far to storage, or raises `StorageError`. `still_ours` says whether
         this driver still leads the run.
@@ -77,33 +105,38 @@ class Checkpointer:
         self._settings = settings
         self._flush = flush
         self._still_ours = still_ours
+        self._staging_bytes = staging_bytes
         # Training waits while a failure is reported, and the storage may be what failed: do not retry for long.
         no_retry = RunFolder(run.storage.without_retries(), run.run_id)
         self._checkpoints_no_retry = Checkpoints(no_retry)
         newest_step = self._checkpoints.newest_step() if parallel.is_rank_zero else 0
         self._report = SaveReport(EventLog(no_retry.storage, run.run_id), settings, newest_step)
         self._thread: threading.Thread | None = None
-        # Of the save under way. The snapshot itself lives in its thread alone, so that its memory is freed with it.
+        # Of the save under way. The staged files live in its thread alone, so that their memory is freed with it.
         self._folder = ""
         self._step = 0
         self._failure: FtError | None = None
         self._abandoned = threading.Event()
-        self._tensors_written = 0
-        """By this rank, over all saves."""
+        self._copied = threading.Event()
+        """The state is copied or written, so training may change it; or the save has failed."""
+        self._tensors_done = 0
+        """Tensors that this rank has copied or written, over all saves."""
 
     def save(self, state: TrainingState, weights: str, after: Callable[[set[str]], None]) -> None:
-        """Wait for the previous save, copy the state, start writing it, and return.
+        """Wait for the previous save, start this one, and return once training may change the state.
 
         `weights` is the path of the best weights. Rank 0 calls `after` in its thread, with the weights that the kept
         checkpoints refer to. Raises as `wait` does.
         """
         self.wait()
-        snapshot = self._copy(state, weights)
-        self._folder = snapshot.folder
-        self._step = snapshot.step
+        save = self._begin(state, weights)
+        self._folder = save.folder
+        self._step = save.step
         self._abandoned.clear()
-        self._thread = threading.Thread(target=self._write, args=(snapshot, after), name="checkpoint", daemon=True)
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._write, args=(save, after), name="checkpoint", daemon=True)
         self._thread.start()
+        wait_on_all_ranks(self._parallel, self._copied.wait, lambda: self._tensors_done)
 
     def wait(self) -> None:
         """Wait until no rank is writing any more, and report failures.
@@ -121,7 +154,7 @@ class Checkpointer:
             if num_failed:  # the part of that rank will never come
                 self._abandoned.set()
 
-        wait_for_threads(self._parallel, self._thread, lambda: self._tensors_written, count_failures)
+        wait_for_threads(self._parallel, self._thread, lambda: self._tensors_done, count_failures)
         self._thread = None
         failure = self._failure
         self._failure = None
@@ -129,22 +162,13 @@ class Checkpointer:
             failures = self._parallel.all_gather_object(failure)
             self._handle_failure({rank: error for rank, error in enumerate(failures) if error is not None})
 
-    def _copy(self, state: TrainingState, weights: str) -> _Snapshot:
+    def _begin(self, state: TrainingState, weights: str) -> _Save:
         token = self._parallel.broadcast_from_rank_zero(secrets.token_hex(4))
         optimizer = self._parallel.optimizer_state()
-        tensors: dict[str, torch.Tensor] = {}
-        spans: dict[str, Span] = {}
-        for shard in optimizer.shards():
-            if len(shard.written):
-                spans[shard.name] = shard.written
-                own = slice(shard.written.start - shard.held.start, shard.written.stop - shard.held.start)
-                for kind in KINDS:
-                    tensors[f"{shard.name}/{kind}"] = shard.tensors[kind][own].to("cpu", copy=True)
-        return _Snapshot(
+        return _Save(
             folder=f"step-{state.step:06}-{token}",
             step=state.step,
-            tensors=tensors,
-            spans=spans,
+            optimizer=optimizer,
             random={f"random/{name}": generator for name, generator in self._parallel.random_state().items()},
             manifest={
                 "step": state.step,
@@ -174,56 +198,111 @@ class Checkpointer:
 
     # -- in the background thread ------------------------------------------------------------------------------------
 
-    def _write(self, snapshot: _Snapshot, after: Callable[[set[str]], None]) -> None:
+    def _write(self, save: _Save, after: Callable[[set[str]], None]) -> None:
         try:
-            self._write_part(snapshot)
+            self._write_parts(save)
             if self._parallel.is_rank_zero:
-                self._commit(snapshot)
+                self._commit(save)
         except Exception as error:  # every error reaches the training loop, in `wait`
             self._failure = error if isinstance(error, FtError) else TrainingError(f"{type(error).__name__}: {error}")
             return
+        finally:
+            self._copied.set()
         if self._parallel.is_rank_zero:
-            self._report.saved(snapshot.step)
+            self._report.saved(save.step)
             self._delete_old(after)
 
-    def _write_part(self, snapshot: _Snapshot) -> None:
+    def _write_parts(self, save: _Save) -> None:
+        parts: list[Part] = []
+        staged: deque[_StagedFile] = deque()
+        for file in self._files(save, lambda: self._make_room(save, staged, parts)):
+            staged.append(file)
+        self._copied.set()
+        while staged:
+            parts.append(self._write_part(save, staged.popleft()))
+        path = f"{self._checkpoints.path}/{save.folder}/{self._stem}.json"
+        self._checkpoints.storage.write_bytes(path, RankParts(parts=parts).model_dump_json().encode())
+
+    @property
+    def _stem(self) -> str:
+        """Name of this rank's part, without extension."""
+        return f"part-{self._parallel.rank:05}-of-{self._parallel.world_size:05}"
+
+    def _make_room(self, save: _Save, staged: deque[_StagedFile], parts: list[Part]) -> None:
+        """Write the oldest files until one more of the largest size fits in the staging buffer."""
+        while staged and sum(file.nbytes for file in staged) + self._file_bytes > self._staging_bytes:
+            parts.append(self._write_part(save, staged.popleft()))
+
+    @property
+    def _file_bytes(self) -> int:
+        """Size from which on another file begins: half the buffer, so that it can be full while training continues."""
+        return self._staging_bytes // 2
+
+    def _files(self, save: _Save, make_room: Callable[[], None]) -> Iterator[_StagedFile]:
+        """This rank's files, each with its tensors copied; the last one has the random state too.
+
+        Calls `make_room` before it copies anything into a new file. Only the last piece of a parameter that is split
+        over files has its end.
+        """
+        bytes_per_element = len(KINDS) * FP32_BYTES
+        file = _StagedFile(f"{self._stem}.safetensors")
+        number = 0
+        for shard in save.optimizer.shards():
+            start = shard.written.start
+            while start < shard.written.stop:
+                room = (self._file_bytes - file.nbytes) // bytes_per_element
+                if room <= 0:
+                    yield file
+                    make_room()
+                    number += 1
+                    file = _StagedFile(f"{self._stem}-{number}.safetensors")
+                    room = max(1, self._file_bytes // bytes_per_element)
+                span = Span(start, min(shard.written.stop, start + room))
+                own = slice(span.start - shard.held.start, span.stop - shard.held.start)
+                for kind in KINDS:
+                    file.tensors[f"{shard.name}/{kind}"] = shard.tensors[kind][own].to("cpu", copy=True)
+                    self._tensors_done += 1
+                file.spans[shard.name] = span
+                start = span.stop
+        file.random = save.random
+        yield file
+
+    def _write_part(self, save: _Save, staged: _StagedFile) -> Part:
         storage = self._checkpoints.storage
-        path = f"{self._checkpoints.path}/{snapshot.folder}"
-        everything = snapshot.tensors | snapshot.random
+        path = f"{self._checkpoints.path}/{save.folder}"
+        everything = staged.tensors | staged.random
         formats = {name: TensorFormat(DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in everything.items()}
-        stem = f"part-{self._parallel.rank:05}-of-{self._parallel.world_size:05}"
-        file = FileLayout(f"{stem}.safetensors", self._parallel.rank, formats)
+        file = FileLayout(staged.name, self._parallel.rank, formats)
 
         def write_tensors() -> str:
             with WeightWriter([file], lambda name: storage.writing(f"{path}/{name}")) as writer:
                 for name, tensor in everything.items():
                     writer.write(name, tensor)
-                    self._tensors_written += 1
+                    self._tensors_done += 1
             return writer.digests[file.name]
 
         sha256 = storage.retry(write_tensors)  # a broken stream cannot be continued: a retry starts over
         at = len(file.header)
         shards = {}
-        for name, span in snapshot.spans.items():
+        for name, span in staged.spans.items():
             shards[name] = SavedShard(start=span.start, stop=span.stop, at=at)
             at += len(KINDS) * len(span) * FP32_BYTES
-        part = Part(
+        return Part(
             file=file.name,
-            bytes=at + sum(generator.nbytes for generator in snapshot.random.values()),
+            bytes=at + sum(generator.nbytes for generator in staged.random.values()),
             sha256=sha256,
             shards=shards,
             rng_offset=at,
-            rng_bytes={name.removeprefix("random/"): state.nbytes for name, state in snapshot.random.items()},
+            rng_bytes={name.removeprefix("random/"): state.nbytes for name, state in staged.random.items()},
         )
-        storage.write_bytes(f"{path}/{stem}.json", part.model_dump_json().encode())
 
-    def _commit(self, snapshot: _Snapshot) -> None:
-        parts = list(self._wait_for_parts(snapshot.folder))
-        manifest = Manifest.model_validate({**snapshot.manifest, "created": datetime.now(UTC), "parts": parts})
+    def _commit(self, save: _Save) -> None:
+        parts = list(self._wait_for_parts(save.folder))
+        manifest = Manifest.model_validate({**save.manifest, "created": datetime.now(UTC), "parts": parts})
         self._flush()
         if not self._still_ours():
             raise TakenOverError("another driver has taken over this run. This one stops.")
-        self._checkpoints.commit(snapshot.folder, manifest)
+        self._checkpoints.commit(save.folder, manifest)
 
     def _wait_for_parts(self, folder: str) -> Iterator[Part]:
         storage = self._checkpoints.storage
@@ -237,7 +316,7 @@ class Checkpointer:
                 if time.monotonic() > deadline:
                     raise TrainingError(f"worker {rank} wrote no part of checkpoint {folder}.")
                 time.sleep(_POLL_SECONDS)
-            yield Part.model_validate(storage.read_json(path))
+            yield from RankParts.model_validate(storage.read_json(path)).parts
 
     def _delete_old(self, after: Callable[[set[str]], None]) -> None:
         try:

@@ -20,18 +20,33 @@ def wait_for_threads(
     progress: Callable[[], int],
     on_poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Wait until `thread` has ended on every rank. Every rank must call it.
+    """Wait until `thread` has ended on every rank. Every rank must call it. Arguments as of `wait_on_all_ranks`."""
 
-    `progress` counts what this rank's thread has done so far; `on_poll` is called at every poll. The watchdog gets a
-    beat as long as any rank makes progress: a storage that is slow or briefly unreachable is no hang, one that never
-    answers is.
+    def wait(seconds: float) -> bool:
+        thread.join(seconds)
+        return not thread.is_alive()
+
+    wait_on_all_ranks(parallel, wait, progress, on_poll)
+
+
+def wait_on_all_ranks(
+    parallel: Parallel,
+    wait: Callable[[float], bool],
+    progress: Callable[[], int],
+    on_poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Wait until every rank is done. Every rank must call it.
+
+    `wait` waits for at most so many seconds and returns whether this rank is done. `progress` counts what its thread
+    has done so far; `on_poll` is called at every poll. The watchdog gets a beat as long as any rank makes progress: a
+    storage that is slow or briefly unreachable is no hang, one that never answers is.
     """
     running = 1.0
     last_total = -1.0
     last_progress = time.monotonic()
     while running:
-        thread.join(_POLL_SECONDS)
-        running, total = parallel.sum_over_ranks(float(thread.is_alive()), float(progress()))
+        is_done = wait(_POLL_SECONDS)
+        running, total = parallel.sum_over_ranks(float(not is_done), float(progress()))
         on_poll()
         now = time.monotonic()
         if total != last_total:
