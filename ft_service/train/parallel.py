@@ -120,7 +120,7 @@ class Parallel:
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
         self._step_values = torch.empty(0)
-        self._update = Update(math.nan, 0, math.nan)
+        self._update = Update(math.nan, 0, math.nan, math.nan, math.nan)
         self._extend_group_timeouts()
 
     @property
@@ -247,8 +247,8 @@ class Parallel:
     def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update:
         """End a step's last micro-step: update the weights, unless the loss or the gradient is not finite.
 
-        Every rank must call it. Adds loss and `leaving` up over the ranks, finds the highest memory of any, and waits for
-        the device once. DeepSpeed itself waits more often under offloading, and under ZeRO-0 in bf16.
+        Every rank must call it. Adds loss and `leaving` up over the ranks, finds the highest memory of any, and waits
+        for the device once. DeepSpeed itself waits more often under offloading, and under ZeRO-0 in bf16.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
