@@ -56,7 +56,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     )
     first, second, *_ = batches.step(0).micro_batches
     parallel.backward(parallel.loss(first))
-    parallel.micro_step(1e-3)
+    parallel.micro_step()
     gathered = GatheredWeights(model.module)
     loss = parallel.loss(second)
     weights: list[Any] = list(model.module.parameters())
@@ -66,9 +66,10 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         "alive": gathered.bytes_alive(),
     }
     parallel.backward(loss)
+    loss_sum = loss.detach()
     del loss
     result["alive_after_backward"] = gathered.bytes_alive()
-    parallel.micro_step(1e-3)
+    parallel.update(1e-3, loss_sum, leaving=False)
     parallel.close()
     everyones: list[Any] = [None] * world_size
     dist.all_gather_object(everyones, result)
