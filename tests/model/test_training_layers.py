@@ -14,7 +14,7 @@ from ft_service.model.attention import PACKED_ATTENTION, register_packed_attenti
 from ft_service.model.training_layers import rms_norm, rotate, swiglu, use_training_layers
 from tests.counts import Traffic
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_attention_heads": 32,
@@ -67,10 +67,10 @@ def test_rms_norm(dtype: torch.dtype, rows: int) -> None:
             return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return torch.func.functional_call(stock, {"weight": weight}, (x,))
 
-    inputs = (torch.randn(1, rows, 320) * 3, 1 + 0.3 * torch.randn(320))
     # The inputs of all three must be the same numbers.
-    inputs = tuple(tensor.bfloat16().float() for tensor in inputs)
-    compare(lambda x, weight: rms_norm(x, weight, 1e-5), stock_norm, dtype, *inputs)
+    x = (torch.randn(1, rows, 320) * 3).bfloat16().float()
+    weight = (1 + 0.3 * torch.randn(320)).bfloat16().float()
+    compare(lambda x, weight: rms_norm(x, weight, 1e-5), stock_norm, dtype, x, weight)
 
 
 @DTYPES
@@ -105,17 +105,17 @@ def test_swiglu_has_stock_values_bit_for_bit(dtype: torch.dtype) -> None:
 def adapted(dtype: torch.dtype, **settings: Any) -> Any:
     """A small Llama with an adapter that is not zero, the same on every call."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).to(dtype)
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+        "attn_implementation": "sdpa",
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype=dtype)  # type: ignore[call-arg]
     lora = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules="all-linear", **settings)
     return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
 
@@ -188,7 +188,8 @@ def test_modules_stay_stock_and_adapters_can_be_switched_off() -> None:
 def layer_traffic(replace: bool) -> Traffic:
     """One decoder layer of an 8B with LoRA of rank 16 on all linear layers, bf16, forward and backward."""
     register_packed_attention()
-    config = LlamaConfig(vocab_size=8, num_hidden_layers=1, attn_implementation=PACKED_ATTENTION, **LLAMA_8B)
+    sizes = {**LLAMA_8B, "vocab_size": 8, "num_hidden_layers": 1, "attn_implementation": PACKED_ATTENTION}
+    config = LlamaConfig(**sizes)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
@@ -212,5 +213,4 @@ def test_traffic_and_launches_of_an_8b_layer() -> None:
     ours = layer_traffic(replace=True)
     assert stock.bytes == pytest.approx(26.1e9, rel=0.01) and stock.launches > 150
     assert (ours.products, ours.attention) == (stock.products, stock.attention)
-    print(ours.bytes / 1e9, ours.launches, ours.launches_by_operation, ours.bytes_by_operation)
-    assert ours.bytes < 12.2e9 and ours.launches <= 73
+    assert ours.bytes < 12.1e9 and ours.launches <= 73
