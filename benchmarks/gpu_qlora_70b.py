@@ -34,6 +34,7 @@ from ft_service.model.weight_files import TensorEntry, WeightFiles
 from ft_service.plan import speed
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.make import make_plan
+from ft_service.plan.memory import GIB
 from ft_service.plan.search import search_space
 from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
@@ -141,7 +142,7 @@ def main() -> None:
     started = time.perf_counter()
     base = load_causal_lm(RandomWeightFiles(shape), dtype=parallel.dtype, four_bit=True, placement=parallel.placement())
     load_seconds = time.perf_counter() - started
-    loaded_gib = parallel.peak_memory_gib()[0]
+    loaded_gib = torch.cuda.max_memory_allocated() / GIB if on_gpu else parallel.peak_memory_gib()[0]
     print(f"loaded {shape.num_parameters:,} parameters in {load_seconds:.1f} s, peak {loaded_gib:.1f} GiB", flush=True)
     adapted = attach_adapter(base, spec.method, facts.id, None)
     base.gradient_checkpointing_enable()
@@ -162,7 +163,7 @@ def main() -> None:
     rate = statistics.median(metrics.tokens_per_second for metrics in measured[WARMUP_STEPS:])
     layout = replace(search_space(spec, 1).layout, micro_batch_size=arguments.rows, activation_checkpointing=False)
     mfu = rate * speed.flops_per_token(shape, layout) / (gpu.bf16_tflops * 1e12)
-    peak_gib = parallel.peak_memory_gib()[0]
+    peak_gib = torch.cuda.max_memory_allocated() / GIB if on_gpu else parallel.peak_memory_gib()[0]
     # The driver's context is outside what torch counts, and so is what the plan keeps in reserve.
     planned = plan.memory_gib
     planned_gib = planned["total"] - planned["reserve"] if planned else float("nan")

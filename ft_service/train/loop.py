@@ -32,9 +32,7 @@ def train(
         started = time.perf_counter()
         rate = planned_learning_rate(plan, state.step)
         loss = math.nan
-        leaving: list[float] = []
-        allocated: list[float] = []
-        reserved: list[float] = []
+        num_leaving = 0.0
         loss_sums = []
         for number, micro_batch in enumerate(step.micro_batches, start=1):
             hooks.on_progress(f"micro-batch {number} of {len(step.micro_batches)}", state.step + 1)
@@ -42,11 +40,11 @@ def train(
             parallel.backward(loss_sum * (parallel.world_size / step.global_loss_tokens))
             loss_sums.append(loss_sum.detach())
             if number == len(step.micro_batches):  # the next micro_step updates the weights
-                # One collective for all: every rank must learn at the same step that one was asked to leave.
-                rank_losses, leaving, allocated, reserved = parallel.gather_over_ranks(
-                    torch.stack(loss_sums).sum(), float(hooks.leave_requested()), *parallel.peak_memory_gib()
+                # One collective for both: every rank must learn at the same step that one was asked to leave.
+                loss_total, num_leaving = parallel.sum_over_ranks(
+                    torch.stack(loss_sums).sum(), float(hooks.leave_requested())
                 )
-                loss = sum(rank_losses) / step.global_loss_tokens
+                loss = loss_total / step.global_loss_tokens
                 if not math.isfinite(loss):
                     problem = f"step {state.step + 1}: the loss is {loss}."
                     raise nonfinite_error(problem, step, batches, parallel, hooks.text_of_row)
@@ -65,6 +63,7 @@ def train(
                 hooks.on_best(state)
         state.loss = loss
         hooks.on_progress("writing measurements", state.step)
+        peak_allocated_gib, peak_reserved_gib = parallel.peak_memory_gib()
         hooks.on_step(
             StepMetrics(
                 step=state.step,
@@ -77,16 +76,16 @@ def train(
                 tokens=step.global_tokens,
                 loss_tokens=step.global_loss_tokens,
                 tokens_per_second=step.global_tokens / seconds,
-                peak_memory_gib=max(allocated),
-                peak_reserved_gib=max(reserved),
+                peak_memory_gib=peak_allocated_gib,
+                peak_reserved_gib=peak_reserved_gib,
             )
         )
         if state.stopped_early:
             break
-        if any(leaving) or _is_due(state.step, plan.spec.checkpoint.every_steps, None):
+        if num_leaving or _is_due(state.step, plan.spec.checkpoint.every_steps, None):
             hooks.on_progress("writing a checkpoint", state.step)
             hooks.on_checkpoint(state)
-        if any(leaving):
+        if num_leaving:
             break
     steps.close()
     return state

@@ -118,6 +118,7 @@ class Parallel:
         )
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
+        self._peak_memory_gib: tuple[float, float] | None = None
         self._grad_norm: torch.Tensor | float = math.nan
         self._extend_group_timeouts()
 
@@ -267,24 +268,25 @@ class Parallel:
     # -- collectives -----------------------------------------------------------------------------------------------
 
     def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
-        """The sum of each number over all ranks. Every rank must call it."""
+        """The sum of each number over all ranks. Every rank must call it.
+
+        The same collective tells every rank the peak memory of all.
+        """
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-        totals = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
+        own = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
+        totals = torch.cat([own, torch.tensor(self._peaks_by_rank(), dtype=dtype, device=self.device)])
         if self.world_size > 1:
             dist.all_reduce(totals)
         sums: list[float] = totals.tolist()
-        return sums
+        peaks = sums[len(values) :]
+        self._peak_memory_gib = (max(peaks[::2]), max(peaks[1::2]))
+        return sums[: len(values)]
 
-    def gather_over_ranks(self, *values: torch.Tensor | float) -> list[list[float]]:
-        """For each number, its value on every rank, by rank. One collective for all; every rank must call it."""
-        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-        own = torch.stack([torch.as_tensor(value).detach().to(self.device, dtype) for value in values])
-        gathered = own
-        if self.world_size > 1:
-            gathered = own.new_empty(self.world_size * len(own))
-            dist.all_gather_into_tensor(gathered, own)
-        by_value: list[list[float]] = gathered.view(self.world_size, len(own)).T.tolist()
-        return by_value
+    def _peaks_by_rank(self) -> list[float]:
+        """This rank's peak memory at its place, and 0 elsewhere, so that the sum over ranks has those of all."""
+        peaks = [0.0] * (2 * self.world_size)
+        peaks[2 * self.rank : 2 * self.rank + 2] = self._own_peak_memory_gib()
+        return peaks
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The value of every rank, by rank. Every rank must call it."""
@@ -395,10 +397,14 @@ class Parallel:
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def peak_memory_gib(self) -> tuple[float, float]:
-        """Peak memory of this rank so far: allocated on the GPU, and reserved there by torch's allocator.
+        """Highest memory of any one rank, as of the last `sum_over_ranks`.
 
-        On a CPU, both are the resident memory of the process.
+        Allocated on the GPU, and held there by torch with its cached blocks. On a CPU, both are the resident memory of
+        the process.
         """
+        return self._peak_memory_gib or self._own_peak_memory_gib()
+
+    def _own_peak_memory_gib(self) -> tuple[float, float]:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / _GIB, torch.cuda.max_memory_reserved() / _GIB
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
