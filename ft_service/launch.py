@@ -95,10 +95,13 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             storage.delete(f"{folder.path}/checkpoints")
             folder.set_state("succeeded", published=record.id)
             events.emit(Notice(type="succeeded", message=f"Run {folder.run_id} is complete."))
-        except BaseException as error:
+        except BaseException as raised:
+            error = _as_stop(raised, signals.received)
             if lease.is_held():  # otherwise another driver records the state of the run
                 _record_end(folder, events, error, earlier)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
     _write_report(folder)
     log(f"Published {record.id}")
     log(f"Report    {storage.uri(folder.path)}/report.html")
@@ -110,6 +113,13 @@ def _published(folder: RunFolder) -> AdapterRecord | None:
     if status is None or status.published is None:
         return None
     return Registry(folder.storage).resolve(status.published)
+
+
+def _as_stop(error: BaseException, signal: str) -> BaseException:
+    """The error that ends a run. A signal raises wherever the driver is, and leaves a library as an error of its own."""
+    if not signal or isinstance(error, FtError | KeyboardInterrupt):
+        return error
+    return RunStopped(f"{signal} received ({error_line(error)}).")
 
 
 def _record_end(folder: RunFolder, events: EventLog, error: BaseException, earlier: RunStatus | None) -> None:
