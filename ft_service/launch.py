@@ -40,7 +40,7 @@ from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
-from ft_service.text import error_line
+from ft_service.text import counted, error_line
 from ft_service.train.attempts import Attempts
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.continuation import check_data, check_settings, continued_plan
@@ -116,7 +116,7 @@ def _published(folder: RunFolder) -> AdapterRecord | None:
 
 
 def _as_stop(error: BaseException, signal: str) -> BaseException:
-    """The error that ends a run. A signal raises wherever the driver is, and leaves a library as an error of its own."""
+    """The error that ends a run. A signal raises wherever the driver is; a library may turn it into another error."""
     if not signal or isinstance(error, FtError | KeyboardInterrupt):
         return error
     return RunStopped(f"{signal} received ({error_line(error)}).")
@@ -228,6 +228,8 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
         folder.storage.write_bytes(f"{data}/{JUDGEMENT_FILE}", judgement.model_dump_json(indent=2).encode())
         log(f"Data check: {judgement.verdict}, {folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
         enforce(judgement, spec.data.waive, f"{folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
+        for waived in waivers(judgement, spec.data.waive):
+            log(f"Waived: {waived.code}, {counted(waived.count, 'place')} ({waived.reason})")
 
     dataset = prepare_dataset(
         spec,
