@@ -40,7 +40,7 @@ from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
-from ft_service.text import error_line
+from ft_service.text import counted, error_line
 from ft_service.train.attempts import Attempts
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.continuation import check_data, check_settings, continued_plan
@@ -95,10 +95,13 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             storage.delete(f"{folder.path}/checkpoints")
             folder.set_state("succeeded", published=record.id)
             events.emit(Notice(type="succeeded", message=f"Run {folder.run_id} is complete."))
-        except BaseException as error:
+        except BaseException as raised:
+            error = _as_stop(raised, signals.received)
             if lease.is_held():  # otherwise another driver records the state of the run
                 _record_end(folder, events, error, earlier)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
     _write_report(folder)
     log(f"Published {record.id}")
     log(f"Report    {storage.uri(folder.path)}/report.html")
@@ -110,6 +113,13 @@ def _published(folder: RunFolder) -> AdapterRecord | None:
     if status is None or status.published is None:
         return None
     return Registry(folder.storage).resolve(status.published)
+
+
+def _as_stop(error: BaseException, signal: str) -> BaseException:
+    """The error that ends a run. A signal raises wherever the driver is; a library may turn it into another error."""
+    if not signal or isinstance(error, FtError | KeyboardInterrupt):
+        return error
+    return RunStopped(f"{signal} received ({error_line(error)}).")
 
 
 def _record_end(folder: RunFolder, events: EventLog, error: BaseException, earlier: RunStatus | None) -> None:
@@ -218,6 +228,8 @@ def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:
         folder.storage.write_bytes(f"{data}/{JUDGEMENT_FILE}", judgement.model_dump_json(indent=2).encode())
         log(f"Data check: {judgement.verdict}, {folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
         enforce(judgement, spec.data.waive, f"{folder.storage.uri(folder.path)}/{DATA_REPORT_FILE}")
+        for waived in waivers(judgement, spec.data.waive):
+            log(f"Waived: {waived.code}, {counted(waived.count, 'place')} ({waived.reason})")
 
     dataset = prepare_dataset(
         spec,

@@ -1,5 +1,6 @@
 """What the driver says of a run on storage, and what it leaves to others to say."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ def test_a_driver_records_how_its_run_ended(
         launch.run(spec, "r", lambda text: None)
     status = RunFolder(Storage(spec.storage), "r").status()
     assert status is not None and (status.state, status.message) == (state, str(error))
+
+
+def test_a_signal_that_a_library_turns_into_its_own_error_stops_the_run(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(spec: RunSpec, folder: RunFolder, log: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except RunStopped:
+            raise SystemError("returned a result with an exception set") from None  # as Ray's compiled code does
+
+    monkeypatch.setattr(launch, "connect", lambda: None)
+    monkeypatch.setattr(launch, "prepare", prepare)
+    with pytest.raises(RunStopped, match="SIGINT received"):
+        launch.run(spec, "r", lambda text: None)
+    status = RunFolder(Storage(spec.storage), "r").status()
+    assert status is not None and status.state == "stopped"
 
 
 def test_the_traceback_of_a_library_is_kept_in_a_file(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:

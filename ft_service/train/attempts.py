@@ -118,6 +118,8 @@ class Attempts:
                 deaths.append(_Death(self._last_step() if has_started else None, death.reason))
                 self._recover(death, deaths)
                 continue
+            if self._pending_request is None and not self._run.is_trained(plan.training_digest):
+                self._check_requests()  # the workers may have seen a request, and left, before this driver looked
             if self._pending_request is not None and self._pending_request.kind == "stop":
                 raise RunStopped(f"{self._pending_request.reason}. {self._resume_hint()}")
             if self._run.is_trained(plan.training_digest):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -259,6 +259,21 @@ def test_a_stop_ends_the_run_and_a_move_continues_it(world: World) -> None:
     with pytest.raises(RunStopped, match=r"a request.*ft resume r"):
         world.train(max_failures=0)
     assert world.events() == ["leaving", "moving", "leaving", "moving", "stopping"]
+
+
+@pytest.mark.parametrize("kind", ["stop", "move"])
+def test_workers_may_leave_on_a_request_before_the_driver_has_seen_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: Literal["stop", "move"]
+) -> None:
+    monkeypatch.setattr(attempts_module, "_REQUEST_SECONDS", 1e9)
+    world.script = [Scripted(5, request(kind)), Scripted(9, complete)]
+    if kind == "stop":
+        with pytest.raises(RunStopped, match=r"a request.*ft resume r"):
+            world.train(max_failures=0)
+        assert world.events() == ["stopping"]
+    else:
+        world.train(max_failures=0)
+        assert world.events() == ["leaving", "moving"]
 
 
 def test_a_stop_during_a_move_waits_for_the_checkpoint(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
