@@ -200,8 +200,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="infinite-gradient-applied",
         file="ft_service/train/parallel.py",
-        old="if not math.isfinite(self._grad_norm):",
-        new="if math.isnan(self._grad_norm):",
+        old="if self._read_update(norm).isfinite():",
+        new="if not self._read_update(norm).isnan():",
         breaks="Without ZeRO, an infinite gradient ruins weights and optimizer state before the run ends.",
         tests=("tests/train/test_nonfinite.py::test_nonfinite_gradient_changes_no_weight[1]",),
     ),
