@@ -217,6 +217,7 @@ def test_a_waiver_is_kept_in_record_and_card(cluster: Cluster, world: Path) -> N
     settings = ("train.seed=1", f'data.waive={{"rights.no-license": "{reason}"}}')
     waived = train(cluster, unlicensed(world), "--run-id", "waived-1", *settings)
     assert waived.returncode == 0, output(waived)[-4000:]
+    assert f"Waived: rights.no-license, 1 place ({reason})" in output(waived)
     record = published(world, "waived-1")
     assert record.data_verdict == "fail"
     assert [(waiver.code, waiver.severity, waiver.reason) for waiver in record.waivers] == [
