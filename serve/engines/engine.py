@@ -8,9 +8,22 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from ft_service.errors import ServingError
 from ft_service.registry.registry import AdapterRecord
 
 FinishReason = Literal["stop", "length"]
+
+
+class RefusedRequestError(ServingError):
+    """The request itself cannot be answered by this engine; `param` names what to change."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,8 @@ class Engine(Protocol):
 
         Loads the adapter if needed. Raises `ServingError` when the adapter's files are damaged, do not fit the base or
         contain values that are not finite, and when a logit is not finite. Never answers with other weights than the
-        requested ones.
+        requested ones. Raises `RefusedRequestError` for what it cannot do: a JSON schema that it cannot follow, a prompt
+        that its cache can never hold.
         """
         ...
 

@@ -1,11 +1,14 @@
-"""The models of a server: its base, and every adapter published for exactly that base."""
+"""The models of a server: its bases, and every adapter published for exactly one of them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from ft_service.errors import NotPublishedError, UsageError
-from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
+from ft_service.registry.registry import AdapterRecord, Registry
 from serve.http.errors import ApiError
+from serve.inference.bases import ServedBase
 from serve.inference.wire import ModelEntry
 
 DIGEST_HEADER = "x-adapter-digest"
@@ -19,51 +22,72 @@ class ServedModel:
     """A model by its HTTP name, with the fingerprints of its weights. `adapter` None is the base."""
 
     id: str
-    created: int
-    base: BaseModelRef
+    created: datetime
+    base: ServedBase
     adapter: AdapterRecord | None
 
     @property
     def system_fingerprint(self) -> str:
         adapter = self.adapter.digest[:_SHORT_DIGEST] if self.adapter else "none"
-        return f"base:{self.base.fingerprint[:_SHORT_DIGEST]}-adapter:{adapter}"
+        return f"base:{self.base.ref.fingerprint[:_SHORT_DIGEST]}-adapter:{adapter}"
 
     @property
     def headers(self) -> dict[str, str]:
         digest = self.adapter.digest if self.adapter else "none"
-        return {DIGEST_HEADER: digest, BASE_HEADER: self.base.fingerprint}
+        return {DIGEST_HEADER: digest, BASE_HEADER: self.base.ref.fingerprint}
+
+    @property
+    def note(self) -> str | None:
+        """What differs from how the adapter was trained: a QLoRA adapter on a base that is not stored in 4 bits."""
+        if self.adapter is None:
+            return None
+        trained_on = "nf4" if self.adapter.method.get("type") == "qlora" else None
+        served_on = self.base.precision
+        if trained_on == "nf4" and served_on != "nf4":
+            return f"trained on the base in nf4 (QLoRA), served on the base in {served_on}: answers differ slightly"
+        if trained_on is None and served_on == "nf4":
+            return "trained on the base in its own precision, served on the base in nf4: answers differ slightly"
+        return None
 
     def entry(self) -> ModelEntry:
         return ModelEntry(
             id=self.id,
-            created=self.created,
-            root=self.base.short_name,
-            parent=self.base.short_name if self.adapter else None,
-            base_fingerprint=self.base.fingerprint,
+            created=int(self.created.timestamp()),
+            root=self.base.name,
+            parent=self.base.name if self.adapter else None,
+            base_fingerprint=self.base.ref.fingerprint,
+            base_precision=self.base.precision,
+            max_model_len=self.base.context_length,
             digest=self.adapter.digest if self.adapter else None,
             record=self.adapter.model_dump(mode="json") if self.adapter else None,
+            note=self.note,
         )
 
 
 class ServedModels:
-    """Reads the registry at every call, so every replica serves a published adapter at once."""
+    """Looks models up in the registry, so that every gateway serves a published adapter at once."""
 
-    def __init__(self, registry: Registry, base: BaseModelRef, created: int) -> None:
+    def __init__(self, registry: Registry, bases: Sequence[ServedBase]) -> None:
         self.registry = registry
-        self._base = ServedModel(base.short_name, created, base, adapter=None)
-
-    @property
-    def base(self) -> ServedModel:
-        return self._base
+        self.bases = tuple(bases)
+        started = datetime.now(UTC)
+        self._bases = {base.name: ServedModel(base.name, started, base, adapter=None) for base in bases}
+        # The same checkpoint may have another folder or name where it was trained, so compare its content.
+        self._by_fingerprint = {base.ref.fingerprint: base for base in bases}
 
     def all(self) -> list[ServedModel]:
-        """The base, then its adapters, oldest first."""
-        return [self._base, *(self._served(record) for record in self.registry.records() if self._fits(record))]
+        """The bases, then their adapters, oldest first."""
+        adapters = [
+            ServedModel(record.id, record.created, base, record)
+            for record in self.registry.records()
+            if (base := self._by_fingerprint.get(record.base.fingerprint))
+        ]
+        return [*self._bases.values(), *adapters]
 
     def resolve(self, model_id: str) -> ServedModel:
-        """The model of that name. Raises `ApiError` 404 for any other; never falls back to the base."""
-        if model_id == self._base.id:
-            return self._base
+        """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base."""
+        if model_id in self._bases:
+            return self._bases[model_id]
         if not _ADAPTER_ID.fullmatch(model_id):
             raise _unknown_model(model_id)
         try:
@@ -73,25 +97,19 @@ class ServedModels:
         if record.kind == "model":
             uri = self.registry.storage.uri(f"models/{record.id}")
             raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
-        if not self._fits(record):
+        base = self._by_fingerprint.get(record.base.fingerprint)
+        if base is None:
             needed = record.base.fingerprint[:_SHORT_DIGEST]
-            served = self._base.base.fingerprint[:_SHORT_DIGEST]
+            served = ", ".join(f"{base.name} ({base.ref.fingerprint[:_SHORT_DIGEST]})" for base in self.bases)
             raise _not_found(
-                f"The adapter {model_id!r} needs the base {record.base.id} ({needed}), and this server runs "
-                f"{self._base.id} ({served}). Use a server of that base."
+                f"The adapter {model_id!r} needs the base {record.base.id} ({needed}), and this server runs {served}. "
+                "Use a server of that base."
             )
-        return self._served(record)
-
-    def _fits(self, record: AdapterRecord) -> bool:
-        # The same checkpoint may have another folder or name here, so compare its content.
-        return record.base.fingerprint == self._base.base.fingerprint
-
-    def _served(self, record: AdapterRecord) -> ServedModel:
-        return ServedModel(record.id, int(record.created.timestamp()), self._base.base, record)
+        return ServedModel(record.id, record.created, base, record)
 
 
 def _unknown_model(model_id: str) -> ApiError:
-    return _not_found(f"The model {model_id!r} does not exist. GET /v1/models lists the models.")
+    return _not_found(f"The model {model_id[:200]!r} does not exist. GET /v1/models lists the models.")
 
 
 def _not_found(message: str) -> ApiError:

@@ -1,0 +1,69 @@
+"""A base as the gateway knows it: names, digests, tokenizer and limits, read from its files without its weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ft_service.model.base import fingerprint, load_tokenizer, read_config, resolve_base
+from ft_service.registry.registry import BaseModelRef
+from serve.settings import BaseSettings
+
+Precision = Literal["bf16", "fp16", "fp32", "nf4"]
+_PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """One base model of a server."""
+
+    ref: BaseModelRef
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    """Used by one thread at a time, and never with changed settings: a tokenizer with switched settings gives other
+    threads other ids."""
+    context_length: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    end_ids: frozenset[int]
+    """Token ids that end a text, from the base's generation config."""
+    precision: Precision
+    """How the weights are stored while they are served."""
+
+    @property
+    def name(self) -> str:
+        return self.ref.short_name
+
+
+def load_base(settings: BaseSettings) -> ServedBase:
+    """Raises `ModelError` if the base does not exist, is half-downloaded or has no tokenizer."""
+    folder = resolve_base(settings.base, settings.revision)
+    config = read_config(folder)
+    model_context = int(config["max_position_embeddings"])
+    ref = BaseModelRef(
+        id=settings.base, revision=settings.revision, short_name=settings.model_name, fingerprint=fingerprint(folder)
+    )
+    return ServedBase(
+        ref=ref,
+        folder=folder,
+        tokenizer=load_tokenizer(folder),
+        context_length=min(settings.max_context or model_context, model_context),
+        vocab_size=int(config["vocab_size"]),
+        end_ids=_end_ids(folder, config),
+        precision=_precision(settings, config),
+    )
+
+
+def _end_ids(folder: Path, config: dict[str, object]) -> frozenset[int]:
+    generation = folder / "generation_config.json"
+    ids = json.loads(generation.read_bytes()).get("eos_token_id") if generation.is_file() else config.get("eos_token_id")
+    return frozenset([ids] if isinstance(ids, int) else ids or [])  # type: ignore[call-overload]
+
+
+def _precision(settings: BaseSettings, config: dict[str, object]) -> Precision:
+    if settings.precision == "nf4" or "quantization_config" in config:
+        return "nf4"
+    dtype = settings.dtype if settings.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
+    return _PRECISIONS.get(str(dtype), "fp32")

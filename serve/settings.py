@@ -1,0 +1,120 @@
+"""What a server is configured with: one YAML file, which is also a Ray Serve config (`serve/config.yaml`)."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from ft_service.model.base import looks_like_folder, short_name
+
+ENGINE_NAMES = ("transformers", "vllm")
+
+
+def _from_env(name: str, description: str) -> Any:
+    return Field(default_factory=lambda: os.environ.get(name) or None, description=f"{description} Default: {name}.")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Autoscaling(_Settings):
+    """Replicas of a base by the number of its requests. A base without requests for a while can go down to none."""
+
+    min_replicas: int = Field(default=0, ge=0)
+    max_replicas: int = Field(ge=1)
+    target_requests: float = Field(default=16, gt=0, description="Requests in progress or waiting for each replica.")
+    downscale_delay_seconds: float = Field(default=600, ge=0, description="How long fewer replicas must be enough.")
+
+
+class BaseSettings(_Settings):
+    """One base model and how it is served, with all adapters published for it."""
+
+    base: str = Field(description="Hub id, folder, or URI of the model.")
+    revision: str | None = Field(default=None, description="Hub revision.")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
+        description="The base's model name over HTTP. Default: the last part of `base`, lower case.",
+    )
+    engine: Literal["transformers", "vllm"] = "transformers"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="What the base computes in; auto is the checkpoint's own."
+    )
+    precision: Literal["auto", "nf4"] = Field(
+        default="auto", description="How the base's weights are stored; nf4 takes a quarter of the memory of bf16."
+    )
+    gpus: int | None = Field(
+        default=None, ge=0, description="GPUs of one node for each replica. Default: 1 if the cluster has one, else 0."
+    )
+    cpus: float = Field(default=1, ge=0, description="CPUs that Ray reserves for each replica.")
+    replicas: int = Field(default=1, ge=1)
+    autoscaling: Autoscaling | None = Field(default=None, description="Takes the place of `replicas`.")
+    max_batch: int = Field(default=64, ge=1, description="Requests that a replica works on at once.")
+    max_context: int | None = Field(default=None, ge=1, description="Tokens of prompt and answer. Default: the model's.")
+    cache_gib: float | None = Field(
+        default=None, gt=0, description="Keys and values of all requests of a replica. Default: what the device has left."
+    )
+    adapter_gib: float = Field(default=4.0, gt=0, description="Loaded adapters of a replica.")
+    pinned: tuple[str, ...] = Field(default=(), description="Adapter ids that are loaded at the start and stay.")
+
+    @property
+    def model_name(self) -> str:
+        return self.name or short_name(self.base)
+
+
+class Limits(_Settings):
+    """What one request, or all of them, may take. More is refused by name, before any work is done."""
+
+    max_body_mib: float = Field(default=8, gt=0, description="Bytes of a request's body.")
+    max_queue: int = Field(default=256, ge=0, description="Requests that wait for a base; more get 429.")
+    queue_seconds: float = Field(default=120, gt=0, description="How long a request waits for its first token.")
+    request_seconds: float = Field(default=1800, gt=0, description="How long a request may take in all.")
+    max_choices: int = Field(default=128, ge=1, description="Answers of one request: prompts times `n`.")
+
+
+class ServeSettings(_Settings):
+    """Settings of a server. Those that are not given come from the environment."""
+
+    storage: str | None = _from_env("FT_STORAGE", "Where runs and adapters are.")
+    bases: tuple[BaseSettings, ...] = ()
+    database: str | None = _from_env("FT_DATABASE_URL", "SQLAlchemy URL of the service's database.")
+    api_key: SecretStr | None = _from_env("FT_API_KEY", "A key that opens everything; others come from `ft keys`.")
+    limits: Limits = Limits()
+    gateways: int = Field(default=1, ge=1, description="Replicas of the gateway.")
+    allowed_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages of other addresses that may call this server (CORS)."
+    )
+    log_prompts: bool = Field(default=False, description="Whether prompts and answers may be in the log.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: Any) -> Any:
+        """`base=...` (or FT_BASE) is short for one entry of `bases`, so that `serve run` can name a base."""
+        if not isinstance(data, dict) or data.get("bases"):
+            return data
+        short = {key: data[key] for key in ("base", "revision", "replicas", "gpus", "engine") if key in data}
+        if "base" not in short and (base := os.environ.get("FT_BASE")):
+            short = {"base": base, "revision": os.environ.get("FT_BASE_REVISION") or None, **short}
+        rest = {key: value for key, value in data.items() if key not in short}
+        return {**rest, "bases": [short]} if "base" in short else data
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        names = [base.model_name for base in self.bases]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"bases: {', '.join(sorted(twice))} is named twice. Give one of them another `name`")
+        return self
+
+    def with_absolute_folders(self) -> Self:
+        """Replicas run in other working directories."""
+        bases = [
+            base.model_copy(update={"base": absolute(base.base)}) if looks_like_folder(base.base) else base
+            for base in self.bases
+        ]
+        return self.model_copy(update={"bases": tuple(bases)})
+
+
+def absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
