@@ -1,7 +1,7 @@
 """The Ray Serve application, built from settings.
 
-    serve run serve.app:app storage=/mnt/ft/storage [base=...]
-    serve deploy serve/config.yaml
+serve run serve.app:app storage=/mnt/ft/storage [base=...]
+serve deploy serve/config.yaml
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from serve.router import AdapterRouter
 from serve.settings import BaseSettings, ServeSettings, absolute
 
 GATEWAY = "gateway"
+_ROUTER = f"{AdapterRouter.__module__}.{AdapterRouter.__qualname__}"
 MAX_GATEWAY_REQUESTS = 2048
 """Far more than any base accepts: requests wait for their base, so that listing models does not wait behind them."""
 
@@ -67,7 +68,8 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
         "max_constructor_retry_count": 2,
         "ray_actor_options": {"num_cpus": base.cpus, "num_gpus": gpus},
         "request_router_config": RequestRouterConfig(
-            request_router_class=AdapterRouter, request_router_kwargs={"busy_requests": max(1, base.max_batch // 2)}
+            request_router_class=_ROUTER,  # type: ignore[arg-type]  # its annotation is wrong in Ray 2.60
+            request_router_kwargs={"busy_requests": max(1, base.max_batch // 2)},
         ),
         **_number_of_replicas(base),
     }

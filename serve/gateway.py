@@ -7,16 +7,16 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ft_service.errors import ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
+from serve.api import create_api
 from serve.engines.engine import GenerationChunk, GenerationRequest
 from serve.http.errors import ApiError
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
-from serve.inference.routes import create_api
 from serve.settings import ServeSettings
 
 ATTEMPTS = 2
@@ -39,6 +39,7 @@ class RemoteEngine:
         """
         for attempt in range(1, ATTEMPTS + 1):
             stream = self._generate.remote(request)
+            assert isinstance(stream, DeploymentResponseGenerator)
             has_answered = False
             try:
                 async for chunk in stream:

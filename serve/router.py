@@ -1,12 +1,11 @@
 """Which replica of a base gets a request: one where its adapter is loaded already, unless that one has much to do."""
 
 import hashlib
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve.engines.engine import GenerationRequest
-
-DEFAULT_BUSY_REQUESTS = 32
 
 
 class AdapterRouter(RequestRouter):
@@ -16,12 +15,12 @@ class AdapterRouter(RequestRouter):
     own adapters. Where the first replica is busy the second one helps, so that an adapter that everybody asks for is
     loaded on two, then on all. A request for the base goes to the replica with the fewest requests.
 
-    Without Serve's `FIFOMixin`: it would hand the replica that was chosen for one adapter to the request that has waited
-    longest, whichever its adapter is.
+    Without Serve's `FIFOMixin`: it would hand the replica that was chosen for one adapter to the request that has
+    waited longest, whichever its adapter is.
     """
 
-    def initialize_state(self, busy_requests: int = DEFAULT_BUSY_REQUESTS) -> None:
-        self._busy_requests = busy_requests
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._busy_requests = int(kwargs["busy_requests"])
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -18,10 +18,15 @@ from ray.serve.context import _get_global_client
 
 from ft_service.cluster.ray_cluster import connect
 from ft_service.errors import ServingError, UsageError
+from ft_service.registry.registry import Registry
 from ft_service.spec.schema import RUN_NAME_PATTERN
+from ft_service.storage.storage import Storage
 from ft_service.text import last_line
-from serve.app import ServeConfig, build_app, complete, served_models
+from serve.app import build_app, complete
 from serve.http.keys import is_loopback
+from serve.inference.bases import load_base
+from serve.inference.models import ServedModels
+from serve.settings import ServeSettings
 
 APP_NAME = "ft"
 # Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
@@ -51,11 +56,12 @@ def run_server(
     """
     ray_address = ray_address or os.environ.get("RAY_ADDRESS")
     _check_name(name)
-    config = _config(storage, base)
-    _check_api_key(host, config)
+    settings = _settings(storage, base)
+    _check_api_key(host, settings)
     if not ray_address:
         _check_port(host, port)
-        served_models(complete(config))  # a base that cannot be loaded fails here instead of in a replica
+        for one in complete(settings).bases:
+            load_base(one)  # a base that cannot be loaded fails here instead of in a replica
     with ExitStack() as started:
         try:
             connect(ray_address)
@@ -64,17 +70,17 @@ def run_server(
             _check_running_serve(host, port, name)
             started.callback(_stop_serving, name)
             serve.start(http_options={"host": host, "port": port})
-            _deploy(config, name)
+            _deploy(settings, name)
             _wait_until_listening(host, port, local=not ray_address)
-            _announce(config, host, port, name, local=not ray_address)
+            _announce(settings, host, port, name, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
             print("Stopping.", flush=True)
 
 
-def _config(storage: str, base: str | None) -> ServeConfig:
+def _settings(storage: str, base: str | None) -> ServeSettings:
     try:
-        return ServeConfig.model_validate({"storage": storage, **({"base": base} if base else {})})
+        return ServeSettings.model_validate({"storage": storage, **({"base": base} if base else {})})
     except ValidationError as error:
         first = error.errors()[0]
         variable = f"FT_{str(first['loc'][0]).upper()}"
@@ -89,8 +95,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_api_key(host: str, config: ServeConfig) -> None:
-    if not is_loopback(host) and config.api_key is None:
+def _check_api_key(host: str, settings: ServeSettings) -> None:
+    if not is_loopback(host) and settings.api_key is None:
         raise ServingError(
             f"host = {host!r}: other machines can reach this address, and no API key is set. "
             "Set FT_API_KEY to a long random text, or use --host 127.0.0.1."
@@ -146,11 +152,11 @@ def _stop_serving(name: str) -> None:
         serve.shutdown()
 
 
-def _deploy(config: ServeConfig, name: str) -> None:
+def _deploy(settings: ServeSettings, name: str) -> None:
     done = Event()
     Thread(target=_report_waiting, args=(name, done), daemon=True).start()
     try:
-        serve.run(build_app(config), name=name, route_prefix=_route(name))
+        serve.run(build_app(settings), name=name, route_prefix=_route(name))
     except RuntimeError:  # its text names only the deployment; the status has the reason of the replica
         deployments = serve.status().applications[name].deployments.values()
         reasons = "; ".join(last_line(deployment.message) for deployment in deployments)
@@ -199,13 +205,15 @@ def _accepts_connections(host: str, port: int) -> bool:
     return True
 
 
-def _announce(config: ServeConfig, host: str, port: int, name: str, local: bool) -> None:
+def _announce(settings: ServeSettings, host: str, port: int, name: str, local: bool) -> None:
     address = socket.gethostname() if host in _WILDCARDS else host
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}{_route(name).rstrip('/')}/v1"
-    key = ' -H "Authorization: Bearer $FT_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $FT_API_KEY"' if settings.api_key else ""
     print(f"Serving at {url}")
     if local:
-        _, models = served_models(complete(config))
+        settings = complete(settings)
+        assert settings.storage
+        models = ServedModels(Registry(Storage(settings.storage)), [load_base(one) for one in settings.bases])
         print("Models:", *(f"  {model.id}" for model in models.all()), sep="\n")
         example = models.all()[-1].id
         print(

@@ -52,9 +52,13 @@ class BaseSettings(_Settings):
     replicas: int = Field(default=1, ge=1)
     autoscaling: Autoscaling | None = Field(default=None, description="Takes the place of `replicas`.")
     max_batch: int = Field(default=64, ge=1, description="Requests that a replica works on at once.")
-    max_context: int | None = Field(default=None, ge=1, description="Tokens of prompt and answer. Default: the model's.")
+    max_context: int | None = Field(
+        default=None, ge=1, description="Tokens of prompt and answer. Default: the model's."
+    )
     cache_gib: float | None = Field(
-        default=None, gt=0, description="Keys and values of all requests of a replica. Default: what the device has left."
+        default=None,
+        gt=0,
+        description="Keys and values of a replica. Default: what its device has left.",
     )
     adapter_gib: float = Field(default=4.0, gt=0, description="Loaded adapters of a replica.")
     pinned: tuple[str, ...] = Field(default=(), description="Adapter ids that are loaded at the start and stay.")

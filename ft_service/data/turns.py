@@ -42,16 +42,20 @@ _IMAGE_MARKS = ("<image>", "<|image|>")
 def read_turns(messages: object, functions: object = None) -> Conversation:
     """The turns of a conversation that offers `functions`: a list of JSON objects, or its JSON text, or nothing.
 
-    Raises `BadRecord`.
+    Raises `BadRecord`, for a turn without content too.
     """
-    turns = _listed(messages)
-    conversation = tuple(_message(number, message) for number, message in enumerate(turns, 1))
-    conversation = _with_functions(conversation, read_functions(functions))
+    conversation = read_any_turns(messages, functions)
     with_tools = any(turn.uses_tools for turn in conversation)
     for number, turn in enumerate(conversation, 1):
         if not turn.content.strip() and not (with_tools and turn.role == "tool"):  # a function may return nothing
             raise BadRecord(f"the content of message {number} is empty", EMPTY[turn.role == "assistant"])
     return conversation
+
+
+def read_any_turns(messages: object, functions: object = None) -> Conversation:
+    """Like `read_turns`, but turns may be empty. Raises `BadRecord`."""
+    conversation = tuple(_message(number, message) for number, message in enumerate(_listed(messages), 1))
+    return _with_functions(conversation, read_functions(functions))
 
 
 def read_functions(functions: object) -> tuple[str, ...]:

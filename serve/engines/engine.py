@@ -149,8 +149,8 @@ class Engine(Protocol):
 
         Loads the adapter if needed. Raises `ServingError` when the adapter's files are damaged, do not fit the base or
         contain values that are not finite, and when a logit is not finite. Never answers with other weights than the
-        requested ones. Raises `RefusedRequestError` for what it cannot do: a JSON schema that it cannot follow, a prompt
-        that its cache can never hold.
+        requested ones. Raises `RefusedRequestError` for what it cannot do: a JSON schema that it cannot follow, a
+        prompt that its cache can never hold.
         """
         ...
 

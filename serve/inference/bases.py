@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,13 +56,14 @@ def load_base(settings: BaseSettings) -> ServedBase:
     )
 
 
-def _end_ids(folder: Path, config: dict[str, object]) -> frozenset[int]:
+def _end_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     generation = folder / "generation_config.json"
-    ids = json.loads(generation.read_bytes()).get("eos_token_id") if generation.is_file() else config.get("eos_token_id")
-    return frozenset([ids] if isinstance(ids, int) else ids or [])  # type: ignore[call-overload]
+    settings = json.loads(generation.read_bytes()) if generation.is_file() else config
+    ids = settings.get("eos_token_id")
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-def _precision(settings: BaseSettings, config: dict[str, object]) -> Precision:
+def _precision(settings: BaseSettings, config: dict[str, Any]) -> Precision:
     if settings.precision == "nf4" or "quantization_config" in config:
         return "nf4"
     dtype = settings.dtype if settings.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")

@@ -72,15 +72,13 @@ class ServedModels:
         self.bases = tuple(bases)
         started = datetime.now(UTC)
         self._bases = {base.name: ServedModel(base.name, started, base, adapter=None) for base in bases}
-        # The same checkpoint may have another folder or name where it was trained, so compare its content.
-        self._by_fingerprint = {base.ref.fingerprint: base for base in bases}
 
     def all(self) -> list[ServedModel]:
         """The bases, then their adapters, oldest first."""
         adapters = [
             ServedModel(record.id, record.created, base, record)
             for record in self.registry.records()
-            if (base := self._by_fingerprint.get(record.base.fingerprint))
+            if (base := self._base_of(record))
         ]
         return [*self._bases.values(), *adapters]
 
@@ -97,7 +95,7 @@ class ServedModels:
         if record.kind == "model":
             uri = self.registry.storage.uri(f"models/{record.id}")
             raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
-        base = self._by_fingerprint.get(record.base.fingerprint)
+        base = self._base_of(record)
         if base is None:
             needed = record.base.fingerprint[:_SHORT_DIGEST]
             served = ", ".join(f"{base.name} ({base.ref.fingerprint[:_SHORT_DIGEST]})" for base in self.bases)
@@ -106,6 +104,13 @@ class ServedModels:
                 "Use a server of that base."
             )
         return ServedModel(record.id, record.created, base, record)
+
+    def _base_of(self, record: AdapterRecord) -> ServedBase | None:
+        """The base that the adapter was trained on, in the precision of its training if it is served in several."""
+        # The same checkpoint may have another folder or name where it was trained, so compare its content.
+        fitting = [base for base in self.bases if base.ref.fingerprint == record.base.fingerprint]
+        wants_nf4 = record.method.get("type") == "qlora"
+        return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
 
 
 def _unknown_model(model_id: str) -> ApiError:

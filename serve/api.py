@@ -1,0 +1,39 @@
+"""The ASGI application of a server: all routes, behind access control, with errors in one shape. Needs no Ray."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from serve.http.errors import answer_errors_in_openai_shape
+from serve.http.keys import HEALTH_PATH, RequireKey
+from serve.http.openapi import describe
+from serve.inference.models import ServedModels
+from serve.inference.replies import Generator
+from serve.inference.routes import BODIES, inference_routes
+from serve.settings import ServeSettings
+
+
+def create_api(models: ServedModels, engines: Mapping[str, Generator], settings: ServeSettings) -> FastAPI:
+    """The application over one engine for each base, by the base's name."""
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    answer_errors_in_openai_shape(api)
+    api.include_router(inference_routes(models, engines, settings.limits))
+    describe(api, "ft_service", version("ft-service"), BODIES)
+
+    @api.get(HEALTH_PATH)
+    @api.head(HEALTH_PATH, include_in_schema=False)
+    async def health() -> dict[str, object]:
+        return {"status": "ok", "models": [base.name for base in models.bases]}
+
+    api_key = settings.api_key.get_secret_value() if settings.api_key else None
+    api.add_middleware(RequireKey, api_key=api_key)
+    if settings.allowed_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return api

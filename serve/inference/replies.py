@@ -1,0 +1,361 @@
+"""From the engine to the wire: chunks of all choices become one reply, or the events of a stream."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from serve.engines.engine import GenerationChunk, GenerationRequest, TokenLogprob
+from serve.http.errors import ApiError, as_api_error
+from serve.inference.tools import may_become_call, parse_call
+from serve.inference.translate import Generation
+from serve.inference.wire import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatToken,
+    ChatTokenWithTop,
+    Choice,
+    CompletionChoice,
+    CompletionLogprobs,
+    FinishReason,
+    Reply,
+    ToolCall,
+    Usage,
+)
+from serve.settings import Limits
+
+COMMENT = ": waiting\n\n"
+"""A line of an event stream that every client skips. It keeps connections open while nothing else is sent."""
+FIRST_QUIET_SECONDS = 1.0
+"""So long an error can still set the status of a stream. Then its headers go out, whether there is a token or not."""
+QUIET_SECONDS = 10.0
+
+
+class Generator(Protocol):
+    """What replies need of an engine."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]: ...
+
+
+# -- chunks of all choices ---------------------------------------------------------------------------------------------
+
+Pieces = AsyncGenerator[tuple[int, GenerationChunk] | None, None]
+"""Chunks in the order of their arrival, each with the index of its choice. None where nothing came for a while."""
+
+
+async def pieces_of(engine: Generator, requests: Sequence[GenerationRequest], limits: Limits) -> Pieces:
+    """All choices at once, so that the engine answers them in one batch.
+
+    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds`, 504 if the answers
+    take longer than `request_seconds`.
+    """
+    chunks: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue()
+
+    async def ask(index: int, request: GenerationRequest) -> None:
+        try:
+            async with aclosing(engine.generate(request)) as generated:
+                async for chunk in generated:
+                    chunks.put_nowait((index, chunk))
+            chunks.put_nowait((index, None))
+        except Exception as error:
+            chunks.put_nowait((index, error))
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    tasks = [loop.create_task(ask(index, request)) for index, request in enumerate(requests)]
+    unfinished = len(tasks)
+    has_begun = False
+    quiet_seconds = FIRST_QUIET_SECONDS
+    try:
+        while unfinished:
+            allowed = limits.request_seconds if has_begun else min(limits.queue_seconds, limits.request_seconds)
+            left = began + allowed - loop.time()
+            try:
+                async with asyncio.timeout(min(quiet_seconds, left)):
+                    index, chunk = await chunks.get()
+            except TimeoutError:
+                if left <= quiet_seconds:
+                    raise _took_too_long(has_begun, allowed) from None
+                quiet_seconds = QUIET_SECONDS
+                yield None
+                continue
+            if chunk is None:
+                unfinished -= 1
+            elif isinstance(chunk, Exception):
+                raise chunk
+            else:
+                has_begun = True
+                yield index, chunk
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _took_too_long(has_begun: bool, seconds: float) -> ApiError:
+    if has_begun:
+        message = f"The answer was not complete within {seconds:g} seconds. Ask for fewer tokens."
+        return ApiError(504, message, "request_timeout")
+    message = f"No answer began within {seconds:g} seconds: too many requests wait. Try again later."
+    return ApiError(503, message, "queue_timeout", retry_after=30)
+
+
+# -- shapes of the two calls -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Answer:
+    """What has come of one choice."""
+
+    text: str = ""
+    tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, chunk: GenerationChunk) -> None:
+        self.text += chunk.text
+        self.tokens += len(chunk.token_ids)
+        self.cached_tokens += chunk.cached_tokens
+        self.logprobs += chunk.logprobs
+        self.prompt_logprobs += chunk.prompt_logprobs
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+
+
+class ChatShape:
+    """Replies of /v1/chat/completions."""
+
+    id_prefix = "chatcmpl"
+    reply: Literal["chat.completion"] = "chat.completion"
+    event: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+    def __init__(self, generation: Generation) -> None:
+        self._tools = generation.tools
+        self._wants_logprobs = generation.requests[0].logprobs is not None
+        self._held: dict[int, str] = {}
+        """Of each choice, the text that may be the start of a call."""
+
+    def choice(self, index: int, answer: _Answer) -> Choice:
+        call = parse_call(answer.text, self._tools) if self._tools else None
+        message = AssistantMessage(content=None if call else answer.text, tool_calls=[call] if call else None)
+        return ChatChoice(
+            index=index,
+            finish_reason=_reason(answer.finish_reason, call),
+            message=message,
+            logprobs=self._logprobs(answer.logprobs),
+        )
+
+    def opening(self, index: int) -> list[Choice]:
+        return [self._chunk(index, {"role": "assistant", "content": ""})]
+
+    def events(self, index: int, chunk: GenerationChunk) -> list[Choice]:
+        text = chunk.text
+        call = None
+        if self._tools and (index not in self._held or self._held[index]):
+            text = self._held.get(index, "") + text
+            call = parse_call(text, self._tools) if chunk.finish_reason else None
+            if call is None and not chunk.finish_reason and may_become_call(text):
+                self._held[index] = text
+                text = ""
+            else:
+                self._held[index] = ""  # decided: nothing is held back from here on
+        delta: dict[str, Any] = {"content": text} if text and not call else {}
+        if call:
+            delta = {"tool_calls": [{"index": 0, **call.model_dump()}]}
+        if not (delta or chunk.finish_reason or chunk.logprobs):
+            return []
+        return [self._chunk(index, delta, chunk.logprobs, _reason(chunk.finish_reason, call))]
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: Sequence[TokenLogprob] = (),
+        finish_reason: FinishReason | None = None,
+    ) -> Choice:
+        values = self._logprobs(logprobs) if logprobs else None
+        return ChatChunkChoice(index=index, finish_reason=finish_reason, delta=delta, logprobs=values)
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        if not self._wants_logprobs:
+            return None
+        return ChatLogprobs(
+            content=[
+                ChatTokenWithTop(**_token(token), top_logprobs=[ChatToken(**_token(other)) for other in token.top])
+                for token in logprobs
+            ]
+        )
+
+
+def _reason(reason: FinishReason | None, call: ToolCall | None) -> FinishReason | None:
+    return "tool_calls" if call and reason == "stop" else reason
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.text)}
+
+
+def _text(token: TokenLogprob) -> str:
+    return token.text.decode(errors="replace")
+
+
+class CompletionShape:
+    """Replies of /v1/completions; an event has the same shape as a whole reply."""
+
+    id_prefix = "cmpl"
+    reply: Literal["text_completion"] = "text_completion"
+    event: Literal["text_completion"] = "text_completion"
+
+    def __init__(self, generation: Generation) -> None:
+        self._wants_logprobs = generation.requests[0].logprobs is not None
+        self._echoed = generation.echoed
+        self._offsets: dict[int, int] = {}
+        """Of each choice, where its next token begins in the text."""
+
+    def choice(self, index: int, answer: _Answer) -> Choice:
+        logprobs = self._logprobs(index, [*answer.prompt_logprobs, *answer.logprobs])
+        return self._choice(index, self._echo(index) + answer.text, answer.finish_reason, logprobs)
+
+    def opening(self, index: int) -> list[Choice]:
+        # With log-probabilities the prompt's come with the first chunk, and so does its text.
+        text = self._echo(index)
+        return [self._choice(index, text, None, None)] if text and not self._wants_logprobs else []
+
+    def events(self, index: int, chunk: GenerationChunk) -> list[Choice]:
+        logprobs: Sequence[TokenLogprob | None] = [*chunk.prompt_logprobs, *chunk.logprobs]
+        is_first = index not in self._offsets
+        text = (self._echo(index) if is_first and self._wants_logprobs else "") + chunk.text
+        values = self._logprobs(index, logprobs) if logprobs or is_first else None
+        if not (text or chunk.finish_reason or logprobs):
+            return []
+        return [self._choice(index, text, chunk.finish_reason, values)]
+
+    def _echo(self, index: int) -> str:
+        return self._echoed[index] if self._echoed else ""
+
+    def _choice(
+        self, index: int, text: str, reason: FinishReason | None, logprobs: CompletionLogprobs | None
+    ) -> CompletionChoice:
+        return CompletionChoice(index=index, text=text, finish_reason=reason, logprobs=logprobs)
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | None]) -> CompletionLogprobs | None:
+        if not self._wants_logprobs:
+            return None
+        texts = ["" if token is None else _text(token) for token in tokens]
+        offset = self._offsets.get(index, 0)
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[index] = offset
+        return CompletionLogprobs(
+            tokens=texts,
+            token_logprobs=[None if token is None else token.logprob for token in tokens],
+            top_logprobs=[None if token is None else _by_text(token) for token in tokens],
+            text_offset=offsets,
+        )
+
+
+def _by_text(token: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens and the chosen one, by text. Of tokens with the same text the most likely one stays."""
+    values: dict[str, float] = {}
+    for one in sorted((*token.top, token), key=lambda one: -one.logprob):
+        values.setdefault(_text(one), one.logprob)
+    return values
+
+
+Shape = ChatShape | CompletionShape
+
+
+# -- replies and streams -----------------------------------------------------------------------------------------------
+
+
+def empty_reply(generation: Generation, shape: Shape, is_stream: bool) -> Reply:
+    return Reply(
+        id=f"{shape.id_prefix}-{uuid.uuid4().hex}",
+        object=shape.event if is_stream else shape.reply,
+        created=int(time.time()),
+        model=generation.model.id,
+        system_fingerprint=generation.model.system_fingerprint,
+        choices=[],
+    )
+
+
+async def whole_reply(generation: Generation, pieces: Pieces, shape: Shape) -> Reply:
+    """The reply once all choices are complete."""
+    answers = [_Answer() for _ in generation.requests]
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if piece is not None:
+                index, chunk = piece
+                answers[index].add(chunk)
+    reply = empty_reply(generation, shape, is_stream=False)
+    reply.choices = [shape.choice(index, answer) for index, answer in enumerate(answers)]
+    reply.usage = _usage(generation, answers)
+    return reply
+
+
+async def event_stream(
+    generation: Generation,
+    first: tuple[int, GenerationChunk] | None,
+    rest: Pieces,
+    shape: Shape,
+    include_usage: bool,
+) -> AsyncGenerator[str, None]:
+    """Server-sent events that end with ``[DONE]``, or with an error, because the status is already sent.
+
+    A comment comes where nothing else does: a request may wait in the queue for longer than its client.
+    """
+    reply = empty_reply(generation, shape, is_stream=True)
+    answers = [_Answer() for _ in generation.requests]
+
+    def events(choices: Iterable[Choice], usage: Usage | None = None) -> str:
+        content = reply.model_copy(update={"choices": list(choices), "usage": usage})
+        return event_text(content.model_dump(exclude=None if include_usage else {"usage"}))
+
+    try:
+        async with aclosing(_from_first(first, rest)) as pieces:
+            for index in range(len(answers)):
+                if opening := shape.opening(index):
+                    yield events(opening)
+            async for piece in pieces:
+                if piece is None:
+                    yield COMMENT
+                    continue
+                index, chunk = piece
+                answers[index].add(chunk)
+                if choices := shape.events(index, chunk):
+                    yield events(choices)
+        if include_usage:
+            yield events([], _usage(generation, answers))
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        yield event_text(as_api_error(error).body())
+
+
+async def _from_first(first: tuple[int, GenerationChunk] | None, rest: Pieces) -> Pieces:
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece
+
+
+def event_text(content: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _usage(generation: Generation, answers: Sequence[_Answer]) -> Usage:
+    first_of_each_prompt = answers[:: generation.choices_per_prompt]
+    return Usage.of(
+        generation.prompt_tokens,
+        sum(answer.tokens for answer in answers),
+        sum(answer.cached_tokens for answer in first_of_each_prompt),
+    )
