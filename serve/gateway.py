@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from ft_service.errors import ServingError
+from ft_service.errors import FtError, ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
@@ -43,6 +43,8 @@ class RemoteEngine:
             has_answered = False
             try:
                 async for chunk in stream:
+                    if isinstance(chunk, FtError):
+                        raise chunk
                     has_answered = True
                     yield chunk
                 return

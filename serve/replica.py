@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from ray import serve
 
-from ft_service.errors import StorageError
+from ft_service.errors import FtError, StorageError
 from ft_service.model.base import read_config, resolve_base
 from ft_service.model.light_imports import light_imports
 from ft_service.registry.registry import BaseModelRef, Registry
@@ -61,11 +61,19 @@ class BaseReplica:
             fingerprint=self._engine.info.base_fingerprint,
         )
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        """See `serve.engines.engine.Engine.generate`. Serve closes the generator when its caller goes away."""
-        async with aclosing(self._engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk | FtError, None]:
+        """See `serve.engines.engine.Engine.generate`. Serve closes the generator when its caller goes away.
+
+        An error of ours ends the stream as a value: raised here, it would arrive wrapped in this process's traceback,
+        and Serve would log that for every client's mistake.
+        """
+        try:
+            async with aclosing(self._engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except FtError as error:
+            logger.info("request %s: %s", request.id, error)
+            yield error
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()

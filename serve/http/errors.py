@@ -70,7 +70,8 @@ def invalid_request(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a request, by the name of its parameter; never the value itself, whole."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
-        return ApiError(400, f"The body is not valid JSON in UTF-8 ({errors[0]['msg']}).", "invalid_json")
+        reason = str(errors[0]["msg"]).removeprefix("Invalid JSON: ")
+        return ApiError(400, f"The body is not JSON in UTF-8: {reason}.", "invalid_json")
     if errors[0]["type"] in ("model_type", "model_attributes_type", "dict_type") and not errors[0]["loc"]:
         return ApiError(400, "The body is not a JSON object.", "invalid_json")
     name = str(errors[0]["loc"][0]) if errors[0]["loc"] else None

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
-from ft_service.model.base import fingerprint, load_tokenizer, read_config, resolve_base
+from ft_service.model.base import fingerprint, read_config, resolve_base
 from ft_service.registry.registry import BaseModelRef
 from serve.settings import BaseSettings
 
@@ -21,9 +19,6 @@ class ServedBase:
 
     ref: BaseModelRef
     folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    """Used by one thread at a time, and never with changed settings: a tokenizer with switched settings gives other
-    threads other ids."""
     context_length: int
     """Tokens of prompt and answer together."""
     vocab_size: int
@@ -48,7 +43,6 @@ def load_base(settings: BaseSettings) -> ServedBase:
     return ServedBase(
         ref=ref,
         folder=folder,
-        tokenizer=load_tokenizer(folder),
         context_length=min(settings.max_context or model_context, model_context),
         vocab_size=int(config["vocab_size"]),
         end_ids=_end_ids(folder, config),

@@ -121,7 +121,7 @@ class GenerationParameters(_FromClient):
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -259,7 +259,7 @@ class CompletionRequest(GenerationParameters):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        return list(self.prompt)  # type: ignore[arg-type]
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

@@ -2,34 +2,36 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, ChatFormat, Message
 from ft_service.errors import ServingError
 from ft_service.model.scratch import train_tokenizer
 from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.storage.storage import Storage
+from serve.api import create_api
 from serve.engines.engine import GenerationChunk, GenerationRequest
+from serve.inference.bases import ServedBase
 from serve.inference.models import ServedModels
-from serve.inference.routes import create_api
+from serve.settings import ServeSettings
 
 CONTEXT = 256
 FINGERPRINT = "ab" * 32
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7]}
+Call = Callable[..., httpx.Response]
 
 
 class ScriptedEngine:
     """Answers every request with the chunks given, or fails after them."""
 
     def __init__(self, *chunks: GenerationChunk, failure: Exception | None = None) -> None:
-        self.tokenizer = train_tokenizer(["hello world"], 280)
-        self.context_length = CONTEXT
-        self.end_ids = frozenset({1})
         self.chunks = chunks
         self.failure = failure
         self.requests: list[GenerationRequest] = []
@@ -42,32 +44,63 @@ class ScriptedEngine:
             raise self.failure
 
 
-HELLO = (GenerationChunk("Hel", 1), GenerationChunk("", 1), GenerationChunk("lo", 1), GenerationChunk("", 1, "stop"))
+HELLO = (
+    GenerationChunk("Hel", (5,)),
+    GenerationChunk("", (6,)),
+    GenerationChunk("lo", (7,)),
+    GenerationChunk("", (1,), "stop"),
+)
 
 
-def call(
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> ServedBase:
+    return served_base(tmp_path_factory.mktemp("base"), train_tokenizer(["hello world"], 280))
+
+
+def served_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ServedBase:
+    tokenizer.save_pretrained(folder)
+    return ServedBase(
+        ref=BaseModelRef(id="hub/Tiny", revision=None, short_name="tiny", fingerprint=FINGERPRINT),
+        folder=folder,
+        context_length=CONTEXT,
+        vocab_size=len(tokenizer),
+        end_ids=frozenset({1}),
+        precision="bf16",
+    )
+
+
+@pytest.fixture
+def call(base, tmp_path) -> Call:
+    """Sends one request to an application over `engine`."""
+    return partial(send, base=base, storage=tmp_path)
+
+
+def send(
     engine: ScriptedEngine,
-    storage: Path,
     path: str,
     body: object = None,
     *,
+    base: ServedBase,
+    storage: Path,
     api_key: str | None = None,
     headers: dict[str, str] | None = None,
     client: str = "127.0.0.1",
     raw: bytes | None = None,
+    **settings: object,
 ) -> httpx.Response:
-    base = BaseModelRef(id="hub/Tiny", revision=None, short_name="tiny", fingerprint=FINGERPRINT)
-    api = create_api(engine, ServedModels(Registry(Storage(str(storage))), base, created=1), api_key)
+    models = ServedModels(Registry(Storage(str(storage))), [base])
+    api = create_api(models, {"tiny": engine}, ServeSettings(storage=str(storage), api_key=api_key, **settings))
 
-    async def send() -> httpx.Response:
+    async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(api, raise_app_exceptions=False, client=(client, 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             if raw is not None:
-                return await http.post(path, content=raw, headers={"content-type": "application/json"})
+                given = {"content-type": "application/json", **(headers or {})}
+                return await http.post(path, content=raw, headers=given)
             method = "GET" if body is None else "POST"
             return await http.request(method, path, json=body, headers=headers)
 
-    return asyncio.run(send())
+    return asyncio.run(ask())
 
 
 def events_of(response: httpx.Response) -> list[dict]:
@@ -79,9 +112,9 @@ def events_of(response: httpx.Response) -> list[dict]:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_answer_has_every_field_the_stock_client_reads(tmp_path):
+def test_a_chat_answer_has_every_field_the_stock_client_reads(call):
     engine = ScriptedEngine(*HELLO)
-    reply = call(engine, tmp_path, "/v1/chat/completions", CHAT).json()
+    reply = call(engine, "/v1/chat/completions", CHAT).json()
     prompt_ids = ChatFormat(engine.tokenizer).encode_prompt([Message(role="user", content="Hi")])
     assert engine.requests[0].prompt_ids == prompt_ids
     assert reply["object"] == "chat.completion"
@@ -99,9 +132,9 @@ def test_a_chat_answer_has_every_field_the_stock_client_reads(tmp_path):
     assert reply["usage"] == {"prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4}
 
 
-def test_a_streamed_chat_has_role_reason_usage_and_done(tmp_path):
+def test_a_streamed_chat_has_role_reason_usage_and_done(call):
     body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
-    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/chat/completions", body)
+    response = call(ScriptedEngine(*HELLO), "/v1/chat/completions", body)
     *events, last = events_of(response)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.text.endswith("data: [DONE]\n\n")
@@ -118,57 +151,57 @@ def test_a_streamed_chat_has_role_reason_usage_and_done(tmp_path):
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
 
 
-def test_a_stream_has_usage_only_on_request(tmp_path):
-    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/completions", {**COMPLETION, "stream": True})
+def test_a_stream_has_usage_only_on_request(call):
+    response = call(ScriptedEngine(*HELLO), "/v1/completions", {**COMPLETION, "stream": True})
     assert all("usage" not in event for event in events_of(response))
     assert "".join(event["choices"][0]["text"] for event in events_of(response)) == "Hello"
 
 
 @pytest.mark.parametrize("prompt", [["hello", "world", "hello world"], [[5, 6], [7], [8, 9, 10]]])
-def test_every_prompt_of_a_list_gets_its_own_choice(tmp_path, prompt):
+def test_every_prompt_of_a_list_gets_its_own_choice(call, prompt):
     engine = ScriptedEngine(*HELLO)
-    reply = call(engine, tmp_path, "/v1/completions", {"model": "tiny", "prompt": prompt}).json()
+    reply = call(engine, "/v1/completions", {"model": "tiny", "prompt": prompt}).json()
     assert [(choice["index"], choice["text"]) for choice in reply["choices"]] == [(i, "Hello") for i in range(3)]
     assert reply["usage"]["prompt_tokens"] == sum(len(request.prompt_ids) for request in engine.requests)
     assert reply["usage"]["completion_tokens"] == 12
 
 
-def test_parameters_reach_the_engine(tmp_path):
+def test_parameters_reach_the_engine(call):
     engine = ScriptedEngine(*HELLO)
     parameters = {"temperature": 0.5, "top_p": 0.25, "seed": 7, "stop": ["a", "b"], "max_completion_tokens": 9}
-    assert call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **parameters}).status_code == 200
+    assert call(engine, "/v1/chat/completions", {**CHAT, **parameters}).status_code == 200
     request = engine.requests[0]
     assert (request.temperature, request.top_p, request.seed) == (0.5, 0.25, 7)
     assert (request.stop, request.max_tokens) == (("a", "b"), 9)
 
 
-def test_temperature_zero_is_not_the_default(tmp_path):
+def test_temperature_zero_is_not_the_default(call):
     engine = ScriptedEngine(*HELLO)
-    call(engine, tmp_path, "/v1/completions", {**COMPLETION, "temperature": 0, "top_p": 0})
+    call(engine, "/v1/completions", {**COMPLETION, "temperature": 0, "top_p": 0})
     assert (engine.requests[0].temperature, engine.requests[0].top_p) == (0.0, 0.0)
 
 
-def test_default_max_tokens_of_chat_and_completion(tmp_path):
+def test_default_max_tokens_of_chat_and_completion(call):
     engine = ScriptedEngine(*HELLO)
-    call(engine, tmp_path, "/v1/chat/completions", CHAT)
-    call(engine, tmp_path, "/v1/completions", COMPLETION)
+    call(engine, "/v1/chat/completions", CHAT)
+    call(engine, "/v1/completions", COMPLETION)
     chat, completion = engine.requests
     assert chat.max_tokens == CONTEXT - len(chat.prompt_ids)
     assert completion.max_tokens == 16
 
 
-def test_null_means_the_default_as_clients_send_it(tmp_path):
+def test_null_means_the_default_as_clients_send_it(call):
     engine = ScriptedEngine(*HELLO)
     nulls = dict.fromkeys(["temperature", "top_p", "seed", "stop", "stream", "max_tokens", "n", "tools", "logprobs"])
-    assert call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **nulls}).status_code == 200
+    assert call(engine, "/v1/chat/completions", {**CHAT, **nulls}).status_code == 200
 
 
-def test_a_printed_answer_may_be_sent_back(tmp_path):
+def test_a_printed_answer_may_be_sent_back(call):
     engine = ScriptedEngine(*HELLO)
     earlier = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "annotations": []}
     parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
     turns = [{"role": "developer", "content": "Be"}, parts, earlier, {"role": "user", "content": "Bye"}]
-    assert call(engine, tmp_path, "/v1/chat/completions", {"model": "tiny", "messages": turns}).status_code == 200
+    assert call(engine, "/v1/chat/completions", {"model": "tiny", "messages": turns}).status_code == 200
     expected = [("system", "Be"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
     messages = [Message(role=role, content=content) for role, content in expected]
     assert engine.requests[0].prompt_ids == ChatFormat(engine.tokenizer).encode_prompt(messages)
@@ -194,9 +227,9 @@ def test_a_printed_answer_may_be_sent_back(tmp_path):
         ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "context_length_exceeded"),
     ],
 )
-def test_unsupported_chat_parameters_are_rejected_by_name(tmp_path, changes, param, code):
+def test_unsupported_chat_parameters_are_rejected_by_name(call, changes, param, code):
     engine = ScriptedEngine(*HELLO)
-    response = call(engine, tmp_path, "/v1/chat/completions", {**CHAT, **changes})
+    response = call(engine, "/v1/chat/completions", {**CHAT, **changes})
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (400, param, code)
     assert error["type"] == "invalid_request_error"
@@ -215,29 +248,29 @@ def test_unsupported_chat_parameters_are_rejected_by_name(tmp_path, changes, par
         ({"prompt": [5] * CONTEXT}, "prompt"),
     ],
 )
-def test_unsupported_completion_parameters_are_rejected_by_name(tmp_path, changes, param):
-    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/completions", {**COMPLETION, **changes})
+def test_unsupported_completion_parameters_are_rejected_by_name(call, changes, param):
+    response = call(ScriptedEngine(*HELLO), "/v1/completions", {**COMPLETION, **changes})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("model", ["gpt-4o", "Tiny", "../tiny", "a/b", "", "x" * 5000, "nul\0"])
-def test_an_unknown_model_is_a_404_and_never_the_base(tmp_path, model):
+def test_an_unknown_model_is_a_404_and_never_the_base(call, model):
     engine = ScriptedEngine(*HELLO)
-    response = call(engine, tmp_path, "/v1/chat/completions", {**CHAT, "model": model})
+    response = call(engine, "/v1/chat/completions", {**CHAT, "model": model})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
     assert engine.requests == []
 
 
-def test_a_base_without_chat_tokens_rejects_only_chat(tmp_path):
+def test_a_base_without_chat_tokens_rejects_only_chat(call):
     engine = ScriptedEngine(*HELLO)
     engine.tokenizer = _without_chat_tokens(engine)
-    response = call(engine, tmp_path, "/v1/chat/completions", CHAT)
+    response = call(engine, "/v1/chat/completions", CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "chat_not_supported")
-    assert call(engine, tmp_path, "/v1/completions", COMPLETION).status_code == 200
+    assert call(engine, "/v1/completions", COMPLETION).status_code == 200
 
 
 @pytest.mark.parametrize(("earlier", "status"), [(True, 200), (False, 400)])
-def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(tmp_path, earlier, status):
+def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(call, earlier, status):
     digest = next(iter(_DIGESTS_WITHOUT_TOOLS)) if earlier else "0" * 64
     base = {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": FINGERPRINT}
     work = tmp_path / "work"
@@ -250,7 +283,7 @@ def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(
         **{"chat_template_digest": digest, "end_of_turn_ids": []},
     }
     record = Registry(Storage(str(tmp_path))).publish(work, draft, "tiny", "# {id}\n")
-    response = call(ScriptedEngine(*HELLO), tmp_path, "/v1/chat/completions", {**CHAT, "model": record.id})
+    response = call(ScriptedEngine(*HELLO), "/v1/chat/completions", {**CHAT, "model": record.id})
     assert response.status_code == status
     if not earlier:
         assert response.json()["error"]["code"] == "chat_template_mismatch"
@@ -265,30 +298,30 @@ def _without_chat_tokens(engine: ScriptedEngine):
 
 
 @pytest.mark.parametrize(("path", "status"), [("/v1/nothing", 404), ("/", 404), ("/v1/chat/completions", 405)])
-def test_routing_errors_have_openais_shape(tmp_path, path, status):
-    response = call(ScriptedEngine(), tmp_path, path)
+def test_routing_errors_have_openais_shape(call, path, status):
+    response = call(ScriptedEngine(), path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_invalid_json_is_reported_with_its_position(tmp_path):
-    response = call(ScriptedEngine(), tmp_path, "/v1/completions", raw=b'{"model": "tiny",')
+def test_invalid_json_is_reported_with_its_position(call):
+    response = call(ScriptedEngine(), "/v1/completions", raw=b'{"model": "tiny",')
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "The body is not JSON (at character 17)."
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_before_the_first_token_sets_the_status(tmp_path, stream):
+def test_a_failure_before_the_first_token_sets_the_status(call, stream):
     engine = ScriptedEngine(failure=ServingError("adapter = 'a': adapter_model.safetensors is damaged."))
-    response = call(engine, tmp_path, "/v1/completions", {**COMPLETION, "stream": stream})
+    response = call(engine, "/v1/completions", {**COMPLETION, "stream": stream})
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "adapter = 'a': adapter_model.safetensors is damaged."
     assert response.headers["x-should-retry"] == "false"
 
 
-def test_a_failure_in_mid_stream_ends_without_done(tmp_path):
+def test_a_failure_in_mid_stream_ends_without_done(call):
     engine = ScriptedEngine(HELLO[0], failure=RuntimeError("CUDA out of memory at 0xsecret"))
-    response = call(engine, tmp_path, "/v1/completions", {**COMPLETION, "stream": True})
+    response = call(engine, "/v1/completions", {**COMPLETION, "stream": True})
     assert events_of(response)[-1]["error"]["code"] == "internal_error"
     assert "secret" not in response.text
     assert "[DONE]" not in response.text
@@ -310,22 +343,22 @@ ROUTES = [
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 @pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Bearer ", "sésame", "Basic s3cret", "s3cret"])
-def test_without_the_key_no_route_but_health_answers(tmp_path, path, body, authorization):
+def test_without_the_key_no_route_but_health_answers(call, path, body, authorization):
     headers = {"authorization": authorization.encode("latin-1")} if authorization else None
-    response = call(ScriptedEngine(*HELLO), tmp_path, path, body, api_key="s3cret", headers=headers)
+    response = call(ScriptedEngine(*HELLO), path, body, api_key="s3cret", headers=headers)
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
     assert "s3cret" not in response.text
 
 
-def test_the_key_opens_every_route_and_health_needs_none(tmp_path):
+def test_the_key_opens_every_route_and_health_needs_none(call):
     headers = {"authorization": "Bearer s3cret"}
     for path, body in ROUTES[:4]:
-        assert call(ScriptedEngine(*HELLO), tmp_path, path, body, api_key="s3cret", headers=headers).status_code == 200
-    assert call(ScriptedEngine(), tmp_path, "/v1/health", api_key="s3cret").json() == {"status": "ok", "model": "tiny"}
+        assert call(ScriptedEngine(*HELLO), path, body, api_key="s3cret", headers=headers).status_code == 200
+    assert call(ScriptedEngine(), "/v1/health", api_key="s3cret").json() == {"status": "ok", "model": "tiny"}
 
 
-def test_a_server_without_a_key_answers_only_its_own_machine(tmp_path):
+def test_a_server_without_a_key_answers_only_its_own_machine(call):
     for client, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 401)):
-        assert call(ScriptedEngine(), tmp_path, "/v1/models", client=client).status_code == status
-    assert call(ScriptedEngine(), tmp_path, "/v1/health", client="192.0.2.7").status_code == 200
+        assert call(ScriptedEngine(), "/v1/models", client=client).status_code == status
+    assert call(ScriptedEngine(), "/v1/health", client="192.0.2.7").status_code == 200
