@@ -13,6 +13,7 @@
     ├── ClusterError             Ray does not respond, rejects the token, or lacks resources
     ├── TrainingError            training cannot continue (for example: non-finite loss)
     ├── RunStopped               exit code 3   a run was stopped on purpose, and can be resumed
+    ├── DatabaseError            the service's database is unusable
     └── ServingError             the server cannot start or respond
 
 A message names the setting or file, its value, and the fix. Ray sends exceptions between processes, so all of them must
@@ -116,6 +117,10 @@ class RunStopped(FtError):
 
     exit_code = 3
     label = "stopped"
+
+
+class DatabaseError(FtError):
+    """The service's database (FT_DATABASE_URL) is away, locked, or of a newer version."""
 
 
 class ServingError(FtError):

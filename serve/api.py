@@ -1,11 +1,14 @@
 """The ASGI application of a server: all routes, behind access control, with errors in one shape. Needs no Ray."""
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from serve.database.database import open_database
+from serve.database.keys import find_key
 from serve.http.errors import answer_errors_in_openai_shape
 from serve.http.keys import HEALTH_PATH, RequireKey
 from serve.http.openapi import describe
@@ -17,9 +20,10 @@ from serve.settings import ServeSettings
 
 def create_api(models: ServedModels, engines: Mapping[str, Generator], settings: ServeSettings) -> FastAPI:
     """The application over one engine for each base, by the base's name."""
+    database = open_database(settings.database) if settings.database else None
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
-    api.include_router(inference_routes(models, engines, settings.limits))
+    api.include_router(inference_routes(models, engines, settings.limits, database))
     describe(api, "ft_service", version("ft-service"), BODIES)
 
     @api.get(HEALTH_PATH)
@@ -27,8 +31,8 @@ def create_api(models: ServedModels, engines: Mapping[str, Generator], settings:
     async def health() -> dict[str, object]:
         return {"status": "ok", "models": [base.name for base in models.bases]}
 
-    api_key = settings.api_key.get_secret_value() if settings.api_key else None
-    api.add_middleware(RequireKey, api_key=api_key)
+    root_key = settings.api_key.get_secret_value() if settings.api_key else None
+    api.add_middleware(RequireKey, root_key=root_key, find_key=partial(find_key, database) if database else None)
     if settings.allowed_origins:
         api.add_middleware(
             CORSMiddleware,

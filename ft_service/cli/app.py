@@ -13,6 +13,7 @@ from ft_service.cli.adapters import adapters_app
 from ft_service.cli.cleanup import du, prune
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
+from ft_service.cli.keys import keys_app
 from ft_service.cli.plan import plan
 from ft_service.cli.runs import logs, runs_app, show
 from ft_service.cli.serve import serve
@@ -58,6 +59,7 @@ app.add_typer(data_app, name="data")
 app.command()(prune)
 app.command()(du)
 app.command()(serve)
+app.add_typer(keys_app, name="keys")
 app.command()(doctor)
 
 

@@ -1,6 +1,7 @@
 """What several commands share: options, the console, and output as JSON or a table."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,5 +45,11 @@ def new_table(*columns: str) -> Table:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as JSON on standard output; moments in ISO 8601."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=_json_value))
+
+
+def _json_value(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not a value of JSON")

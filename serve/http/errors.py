@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ft_service.errors import FtError, ServingError, StorageError
+from ft_service.errors import DatabaseError, FtError, ServingError, StorageError, UsageError
 from serve.engines.engine import RefusedRequestError
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -58,6 +58,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return invalid_request(error)
     if isinstance(error, RefusedRequestError):
         return ApiError(400, error.message, "invalid_value", error.param)
+    if isinstance(error, UsageError):
+        return ApiError(400, str(error), "invalid_request")
+    if isinstance(error, DatabaseError):
+        return ApiError(503, str(error), "database_error", retry_after=5)
     if isinstance(error, StorageError):
         return ApiError(503, str(error), "storage_error", retry_after=5)
     if isinstance(error, FtError):

@@ -1,15 +1,70 @@
-"""Access control of every route except health: clients with the API key, or only this machine if no key is set."""
+"""Who may ask: clients with a key on every route except health and the shells of pages.
 
+A server without any key answers only its own machine, and only under a loopback name: a web page of another site can
+make a browser on this machine ask any address, but not under a name of its choice (DNS rebinding).
+"""
+
+import asyncio
+import hashlib
 import hmac
 import ipaddress
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ft_service.errors import DatabaseError
+from serve.database.keys import ApiKey
 from serve.http.errors import ApiError
+from serve.http.rates import Rates
 
 HEALTH_PATH = "/v1/health"
+OPEN_PATHS = frozenset({HEALTH_PATH, "/v1/ready", "/"})
+"""Health, and shells of pages, which hold no data."""
+CACHED_SECONDS = 5.0
+"""So long a revoked key may still be accepted."""
+_MAX_CACHED = 10_000
+
+
+class FindKey(Protocol):
+    def __call__(self, key: str) -> ApiKey | None: ...
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks. `key` None is this machine, on a server without keys."""
+
+    key: ApiKey | None
+
+    @property
+    def name(self) -> str:
+        return self.key.name if self.key else "local"
+
+    def may_use(self, model_id: str) -> bool:
+        return self.key is None or self.key.may_use(model_id)
+
+    def check_may_use(self, model_id: str) -> None:
+        """Raises `ApiError` 403."""
+        if not self.may_use(model_id):
+            message = f"The key {self.name!r} may not use the model {model_id!r}. Ask for a key that may."
+            raise ApiError(403, message, "model_not_allowed", "model")
+
+    def check_is_admin(self) -> None:
+        """Raises `ApiError` 403."""
+        if self.key is not None and not self.key.is_admin:
+            message = f"The key {self.name!r} may not change anything on this server. Use an admin key."
+            raise ApiError(403, message, "admin_required")
+
+
+def client_of(request: Request) -> Client:
+    """Who sent a request that `RequireKey` has let in."""
+    client = request.scope["state"]["client"]
+    assert isinstance(client, Client)
+    return client
 
 
 def is_loopback(host: str) -> bool:
@@ -21,29 +76,84 @@ def is_loopback(host: str) -> bool:
 
 
 class RequireKey:
-    """ASGI middleware around the whole application, so that it covers every route, known or unknown."""
+    """ASGI middleware around the whole application, so that it covers every route, known or unknown.
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    `root_key` is the one of FT_API_KEY; `find_key` looks others up in the database.
+    """
+
+    def __init__(self, app: ASGIApp, root_key: str | None, find_key: FindKey | None = None) -> None:
         self._app = app
-        self._authorization = f"Bearer {api_key}".encode() if api_key else None
+        self._root = _digest(root_key.strip()) if root_key and root_key.strip() else None
+        self._find_key = find_key
+        self._found: dict[bytes, tuple[float, ApiKey | None]] = {}
+        self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._access_error(scope)):
-            response = JSONResponse(error.body(), error.status, headers={"www-authenticate": "Bearer"})
-            await response(scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        try:
+            client = await self._client(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        scope.setdefault("state", {})
+        scope["state"]["client"] = client
+        scope["state"]["rates"] = self._rates
+        await self._app(scope, receive, send)
 
-    def _access_error(self, scope: Scope) -> ApiError | None:
-        if scope["path"].removeprefix(scope.get("root_path", "")) == HEALTH_PATH:
+    async def _client(self, scope: Scope) -> Client | None:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
-        if self._authorization is None:
-            client = scope.get("client")
-            if client and is_loopback(client[0]):
-                return None
-            message = "This server has no API key, so it answers only its own machine. Set FT_API_KEY on the server."
-            return ApiError(401, message, "no_api_key")
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        if hmac.compare_digest(given, self._authorization):
+        headers = Headers(scope=scope)
+        if self._root is None and self._find_key is None:
+            _check_is_this_machine(scope, headers)
+            return Client(None)
+        key = await self._key(_bearer(headers))
+        if key is None:
+            raise ApiError(401, "Incorrect API key. Send 'Authorization: Bearer <key>'.", "invalid_api_key")
+        self._rates.check_request(key)
+        return Client(key)
+
+    async def _key(self, given: str) -> ApiKey | None:
+        digest = _digest(given)
+        if self._root is not None and hmac.compare_digest(digest, self._root):
+            return _ROOT
+        if self._find_key is None:
             return None
-        return ApiError(401, "Incorrect API key. Send 'Authorization: Bearer <FT_API_KEY>'.", "invalid_api_key")
+        now = time.monotonic()
+        cached = self._found.get(digest)
+        if cached is None or now - cached[0] > CACHED_SECONDS:
+            try:
+                found = await asyncio.to_thread(self._find_key, given)
+            except DatabaseError as error:
+                raise ApiError(503, str(error), "database_error", retry_after=5) from None
+            if len(self._found) >= _MAX_CACHED:
+                self._found.clear()
+            self._found[digest] = cached = (now, found)
+        key = cached[1]
+        return key if key is not None and key.is_valid(datetime.now(UTC)) else None
+
+
+_ROOT = ApiKey(id="root", name="FT_API_KEY", created=datetime.fromtimestamp(0, UTC), is_admin=True)
+
+
+def _bearer(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _check_is_this_machine(scope: Scope, headers: Headers) -> None:
+    client = scope.get("client")
+    if not (client and is_loopback(client[0])):
+        message = "This server has no API key, so it answers only its own machine. Set FT_API_KEY on the server."
+        raise ApiError(401, message, "no_api_key")
+    host = headers.get("host", "")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not is_loopback(name):
+        message = f"This server has no API key, so it answers only as localhost, not as {name[:100]!r}."
+        raise ApiError(403, message, "host_not_allowed")

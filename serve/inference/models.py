@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from ft_service.cleanup.removal import delete_adapter
 from ft_service.errors import NotPublishedError, UsageError
 from ft_service.registry.registry import AdapterRecord, Registry
 from serve.http.errors import ApiError
@@ -111,6 +112,18 @@ class ServedModels:
         fitting = [base for base in self.bases if base.ref.fingerprint == record.base.fingerprint]
         wants_nf4 = record.method.get("type") == "qlora"
         return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
+
+
+def delete_published(models: ServedModels, model_id: str) -> None:
+    """Hide an adapter from now on; its files go once no request can be answering with it.
+
+    Raises `ApiError`: 404 for an unknown model, 400 for a base.
+    """
+    model = models.resolve(model_id)
+    if model.adapter is None:
+        message = f"{model_id!r} is a base of this server. Take it out of the server's settings."
+        raise ApiError(400, message, "not_deletable", "model")
+    delete_adapter(models.registry.storage, model_id)
 
 
 def _unknown_model(model_id: str) -> ApiError:

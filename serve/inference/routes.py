@@ -8,11 +8,15 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from sqlalchemy import Engine
 
+from serve.database.audit import audit
+from serve.database.database import session
 from serve.http.body import read_json
 from serve.http.errors import ApiError
+from serve.http.keys import client_of
 from serve.http.openapi import reads
-from serve.inference.models import ServedModel, ServedModels
+from serve.inference.models import ServedModel, ServedModels, delete_published
 from serve.inference.replies import (
     ChatShape,
     CompletionShape,
@@ -27,6 +31,7 @@ from serve.inference.translate import Generation, Translator, chat_format, read_
 from serve.inference.wire import (
     ChatRequest,
     CompletionRequest,
+    DeletedModel,
     DetokenizeReply,
     DetokenizeRequest,
     GenerationParameters,
@@ -44,23 +49,39 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 Result = TypeVar("Result")
 
 
-def inference_routes(models: ServedModels, engines: Mapping[str, Generator], limits: Limits) -> APIRouter:
-    """The routes over one engine for each base, by the base's name."""
+def inference_routes(
+    models: ServedModels, engines: Mapping[str, Generator], limits: Limits, database: Engine | None
+) -> APIRouter:
+    """The routes over one engine for each base, by the base's name. `database` keeps the audit log."""
     api = APIRouter()
     translate = Translator(models, limits)
 
     @api.get("/v1/models")
     @api.head("/v1/models", include_in_schema=False)
-    def list_models() -> ModelList:
-        return ModelList(data=[model.entry() for model in models.all()])
+    def list_models(http: Request) -> ModelList:
+        client = client_of(http)
+        return ModelList(data=[model.entry() for model in models.all() if client.may_use(model.id)])
 
     @api.get("/v1/models/{model_id:path}")
-    def retrieve_model(model_id: str) -> ModelEntry:
+    def retrieve_model(http: Request, model_id: str) -> ModelEntry:
+        client_of(http).check_may_use(model_id)
         return models.resolve(model_id).entry()
+
+    @api.delete("/v1/models/{model_id:path}")
+    def delete_model(http: Request, model_id: str) -> DeletedModel:
+        client = client_of(http)
+        client.check_is_admin()
+        delete_published(models, model_id)
+        if database is not None:
+            with session(database) as opened:
+                audit(opened, client.name, "models.delete", model_id)
+                opened.commit()
+        return DeletedModel(id=model_id)
 
     @api.post("/v1/chat/completions", openapi_extra=reads(ChatRequest), response_model=Reply)
     async def chat_completions(http: Request) -> Response:
         request = await read_json(http, ChatRequest, limits.max_body_mib)
+        client_of(http).check_may_use(request.model)
         characters = sum(len(str(message.get("content"))) for message in request.messages)
         generation = await _encode(characters, lambda: translate.chat(request, request_id(http)))
         return await respond(generation, request, ChatShape(generation))
@@ -68,6 +89,7 @@ def inference_routes(models: ServedModels, engines: Mapping[str, Generator], lim
     @api.post("/v1/completions", openapi_extra=reads(CompletionRequest), response_model=Reply)
     async def completions(http: Request) -> Response:
         request = await read_json(http, CompletionRequest, limits.max_body_mib)
+        client_of(http).check_may_use(request.model)
         characters = sum(len(prompt) for prompt in request.prompts)
         generation = await _encode(characters, lambda: translate.completion(request, request_id(http)))
         return await respond(generation, request, CompletionShape(generation))

@@ -258,8 +258,8 @@ class CompletionRequest(GenerationParameters):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

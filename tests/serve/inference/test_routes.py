@@ -270,7 +270,7 @@ def test_a_base_without_chat_tokens_rejects_only_chat(call):
 
 
 @pytest.mark.parametrize(("earlier", "status"), [(True, 200), (False, 400)])
-def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(call, earlier, status):
+def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(call, tmp_path, earlier, status):
     digest = next(iter(_DIGESTS_WITHOUT_TOOLS)) if earlier else "0" * 64
     base = {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": FINGERPRINT}
     work = tmp_path / "work"
