@@ -1,0 +1,1 @@
+"""Continuous batching on stock transformers modules: cache, scheduler, forward pass, adapters, sampling."""

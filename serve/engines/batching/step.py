@@ -1,0 +1,136 @@
+"""What the parts of the batched engine hand to each other: adapters, rows of logits, tokens, the layout of one step.
+
+Legend: N tokens of a step, D of them from decoding sequences (the first ones), L rows of logits, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from serve.engines.engine import Sampling
+
+
+class LoadedAdapter(Protocol):
+    """Weights of one adapter on the model's device. A sequence holds it from admission to its end."""
+
+    @property
+    def id(self) -> str:
+        """The published id, for messages."""
+        ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+class Grammar(Protocol):
+    """What the next tokens of one answer may be. Belongs to one sequence; advances with its tokens."""
+
+    def allowed_V(self) -> torch.Tensor:
+        """Bool [V] on the CPU: tokens that may come next, the request's end tokens included once the text may end.
+
+        The tensor may be overwritten by the next call.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Advance by the token that was chosen; not called for end tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """One sequence, as `sample` sees it. Lives as long as the sequence; only `answer_ids` grows, by the engine."""
+
+    sampling: Sampling
+    seed: int
+    """`sampling.seed`, or drawn by the engine. A draw depends on `seed` and ``len(answer_ids)`` alone, so that it is
+    the same on every replica, beside any neighbours, and after a preemption."""
+    prompt_ids: Sequence[int]
+    answer_ids: Sequence[int]
+    """Tokens of the answer so far."""
+    adapter_id: str | None = None
+    """For messages; None is the base."""
+    num_logprobs: int | None = None
+    """None: no log-probabilities. Otherwise that of the chosen token, and so many most likely ones."""
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token with natural log-probabilities of the model's own distribution: fp32, before temperature, penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the most likely tokens, most likely first."""
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The next token of a row, or why there is none."""
+
+    token_id: int
+    scored: ScoredToken | None = None
+    """Only where the row has `num_logprobs`."""
+    error: str | None = None
+    """Set when the row's logits are not finite or its grammar allows no token: the text of a `ServingError`."""
+
+
+class Sample(Protocol):
+    """`serve.engines.batching.sampling.sample`. Does not call `Grammar.accept`: the engine does."""
+
+    def __call__(self, logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """One row of logits, in the model's dtype, for each of `rows`. Non-finite logits fail only their own row."""
+        ...
+
+
+class Score(Protocol):
+    """`serve.engines.batching.sampling.score`: log-probabilities of given tokens, for a prompt."""
+
+    def __call__(self, logits_LV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
+        """Row i of the logits scores ``token_ids[i]``. Raises `ServingError` when a logit is not finite."""
+        ...
+
+
+class BatchedLora(Protocol):
+    """`serve.engines.batching.lora_layers.install_lora_layers(model)`: adds each row's own adapter."""
+
+    def set_rows(
+        self, adapters: Sequence[LoadedAdapter | None], token_rows: Sequence[int], logit_rows: Sequence[int]
+    ) -> None:
+        """Say whose the rows of the next forward pass are.
+
+        The flattened batch consists of runs of rows; run i has ``token_rows[i]`` tokens and uses ``adapters[i]``. The
+        head sees only the rows whose logits are needed: ``logit_rows[i]`` of run i, in the same order. Neighbouring
+        runs have different adapters. Called before every forward pass, often with the same arguments.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """A piece of one prompt, whose keys and values are new in this step."""
+
+    first_row: int
+    """Its first token in the flattened batch."""
+    num_tokens: int
+    context_length: int
+    """Tokens of the sequence after this step: the last of the chunk attends to so many, itself included."""
+    blocks: torch.Tensor
+    """int64 [blocks of the sequence that hold context], in order."""
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where the tokens of a step belong, for the attention of every layer. Rows 0 to D - 1 decode one token each."""
+
+    slots_N: torch.Tensor
+    """int64: where each token's key and value go, block * block_size + offset."""
+    num_decode: int
+    decode_blocks: torch.Tensor
+    """int64 [D, longest context in blocks]; unused entries are 0."""
+    decode_mask: torch.Tensor | None
+    """What is added to attention scores, [D, 1, 1, longest context in slots]: 0 or -inf. None if nothing is hidden."""
+    chunks: tuple[PrefillChunk, ...] = ()
