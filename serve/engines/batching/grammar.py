@@ -1,0 +1,75 @@
+"""Answers that must be JSON of a schema: which tokens may come next. The grammars are llguidance's.
+
+llguidance needs no index over the vocabulary, so that a new schema costs milliseconds; it is also one of vLLM's own.
+"""
+
+import json
+from collections.abc import Iterable
+
+import llguidance.hf
+import llguidance.torch
+import torch
+from llguidance import LLMatcher
+from transformers import PreTrainedTokenizerFast
+
+from ft_service.errors import ServingError
+from ft_service.text import first_line
+from serve.engines.engine import RefusedRequestError
+
+ANY_OBJECT = "{}"
+_BITS = 32
+_LIKE_JSON_DUMPS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As calls are written in training. Free white space would let an answer go on with blanks until it is cut off."""
+
+
+class Grammars:
+    """Makes grammars over one tokenizer. Thread-safe."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
+        self._vocab_size = vocab_size
+
+    def json(self, schema: str, end_ids: Iterable[int]) -> "JsonGrammar":
+        """A grammar for one answer; `end_ids` may follow once the JSON is complete.
+
+        Raises `RefusedRequestError` for a schema that is invalid, or cannot be followed.
+        """
+        if schema == ANY_OBJECT:
+            schema = '{"type": "object"}'
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_LIKE_JSON_DUMPS)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            error = matcher.get_error()
+        except (ValueError, TypeError, json.JSONDecodeError) as raised:
+            error = str(raised)
+        if error:
+            message = f"response_format: the JSON schema cannot be followed ({first_line(error)[:300]}). Simplify it."
+            raise RefusedRequestError(message, "response_format")
+        return JsonGrammar(matcher, self._vocab_size, end_ids)
+
+
+class JsonGrammar:
+    """Where one answer is in its JSON. See `serve.engines.batching.step.Grammar`."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: Iterable[int]) -> None:
+        self._matcher = matcher
+        self._end_ids = torch.tensor(sorted(end_ids))
+        self._bits = torch.zeros((1, -(-vocab_size // _BITS)), dtype=torch.int32)
+        self._places = torch.arange(_BITS, dtype=torch.int32)
+        self._vocab_size = vocab_size
+
+    def allowed_V(self) -> torch.Tensor:
+        """Bool [V]: the tokens that may come next."""
+        if self._matcher.is_stopped():  # complete, and nothing can follow
+            allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+        else:
+            llguidance.torch.fill_next_token_bitmask(self._matcher, self._bits)
+            allowed_V = ((self._bits[0, :, None] >> self._places) & 1).bool().flatten()[: self._vocab_size]
+        # llguidance knows one end token, and a request may have others.
+        allowed_V[self._end_ids] = self._matcher.is_accepting()
+        return allowed_V
+
+    def accept(self, token_id: int) -> None:
+        """Advance by a token that was allowed."""
+        if not self._matcher.consume_token(token_id):
+            raise ServingError(f"the token {token_id} does not fit the JSON schema: {self._matcher.get_error()}")
