@@ -28,7 +28,7 @@ CALL = {
     "anyOf": [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": {"type": "object", "properties": {}}},
+            "properties": {"name": {"const": name}, "parameters": {"type": "object", "additionalProperties": False}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
