@@ -1,8 +1,12 @@
 """What the routes promise, over an engine that says what the test tells it; neither Ray nor a model is needed."""
 
 import asyncio
+import dataclasses
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +14,18 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, ChatFormat, Message
+from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, CHAT_TEMPLATE, ChatFormat, Message
 from ft_service.errors import ServingError
+from ft_service.model.base import load_tokenizer
 from ft_service.model.scratch import train_tokenizer
 from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
-from serve.engines.engine import GenerationChunk, GenerationRequest
+from serve.database.database import open_database
+from serve.database.keys import ApiKey, create_key, revoke_key
+from serve.engines.engine import GenerationChunk, GenerationRequest, TokenLogprob
+from serve.http.errors import ApiError
+from serve.http.rates import Rates
 from serve.inference.bases import ServedBase
 from serve.inference.models import ServedModels
 from serve.settings import ServeSettings
@@ -86,6 +95,7 @@ def send(
     headers: dict[str, str] | None = None,
     client: str = "127.0.0.1",
     raw: bytes | None = None,
+    method: str | None = None,
     **settings: object,
 ) -> httpx.Response:
     models = ServedModels(Registry(Storage(str(storage))), [base])
@@ -97,10 +107,13 @@ def send(
             if raw is not None:
                 given = {"content-type": "application/json", **(headers or {})}
                 return await http.post(path, content=raw, headers=given)
-            method = "GET" if body is None else "POST"
-            return await http.request(method, path, json=body, headers=headers)
+            return await http.request(method or ("GET" if body is None else "POST"), path, json=body, headers=headers)
 
     return asyncio.run(ask())
+
+
+def chat_ids(base: ServedBase, messages: list[Message]) -> tuple[int, ...]:
+    return tuple(ChatFormat(load_tokenizer(base.folder)).encode_prompt(messages))
 
 
 def events_of(response: httpx.Response) -> list[dict]:
@@ -112,10 +125,10 @@ def events_of(response: httpx.Response) -> list[dict]:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_answer_has_every_field_the_stock_client_reads(call):
+def test_a_chat_answer_has_every_field_the_stock_client_reads(call, base):
     engine = ScriptedEngine(*HELLO)
     reply = call(engine, "/v1/chat/completions", CHAT).json()
-    prompt_ids = ChatFormat(engine.tokenizer).encode_prompt([Message(role="user", content="Hi")])
+    prompt_ids = chat_ids(base, [Message(role="user", content="Hi")])
     assert engine.requests[0].prompt_ids == prompt_ids
     assert reply["object"] == "chat.completion"
     assert reply["model"] == "tiny"
@@ -125,11 +138,16 @@ def test_a_chat_answer_has_every_field_the_stock_client_reads(call):
             "index": 0,
             "finish_reason": "stop",
             "logprobs": None,
-            "message": {"role": "assistant", "content": "Hello", "refusal": None},
+            "message": {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None},
         }
     ]
     count = len(prompt_ids)
-    assert reply["usage"] == {"prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4}
+    assert reply["usage"] == {
+        "prompt_tokens": count,
+        "completion_tokens": 4,
+        "total_tokens": count + 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_a_streamed_chat_has_role_reason_usage_and_done(call):
@@ -168,17 +186,24 @@ def test_every_prompt_of_a_list_gets_its_own_choice(call, prompt):
 
 def test_parameters_reach_the_engine(call):
     engine = ScriptedEngine(*HELLO)
-    parameters = {"temperature": 0.5, "top_p": 0.25, "seed": 7, "stop": ["a", "b"], "max_completion_tokens": 9}
+    parameters = {
+        **{"temperature": 0.5, "top_p": 0.25, "seed": 7, "stop": ["a", "b"], "max_completion_tokens": 9},
+        **{"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.5},
+        **{"frequency_penalty": 0.5, "presence_penalty": -0.5, "logit_bias": {"7": -3}},
+    }
     assert call(engine, "/v1/chat/completions", {**CHAT, **parameters}).status_code == 200
     request = engine.requests[0]
-    assert (request.temperature, request.top_p, request.seed) == (0.5, 0.25, 7)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.5, 0.25, 7)
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (5, 0.1, 1.5)
+    assert (sampling.frequency_penalty, sampling.presence_penalty, dict(sampling.logit_bias)) == (0.5, -0.5, {7: -3})
     assert (request.stop, request.max_tokens) == (("a", "b"), 9)
 
 
 def test_temperature_zero_is_not_the_default(call):
     engine = ScriptedEngine(*HELLO)
     call(engine, "/v1/completions", {**COMPLETION, "temperature": 0, "top_p": 0})
-    assert (engine.requests[0].temperature, engine.requests[0].top_p) == (0.0, 0.0)
+    assert (engine.requests[0].sampling.temperature, engine.requests[0].sampling.top_p) == (0.0, 0.0)
 
 
 def test_default_max_tokens_of_chat_and_completion(call):
@@ -196,7 +221,7 @@ def test_null_means_the_default_as_clients_send_it(call):
     assert call(engine, "/v1/chat/completions", {**CHAT, **nulls}).status_code == 200
 
 
-def test_a_printed_answer_may_be_sent_back(call):
+def test_a_printed_answer_may_be_sent_back(call, base):
     engine = ScriptedEngine(*HELLO)
     earlier = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "annotations": []}
     parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
@@ -204,7 +229,7 @@ def test_a_printed_answer_may_be_sent_back(call):
     assert call(engine, "/v1/chat/completions", {"model": "tiny", "messages": turns}).status_code == 200
     expected = [("system", "Be"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
     messages = [Message(role=role, content=content) for role, content in expected]
-    assert engine.requests[0].prompt_ids == ChatFormat(engine.tokenizer).encode_prompt(messages)
+    assert engine.requests[0].prompt_ids == chat_ids(base, messages)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -213,16 +238,29 @@ def test_a_printed_answer_may_be_sent_back(call):
 @pytest.mark.parametrize(
     ("changes", "param", "code"),
     [
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-        ({"top_k": 5}, "top_k", "unknown_parameter"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 1000}, "n", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
+        ({"stop_token_ids": [5]}, "stop_token_ids", "unsupported_parameter"),
+        ({"ignore_eos": 0}, "ignore_eos", "unsupported_parameter"),  # 0 is not false
+        ({"nonsense": 5}, "nonsense", "unknown_parameter"),
+        ({"logit_bias": {"100000": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"x": 5}}, "logit_bias", "invalid_value"),
+        ({"stop": ["x"] * 40}, "stop", "invalid_value"),
+        ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "stranger", "content": "x"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "messages", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages", "unknown_parameter"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "invalid_value"),
         ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "context_length_exceeded"),
     ],
@@ -240,8 +278,13 @@ def test_unsupported_chat_parameters_are_rejected_by_name(call, changes, param, 
     ("changes", "param"),
     [
         ({"best_of": 2}, "best_of"),
-        ({"echo": True}, "echo"),
-        ({"logprobs": 0}, "logprobs"),  # asks for the chosen token's, unlike null
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": {"text": "x"}}, "prompt"),
+        ({"prompt": [5, "x"]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [5, 100_000]}, "prompt"),
@@ -261,12 +304,12 @@ def test_an_unknown_model_is_a_404_and_never_the_base(call, model):
     assert engine.requests == []
 
 
-def test_a_base_without_chat_tokens_rejects_only_chat(call):
+def test_a_base_without_chat_tokens_rejects_only_chat(tmp_path):
+    base = served_base(tmp_path / "base", _without_chat_tokens())
     engine = ScriptedEngine(*HELLO)
-    engine.tokenizer = _without_chat_tokens(engine)
-    response = call(engine, "/v1/chat/completions", CHAT)
+    response = send(engine, "/v1/chat/completions", CHAT, base=base, storage=tmp_path)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "chat_not_supported")
-    assert call(engine, "/v1/completions", COMPLETION).status_code == 200
+    assert send(engine, "/v1/completions", COMPLETION, base=base, storage=tmp_path).status_code == 200
 
 
 @pytest.mark.parametrize(("earlier", "status"), [(True, 200), (False, 400)])
@@ -289,7 +332,7 @@ def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(
         assert response.json()["error"]["code"] == "chat_template_mismatch"
 
 
-def _without_chat_tokens(engine: ScriptedEngine):
+def _without_chat_tokens() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -304,10 +347,59 @@ def test_routing_errors_have_openais_shape(call, path, status):
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_invalid_json_is_reported_with_its_position(call):
-    response = call(ScriptedEngine(), "/v1/completions", raw=b'{"model": "tiny",')
+@pytest.mark.parametrize(
+    ("raw", "part"),
+    [
+        (b'{"model": "tiny",', "EOF while parsing a value at line 1 column 17"),
+        (b'{"model": "tiny", "prompt": "\xff"}', "UTF-8"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', "hex escape"),
+        (b'{"model": "tiny", "temperature": NaN, "prompt": "x"}', "temperature"),
+        (b"[1, 2]", "not a JSON object"),
+        (b"", "EOF"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_body_that_is_not_json_is_a_400_that_says_why(call, raw, part):
+    response = call(ScriptedEngine(), "/v1/completions", raw=raw)
     assert response.status_code == 400
-    assert response.json()["error"]["message"] == "The body is not JSON (at character 17)."
+    assert part in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "application/json; charset=latin-1"},
+        {"content-encoding": "gzip"},
+    ],
+)
+def test_other_content_types_and_encodings_are_a_415_that_says_what_to_send(call, headers):
+    response = call(ScriptedEngine(), "/v1/completions", raw=b'{"model": "tiny", "prompt": "x"}', headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(call):
+    raw = b'{"model": "tiny", "prompt": "' + b"x" * 2**20 + b'"}'
+    response = call(ScriptedEngine(), "/v1/completions", raw=raw, limits={"max_body_mib": 0.5})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+    assert len(response.content) < 500
+
+
+def test_a_parameter_of_several_types_is_explained_by_the_type_that_was_meant(call):
+    response = call(ScriptedEngine(), "/v1/completions", {**COMPLETION, "stop": ["x" * 2000]})
+    assert response.json()["error"]["message"] == "stop: string should have at most 1024 characters."
+    response = call(ScriptedEngine(), "/v1/completions", {**COMPLETION, "stop": 5})
+    assert (
+        "valid string" in response.json()["error"]["message"] and "valid array" in response.json()["error"]["message"]
+    )
+    response = call(ScriptedEngine(), "/v1/completions", {"model": "tiny"})
+    assert response.json()["error"]["message"] == "prompt is missing. Send it."
+
+
+def test_a_refusal_never_repeats_a_long_value(call):
+    for changes in ({"nonsense" * 500: 1}, {"audio": "x" * 10_000}, {"model": "x" * 10_000}, {"stop": {"x" * 9000: 1}}):
+        response = call(ScriptedEngine(), "/v1/completions", {**COMPLETION, **changes})
+        assert response.status_code in (400, 404) and len(response.content) < 1500
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -325,6 +417,226 @@ def test_a_failure_in_mid_stream_ends_without_done(call):
     assert events_of(response)[-1]["error"]["code"] == "internal_error"
     assert "secret" not in response.text
     assert "[DONE]" not in response.text
+
+
+# -- what an answer may have -------------------------------------------------------------------------------------------
+
+
+def scored(token_id: int, text: bytes, logprob: float, top: dict[bytes, float]) -> TokenLogprob:
+    others = tuple(TokenLogprob(100 + index, *item) for index, item in enumerate(top.items()))
+    return TokenLogprob(token_id, text, logprob, others)
+
+
+SCORED = GenerationChunk(
+    "Hé", (5, 6), "length", (scored(5, b"H", -0.5, {b"H": -0.5}), scored(6, b"\xc3", -2.0, {b"a": -1.0}))
+)
+
+
+def test_n_choices_of_every_prompt_are_asked_with_seeds_of_their_own(call):
+    engine = ScriptedEngine(*HELLO)
+    body = {"model": "tiny", "prompt": [[5], [6, 7]], "n": 2, "seed": 40}
+    reply = call(engine, "/v1/completions", body).json()
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert [(request.prompt_ids, request.sampling.seed) for request in engine.requests] == [
+        ((5,), 40),
+        ((5,), 41),
+        ((6, 7), 40),
+        ((6, 7), 41),
+    ]
+    assert reply["usage"]["prompt_tokens"] == 3 and reply["usage"]["completion_tokens"] == 16
+
+
+def test_without_a_seed_every_request_draws_one(call):
+    engine = ScriptedEngine(*HELLO)
+    for _ in range(2):
+        call(engine, "/v1/completions", COMPLETION)
+    assert len({request.sampling.seed for request in engine.requests}) == 2
+
+
+def test_chat_logprobs_have_tokens_bytes_and_the_most_likely_ones(call):
+    engine = ScriptedEngine(SCORED)
+    reply = call(engine, "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1}).json()
+    assert engine.requests[0].logprobs == 1
+    first, second = reply["choices"][0]["logprobs"]["content"]
+    assert first == {
+        **{"token": "H", "bytes": [72], "logprob": -0.5},
+        "top_logprobs": [{"token": "H", "bytes": [72], "logprob": -0.5}],
+    }
+    assert second["bytes"] == [0xC3] and second["token"] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_echo_with_logprobs_has_the_prompt_first_as_lm_eval_reads_it(call):
+    prompt = (None, scored(6, b"b", -1.5, {b"x": -0.1}), scored(7, b"c", -0.2, {b"c": -0.2}))
+    engine = ScriptedEngine(GenerationChunk("d", (8,), "length", (scored(8, b"d", -0.3, {b"d": -0.3}),), prompt))
+    body = {"model": "tiny", "prompt": [[5, 6, 7]], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    choice = call(engine, "/v1/completions", body).json()["choices"][0]
+    assert (engine.requests[0].logprobs, engine.requests[0].prompt_logprobs) == (1, 1)
+    logprobs = choice["logprobs"]
+    assert logprobs["token_logprobs"] == [None, -1.5, -0.2, -0.3]
+    assert logprobs["top_logprobs"][0] is None
+    assert [max(top.values()) for top in logprobs["top_logprobs"][1:]] == [-0.1, -0.2, -0.3]
+    assert logprobs["top_logprobs"][1] == {"x": -0.1, "b": -1.5}
+    assert choice["text"].endswith("d") and len(choice["text"]) > 1
+    streamed = events_of(call(engine, "/v1/completions", {**body, "stream": True}))
+    assert "".join(event["choices"][0]["text"] for event in streamed) == choice["text"]
+    assert [value for event in streamed for value in event["choices"][0]["logprobs"]["token_logprobs"]] == [
+        None,
+        *[-1.5, -0.2, -0.3],
+    ]
+
+
+def test_text_that_begins_with_begin_of_text_gets_no_second_one(call, base):
+    tokenizer = load_tokenizer(base.folder)
+    engine = ScriptedEngine(*HELLO)
+    for prompt in ("hello", tokenizer.bos_token + "hello"):
+        call(engine, "/v1/completions", {**COMPLETION, "prompt": prompt})
+    plain, rendered = engine.requests
+    assert plain.prompt_ids == rendered.prompt_ids
+    assert plain.prompt_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_special_tokens_are_text_in_a_chat_and_tokens_in_a_completion_whatever_runs_beside(call, base):
+    tokenizer = load_tokenizer(base.folder)
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    engine = ScriptedEngine(*HELLO)
+    chat = {**CHAT, "messages": [{"role": "user", "content": "a<|eot_id|>b"}]}
+    calls = [("/v1/chat/completions", chat), ("/v1/completions", {**COMPLETION, "prompt": "a<|eot_id|>b"})] * 20
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda one: call(engine, *one), calls))
+    counts = Counter((request.prompt_ids.count(end), len(request.prompt_ids)) for request in engine.requests)
+    assert sorted(counts.values()) == [20, 20]
+    assert {ends for ends, _ in counts} == {1}  # the chat's own end of turn; the completion's token
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}},
+    },
+}
+ADDING = (
+    GenerationChunk('{"name": "add", ', (5,)),
+    GenerationChunk('"parameters": {"a": 1, "b": 2}}', (6,)),
+    GenerationChunk("", (1,), "stop"),
+)
+
+
+def test_offered_tools_are_written_as_the_stock_template_writes_them(call, base):
+    engine = ScriptedEngine(*ADDING)
+    function = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 2?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+    ]
+    big = {"messages": turns, "model": "tiny", "tools": [ADD], "max_tokens": 1}
+    roomy = dataclasses.replace(base, context_length=4096)
+    assert send(engine, "/v1/chat/completions", big, base=roomy, storage=base.folder).status_code == 200
+    tokenizer = load_tokenizer(base.folder)
+    template_turns = json.loads(json.dumps(turns))
+    template_turns[2]["tool_calls"][0]["function"]["arguments"] = {"a": 1, "b": 2}
+    expected = tokenizer.apply_chat_template(
+        template_turns, chat_template=CHAT_TEMPLATE, tools=[ADD], add_generation_prompt=True, return_dict=False
+    )
+    assert list(engine.requests[0].prompt_ids) == expected
+
+
+def roomy_call(engine: ScriptedEngine, base: ServedBase, body: dict) -> httpx.Response:
+    roomy = dataclasses.replace(base, context_length=4096)
+    return send(engine, "/v1/chat/completions", body, base=roomy, storage=base.folder)
+
+
+def test_a_call_is_parsed_and_ends_with_tool_calls(base):
+    body = {**CHAT, "tools": [ADD]}
+    choice = roomy_call(ScriptedEngine(*ADDING), base, body).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    (called,) = choice["message"]["tool_calls"]
+    assert called["function"] == {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    streamed = events_of(roomy_call(ScriptedEngine(*ADDING), base, {**body, "stream": True}))
+    assert [event["choices"][0]["delta"].get("content") for event in streamed] == ["", None]
+    last = streamed[-1]["choices"][0]
+    assert last["finish_reason"] == "tool_calls"
+    assert last["delta"]["tool_calls"][0]["function"]["name"] == "add"
+    assert last["delta"]["tool_calls"][0]["index"] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello", '{"name": "rm", "parameters": {}}', '{"name": "add"', '{"name": "add", "parameters": 5}', "{}"]
+)
+def test_an_answer_that_is_no_offered_call_is_text_whole_and_streamed(base, text):
+    chunks = [GenerationChunk(letter, (5,)) for letter in text] + [GenerationChunk("", (1,), "stop")]
+    body = {**CHAT, "tools": [ADD]}
+    choice = roomy_call(ScriptedEngine(*chunks), base, body).json()["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", text)
+    streamed = events_of(roomy_call(ScriptedEngine(*chunks), base, {**body, "stream": True}))
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in streamed) == text
+
+
+def test_tool_choice_forces_a_call_by_its_schema_and_none_offers_nothing(base):
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        engine = ScriptedEngine(*ADDING)
+        roomy_call(engine, base, {**CHAT, "tools": [ADD], "tool_choice": choice})
+        schema = json.loads(engine.requests[0].json_schema)
+        assert schema["properties"]["name"] == {"const": "add"}
+        assert schema["properties"]["parameters"] == ADD["function"]["parameters"]
+    engine = ScriptedEngine(*HELLO)
+    roomy_call(engine, base, {**CHAT, "tools": [ADD], "tool_choice": "none"})
+    assert engine.requests[0].prompt_ids == chat_ids(base, [Message(role="user", content="Hi")])
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array"}}}, {"type": "array"}),
+    ],
+)
+def test_response_format_reaches_the_engine_as_a_schema(call, response_format, schema):
+    engine = ScriptedEngine(*HELLO)
+    call(engine, "/v1/chat/completions", {**CHAT, "response_format": response_format})
+    text = engine.requests[0].json_schema
+    assert (None if text is None else json.loads(text)) == schema
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_chats_become_the_ids_that_are_generated_from(call, base):
+    engine = ScriptedEngine(*HELLO)
+    call(engine, "/v1/completions", {**COMPLETION, "prompt": "hello world"})
+    call(engine, "/v1/chat/completions", CHAT)
+    text = call(engine, "/tokenize", {"prompt": "hello world"}).json()
+    chat = call(engine, "/v1/tokenize", {"model": "tiny", "messages": CHAT["messages"]}).json()
+    assert [tuple(text["tokens"]), tuple(chat["tokens"])] == [request.prompt_ids for request in engine.requests]
+    assert (text["count"], text["max_model_len"]) == (len(text["tokens"]), CONTEXT)
+    assert call(engine, "/detokenize", {"tokens": text["tokens"][1:]}).json() == {"prompt": "hello world"}
+    assert call(engine, "/detokenize", {"tokens": [10**6]}).status_code == 400
+
+
+def test_tokenizer_info_has_what_lm_eval_reads(call, base):
+    info = call(ScriptedEngine(), "/tokenizer_info").json()
+    assert info["eos_token"] == load_tokenizer(base.folder).eos_token
+    assert info["vocab_size"] == base.vocab_size
+
+
+def test_the_openapi_page_has_a_schema_for_every_body(call):
+    page = call(ScriptedEngine(), "/openapi.json").json()
+    for path, kind in [("/v1/chat/completions", "ChatRequest"), ("/v1/completions", "CompletionRequest")]:
+        schema = page["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": f"#/components/schemas/{kind}"}
+        assert "temperature" in page["components"]["schemas"][kind]["properties"]
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------
@@ -355,10 +667,75 @@ def test_the_key_opens_every_route_and_health_needs_none(call):
     headers = {"authorization": "Bearer s3cret"}
     for path, body in ROUTES[:4]:
         assert call(ScriptedEngine(*HELLO), path, body, api_key="s3cret", headers=headers).status_code == 200
-    assert call(ScriptedEngine(), "/v1/health", api_key="s3cret").json() == {"status": "ok", "model": "tiny"}
+    assert call(ScriptedEngine(), "/v1/health", api_key="s3cret").json() == {"status": "ok", "models": ["tiny"]}
 
 
 def test_a_server_without_a_key_answers_only_its_own_machine(call):
     for client, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 401)):
         assert call(ScriptedEngine(), "/v1/models", client=client).status_code == status
     assert call(ScriptedEngine(), "/v1/health", client="192.0.2.7").status_code == 200
+
+
+def test_a_server_without_a_key_answers_only_under_a_loopback_name(call):
+    for host, status in (("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("evil.example", 403)):
+        assert call(ScriptedEngine(), "/v1/models", headers={"host": host}).status_code == status
+    headers = {"host": "evil.example", "authorization": "Bearer s3cret"}
+    assert call(ScriptedEngine(), "/v1/models", api_key="s3cret", headers=headers).status_code == 200
+
+
+def test_a_key_that_ends_in_a_newline_still_opens(call):
+    headers = {"authorization": "Bearer s3cret"}
+    assert call(ScriptedEngine(), "/v1/models", api_key="s3cret\n", headers=headers).status_code == 200
+
+
+@pytest.fixture
+def database(tmp_path) -> str:
+    return f"sqlite:///{tmp_path}/service.db"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_keys_of_the_database_open_until_they_are_revoked(call, database):
+    engine = open_database(database)
+    key, _ = create_key(engine, "ci")
+    assert call(ScriptedEngine(), "/v1/models", database=database, headers=bearer(key)).status_code == 200
+    assert call(ScriptedEngine(), "/v1/models", database=database).status_code == 401
+    assert call(ScriptedEngine(), "/v1/models", database=database, headers=bearer(key + "x")).status_code == 401
+    revoke_key(engine, "ci")
+    assert call(ScriptedEngine(), "/v1/models", database=database, headers=bearer(key)).status_code == 401
+
+
+def test_a_key_uses_and_sees_only_its_models(call, database):
+    key, _ = create_key(open_database(database), "ci", models=("other-*",))
+    options = {"database": database, "headers": bearer(key)}
+    assert call(ScriptedEngine(), "/v1/models", **options).json()["data"] == []
+    for path, body in [("/v1/models/tiny", None), ("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)]:
+        response = call(ScriptedEngine(*HELLO), path, body, **options)
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "model_not_allowed")
+
+
+def test_only_an_admin_key_deletes(call, database):
+    engine = open_database(database)
+    key, _ = create_key(engine, "ci")
+    admin, _ = create_key(engine, "boss", is_admin=True)
+    model = "/v1/models/tiny"
+    assert call(ScriptedEngine(), model, method="DELETE", database=database, headers=bearer(key)).status_code == 403
+    response = call(ScriptedEngine(), model, method="DELETE", database=database, headers=bearer(admin))
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "not_deletable")  # it is a base
+
+
+def test_a_key_may_ask_as_often_as_it_may():
+    rates = Rates()
+    key = ApiKey("x", "ci", datetime.now(UTC), requests_per_minute=2, tokens_per_minute=100)
+    rates.check_request(key)
+    rates.check_request(key)
+    with pytest.raises(ApiError) as refused:
+        rates.check_request(key)
+    assert refused.value.status == 429 and 1 <= refused.value.retry_after <= 30
+    other = ApiKey("y", "other", datetime.now(UTC), tokens_per_minute=100)
+    rates.check_request(other)
+    rates.add_tokens(other, 150)
+    with pytest.raises(ApiError, match="tokens a minute"):
+        rates.check_request(other)
