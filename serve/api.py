@@ -9,21 +9,22 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve.database.database import open_database
 from serve.database.keys import find_key
+from serve.http.access import AccessLog
 from serve.http.errors import answer_errors_in_openai_shape
 from serve.http.keys import HEALTH_PATH, RequireKey
 from serve.http.openapi import describe
 from serve.inference.models import ServedModels
-from serve.inference.replies import Generator
+from serve.inference.replies import Backend
 from serve.inference.routes import BODIES, inference_routes
 from serve.settings import ServeSettings
 
 
-def create_api(models: ServedModels, engines: Mapping[str, Generator], settings: ServeSettings) -> FastAPI:
-    """The application over one engine for each base, by the base's name."""
+def create_api(models: ServedModels, backends: Mapping[str, Backend], settings: ServeSettings) -> FastAPI:
+    """The application over the engines of each base, by the base's name."""
     database = open_database(settings.database) if settings.database else None
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
-    api.include_router(inference_routes(models, engines, settings.limits, database))
+    api.include_router(inference_routes(models, backends, settings.limits, database))
     describe(api, "ft_service", version("ft-service"), BODIES)
 
     @api.get(HEALTH_PATH)
@@ -33,6 +34,7 @@ def create_api(models: ServedModels, engines: Mapping[str, Generator], settings:
 
     root_key = settings.api_key.get_secret_value() if settings.api_key else None
     api.add_middleware(RequireKey, root_key=root_key, find_key=partial(find_key, database) if database else None)
+    api.add_middleware(AccessLog)  # around the check of keys, so that refused requests are in the log too
     if settings.allowed_origins:
         api.add_middleware(
             CORSMiddleware,

@@ -13,7 +13,7 @@ from ft_service.errors import FtError, ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
-from serve.engines.engine import GenerationChunk, GenerationRequest
+from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.http.errors import ApiError
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
@@ -21,15 +21,17 @@ from serve.settings import ServeSettings
 
 ATTEMPTS = 2
 RETRY_SECONDS = 2
+BROADCAST_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
 
-class RemoteEngine:
-    """The replicas of one base. Of the interface of an engine it has `generate`."""
+class Replicas:
+    """The replicas of one base. See `serve.inference.replies.Backend`."""
 
     def __init__(self, name: str, handle: DeploymentHandle) -> None:
         self._name = name
+        self._handle = handle
         self._generate = handle.options(stream=True, method_name="generate")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
@@ -58,6 +60,20 @@ class RemoteEngine:
             finally:
                 stream.cancel()  # of no effect once it has ended
 
+    async def unload(self, adapter_digest: str) -> None:
+        """Replicas that miss this notice find out by themselves within seconds."""
+        try:
+            await self._handle.broadcast("unload", adapter_digest).results_async(timeout_s=BROADCAST_SECONDS)
+        except (TimeoutError, RuntimeError) as error:
+            logger.warning("cannot ask the replicas of %s to unload %s: %s", self._name, adapter_digest[:8], error)
+
+    async def all_stats(self) -> list[EngineStats]:
+        try:
+            return await self._handle.broadcast("stats").results_async(timeout_s=BROADCAST_SECONDS)
+        except (TimeoutError, RuntimeError) as error:
+            logger.warning("cannot ask the replicas of %s what they do: %s", self._name, error)
+            return []
+
 
 @serve.deployment
 @serve.ingress()
@@ -68,8 +84,8 @@ class Gateway:
         assert settings.storage
         bases = [load_base(base) for base in settings.bases]
         models = ServedModels(Registry(Storage(settings.storage)), bases)
-        engines = {name: RemoteEngine(name, handle) for name, handle in handles.items()}
-        self._api = create_api(models, engines, settings)
+        backends = {name: Replicas(name, handle) for name, handle in handles.items()}
+        self._api = create_api(models, backends, settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from ray import serve
@@ -14,10 +14,11 @@ from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.registry.servers import Announcement
 from ft_service.storage.storage import Storage
 from serve.engines.engine import Engine, EngineStats, GenerationChunk, GenerationRequest
+from serve.metrics import EngineMetrics
 from serve.settings import BaseSettings, ServeSettings
 
-UNLOAD_SECONDS = 5.0
-"""How often a replica looks for adapters that were deleted."""
+CARE_SECONDS = 5.0
+"""How often a replica exports its metrics, and looks for adapters that were deleted."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class BaseReplica:
         self._engine = await asyncio.to_thread(make_engine, base, self._registry)
         self._announcement = Announcement(self._registry.storage, self._served(base))
         self._announcement.start()
-        self._unloading = asyncio.get_running_loop().create_task(self._unload_deleted())
+        self._metrics = EngineMetrics(base.model_name, serve.get_replica_context().replica_id.unique_id)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._care = asyncio.get_running_loop().create_task(self._take_care())
 
     def _served(self, base: BaseSettings) -> BaseModelRef:
         return BaseModelRef(
@@ -78,24 +81,32 @@ class BaseReplica:
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
-    async def _unload_deleted(self) -> None:
-        """Drop adapters that are no longer published, whoever deleted them, by whichever way."""
+    async def unload(self, adapter_digest: str) -> None:
+        """See `serve.engines.engine.Engine.unload`; returns at once."""
+        self._tasks.add(task := asyncio.get_running_loop().create_task(self._engine.unload(adapter_digest)))
+        task.add_done_callback(self._tasks.discard)
+
+    async def _take_care(self) -> None:
         while True:
-            await asyncio.sleep(UNLOAD_SECONDS)
-            loaded = self._engine.stats().loaded_adapters
-            if not loaded:
-                continue
-            try:
-                published = {record.digest for record in await asyncio.to_thread(self._registry.records)}
-            except StorageError as error:
-                logger.warning("cannot look for deleted adapters: %s", error)
-                continue
-            for digest in set(loaded) - published:
-                await self._engine.unload(digest)
+            await asyncio.sleep(CARE_SECONDS)
+            stats = self._engine.stats()
+            self._metrics.export(stats)
+            if stats.loaded_adapters:
+                await self._unload_deleted(stats.loaded_adapters)
+
+    async def _unload_deleted(self, loaded: Sequence[str]) -> None:
+        """Drop adapters that are no longer published, whoever deleted them, by whichever way."""
+        try:
+            published = {record.digest for record in await asyncio.to_thread(self._registry.records)}
+        except StorageError as error:
+            logger.warning("cannot look for deleted adapters: %s", error)
+            return
+        for digest in set(loaded) - published:
+            await self.unload(digest)
 
     async def __del__(self) -> None:
         """Called by Serve before it stops a replica, once its requests have ended."""
-        if hasattr(self, "_unloading"):
-            self._unloading.cancel()
+        if hasattr(self, "_care"):
+            self._care.cancel()
             await asyncio.to_thread(self._announcement.stop)
             await self._engine.close()

@@ -114,7 +114,7 @@ class ServedModels:
         return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
 
 
-def delete_published(models: ServedModels, model_id: str) -> None:
+def delete_published(models: ServedModels, model_id: str) -> ServedModel:
     """Hide an adapter from now on; its files go once no request can be answering with it.
 
     Raises `ApiError`: 404 for an unknown model, 400 for a base.
@@ -124,6 +124,7 @@ def delete_published(models: ServedModels, model_id: str) -> None:
         message = f"{model_id!r} is a base of this server. Take it out of the server's settings."
         raise ApiError(400, message, "not_deletable", "model")
     delete_adapter(models.registry.storage, model_id)
+    return model
 
 
 def _unknown_model(model_id: str) -> ApiError:

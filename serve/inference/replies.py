@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from serve.engines.engine import GenerationChunk, GenerationRequest, TokenLogprob
+from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
 from serve.http.errors import ApiError, as_api_error
 from serve.inference.tools import may_become_call, parse_call
 from serve.inference.translate import Generation
@@ -37,10 +37,20 @@ FIRST_QUIET_SECONDS = 1.0
 QUIET_SECONDS = 10.0
 
 
-class Generator(Protocol):
-    """What replies need of an engine."""
+class Backend(Protocol):
+    """The replicas of one base: each is an engine."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]: ...
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """See `serve.engines.engine.Engine.generate`."""
+        ...
+
+    async def unload(self, adapter_digest: str) -> None:
+        """Drop an adapter on every replica once no request uses it."""
+        ...
+
+    async def all_stats(self) -> list[EngineStats]:
+        """Of every replica that runs."""
+        ...
 
 
 # -- chunks of all choices ---------------------------------------------------------------------------------------------
@@ -49,7 +59,7 @@ Pieces = AsyncGenerator[tuple[int, GenerationChunk] | None, None]
 """Chunks in the order of their arrival, each with the index of its choice. None where nothing came for a while."""
 
 
-async def pieces_of(engine: Generator, requests: Sequence[GenerationRequest], limits: Limits) -> Pieces:
+async def pieces_of(engine: Backend, requests: Sequence[GenerationRequest], limits: Limits) -> Pieces:
     """All choices at once, so that the engine answers them in one batch.
 
     Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds`, 504 if the answers

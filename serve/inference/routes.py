@@ -1,7 +1,6 @@
 """The routes of the inference API: read a request, ask the engine of its base, answer in OpenAI's shapes."""
 
 import asyncio
-import uuid
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -12,15 +11,17 @@ from sqlalchemy import Engine
 
 from serve.database.audit import audit
 from serve.database.database import session
+from serve.engines.engine import EngineStats
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.keys import client_of
 from serve.http.openapi import reads
+from serve.inference.meter import measured
 from serve.inference.models import ServedModel, ServedModels, delete_published
 from serve.inference.replies import (
+    Backend,
     ChatShape,
     CompletionShape,
-    Generator,
     Shape,
     event_stream,
     pieces_of,
@@ -42,6 +43,7 @@ from serve.inference.wire import (
     TokenizeRequest,
     TokenizerInfo,
 )
+from serve.metrics import Metrics
 from serve.settings import Limits
 
 BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
@@ -50,10 +52,11 @@ Result = TypeVar("Result")
 
 
 def inference_routes(
-    models: ServedModels, engines: Mapping[str, Generator], limits: Limits, database: Engine | None
+    models: ServedModels, backends: Mapping[str, Backend], limits: Limits, database: Engine | None
 ) -> APIRouter:
-    """The routes over one engine for each base, by the base's name. `database` keeps the audit log."""
+    """The routes over the engines of each base, by the base's name. `database` keeps the audit log."""
     api = APIRouter()
+    metrics = Metrics()
     translate = Translator(models, limits)
 
     @api.get("/v1/models")
@@ -68,15 +71,20 @@ def inference_routes(
         return models.resolve(model_id).entry()
 
     @api.delete("/v1/models/{model_id:path}")
-    def delete_model(http: Request, model_id: str) -> DeletedModel:
+    async def delete_model(http: Request, model_id: str) -> DeletedModel:
         client = client_of(http)
         client.check_is_admin()
-        delete_published(models, model_id)
+        model = await asyncio.to_thread(delete_published, models, model_id)
         if database is not None:
-            with session(database) as opened:
-                audit(opened, client.name, "models.delete", model_id)
-                opened.commit()
+            await asyncio.to_thread(_note_deletion, database, client.name, model_id)
+        assert model.adapter is not None
+        await backends[model.base.name].unload(model.adapter.digest)
         return DeletedModel(id=model_id)
+
+    @api.get("/v1/stats")
+    async def stats() -> dict[str, list[EngineStats]]:
+        """What every replica of each base does at this moment; `ft top` shows it."""
+        return {name: await backend.all_stats() for name, backend in backends.items()}
 
     @api.post("/v1/chat/completions", openapi_extra=reads(ChatRequest), response_model=Reply)
     async def chat_completions(http: Request) -> Response:
@@ -84,7 +92,7 @@ def inference_routes(
         client_of(http).check_may_use(request.model)
         characters = sum(len(str(message.get("content"))) for message in request.messages)
         generation = await _encode(characters, lambda: translate.chat(request, request_id(http)))
-        return await respond(generation, request, ChatShape(generation))
+        return await respond(http, generation, request, ChatShape(generation))
 
     @api.post("/v1/completions", openapi_extra=reads(CompletionRequest), response_model=Reply)
     async def completions(http: Request) -> Response:
@@ -92,10 +100,11 @@ def inference_routes(
         client_of(http).check_may_use(request.model)
         characters = sum(len(prompt) for prompt in request.prompts)
         generation = await _encode(characters, lambda: translate.completion(request, request_id(http)))
-        return await respond(generation, request, CompletionShape(generation))
+        return await respond(http, generation, request, CompletionShape(generation))
 
-    async def respond(generation: Generation, request: GenerationParameters, shape: Shape) -> Response:
-        pieces = pieces_of(engines[generation.model.base.name], generation.requests, limits)
+    async def respond(http: Request, generation: Generation, request: GenerationParameters, shape: Shape) -> Response:
+        pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits)
+        pieces = measured(pieces, generation, http, metrics)
         headers = generation.model.headers
         if not request.stream:
             reply = await whole_reply(generation, pieces, shape)
@@ -148,8 +157,14 @@ def inference_routes(
 
 
 def request_id(http: Request) -> str:
-    """The id that the client sent, or a new one; the reply and the logs carry it."""
-    return getattr(http.state, "request_id", None) or uuid.uuid4().hex
+    """The id that the client sent, or a new one; the reply and the logs have it."""
+    return str(http.state.request_id)
+
+
+def _note_deletion(database: Engine, key: str, model_id: str) -> None:
+    with session(database) as opened:
+        audit(opened, key, "models.delete", model_id)
+        opened.commit()
 
 
 async def _encode(characters: int, work: Callable[[], Result]) -> Result:

@@ -259,7 +259,7 @@ class CompletionRequest(GenerationParameters):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
-        return list(self.prompt)
+        return list(self.prompt)  # type: ignore[arg-type]
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

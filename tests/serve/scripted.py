@@ -31,6 +31,7 @@ class CountingEngine:
         )
         self.running = 0
         self.ended = 0
+        self.unloaded: list[str] = []
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         self.running += 1
@@ -47,7 +48,8 @@ class CountingEngine:
             self.running -= 1
             self.ended += 1
 
-    async def unload(self, adapter_digest: str) -> None: ...
+    async def unload(self, adapter_digest: str) -> None:
+        self.unloaded.append(adapter_digest)
 
     def stats(self) -> EngineStats:
         counters = {"ended": self.ended}

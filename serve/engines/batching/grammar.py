@@ -10,6 +10,7 @@ import llguidance.hf
 import llguidance.torch
 import torch
 from llguidance import LLMatcher
+from llguidance._lib import JsonCompileOptions
 from transformers import PreTrainedTokenizerFast
 
 from ft_service.errors import ServingError
@@ -18,7 +19,7 @@ from serve.engines.engine import RefusedRequestError
 
 ANY_OBJECT = "{}"
 _BITS = 32
-_LIKE_JSON_DUMPS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LIKE_JSON_DUMPS: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As calls are written in training. Free white space would let an answer go on with blanks until it is cut off."""
 
 

@@ -23,7 +23,7 @@ from ft_service.storage.storage import Storage
 from serve.api import create_api
 from serve.database.database import open_database
 from serve.database.keys import ApiKey, create_key, revoke_key
-from serve.engines.engine import GenerationChunk, GenerationRequest, TokenLogprob
+from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
 from serve.http.errors import ApiError
 from serve.http.rates import Rates
 from serve.inference.bases import ServedBase
@@ -44,6 +44,7 @@ class ScriptedEngine:
         self.chunks = chunks
         self.failure = failure
         self.requests: list[GenerationRequest] = []
+        self.unloaded: list[str] = []
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         self.requests.append(request)
@@ -51,6 +52,12 @@ class ScriptedEngine:
             yield chunk
         if self.failure:
             raise self.failure
+
+    async def unload(self, adapter_digest: str) -> None:
+        self.unloaded.append(adapter_digest)
+
+    async def all_stats(self) -> list[EngineStats]:
+        return [EngineStats(len(self.requests), 0, 0.25, (), 0, {"steps": 3})]
 
 
 HELLO = (
@@ -534,9 +541,7 @@ def test_offered_tools_are_written_as_the_stock_template_writes_them(call, base)
         {
             "role": "assistant",
             "content": None,
-            "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
-            ],
+            "tool_calls": [{"id": "c1", "type": "function", "function": function}],
         },
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]
