@@ -5,21 +5,24 @@ llguidance needs no index over the vocabulary, so that a new schema costs millis
 
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import llguidance.hf
 import llguidance.torch
 import torch
 from llguidance import LLMatcher
-from llguidance._lib import JsonCompileOptions
 from transformers import PreTrainedTokenizerFast
 
 from ft_service.errors import ServingError
 from ft_service.text import first_line
 from serve.engines.engine import RefusedRequestError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 ANY_OBJECT = "{}"
 _BITS = 32
-_LIKE_JSON_DUMPS: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LIKE_JSON_DUMPS: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As calls are written in training. Free white space would let an answer go on with blanks until it is cut off."""
 
 
