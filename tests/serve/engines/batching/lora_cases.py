@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ft_service.registry.registry import AdapterRecord, Registry
 from serve.engines.batching.adapter_weights import LoadedAdapter, load_weights, parse_config
 from serve.engines.batching.lora_layers import BatchedLora, install_lora_layers
 
@@ -121,3 +122,29 @@ def forward(model: LlamaForCausalLM, prompts: list[tuple[int, ...]], **options: 
         **options,
     ).logits
     return logits[0]
+
+
+FINGERPRINT = "f" * 64
+
+
+def publish(registry: Registry, folder: Path, run_name: str, fingerprint: str = FINGERPRINT) -> AdapterRecord:
+    """Publish a peft folder as the adapter of a base with this fingerprint."""
+    draft: dict[str, object] = {
+        "kind": "adapter",
+        "run_id": f"{run_name}-1",
+        "run_name": run_name,
+        "plan_digest": "0" * 64,
+        "base": {"id": "the/base", "revision": None, "short_name": "base", "fingerprint": fingerprint},
+        "method": {"type": "lora", "lora_rank": 4},
+        "datasets": [],
+        "dataset_digest": "0" * 64,
+        "data_verdict": "pass",
+        "waivers": [],
+        "steps": 1,
+        "final_loss": 1.0,
+        "validation_loss": None,
+        "chat_template_digest": "0" * 64,
+        "end_of_turn_ids": [],
+        "packages": {},
+    }
+    return registry.publish(folder, draft, "base", "# {id}\n")
