@@ -1,0 +1,151 @@
+"""Rows of different adapters in one batch get what stock peft computes for each adapter alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.engines.batching import lora_layers
+from tests.serve.engines.batching.lora_cases import KINDS, VOCABULARY, LoraWorld, forward
+
+PROMPT = (5, 9, 3, 60, 17, 2, 33)
+SPEAKERS: list[str | None] = [None, *KINDS]
+Rows = list[tuple[str | None, tuple[int, ...]]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> LoraWorld:
+    return LoraWorld(tmp_path_factory.mktemp("lora"))
+
+
+def assert_like_stock(world: LoraWorld, rows: Rows) -> None:
+    for (kind, ids), logits in zip(rows, world.batched_logits(rows), strict=True):
+        difference = (logits - world.stock_logits(kind, ids)).abs().max().item()
+        assert difference < 1e-5, f"{kind} differs by {difference}"
+
+
+@pytest.mark.parametrize("kind", SPEAKERS)
+def test_an_adapter_alone_computes_what_peft_computes(world: LoraWorld, kind: str | None) -> None:
+    assert_like_stock(world, [(kind, PROMPT)])
+    if kind is not None:
+        changed = (world.stock_logits(kind, PROMPT) - world.stock_logits(None, PROMPT)).abs().max()
+        assert changed > 0.05, "the adapter must change the logits for this test to mean anything"
+
+
+def test_all_kinds_in_one_batch_compute_what_each_computes_alone(world: LoraWorld) -> None:
+    assert_like_stock(world, [(kind, PROMPT) for kind in SPEAKERS])
+
+
+def test_a_step_without_adapters_computes_exactly_the_base(world: LoraWorld) -> None:
+    world.batched_logits([("DoRA", PROMPT), ("modules_to_save", PROMPT)])
+    (logits,) = world.batched_logits([(None, PROMPT)])
+    assert torch.equal(logits, world.stock_logits(None, PROMPT))
+
+
+prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9).map(tuple)
+batches = st.lists(st.tuples(st.sampled_from(SPEAKERS), prompts), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(
+        st.lists(st.tuples(st.sampled_from(SPEAKERS), prompts), min_size=1, max_size=12), min_size=1, max_size=4
+    )
+)
+def test_any_rows_in_any_order_compute_what_each_computes_alone(world: LoraWorld, steps: list[Rows]) -> None:
+    for rows in steps:
+        assert_like_stock(world, rows)
+
+
+@pytest.fixture(params=["padded", "dense", "both"])
+def forced_split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Adapters are split between the two products as the parameter says, whatever that costs."""
+
+    def split(_: object, runs: list[lora_layers.Run]) -> object:
+        used = tuple(dict.fromkeys(adapter for adapter, _ in runs if adapter is not None and adapter.groups))
+        num_dense = {"padded": 0, "dense": len(used), "both": len(used) // 2}[request.param]
+        return used[:num_dense], used[num_dense:]
+
+    monkeypatch.setattr(lora_layers.BatchedLora, "_split", split)
+    yield request.param
+
+
+@pytest.mark.parametrize("long", ["all-linear", "embedding and head"])
+def test_each_way_to_compute_gives_the_same(world: LoraWorld, forced_split: str, long: str) -> None:
+    assert_like_stock(world, [(kind, PROMPT[: 1 + number % 3]) for number, kind in enumerate(SPEAKERS)])
+    assert_like_stock(world, [(long, PROMPT * 5), *((kind, PROMPT[:1]) for kind in SPEAKERS), (long, PROMPT)])
+
+
+def test_adapters_that_come_and_go_keep_the_others_right(world: LoraWorld, forced_split: str) -> None:
+    kinds = list(KINDS)
+    for first in range(len(kinds)):
+        assert_like_stock(world, [(kind, PROMPT[:2]) for kind in (kinds * 2)[first : first + 5]])
+    assert_like_stock(world, [(kind, PROMPT[:2]) for kind in kinds])
+    assert_like_stock(world, [(kind, PROMPT[:2]) for kind in kinds[:2]])
+
+
+def test_a_prefill_chunk_goes_beside_decoding_rows(world: LoraWorld) -> None:
+    """The head sees fewer rows than the layers below it."""
+    runs: Rows = [
+        ("all-linear", PROMPT[:1]),
+        ("embedding and head", PROMPT),
+        (None, PROMPT[:1]),
+        ("modules_to_save", PROMPT[:3]),
+    ]
+    lengths = [len(ids) for _, ids in runs]
+    logit_rows = [1, 2, 0, 1]
+    adapters = [world.adapters[kind] if kind else None for kind, _ in runs]
+    world.lora.set_rows(adapters, lengths, logit_rows)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    kept = [row for end, count in zip(ends, logit_rows, strict=True) for row in range(end - count, end)]
+    with torch.inference_mode():
+        logits = forward(world.model, [ids for _, ids in runs], logits_to_keep=torch.tensor(kept))
+    for (kind, ids), count, got in zip(runs, logit_rows, logits.split(logit_rows), strict=True):
+        torch.testing.assert_close(got, world.stock_logits(kind, ids)[len(ids) - count :], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_with_a_bias_and_tied_embeddings(tmp_path: Path) -> None:
+    kinds = {kind: KINDS[kind] for kind in ("all-linear", "DoRA", "modules_to_save", "lora_bias")}
+    world = LoraWorld(tmp_path, kinds, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    for name, parameter in world.model.named_parameters():
+        assert name.endswith("weight") or not parameter.any()
+    assert_like_stock(world, [(kind, PROMPT) for kind in (None, *kinds)])
+
+
+def test_the_number_of_operations_does_not_grow_with_the_number_of_adapters(tmp_path: Path, forced_split: str) -> None:
+    kinds = {f"{number}": {"target_modules": "all-linear", "r": 2 + number % 3} for number in range(16)}
+    world = LoraWorld(tmp_path, kinds)
+
+    def operations(num_adapters: int) -> int:
+        names = list(kinds)[:num_adapters]
+        rows: Rows = [(name, PROMPT[:1]) for name in names * (16 // num_adapters)]
+        world.batched_logits(rows)  # the stacks are built
+        with Operations() as counted:
+            forward(world.model, [ids for _, ids in rows])
+        return counted.count
+
+    assert operations(4) == operations(8) == operations(16)
+
+
+def test_weights_of_adapters_in_the_batch_are_counted_in_bytes(world: LoraWorld) -> None:
+    world.batched_logits([("all-linear", PROMPT)])
+    adapter = world.adapters["all-linear"]
+    rank_elements = sum(sum(sizes) for sizes in ((32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)))
+    assert adapter.nbytes == 2 * 4 * rank_elements * 4  # two layers, rank 4, fp32
+    world.batched_logits([("all-linear", PROMPT), ("rank 8, rsLoRA", PROMPT), ("DoRA", PROMPT)])
+    assert world.lora.stack_bytes >= adapter.nbytes
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operations that would be launched: all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
