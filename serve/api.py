@@ -16,6 +16,7 @@ from serve.http.openapi import describe
 from serve.inference.models import ServedModels
 from serve.inference.replies import Backend
 from serve.inference.routes import BODIES, inference_routes
+from serve.playground.routes import playground_routes
 from serve.settings import ServeSettings
 
 
@@ -25,6 +26,7 @@ def create_api(models: ServedModels, backends: Mapping[str, Backend], settings: 
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
     api.include_router(inference_routes(models, backends, settings.limits, database))
+    api.include_router(playground_routes())
     describe(api, "ft_service", version("ft-service"), BODIES)
 
     @api.get(HEALTH_PATH)
