@@ -5,23 +5,27 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import count
+from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
 from typing import NoReturn
 
 import ray
+import yaml
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
+from ray.serve.schema import LoggingConfig
 
 from ft_service.cluster.ray_cluster import connect
 from ft_service.errors import ServingError, UsageError
 from ft_service.registry.registry import Registry
 from ft_service.spec.schema import RUN_NAME_PATTERN
 from ft_service.storage.storage import Storage
-from ft_service.text import last_line
+from ft_service.text import first_line, last_line
 from serve.app import build_app, complete
 from serve.http.keys import is_loopback
 from serve.inference.bases import load_base
@@ -29,6 +33,9 @@ from serve.inference.models import ServedModels
 from serve.settings import ServeSettings
 
 APP_NAME = "ft"
+IMPORT_PATH = "serve.app:app"
+LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
+"""The gateway writes one line a request itself."""
 # Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
 _RESERVED_NAMES = ("v1", "docs", "redoc", "health", "default")
 _WILDCARDS = ("0.0.0.0", "::")
@@ -51,12 +58,35 @@ def run_server(
     this machine. Where Ray Serve already runs, the application called `name` joins it at a route of its own, and only
     that application is deleted at the end.
 
-    Raises `ServingError` (port, name or route in use, a reachable address without FT_API_KEY, a replica that does not
+    Raises `ServingError` (port, name or route in use, a reachable address without a key, a replica that does not
     start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
     """
+    given = {"storage": storage, **({"base": base} if base else {})}
+    _run(_settings(given, "FT_"), host, port, ray_address, name)
+
+
+def run_config(file: Path, name: str = APP_NAME) -> None:
+    """Serve what a Ray Serve config with this project's application describes. Raises as `run_server` does."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        application = next(one for one in content["applications"] if one["import_path"] == IMPORT_PATH)
+        http_options = content.get("http_options") or {}
+        arguments = application.get("args") or {}
+    except OSError as error:
+        raise UsageError(f"--config = {str(file)!r}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config = {str(file)!r}: is not YAML ({first_line(error)}).") from None
+    except (TypeError, KeyError, AttributeError, StopIteration):
+        raise UsageError(
+            f"--config = {str(file)!r}: has no application with import_path: {IMPORT_PATH}. See serve/config.yaml."
+        ) from None
+    settings = _settings(arguments, f"{file}: args.")
+    _run(settings, http_options.get("host", "127.0.0.1"), http_options.get("port", 8000), None, name)
+
+
+def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None, name: str) -> None:
     ray_address = ray_address or os.environ.get("RAY_ADDRESS")
     _check_name(name)
-    settings = _settings(storage, base)
     _check_api_key(host, settings)
     if not ray_address:
         _check_port(host, port)
@@ -75,16 +105,17 @@ def run_server(
             _announce(settings, host, port, name, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
-            print("Stopping.", flush=True)
+            print("Stopping: answers that have begun are finished; again to stop at once.", flush=True)
 
 
-def _settings(storage: str, base: str | None) -> ServeSettings:
+def _settings(given: Mapping[str, object], prefix: str) -> ServeSettings:
     try:
-        return ServeSettings.model_validate({"storage": storage, **({"base": base} if base else {})})
+        return ServeSettings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        variable = f"FT_{str(first['loc'][0]).upper()}"
-        raise UsageError(f"{variable} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
+        path = ".".join(str(part) for part in first["loc"])
+        place = f"{prefix}{path.upper() if prefix == 'FT_' else path}"
+        raise UsageError(f"{place} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
 
 
 def _check_name(name: str) -> None:
@@ -96,7 +127,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_api_key(host: str, settings: ServeSettings) -> None:
-    if not is_loopback(host) and settings.api_key is None:
+    if not is_loopback(host) and settings.api_key is None and settings.database is None:
         raise ServingError(
             f"host = {host!r}: other machines can reach this address, and no API key is set. "
             "Set FT_API_KEY to a long random text, or use --host 127.0.0.1."
@@ -145,18 +176,21 @@ def _check_running_serve(host: str, port: int, name: str) -> None:
 
 
 def _stop_serving(name: str) -> None:
-    """Delete this application; shut Ray Serve down only if no other application is left."""
-    if name in serve.status().applications:
-        serve.delete(name)
-    if not serve.status().applications:
-        serve.shutdown()
+    """Delete this application once its answers are complete; shut Ray Serve down only if no other one is left."""
+    try:
+        if name in serve.status().applications:
+            serve.delete(name)
+        if not serve.status().applications:
+            serve.shutdown()
+    except KeyboardInterrupt:
+        print("Stopping at once.", flush=True)
 
 
 def _deploy(settings: ServeSettings, name: str) -> None:
     done = Event()
     Thread(target=_report_waiting, args=(name, done), daemon=True).start()
     try:
-        serve.run(build_app(settings), name=name, route_prefix=_route(name))
+        serve.run(build_app(settings), name=name, route_prefix=_route(name), logging_config=LOGGING)
     except RuntimeError:  # its text names only the deployment; the status has the reason of the replica
         deployments = serve.status().applications[name].deployments.values()
         reasons = "; ".join(last_line(deployment.message) for deployment in deployments)

@@ -16,7 +16,7 @@ from ft_service.cli.doctor import doctor
 from ft_service.cli.keys import keys_app
 from ft_service.cli.plan import plan
 from ft_service.cli.runs import logs, runs_app, show
-from ft_service.cli.serve import serve
+from ft_service.cli.serve import serve, top
 from ft_service.cli.spec import spec
 from ft_service.cli.train import resume, stop, submit, train
 from ft_service.errors import exit_on_error
@@ -59,6 +59,7 @@ app.add_typer(data_app, name="data")
 app.command()(prune)
 app.command()(du)
 app.command()(serve)
+app.command()(top)
 app.add_typer(keys_app, name="keys")
 app.command()(doctor)
 

@@ -1,25 +1,17 @@
 """A small Llama that has learnt one Japanese sentence, adapters that say other things, and what stock code answers."""
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastapi import FastAPI
 from peft import LoraConfig, PeftModel, get_peft_model
-from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat
 from ft_service.model.base import fingerprint
-from ft_service.model.scratch import train_tokenizer
-from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
+from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.storage.storage import Storage
-from serve.engines.engine import GenerationChunk, GenerationRequest
-from serve.inference.models import ServedModels
-from serve.inference.routes import create_api
 from tests.worlds import SMALL, write_base
 
 SENTENCE = "日本の首都は東京です。😀🗼人口は約千四百万人。"
@@ -109,44 +101,6 @@ def draft_record(base: Path, run_name: str, base_fingerprint: str | None = None)
         "end_of_turn_ids": list(chat.end_of_turn_ids),
         "packages": {},
     }
-
-
-class EndlessEngine:
-    """Answers until its answer is closed."""
-
-    context_length = 2048
-    end_ids: frozenset[int] = frozenset()
-
-    def __init__(self) -> None:
-        self.tokenizer = train_tokenizer([PROMPT], 280)
-        self.closed: asyncio.Queue[None] = asyncio.Queue()
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        try:
-            while True:
-                yield GenerationChunk("ha ", 1)
-                await asyncio.sleep(0.001)
-        finally:
-            self.closed.put_nowait(None)
-
-
-@serve.deployment
-@serve.ingress()
-class EndlessServer:
-    """The routes over an endless engine, on Ray Serve."""
-
-    def __init__(self, storage: str) -> None:
-        self.engine = EndlessEngine()
-        base = BaseModelRef(id="endless", revision=None, short_name="endless", fingerprint="0" * 64)
-        self.api = create_api(self.engine, ServedModels(Registry(Storage(storage)), base, created=0), api_key=None)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return self.api
-
-    async def closed_answers(self) -> int:
-        """Waits for the first answer that is closed."""
-        await self.engine.closed.get()
-        return 1 + self.engine.closed.qsize()
 
 
 def damage(registry: Registry, adapter: AdapterRecord, file: str = "adapter_model.safetensors") -> None:

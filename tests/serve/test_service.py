@@ -14,9 +14,11 @@ from examples.quickstart.quickstart import free_ports
 from ft_service.chat.format import ChatFormat, Message
 from ft_service.cleanup.removal import delete_adapter
 from ft_service.model.base import fingerprint
-from serve.app import ServeConfig, app
-from tests.hosts import ROOT
-from tests.serve.serving_world import PROMPT, SENTENCE, EndlessServer, World, damage, make_world, publish_adapter
+from serve.app import app, build_app
+from serve.settings import BaseSettings, ServeSettings
+from tests.hosts import ROOT, wait_for
+from tests.serve.scripted import DIE, CountingEngine
+from tests.serve.serving_world import PROMPT, SENTENCE, World, damage, make_world, publish_adapter
 from tests.shared_cluster import joined
 
 pytestmark = pytest.mark.cluster
@@ -39,7 +41,7 @@ def url(world, cluster) -> Iterator[str]:
         # All nodes of this cluster have one address, and a port is for one proxy.
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         try:
-            serve.run(app(ServeConfig()))  # the base is the only one that the adapters name
+            serve.run(app(ServeSettings()))  # the base is the only one that the adapters name
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             serve.shutdown()
@@ -164,29 +166,46 @@ def test_the_error_of_a_damaged_adapter_names_the_file(world, client, tmp_path):
 
 
 def test_every_route_except_health_requires_the_key(url):
-    assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "tiny-llama"}
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "models": ["tiny-llama"]}
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
     assert httpx.post(f"{url}/chat/completions", json={}).status_code == 401
 
 
 @pytest.fixture(scope="module")
-def endless(url, world) -> str:
-    server = EndlessServer.options(ray_actor_options={"num_cpus": 0})  # leaves room for another server
-    serve.run(server.bind(world.storage), name="endless", route_prefix="/endless")
-    return url.replace("/v1", "/endless/v1")
+def counting(url, world) -> str:
+    base = BaseSettings(base=str(world.base), name="counting", cpus=0)  # leaves room for another server
+    settings = ServeSettings(storage=world.storage, bases=(base,), api_key=None)
+    serve.run(build_app(settings, CountingEngine), name="counting", route_prefix="/counting")
+    return url.replace("/v1", "/counting/v1")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnected_client_stops_its_answer(endless, stream):
-    body = {"model": "endless", "prompt": "x", "stream": stream}
+def test_a_disconnected_client_stops_its_answer(counting, stream):
+    body = {"model": "counting", "prompt": [5, 1], "max_tokens": 2000, "stream": stream}
+    headers = {"authorization": f"Bearer {API_KEY}"}
     if stream:
-        with httpx.stream("POST", f"{endless}/completions", json=body) as response:
+        with httpx.stream("POST", f"{counting}/completions", json=body, headers=headers) as response:
             next(response.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{endless}/completions", json=body, timeout=1)
-    assert serve.get_app_handle("endless").closed_answers.remote().result(timeout_s=30) == 1
+            httpx.post(f"{counting}/completions", json=body, headers=headers, timeout=1)
+    wait_for(lambda: running(counting, headers) == 0, 30)
+
+
+def running(url: str, headers: dict[str, str]) -> int:
+    return httpx.get(f"{url}/stats", headers=headers).json()["counting"][0]["running"]
+
+
+def test_a_request_whose_replica_dies_before_it_answers_is_asked_again(counting, tmp_path):
+    body = {"model": "counting", "prompt": [DIE, 1], "max_tokens": 3, "user": str(tmp_path)}
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    reply = httpx.post(f"{counting}/completions", json=body, headers=headers, timeout=120)
+    # The second replica dies of it as well: two are asked, and no more.
+    assert reply.status_code == 500 and "has died" in reply.json()["error"]["message"]
+    body = {"model": "counting", "prompt": [5, 1], "max_tokens": 3}
+    reply = httpx.post(f"{counting}/completions", json=body, headers=headers, timeout=120)
+    assert reply.json()["choices"][0]["text"] == "0 1 2 "
 
 
 def test_a_second_server_joins_at_its_own_route_and_leaves_the_first_one_running(world, client, cluster, url):
