@@ -14,9 +14,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from ft_service.errors import ClusterError, FtError, ModelError, ServingError, UsageError
-from serve.run import _report_waiting, _stop_serving, run_server
+from serve.run import _report_waiting, _stop_serving, run_config, run_server
+from serve.settings import ServeSettings
 from tests.serve.serving_world import World, draft_record, make_world, write_adapter
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -97,9 +100,34 @@ def test_an_incomplete_base_fails_before_ray_starts(world, tmp_path, free_port):
     assert "half-downloaded" in refused(ModelError, world.storage, str(base), port=free_port)
 
 
-def test_an_invalid_variable_is_named(world, free_port, monkeypatch):
-    monkeypatch.setenv("FT_REPLICAS", "two")
-    assert "FT_REPLICAS = 'two'" in refused(UsageError, world.storage, None, port=free_port)
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "applications: [{import_path: 'serve.app:app', args: {bases: [{base: x, gpus: two}]}}]",
+            ["bases.0.gpus", "two"],
+        ),
+        ("applications: [{import_path: 'serve.app:app', args: {nonsense: 1}}]", ["nonsense"]),
+        ("applications: [{import_path: 'other:app'}]", ["serve.app:app"]),
+        ("applications: [", ["is not YAML"]),
+        ("just text", ["serve/config.yaml"]),
+        (None, ["cannot be read"]),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named_with_its_setting(tmp_path, text, parts):
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        run_config(file)
+    assert all(part in str(error.value) for part in [str(file), *parts])
+
+
+def test_the_shipped_config_is_valid_for_ray_serve_and_for_us():
+    content = yaml.safe_load((PROJECT / "serve/config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(content)
+    settings = ServeSettings.model_validate(schema.applications[0].args)
+    assert [base.engine for base in settings.bases] == ["transformers", "vllm"]
 
 
 def test_an_unreachable_cluster_is_one_line(world, monkeypatch):
