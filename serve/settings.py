@@ -22,8 +22,8 @@ class _Settings(BaseModel):
 class Autoscaling(_Settings):
     """Replicas of a base by the number of its requests. A base without requests for a while can go down to none."""
 
-    min_replicas: int = Field(default=0, ge=0)
-    max_replicas: int = Field(ge=1)
+    min_replicas: int = Field(default=0, ge=0, description="Replicas while nobody asks.")
+    max_replicas: int = Field(ge=1, description="Replicas at most. `autoscaling` takes the place of `replicas`.")
     target_requests: float = Field(default=16, gt=0, description="Requests in progress or waiting for each replica.")
     downscale_delay_seconds: float = Field(default=600, ge=0, description="How long fewer replicas must be enough.")
 
@@ -38,7 +38,9 @@ class BaseSettings(_Settings):
         pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
         description="The base's model name over HTTP. Default: the last part of `base`, lower case.",
     )
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="transformers: CPU and GPU. vllm: GPUs in production, an extra to install."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="What the base computes in; auto is the checkpoint's own."
     )
@@ -49,7 +51,7 @@ class BaseSettings(_Settings):
         default=None, ge=0, description="GPUs of one node for each replica. Default: 1 if the cluster has one, else 0."
     )
     cpus: float = Field(default=1, ge=0, description="CPUs that Ray reserves for each replica.")
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1, description="Replicas of the base.")
     autoscaling: Autoscaling | None = Field(default=None, description="Takes the place of `replicas`.")
     max_batch: int = Field(default=64, ge=1, description="Requests that a replica works on at once.")
     max_context: int | None = Field(
