@@ -25,7 +25,7 @@ def create_api(models: ServedModels, backends: Mapping[str, Backend], settings: 
     database = open_database(settings.database) if settings.database else None
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
-    api.include_router(inference_routes(models, backends, settings.limits, database))
+    api.include_router(inference_routes(models, backends, settings, database))
     api.include_router(playground_routes())
     describe(api, "ft_service", version("ft-service"), BODIES)
 

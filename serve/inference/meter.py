@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import aclosing
 
 from starlette.requests import Request
@@ -12,13 +11,13 @@ from serve.inference.replies import Pieces
 from serve.inference.translate import Generation
 from serve.metrics import EndedRequest, Metrics
 
-Now = Callable[[], float]
-
 
 async def measured(
-    pieces: Pieces, generation: Generation, http: Request, metrics: Metrics, now: Now = time.perf_counter
+    pieces: Pieces, generation: Generation, http: Request, metrics: Metrics, *, log_prompts: bool
 ) -> Pieces:
-    """The same pieces; whatever ends them is counted, once."""
+    """The same pieces; whatever ends them is counted, once. Prompts and answers are in the log only if asked for."""
+    now = time.perf_counter
+    answers = [""] * len(generation.requests)
     base = generation.model.base.name
     began = metrics.begin(base)
     first: float | None = None
@@ -29,7 +28,10 @@ async def measured(
             async for piece in pieces:
                 if piece is not None:
                     first = first or now()
-                    generated += len(piece[1].token_ids)
+                    index, chunk = piece
+                    generated += len(chunk.token_ids)
+                    if log_prompts:
+                        answers[index] += chunk.text
                 yield piece
         outcome = "ok"
     except (asyncio.CancelledError, GeneratorExit):
@@ -55,3 +57,6 @@ async def measured(
             generated_tokens=generated,
             first_token=None if first is None else round(first - began, 4),
         )
+        if log_prompts:
+            prompts = [generation.tokens.text(request.prompt_ids) for request in generation.requests]
+            http.state.log.update(prompts=prompts, answers=answers)

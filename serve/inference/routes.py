@@ -44,7 +44,7 @@ from serve.inference.wire import (
     TokenizerInfo,
 )
 from serve.metrics import Metrics
-from serve.settings import Limits
+from serve.settings import ServeSettings
 
 BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -52,10 +52,11 @@ Result = TypeVar("Result")
 
 
 def inference_routes(
-    models: ServedModels, backends: Mapping[str, Backend], limits: Limits, database: Engine | None
+    models: ServedModels, backends: Mapping[str, Backend], settings: ServeSettings, database: Engine | None
 ) -> APIRouter:
     """The routes over the engines of each base, by the base's name. `database` keeps the audit log."""
     api = APIRouter()
+    limits = settings.limits
     metrics = Metrics()
     translate = Translator(models, limits)
 
@@ -104,7 +105,7 @@ def inference_routes(
 
     async def respond(http: Request, generation: Generation, request: GenerationParameters, shape: Shape) -> Response:
         pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits)
-        pieces = measured(pieces, generation, http, metrics)
+        pieces = measured(pieces, generation, http, metrics, log_prompts=settings.log_prompts)
         headers = generation.model.headers
         if not request.stream:
             reply = await whole_reply(generation, pieces, shape)

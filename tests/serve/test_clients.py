@@ -29,7 +29,8 @@ streamed = list(client.chat.completions.create(
     messages=chat, max_tokens=3, stream=True, stream_options={"include_usage": True}, **asked))
 as_json = client.chat.completions.create(messages=chat, max_tokens=60, response_format={
     "type": "json_schema", "json_schema": {"name": "x", "schema": {
-        "type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}}}, **asked)
+        "type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+        "additionalProperties": False}}}, **asked)
 tools = [{"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"up": {"type": "boolean"}}, "required": ["up"], "additionalProperties": False}}}]
 called = client.chat.completions.create(messages=chat, max_tokens=60, tools=tools, tool_choice="required", **asked)

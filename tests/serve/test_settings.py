@@ -40,9 +40,10 @@ def test_the_page_lists_every_setting_with_default_and_meaning():
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     expected = f"{before}{START}{table}{END}{after}"
-    if page != expected and __name__ == "__main__":
+    if __name__ == "__main__":
         PAGE.write_text(expected, encoding="utf-8")
-    assert page == expected, f"run: python -m {__name__ if __name__ != '__main__' else 'tests.serve.test_settings'}"
+    else:
+        assert page == expected, "run: python -m tests.serve.test_settings"
 
 
 def test_every_setting_has_a_meaning():

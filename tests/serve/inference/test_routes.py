@@ -347,7 +347,7 @@ def _without_chat_tokens() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0")), unk_token="t0")
 
 
-@pytest.mark.parametrize(("path", "status"), [("/v1/nothing", 404), ("/", 404), ("/v1/chat/completions", 405)])
+@pytest.mark.parametrize(("path", "status"), [("/v1/nothing", 404), ("/v1/chat/completions", 405)])
 def test_routing_errors_have_openais_shape(call, path, status):
     response = call(ScriptedEngine(), path)
     assert response.status_code == status
@@ -642,6 +642,18 @@ def test_the_openapi_page_has_a_schema_for_every_body(call):
         schema = page["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": f"#/components/schemas/{kind}"}
         assert "temperature" in page["components"]["schemas"][kind]["properties"]
+
+
+def test_prompts_answers_and_keys_are_in_the_log_only_if_asked_for(call, caplog):
+    headers = {"authorization": "Bearer s3cret", "x-request-id": "abc-1"}
+    body = {"model": "tiny", "prompt": "hello world"}
+    with caplog.at_level("INFO"):
+        call(ScriptedEngine(*HELLO), "/v1/completions", body, api_key="s3cret", headers=headers)
+    assert "request=abc-1" in caplog.text and "generated_tokens=4" in caplog.text
+    assert "hello" not in caplog.text and "Hello" not in caplog.text and "s3cret" not in caplog.text
+    with caplog.at_level("INFO"):
+        call(ScriptedEngine(*HELLO), "/v1/completions", body, api_key="s3cret", headers=headers, log_prompts=True)
+    assert "hello world" in caplog.text and "Hello" in caplog.text and "s3cret" not in caplog.text
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------
