@@ -1,6 +1,6 @@
-"""What the parts of the batched engine hand to each other: adapters, rows of logits, tokens, the layout of one step.
+"""What the parts of the batched engine hand to each other: adapters, rows of logits, tokens.
 
-Legend: N tokens of a step, D of them from decoding sequences (the first ones), L rows of logits, V vocabulary.
+Legend: L rows of logits, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -107,30 +107,3 @@ class BatchedLora(Protocol):
         runs have different adapters. Called before every forward pass, often with the same arguments.
         """
         ...
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """A piece of one prompt, whose keys and values are new in this step."""
-
-    first_row: int
-    """Its first token in the flattened batch."""
-    num_tokens: int
-    context_length: int
-    """Tokens of the sequence after this step: the last of the chunk attends to so many, itself included."""
-    blocks: torch.Tensor
-    """int64 [blocks of the sequence that hold context], in order."""
-
-
-@dataclass(frozen=True)
-class StepLayout:
-    """Where the tokens of a step belong, for the attention of every layer. Rows 0 to D - 1 decode one token each."""
-
-    slots_N: torch.Tensor
-    """int64: where each token's key and value go, block * block_size + offset."""
-    num_decode: int
-    decode_blocks: torch.Tensor
-    """int64 [D, longest context in blocks]; unused entries are 0."""
-    decode_mask: torch.Tensor | None
-    """What is added to attention scores, [D, 1, 1, longest context in slots]: 0 or -inf. None if nothing is hidden."""
-    chunks: tuple[PrefillChunk, ...] = ()
