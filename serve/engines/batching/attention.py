@@ -30,8 +30,8 @@ class DecodeGroup:
 
     rows: slice | torch.Tensor
     """Their rows in the flattened batch, int64 [D] if they are not neighbours."""
-    blocks: torch.Tensor
-    """int64 [D * blocks of the longest context]; unused entries are 0."""
+    panels: torch.Tensor
+    """int64 [D * K * blocks of the longest context]: see `KeyValueStore`; unused entries are block 0."""
     hidden: torch.Tensor
     """What is added to attention scores, [D, 1, 1, C]: 0, or -inf for slots without context."""
 
@@ -43,8 +43,8 @@ class PrefillChunk:
     rows: slice
     context_length: int
     """The last token of the chunk attends to so many, itself included."""
-    blocks: torch.Tensor
-    """int64 [blocks of the context]."""
+    panels: torch.Tensor
+    """int64 [K * blocks of the context]"""
     hidden: torch.Tensor | None
     """As in `DecodeGroup`, [tokens, context]; None if the chunk is the start of its sequence."""
 
@@ -67,8 +67,8 @@ class VarlenRows:
 class StepLayout:
     """Where the tokens of a step belong. Either `varlen`, or `groups` and `chunks`, cover all of its rows."""
 
-    slots_N: torch.Tensor
-    """int64: where each token's key and value go, block * block size + offset."""
+    slots: torch.Tensor
+    """int64 [N] or [N * K]: where each token's key and value go, see `KeyValueStore`."""
     groups: tuple[DecodeGroup, ...] = ()
     chunks: tuple[PrefillChunk, ...] = ()
     varlen: VarlenRows | None = None
@@ -76,7 +76,7 @@ class StepLayout:
 
     def on(self, device: torch.device) -> "StepLayout":
         """This layout on a layer's device; copied once for each device."""
-        if self.slots_N.device == device:
+        if self.slots.device == device:
             return self
         if device not in self._copies:
             self._copies[device] = _moved(replace(self, _copies={}), device)
@@ -85,6 +85,10 @@ class StepLayout:
 
 class KeyValueStore:
     """Keys and values of every layer in blocks, each layer's on its own device.
+
+    If a kernel reads the `pages`, they are [blocks, block size, K, E], as it wants them. Otherwise they are
+    [blocks, K, block size, E]: rows are gathered by panels, a panel being one head's part of one block, into
+    [D, K, C, E], which matrix products take without another copy.
 
     Trap: content that is masked still takes part in the weighted sum, with weight 0. So everything here must be finite:
     it starts as zeros, and `clear` overwrites what may not be finite before another sequence gets the block.
@@ -95,11 +99,12 @@ class KeyValueStore:
     ) -> None:
         """`devices` has one entry per layer; a block has room for `block_size` tokens."""
         heads, width = _heads_and_width(config)
-        shape = (num_blocks, block_size, heads, width)
         self.block_size = block_size
         self.dtype = dtype
         self.pages = devices[0].type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         """Whether a kernel reads the pages; otherwise they are gathered."""
+        self._num_heads = heads
+        shape = (num_blocks, block_size, heads, width) if self.pages else (num_blocks, heads, block_size, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
 
@@ -107,9 +112,13 @@ class KeyValueStore:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def write(self, layer: int, slots_N: torch.Tensor, key_KNE: torch.Tensor, value_KNE: torch.Tensor) -> None:
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots_N, key_KNE.transpose(0, 1))
-        self.values[layer].flatten(0, 1).index_copy_(0, slots_N, value_KNE.transpose(0, 1))
+    def write(self, layer: int, slots: torch.Tensor, key_KNE: torch.Tensor, value_KNE: torch.Tensor) -> None:
+        for pool, new in ((self.keys[layer], key_KNE), (self.values[layer], value_KNE)):
+            new_NKE = new.transpose(0, 1)
+            if self.pages:
+                pool.flatten(0, 1).index_copy_(0, slots, new_NKE)
+            else:
+                pool.flatten(0, 2).index_copy_(0, slots, new_NKE.flatten(0, 1))
 
     def clear(self, blocks: Rows[int]) -> None:
         for tensor in (*self.keys, *self.values):
@@ -120,6 +129,7 @@ class KeyValueStore:
         slots = torch.tensor(self._slots(pieces))
         if self.pages:
             return StepLayout(slots, varlen=self._varlen(pieces)).on(device)
+        slots = (slots.unsqueeze(1) + torch.arange(self._num_heads) * self.block_size).flatten()
         num_decoding = sum(piece.num_tokens == 1 for piece in pieces)
         groups = tuple(self._group(pieces, rows) for rows in _similar(self._context_blocks(pieces[:num_decoding])))
         chunks = []
@@ -130,9 +140,11 @@ class KeyValueStore:
         return StepLayout(slots, groups, tuple(chunks)).on(device)
 
     def _slots(self, pieces: Rows[Piece[Any]]) -> list[int]:
+        """Of the first head."""
         size = self.block_size
+        block_slots = size if self.pages else size * self._num_heads
         return [
-            piece.sequence.blocks[token // size] * size + token % size
+            piece.sequence.blocks[token // size] * block_slots + token % size
             for piece in pieces
             for token in range(piece.start, piece.end)
         ]
@@ -149,14 +161,18 @@ class KeyValueStore:
 
     def _group(self, pieces: Rows[Piece[Any]], rows: list[int]) -> DecodeGroup:
         members = [pieces[row] for row in rows]
-        table = self._block_table(members, np.int64)
+        table = torch.from_numpy(self._block_table(members, np.int64))
         lengths = torch.tensor([piece.end for piece in members]).view(-1, 1, 1, 1)
         slots = torch.arange(table.shape[1] * self.block_size)
         hidden = torch.zeros(len(members), 1, 1, len(slots), dtype=self.dtype)
         hidden.masked_fill_(slots >= lengths, float("-inf"))
         are_neighbours = rows[-1] - rows[0] == len(rows) - 1
         place = slice(rows[0], rows[-1] + 1) if are_neighbours else torch.tensor(rows)
-        return DecodeGroup(place, torch.from_numpy(table.reshape(-1)), hidden)
+        return DecodeGroup(place, self._panels(table), hidden)
+
+    def _panels(self, blocks: torch.Tensor) -> torch.Tensor:
+        """[..., blocks] -> [... * K * blocks]"""
+        return (blocks.unsqueeze(-2) * self._num_heads + torch.arange(self._num_heads).unsqueeze(1)).flatten()
 
     def _chunk(self, piece: Piece[Any], row: int) -> PrefillChunk:
         hidden = None
@@ -166,7 +182,7 @@ class KeyValueStore:
             hidden = torch.zeros(piece.num_tokens, piece.end, dtype=self.dtype)
             hidden.masked_fill_(context > own, float("-inf"))
         blocks = torch.tensor(piece.sequence.blocks[: -(-piece.end // self.block_size)])
-        return PrefillChunk(slice(row, row + piece.num_tokens), piece.end, blocks, hidden)
+        return PrefillChunk(slice(row, row + piece.num_tokens), piece.end, self._panels(blocks), hidden)
 
     def _varlen(self, pieces: Rows[Piece[Any]]) -> VarlenRows:
         counts = [piece.num_tokens for piece in pieces]
@@ -195,7 +211,7 @@ def paged_attention(
     *,
     layout: StepLayout,
     store: KeyValueStore,
-    scaling: float | None = None,
+    scaling: float,
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
@@ -207,7 +223,7 @@ def paged_attention(
         raise ValueError("paged attention takes neither a mask nor dropout")
     layer: int = module.layer_idx  # type: ignore[assignment]
     layout = layout.on(query.device)
-    store.write(layer, layout.slots_N, key[0], value[0])
+    store.write(layer, layout.slots, key[0], value[0])
     query_NHE = query[0].transpose(0, 1)
     keys = store.keys[layer]
     values = store.values[layer]
@@ -233,28 +249,35 @@ def register_paged_attention() -> None:
 
 
 def _decode(
-    query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup, scaling: float | None
+    query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup, scaling: float
 ) -> torch.Tensor:
     """[D, H, E]. The query heads that share a key/value head are one batch of queries: nothing is repeated."""
     query_DHE = query_NHE[group.rows]
     num_rows = len(query_DHE)
-    heads, width = keys.shape[-2:]
-    key_DKCE = keys.index_select(0, group.blocks).view(num_rows, -1, heads, width).transpose(1, 2)
-    value_DKCE = values.index_select(0, group.blocks).view(num_rows, -1, heads, width).transpose(1, 2)
+    heads = keys.shape[1]
+    width = keys.shape[-1]
+    key_DKCE = keys.flatten(0, 1).index_select(0, group.panels).view(num_rows, heads, -1, width)
+    value_DKCE = values.flatten(0, 1).index_select(0, group.panels).view(num_rows, heads, -1, width)
     query_DKGE = query_DHE.reshape(num_rows, heads, -1, width)
-    out = F.scaled_dot_product_attention(query_DKGE, key_DKCE, value_DKCE, attn_mask=group.hidden, scale=scaling)
+    if query_NHE.dtype == torch.float32:  # twice as fast on a CPU as the fused kernel, and as exact
+        scores_DKGC = torch.matmul(query_DKGE, key_DKCE.transpose(2, 3)).mul_(scaling).add_(group.hidden)
+        out = torch.matmul(scores_DKGC.softmax(-1), value_DKCE)
+    else:
+        out = F.scaled_dot_product_attention(query_DKGE, key_DKCE, value_DKCE, attn_mask=group.hidden, scale=scaling)
     return out.reshape(query_DHE.shape)
 
 
 def _prefill(
-    query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: PrefillChunk, scaling: float | None
+    query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: PrefillChunk, scaling: float
 ) -> torch.Tensor:
     """[tokens of the chunk, H, E]"""
     query_1HTE = query_NHE[chunk.rows].transpose(0, 1).unsqueeze(0)
     key_1KCE, value_1KCE = (
-        pages.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context_length].transpose(0, 1).unsqueeze(0)
-        for pages in (keys, values)
+        pool.flatten(0, 1).index_select(0, chunk.panels).view(1, pool.shape[1], -1, pool.shape[-1])
+        for pool in (keys, values)
     )
+    key_1KCE = key_1KCE[:, :, : chunk.context_length]
+    value_1KCE = value_1KCE[:, :, : chunk.context_length]
     out = F.scaled_dot_product_attention(
         query_1HTE,
         key_1KCE,
@@ -268,7 +291,7 @@ def _prefill(
 
 
 def _attend_pages(
-    query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: VarlenRows, scaling: float | None
+    query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: VarlenRows, scaling: float
 ) -> torch.Tensor:
     out = varlen_attn(
         query_NHE.contiguous(),
