@@ -1,194 +1,312 @@
-"""An engine on transformers and peft: one base, many adapters, one answer at a time."""
+"""An engine on transformers: continuous batching of requests for one base and for any of its adapters.
+
+A thread owns the model (`serve.engines.batching.loop`). Event loops only wait for tokens and turn them into text.
+"""
 
 import asyncio
+import logging
 import threading
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModelForCausalLM
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ft_service.errors import ServingError
-from ft_service.model.base import load_tokenizer
-from ft_service.registry.registry import AdapterRecord, Registry
-from serve.engines.engine import GenerationChunk, GenerationRequest
-from serve.engines.text_stream import TextStream
+from ft_service.errors import FtError, ServingError
+from ft_service.model.base import fingerprint, load_tokenizer, read_config
+from ft_service.registry.registry import Registry
+from serve.engines.batching.adapters import AdapterStore
+from serve.engines.batching.attention import KeyValueStore, bytes_per_block
+from serve.engines.batching.cache import BlockPool
+from serve.engines.batching.forward import Forward
+from serve.engines.batching.grammar import Grammars
+from serve.engines.batching.loop import Answer, Event, ModelLoop
+from serve.engines.batching.lora_layers import install_lora_layers
+from serve.engines.batching.scheduler import Scheduler
+from serve.engines.batching.step import Grammar, ScoredToken
+from serve.engines.engine import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    RefusedRequestError,
+    TokenLogprob,
+)
+from serve.engines.text_stream import TextStream, TokenBytes
+from serve.settings import BaseSettings
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_LOADED_ADAPTERS = 32
-# Initialisations that change the base weights when the adapter is loaded, and so the answers of all other models.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_GREEDY_BELOW_TEMPERATURE = 1e-5
+GIB = 2**30
+CPU_CACHE_GIB = 1.0
+"""Keys and values of a replica on a CPU, unless `cache_gib` says otherwise."""
+_CACHE_SHARE = 0.85
+"""Of the GPU memory that weights and adapters leave; the rest is for activations and logits."""
+_SCORED_LOGITS_BYTES = 256 * 2**20
+"""Most fp32 logits of prompt tokens in a step."""
+_SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """Sizes that suit a kind of device."""
+
+    block_size: int
+    """Tokens of a block of keys and values. FlashAttention 2 reads pages of multiples of 256 only."""
+    tokens_per_step: int
+    """A long prompt delays others by the time that so many tokens take."""
+
+
+CPU_LIMITS = StepLimits(block_size=16, tokens_per_step=128)
+GPU_LIMITS = StepLimits(block_size=256, tokens_per_step=512)
 
 
 class TransformersEngine:
-    """Decodes with a KV cache, in the checkpoint's dtype, on the GPUs of this process or on the CPU.
+    """One base on the GPUs of this process, or on the CPU, with all its adapters. See `serve.engines.engine.Engine`."""
 
-    The active adapter is global state of a peft model. So one thread owns the model: it loads adapters, activates one,
-    and decodes a whole answer before it takes the next request. The event loop never waits for it.
-    """
+    def __init__(
+        self, folder: Path, registry: Registry, settings: BaseSettings, limits: StepLimits | None = None
+    ) -> None:
+        model = _load_model(folder, settings)
+        devices = [layer.self_attn.q_proj.weight.device for layer in model.model.layers]
+        limits = limits or (CPU_LIMITS if devices[0].type == "cpu" else GPU_LIMITS)
+        tokenizer = load_tokenizer(folder)
+        self.info = _info(model, folder, settings)
+        self._tokenizer = tokenizer
+        self._token_bytes = TokenBytes.of(tokenizer)
+        # Its own tokenizer: llguidance's wrapper may switch settings of the one it gets.
+        self._make_grammars = partial(_grammars, folder, self.info.vocab_size)
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
 
-    def __init__(self, folder: Path, registry: Registry, max_loaded_adapters: int = MAX_LOADED_ADAPTERS) -> None:
-        self.tokenizer = load_tokenizer(folder)
-        self._llama = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map="auto" if torch.cuda.is_available() else None,
-            local_files_only=True,
-            use_safetensors=True,
-        ).eval()
-        self.context_length: int = self._llama.config.max_position_embeddings
-        self.end_ids = _end_ids(self._llama)
-        self._registry = registry
-        self._max_loaded_adapters = max_loaded_adapters
-        self._peft: PeftModelForCausalLM | None = None
-        self._loaded: OrderedDict[str, None] = OrderedDict()
-        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        adapter_bytes = int(settings.adapter_gib * GIB)
+        lora = install_lora_layers(model)
+        self._adapters = AdapterStore(registry, lora, self.info.base_fingerprint, adapter_bytes, pinned=settings.pinned)
+        self._load_pinned(registry, settings.pinned)
+
+        block_bytes = bytes_per_block(model.config, model.dtype, limits.block_size)
+        num_blocks = int(_cache_bytes(settings, devices, adapter_bytes) // block_bytes)
+        if num_blocks < 1:
+            raise ServingError(
+                f"cache_gib = {settings.cache_gib}: {limits.block_size} tokens need {block_bytes:,} bytes. Raise it."
+            )
+        store = KeyValueStore(devices, model.config, model.dtype, num_blocks, limits.block_size)
+        scheduler: Scheduler[Answer] = Scheduler(
+            BlockPool(num_blocks),
+            limits.block_size,
+            settings.max_batch,
+            limits.tokens_per_step,
+            max(_SCORED_LOGITS_BYTES // (4 * self.info.vocab_size), 1),
+        )
+        self._most_tokens = scheduler.max_tokens
+        self._num_preparing = 0
+        self._loop = ModelLoop(scheduler, store, Forward(model, store, lora), self._adapters)
+        self._loop.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """See `serve.engines.engine.Engine.generate`."""
-        loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[GenerationChunk | None] = asyncio.Queue()
-        cancelled = threading.Event()
-
-        def answer() -> None:
-            try:
-                if cancelled.is_set():
-                    return
-                with self._with_adapter(request.adapter), torch.inference_mode():
-                    for chunk in self._decode(request):
-                        if cancelled.is_set():
-                            return
-                        loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-            finally:
-                loop.call_soon_threadsafe(chunks.put_nowait, None)
-
-        decoding = loop.run_in_executor(self._model_thread, answer)
+        self._check(request)
+        answer = await self._prepare(request)
+        text = _AnswerText(request, self._tokenizer, self._token_bytes)
+        self._loop.begin(answer)
         try:
-            while (chunk := await chunks.get()) is not None:
-                yield chunk
-            await decoding
+            while text.finish_reason is None:
+                events = await answer.take()
+                chunk = text.chunk(events)
+                error = next((event.error for event in events if event.error), None)
+                if error is None or chunk.token_ids:
+                    yield chunk
+                if error is not None and text.finish_reason is None:
+                    raise error
         finally:
-            cancelled.set()
-            decoding.cancel()
+            self._loop.cancel(answer)
 
-    def _decode(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
-        device = self._llama.device
-        text = TextStream(self.tokenizer, request.stop)
-        sampler = _Sampler(request, device)
-        cache = DynamicCache(config=self._llama.config)
-        input_ids = torch.tensor([request.prompt_ids], device=device)
-        for num_tokens in range(1, request.max_tokens + 1):
-            output = self._llama(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token_id = sampler.choose(output.logits[0, -1])
-            if token_id in request.end_ids:
-                yield GenerationChunk(text.finish(), 1, "stop")
-                return
-            piece = text.push(token_id)
-            if text.stopped:
-                yield GenerationChunk(piece, 1, "stop")
-                return
-            if num_tokens == request.max_tokens:
-                yield GenerationChunk(piece + text.finish(), 1, "length")
-                return
-            yield GenerationChunk(piece, 1)
-            input_ids = torch.tensor([[token_id]], device=device)
+    async def unload(self, adapter_digest: str) -> None:
+        """See `serve.engines.engine.Engine.unload`."""
+        self._adapters.unload(adapter_digest)
 
-    # -- adapters --------------------------------------------------------------------------------------------------
+    def stats(self) -> EngineStats:
+        """See `serve.engines.engine.Engine.stats`."""
+        scheduler = self._loop.scheduler
+        adapters = self._adapters.stats()
+        counters = {
+            **self._loop.counters,
+            "preemptions": scheduler.num_preemptions,
+            "adapter_loads": adapters.loads,
+            "adapter_load_seconds": adapters.load_seconds,
+        }
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + self._num_preparing,
+            cache_used=scheduler.pool.num_used / scheduler.pool.num_blocks,
+            loaded_adapters=adapters.loaded,
+            adapter_bytes=adapters.bytes,
+            counters=counters,
+        )
 
-    @contextmanager
-    def _with_adapter(self, adapter: AdapterRecord | None) -> Iterator[None]:
-        if adapter is not None:
-            self._activate(adapter)
-            yield
-        elif self._peft is not None:
-            with self._peft.disable_adapter():
-                yield
-        else:
-            yield
+    async def close(self) -> None:
+        """See `serve.engines.engine.Engine.close`."""
+        await asyncio.to_thread(self._loop.stop)
+        await asyncio.to_thread(self._adapters.close)
 
-    def _activate(self, adapter: AdapterRecord) -> None:
-        if adapter.digest not in self._loaded:
-            self._check_files(adapter)
-            self._attach(adapter)
-        self._loaded[adapter.digest] = None
-        self._loaded.move_to_end(adapter.digest)
-        assert self._peft is not None
-        self._peft.set_adapter(adapter.digest, inference_mode=True)
-        if len(self._loaded) > self._max_loaded_adapters:
-            least_recently_used, _ = self._loaded.popitem(last=False)
-            self._detach(least_recently_used)
-
-    def _check_files(self, adapter: AdapterRecord) -> None:
-        damaged = self._registry.damaged_files(adapter)
-        if WEIGHTS_FILE not in adapter.files:  # peft would fall back to a pickle file
-            damaged.append(WEIGHTS_FILE)
-        if damaged:
-            raise ServingError(
-                f"adapter = {adapter.id!r}: {', '.join(damaged)} missing or changed since "
-                f"publishing (in {self._registry.folder(adapter)}). Restore the files, or publish the run again."
+    def _check(self, request: GenerationRequest) -> None:
+        """What one request gets wrong must not fail a step that others share."""
+        num_tokens = len(request.prompt_ids) + request.max_tokens
+        vocab_size = self.info.vocab_size
+        if not request.prompt_ids:
+            raise RefusedRequestError("prompt: has no tokens.", "prompt")
+        if num_tokens > self.info.context_length:
+            message = f"{num_tokens} tokens of prompt and answer; this model takes {self.info.context_length}."
+            raise RefusedRequestError(message, "max_tokens")
+        if num_tokens > self._most_tokens:
+            message = (
+                f"{num_tokens} tokens of prompt and answer; the cache of this server has room for "
+                f"{self._most_tokens}. Ask for fewer, or raise cache_gib."
             )
+            raise RefusedRequestError(message, "max_tokens")
+        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
+            raise RefusedRequestError(f"prompt: token ids go from 0 to {vocab_size - 1}.", "prompt")
+        if any(not 0 <= token_id < vocab_size for token_id in request.sampling.logit_bias):
+            raise RefusedRequestError(f"logit_bias: token ids go from 0 to {vocab_size - 1}.", "logit_bias")
 
-    def _attach(self, adapter: AdapterRecord) -> None:
-        folder = str(self._registry.folder(adapter))
-        config = PeftConfig.from_pretrained(folder)
-        initialisation = str(getattr(config, "init_lora_weights", None))
-        if not isinstance(config, LoraConfig) or initialisation.startswith(CHANGES_BASE):
-            raise ServingError(
-                f"adapter = {adapter.id!r}: changes its base when loaded (peft_type {config.peft_type}, "
-                f"init_lora_weights {initialisation}). Convert it to plain LoRA and publish that."
-            )
-        config.inference_mode = True
+    async def _prepare(self, request: GenerationRequest) -> "Answer":
+        """Load what the request needs, off the model thread."""
+        self._num_preparing += 1
         try:
-            if self._peft is None:
-                self._peft = PeftModelForCausalLM(self._llama, config, adapter_name=adapter.digest)
-            loaded = self._peft.load_adapter(folder, adapter_name=adapter.digest)
-            mismatched = [*loaded.missing_keys, *loaded.unexpected_keys]
-        except (ValueError, RuntimeError) as error:
-            mismatched = [" ".join(str(error).split())]
-        if mismatched:  # peft only warns, and the base would answer instead
-            self._detach(adapter.digest)
-            raise ServingError(
-                f"adapter = {adapter.id!r}: does not fit the base ({len(mismatched)} mismatches: {mismatched[0]}). "
-                f"It was trained on {adapter.base.id}; serve it on that base."
-            )
+            grammar = None
+            if request.json_schema is not None:
+                grammar = await asyncio.to_thread(self._grammar, request.json_schema, request.end_ids)
+            adapter = await self._adapters.acquire_async(request.adapter) if request.adapter else None
+        finally:
+            self._num_preparing -= 1
+        return Answer.of(request, adapter, grammar)
 
-    def _detach(self, name: str) -> None:
-        if self._peft is None or name not in self._peft.peft_config:
-            return
-        if len(self._peft.peft_config) == 1:  # peft cannot disable adapters on a model that has none
-            self._llama = self._peft.unload()
-            self._peft = None
-        else:
-            self._peft.delete_adapter(name)
+    def _grammar(self, schema: str, end_ids: frozenset[int]) -> Grammar:
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = self._make_grammars()
+        return self._grammars.json(schema, [token_id for token_id in end_ids if token_id < self.info.vocab_size])
 
-
-class _Sampler:
-    """Chooses the next token: the most likely at temperature 0, else a random one of the nucleus of mass `top_p`."""
-
-    def __init__(self, request: GenerationRequest, device: torch.device) -> None:
-        self._temperature = request.temperature
-        self._top_p = request.top_p
-        self._generator = torch.Generator(device)
-        if request.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(request.seed)
-
-    def choose(self, logits_V: torch.Tensor) -> int:
-        logits_V = logits_V.float()
-        if self._temperature < _GREEDY_BELOW_TEMPERATURE:
-            return int(logits_V.argmax())
-        probabilities_V, order_V = (logits_V / self._temperature).softmax(-1).sort(descending=True)
-        mass_before_V = probabilities_V.cumsum(-1) - probabilities_V
-        probabilities_V[mass_before_V > self._top_p] = 0
-        return int(order_V[torch.multinomial(probabilities_V, 1, generator=self._generator)])
+    def _load_pinned(self, registry: Registry, adapter_ids: Iterable[str]) -> None:
+        for adapter_id in adapter_ids:
+            try:
+                self._adapters.release(self._adapters.acquire(registry.resolve(adapter_id)))
+            except FtError as error:  # the other models are served
+                logger.error("pinned adapter %s is not loaded: %s", adapter_id, error)
 
 
-def _end_ids(model: LlamaForCausalLM) -> frozenset[int]:
+class _AnswerText:
+    """Turns tokens into text, up to a stop string."""
+
+    def __init__(self, request: GenerationRequest, tokenizer: Any, token_bytes: TokenBytes) -> None:
+        self.finish_reason: FinishReason | None = None
+        self._request = request
+        self._token_bytes = token_bytes
+        self._text = TextStream(tokenizer, request.stop)
+
+    def chunk(self, events: Iterable[Event]) -> GenerationChunk:
+        text = ""
+        token_ids = []
+        logprobs = []
+        prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+        cached_tokens = 0
+        for event in events:
+            cached_tokens += event.cached_tokens
+            if event.prompt_scores:
+                prompt_logprobs = (None, *map(self._logprob, event.prompt_scores))
+            if event.token is not None:
+                token_ids.append(event.token.token_id)
+                if event.token.token_id in self._request.end_ids:
+                    text += self._text.finish()
+                    self.finish_reason = "stop"
+                    break
+                text += self._text.push(event.token.token_id)
+                if event.token.scored is not None:
+                    logprobs.append(self._logprob(event.token.scored))
+            if event.finish_reason == "length" and not self._text.stopped:
+                text += self._text.finish()
+                self.finish_reason = "length"
+            if self._text.stopped:
+                self.finish_reason = "stop"
+                break
+        return GenerationChunk(
+            text, tuple(token_ids), self.finish_reason, tuple(logprobs), prompt_logprobs, cached_tokens
+        )
+
+    def _logprob(self, scored: ScoredToken) -> TokenLogprob:
+        name = self._token_bytes.name
+        top = tuple(TokenLogprob(token_id, name(token_id), logprob) for token_id, logprob in scored.top)
+        return TokenLogprob(scored.token_id, name(scored.token_id), scored.logprob, top)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def _load_model(folder: Path, settings: BaseSettings) -> LlamaForCausalLM:
+    dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    options: dict[str, Any] = {}
+    if settings.precision == "nf4" and "quantization_config" not in read_config(folder):
+        options["quantization_config"] = _nf4(folder, settings)
+    model = LlamaForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map="auto" if torch.cuda.is_available() else None,
+        local_files_only=True,
+        use_safetensors=True,
+        **options,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _nf4(folder: Path, settings: BaseSettings) -> Any:
+    """The settings of `ft_service.model.nf4`, with which adapters are trained by QLoRA."""
+    from transformers import BitsAndBytesConfig
+
+    stored = read_config(folder).get("dtype") or read_config(folder).get("torch_dtype") or "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, stored if settings.dtype == "auto" else settings.dtype),
+    )
+
+
+def _info(model: LlamaForCausalLM, folder: Path, settings: BaseSettings) -> EngineInfo:
     ids = model.generation_config.eos_token_id if model.generation_config else None
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
+    dtype = str(model.dtype).removeprefix("torch.")
+    context_length = model.config.max_position_embeddings
+    return EngineInfo(
+        engine=f"transformers {version('transformers')}",
+        base_fingerprint=fingerprint(folder),
+        dtype=dtype,
+        precision="nf4" if getattr(model, "is_quantized", False) else _SHORT_NAMES[dtype],
+        context_length=min(settings.max_context or context_length, context_length),
+        vocab_size=model.config.vocab_size,
+        end_ids=frozenset([ids] if isinstance(ids, int) else ids or []),
+    )
+
+
+def _grammars(folder: Path, vocab_size: int) -> Grammars:
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise RefusedRequestError("response_format: the base's tokenizer cannot be constrained.", "response_format")
+    return Grammars(tokenizer, vocab_size)
+
+
+def _cache_bytes(settings: BaseSettings, devices: Sequence[torch.device], adapter_bytes: int) -> float:
+    """For keys and values. Each GPU holds those of its own layers, so the fullest one decides."""
+    if settings.cache_gib is not None:
+        return settings.cache_gib * GIB
+    if devices[0].type == "cpu":
+        return CPU_CACHE_GIB * GIB
+    per_layer = []
+    for device, num_layers in Counter(devices).items():
+        free, _ = torch.cuda.mem_get_info(device)
+        per_layer.append((free - adapter_bytes * num_layers / len(devices)) * _CACHE_SHARE / num_layers)
+    return min(per_layer) * len(devices)

@@ -11,9 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ft_service.errors import ServingError
+from serve.engines.batching.adapter_weights import LoadedAdapter
 from serve.engines.batching.attention import PAGED_ATTENTION, KeyValueStore, register_paged_attention
+from serve.engines.batching.lora_layers import BatchedLora
 from serve.engines.batching.scheduler import Piece
-from serve.engines.batching.step import BatchedLora, LoadedAdapter
 
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 

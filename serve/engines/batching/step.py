@@ -1,4 +1,4 @@
-"""What the parts of the batched engine hand to each other: adapters, rows of logits, tokens.
+"""What the parts of the batched engine hand to each other: rows of logits and tokens.
 
 Legend: L rows of logits, V vocabulary.
 """
@@ -10,18 +10,6 @@ from typing import Protocol
 import torch
 
 from serve.engines.engine import Sampling
-
-
-class LoadedAdapter(Protocol):
-    """Weights of one adapter on the model's device. A sequence holds it from admission to its end."""
-
-    @property
-    def id(self) -> str:
-        """The published id, for messages."""
-        ...
-
-    @property
-    def digest(self) -> str: ...
 
 
 class Grammar(Protocol):
@@ -91,19 +79,4 @@ class Score(Protocol):
 
     def __call__(self, logits_LV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
         """Row i of the logits scores ``token_ids[i]``. Raises `ServingError` when a logit is not finite."""
-        ...
-
-
-class BatchedLora(Protocol):
-    """`serve.engines.batching.lora_layers.install_lora_layers(model)`: adds each row's own adapter."""
-
-    def set_rows(
-        self, adapters: Sequence[LoadedAdapter | None], token_rows: Sequence[int], logit_rows: Sequence[int]
-    ) -> None:
-        """Say whose the rows of the next forward pass are.
-
-        The flattened batch consists of runs of rows; run i has ``token_rows[i]`` tokens and uses ``adapters[i]``. The
-        head sees only the rows whose logits are needed: ``logit_rows[i]`` of run i, in the same order. Neighbouring
-        runs have different adapters. Called before every forward pass, often with the same arguments.
-        """
         ...

@@ -1,15 +1,17 @@
-"""The engine of transformers and peft answers with exactly the weights that were asked for."""
+"""The engine on transformers answers with exactly the weights that were asked for, whatever else is in its batch."""
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from ft_service.errors import ServingError
 from ft_service.registry.registry import AdapterRecord
-from serve.engines.engine import GenerationChunk, GenerationRequest
-from serve.engines.transformers_engine import TransformersEngine
+from serve.engines.engine import GenerationChunk, GenerationRequest, Sampling
+from serve.engines.transformers_engine import GIB, TransformersEngine
+from serve.settings import BaseSettings
 from tests.serve.serving_world import (
     PROMPT,
     SENTENCE,
@@ -31,23 +33,38 @@ def world(tmp_path_factory) -> World:
 
 
 @pytest.fixture(scope="module")
-def engine(world) -> TransformersEngine:
-    return TransformersEngine(world.base, world.registry)
+def engine(world) -> Iterator[TransformersEngine]:
+    with running_engine(world) as engine:
+        yield engine
 
 
-def ask(engine: TransformersEngine, adapter: AdapterRecord | None = None, **changes) -> list[GenerationChunk]:
+@contextmanager
+def running_engine(world: World, **settings) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(world.base, world.registry, BaseSettings(base=str(world.base), **settings))
+    yield engine
+    asyncio.run(engine.close())
+
+
+def make_request(world: World, adapter: AdapterRecord | None = None, **changes) -> GenerationRequest:
+    sampling = {name: changes.pop(name) for name in ("temperature", "top_p", "seed") if name in changes}
     fields = {
-        "prompt_ids": engine.tokenizer(PROMPT)["input_ids"],
+        "id": "test",
+        "prompt_ids": tuple(world.tokenizer(PROMPT)["input_ids"]),
         "max_tokens": MAX_TOKENS,
-        "end_ids": engine.end_ids,
-        "temperature": 0.0,
+        "end_ids": frozenset([world.tokenizer.eos_token_id]),
+        "sampling": Sampling(**{"temperature": 0.0, **sampling}),
     }
-    request = GenerationRequest(adapter=adapter, **{**fields, **changes})
+    return GenerationRequest(adapter=adapter, **{**fields, **changes})
 
-    async def collect() -> list[GenerationChunk]:
-        return [chunk async for chunk in engine.generate(request)]
 
-    return asyncio.run(collect())
+async def collect(engine: TransformersEngine, request: GenerationRequest) -> list[GenerationChunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def ask(
+    world: World, engine: TransformersEngine, adapter: AdapterRecord | None = None, **changes
+) -> list[GenerationChunk]:
+    return asyncio.run(collect(engine, make_request(world, adapter, **changes)))
 
 
 def text_of(chunks: list[GenerationChunk]) -> str:
@@ -64,47 +81,47 @@ def test_base_and_adapters_in_turn_match_plain_peft(world, engine):
     expected = [stock_text(world, adapter) for adapter in speakers]
     assert len(set(expected)) == 3
     for speaker in (0, 1, 2, 0, 2, 1, 0):
-        assert text_of(ask(engine, speakers[speaker])) == expected[speaker]
+        assert text_of(ask(world, engine, speakers[speaker])) == expected[speaker]
 
 
 def test_the_end_token_ends_the_answer_and_is_counted(world, engine):
-    chunks = ask(engine, max_tokens=500)
+    chunks = ask(world, engine, max_tokens=500)
     stock_ids = world.stock_answer(world.tokenizer(PROMPT)["input_ids"], 500)
     assert text_of(chunks) == SENTENCE
     assert chunks[-1].finish_reason == "stop"
-    assert sum(chunk.num_tokens for chunk in chunks) == len(stock_ids)
+    assert sum(len(chunk.token_ids) for chunk in chunks) == len(stock_ids)
 
 
-def test_an_answer_cut_by_max_tokens_says_so(engine):
-    chunks = ask(engine, max_tokens=5)
-    assert [chunk.finish_reason for chunk in chunks] == [None] * 4 + ["length"]
-    assert sum(chunk.num_tokens for chunk in chunks) == 5
+def test_an_answer_cut_by_max_tokens_says_so(world, engine):
+    chunks = ask(world, engine, max_tokens=5)
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == "length"
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 5
 
 
-def test_a_stop_string_ends_the_answer(engine):
-    chunks = ask(engine, max_tokens=500, stop=("東京",))
+def test_a_stop_string_ends_the_answer(world, engine):
+    chunks = ask(world, engine, max_tokens=500, stop=("東京",))
     assert text_of(chunks) == "日本の首都は"
     assert chunks[-1].finish_reason == "stop"
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_changes_it(engine, world):
     adapter = world.adapters[0]
-    sampled = [text_of(ask(engine, adapter, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    sampled = [text_of(ask(world, engine, adapter, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_the_smallest_top_p_keeps_only_the_likeliest_token(engine, world):
     adapter = world.adapters[0]
-    assert text_of(ask(engine, adapter, temperature=2.0, top_p=0.0)) == text_of(ask(engine, adapter))
+    assert text_of(ask(world, engine, adapter, temperature=2.0, top_p=0.0)) == text_of(ask(world, engine, adapter))
 
 
-def test_a_damaged_adapter_fails_and_others_still_answer(world, tmp_path):
-    engine = TransformersEngine(world.base, world.registry)
+def test_a_damaged_adapter_fails_and_others_still_answer(world, engine, tmp_path):
     broken = publish_adapter(world.registry, world.base, tmp_path / "adapter", seed=3)
     damage(world.registry, broken)
     with pytest.raises(ServingError, match=rf"{broken.id}.*adapter_model\.safetensors.*changed since publishing"):
-        ask(engine, broken)
-    assert text_of(ask(engine)) == SENTENCE[: len(text_of(ask(engine)))]
+        ask(world, engine, broken)
+    assert text_of(ask(world, engine)) == SENTENCE[: len(text_of(ask(world, engine)))]
 
 
 def test_a_pickled_adapter_is_never_loaded(world, engine, tmp_path):
@@ -113,10 +130,9 @@ def test_a_pickled_adapter_is_never_loaded(world, engine, tmp_path):
     (work / "adapter_model.safetensors").rename(work / "adapter_model.bin")
     pickled = world.registry.publish(work, draft_record(world.base, "pickled"), "tiny-llama", "")
     with pytest.raises(ServingError, match=r"adapter_model\.safetensors missing"):
-        ask(engine, pickled)
+        ask(world, engine, pickled)
 
 
-@pytest.mark.parametrize("loaded_before", [False, True])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -127,15 +143,12 @@ def test_a_pickled_adapter_is_never_loaded(world, engine, tmp_path):
         {"init_lora_weights": "pissa"},
     ],
 )
-def test_a_misfit_adapter_fails_without_changing_others(world, tmp_path, changes, loaded_before):
-    engine = TransformersEngine(world.base, world.registry)
-    if loaded_before:
-        ask(engine, world.adapters[0])
+def test_a_misfit_adapter_fails_without_changing_others(world, engine, tmp_path, changes):
     misfit = _publish_with_config(world, tmp_path / "adapter", **changes)
     with pytest.raises(ServingError, match=f"{misfit.id}.*(does not fit|changes its base)"):
-        ask(engine, misfit)
-    assert text_of(ask(engine)) == stock_text(world)
-    assert text_of(ask(engine, world.adapters[0])) == stock_text(world, world.adapters[0])
+        ask(world, engine, misfit)
+    assert text_of(ask(world, engine)) == stock_text(world)
+    assert text_of(ask(world, engine, world.adapters[0])) == stock_text(world, world.adapters[0])
 
 
 def _publish_with_config(world: World, work: Path, **changes: object) -> AdapterRecord:
@@ -145,33 +158,35 @@ def _publish_with_config(world: World, work: Path, **changes: object) -> Adapter
 
 
 def test_the_least_recently_used_adapter_is_dropped_and_reloads(world):
-    engine = TransformersEngine(world.base, world.registry, max_loaded_adapters=1)
     first, second = world.adapters
-    for adapter in (first, second, None, first):
-        assert text_of(ask(engine, adapter)) == stock_text(world, adapter)
+    nbytes = (world.registry.folder(first) / "adapter_model.safetensors").stat().st_size
+    with running_engine(world, adapter_gib=1.5 * nbytes / GIB) as engine:
+        for adapter in (first, second, None, first):
+            assert text_of(ask(world, engine, adapter)) == stock_text(world, adapter)
+            assert len(engine.stats().loaded_adapters) <= 1
+        assert engine.stats().counters["adapter_loads"] == 3
 
 
-def test_closing_an_answer_stops_its_decoding(world, engine, monkeypatch):
-    steps = 0
-    decode = engine._decode
+def test_an_unloaded_adapter_is_loaded_again_when_asked_for(world, engine):
+    adapter = world.adapters[0]
+    before = text_of(ask(world, engine, adapter))
+    asyncio.run(engine.unload(adapter.digest))
+    assert adapter.digest not in engine.stats().loaded_adapters
+    assert text_of(ask(world, engine, adapter)) == before
 
-    def counted(request):
-        nonlocal steps
-        for chunk in decode(request):
-            steps += 1
-            yield chunk
 
-    monkeypatch.setattr(engine, "_decode", counted)
-    request = GenerationRequest(
-        prompt_ids=[5], adapter=world.adapters[0], max_tokens=2000, end_ids=frozenset(), temperature=0.0
-    )
+def test_closing_an_answer_stops_its_decoding_and_frees_its_blocks(world, engine):
+    endless = make_request(world, world.adapters[0], max_tokens=2000, end_ids=frozenset())
 
-    async def leave_early_and_ask_again() -> int:
-        answer = engine.generate(request)
+    async def leave_early_and_ask_again() -> None:
+        answer = engine.generate(endless)
         await anext(answer)
+        assert engine.stats().cache_used > 0
         await answer.aclose()
-        # One thread answers all requests, so the first is over once the second begins.
-        await anext(engine.generate(replace(request, max_tokens=1)))
-        return steps - 1
+        await collect(engine, make_request(world, max_tokens=1))
 
-    assert asyncio.run(leave_early_and_ask_again()) < request.max_tokens
+    generated = engine.stats().counters["generated_tokens"]
+    asyncio.run(leave_early_and_ask_again())
+    assert engine.stats().counters["generated_tokens"] - generated < endless.max_tokens
+    assert engine.stats().running == 0
+    assert engine.stats().cache_used == 0
