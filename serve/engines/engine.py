@@ -61,8 +61,8 @@ class GenerationRequest:
     """Of the HTTP request, for logs."""
     prompt_ids: tuple[int, ...]
     adapter: AdapterRecord | None
-    max_tokens: int
-    """0 only scores the prompt; see `prompt_logprobs`."""
+    max_tokens: int | None
+    """None: as many as context and cache have room for. 0 only scores the prompt; see `prompt_logprobs`."""
     end_ids: frozenset[int]
     """Token ids that end the answer; they are not part of its text."""
     sampling: Sampling = Sampling()
@@ -98,7 +98,7 @@ class GenerationChunk:
     """Tokens generated since the last chunk, an end token included."""
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of `token_ids` without end tokens, where asked for."""
+    """Of `token_ids`, where asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """Of the prompt where asked for, in the first chunk. The first token has nothing before it: None."""
     cached_tokens: int = 0

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -111,6 +111,7 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """See `serve.engines.engine.Engine.generate`."""
+        request = self._with_max_tokens(request)
         self._check(request)
         answer = await self._prepare(request)
         text = _AnswerText(request, self._tokenizer, self._token_bytes)
@@ -155,8 +156,15 @@ class TransformersEngine:
         await asyncio.to_thread(self._loop.stop)
         await asyncio.to_thread(self._adapters.close)
 
+    def _with_max_tokens(self, request: GenerationRequest) -> GenerationRequest:
+        if request.max_tokens is not None:
+            return request
+        room = min(self.info.context_length, self._most_tokens) - len(request.prompt_ids)
+        return replace(request, max_tokens=max(room, 1))
+
     def _check(self, request: GenerationRequest) -> None:
         """What one request gets wrong must not fail a step that others share."""
+        assert request.max_tokens is not None
         num_tokens = len(request.prompt_ids) + request.max_tokens
         vocab_size = self.info.vocab_size
         if not request.prompt_ids:
@@ -222,13 +230,13 @@ class _AnswerText:
                 prompt_logprobs = (None, *map(self._logprob, event.prompt_scores))
             if event.token is not None:
                 token_ids.append(event.token.token_id)
+                if event.token.scored is not None:
+                    logprobs.append(self._logprob(event.token.scored))
                 if event.token.token_id in self._request.end_ids:
                     text += self._text.finish()
                     self.finish_reason = "stop"
                     break
                 text += self._text.push(event.token.token_id)
-                if event.token.scored is not None:
-                    logprobs.append(self._logprob(event.token.scored))
             if event.finish_reason == "length" and not self._text.stopped:
                 text += self._text.finish()
                 self.finish_reason = "length"

@@ -149,6 +149,7 @@ class ChatShape:
     def __init__(self, generation: Generation) -> None:
         self._tools = generation.tools
         self._wants_logprobs = generation.requests[0].logprobs is not None
+        self._end_ids = generation.requests[0].end_ids
         self._held: dict[int, str] = {}
         """Of each choice, the text that may be the start of a call."""
 
@@ -200,6 +201,7 @@ class ChatShape:
             content=[
                 ChatTokenWithTop(**_token(token), top_logprobs=[ChatToken(**_token(other)) for other in token.top])
                 for token in logprobs
+                if token.token_id not in self._end_ids  # as at OpenAI: the end of a turn is no token of the message
             ]
         )
 

@@ -152,7 +152,7 @@ class Translator:
             id=request_id,
             prompt_ids=tuple(prompt_ids),
             adapter=model.adapter,
-            max_tokens=context - len(prompt_ids) if max_tokens is None else max_tokens,
+            max_tokens=max_tokens,
             end_ids=end_ids | model.base.end_ids,
             sampling=_sampling(request),
             stop=request.stop_texts,

@@ -32,7 +32,7 @@ class OneReplica:
 @contextmanager
 def local_server(world: World, max_context: int | None = None, **settings: object) -> Iterator[str]:
     """Its address, which ends in /v1. `settings` are those of the server."""
-    base = BaseSettings(base=str(world.base), max_batch=16, cache_gib=0.25, max_context=max_context)
+    base = BaseSettings(base=str(world.base), dtype="float32", max_batch=16, cache_gib=0.25, max_context=max_context)
     engine = TransformersEngine(world.base, world.registry, base)
     models = ServedModels(world.registry, [load_base(base)])
     api = create_api(models, {base.model_name: OneReplica(engine)}, ServeSettings(storage=world.storage, **settings))

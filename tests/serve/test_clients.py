@@ -150,6 +150,7 @@ def test_lm_eval_measures_over_http_what_it_measures_on_the_weights(world, url, 
             ):
                 assert float(our_logprob) == pytest.approx(float(logprob), abs=1e-3)
                 assert our_greedy == greedy
-        assert [one["filtered_resps"] for one in served["ft_free"]] == [
-            one["filtered_resps"] for one in local["ft_free"]
-        ]
+        # Cut off within a character, transformers gives half of it, and the server none.
+        texts = [one["filtered_resps"] for one in local["ft_free"]]
+        expected = [[text.removesuffix("\N{REPLACEMENT CHARACTER}") for text in one] for one in texts]
+        assert [one["filtered_resps"] for one in served["ft_free"]] == expected

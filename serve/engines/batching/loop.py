@@ -55,6 +55,7 @@ class Answer:
 
     @classmethod
     def of(cls, request: GenerationRequest, adapter: LoadedAdapter | None, grammar: Grammar | None) -> "Answer":
+        assert request.max_tokens is not None
         answer_ids: list[int] = []
         row = SamplingRow(
             sampling=request.sampling,
