@@ -12,7 +12,11 @@ ENGINE_NAMES = ("transformers", "vllm")
 
 
 def _from_env(name: str, description: str) -> Any:
-    return Field(default_factory=lambda: os.environ.get(name) or None, description=f"{description} Default: {name}.")
+    return Field(
+        default_factory=lambda: os.environ.get(name) or None,
+        validate_default=True,
+        description=f"{description} Default: {name}.",
+    )
 
 
 class _Settings(BaseModel):

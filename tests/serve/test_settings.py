@@ -74,6 +74,8 @@ def test_one_base_can_be_named_in_short_and_by_the_environment(monkeypatch):
     assert ServeSettings.model_validate({}).bases[0].model_name == "y"
     assert ServeSettings.model_validate({"bases": [{"base": "a/X"}]}).bases[0].base == "a/X"
     assert ServeSettings().limits == Limits()
+    monkeypatch.setenv("FT_API_KEY", "s3cret")
+    assert ServeSettings().api_key.get_secret_value() == "s3cret" and "s3cret" not in repr(ServeSettings())
 
 
 if __name__ == "__main__":
