@@ -1,4 +1,4 @@
-"""What a GPU holds when it serves: weights, keys and values, adapters. From the base's shape alone; no weights needed."""
+"""What a GPU holds when it serves: weights, keys and values, adapters. Follows from the base's shape alone."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,9 +10,11 @@ GIB = 2**30
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
 _ELEMENT_BYTES: dict[str, float] = {"bf16": 2, "fp16": 2, "fp32": 4}
 _RESERVE_BYTES = 3 * GIB // 4
-"""The CUDA context, loaded kernels and cuBLAS workspaces: the constant of training's plan (`ft_service.plan.memory`)."""
+"""The CUDA context, loaded kernels and cuBLAS workspaces, as in training's plan (`ft_service.plan.memory`)."""
 _USED_FRACTION = 0.97
 """As in training's plan: what a device has is never usable to the last byte."""
+_LOGIT_ROWS = 64
+"""Sequences of a batch: the default of `max_batch`."""
 _STEP_TOKENS = 512
 """Most tokens of one step: `serve.engines.transformers_engine` cuts prompts into such pieces."""
 
@@ -72,7 +74,7 @@ def plan_serving(
     )
     gpu_bytes = int(gpu_gib * GIB)
     adapters = int(adapter_gib * GIB / gpus)
-    reserve = _RESERVE_BYTES + int(step)
+    reserve = _RESERVE_BYTES + step
     share = -(-weights // gpus)
     return ServingPlan(
         gpus=gpus,
