@@ -101,7 +101,7 @@ class KeyValueStore:
         heads, width = _heads_and_width(config)
         self.block_size = block_size
         self.dtype = dtype
-        self.pages = devices[0].type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        self.pages = reads_pages(devices[0], dtype)
         """Whether a kernel reads the pages; otherwise they are gathered."""
         self._num_heads = heads
         shape = (num_blocks, block_size, heads, width) if self.pages else (num_blocks, heads, block_size, width)
@@ -200,6 +200,11 @@ def bytes_per_block(config: LlamaConfig, dtype: torch.dtype, block_size: int) ->
     """Of keys and values of all layers."""
     heads, width = _heads_and_width(config)
     return 2 * config.num_hidden_layers * block_size * heads * width * dtype.itemsize
+
+
+def reads_pages(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel that attends to keys and values in pages."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def paged_attention(
