@@ -103,27 +103,40 @@ def test_a_block_takes_the_bytes_that_the_bound_counts():
 
 def fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options) -> torch.Tensor:
     """What the CUDA kernel computes, from the arguments that torch's documentation asks for."""
-    assert query.is_contiguous() and query.dim() == 3 and key.dim() == 4
-    assert options["window_size"] == (-1, 0) and options["enable_gqa"] and cu_seq_k is None
-    lengths = options["seqused_k"]
+    assert query.is_contiguous() and query.dim() == 3
+    assert options["window_size"] == (-1, 0) and options["enable_gqa"]
     table = options["block_table"]
-    assert {cu_seq_q.dtype, lengths.dtype, table.dtype} == {torch.int32}
-    assert len(cu_seq_q) == len(lengths) + 1 == len(table) + 1
+    lengths = cu_seq_k.diff() if table is None else options["seqused_k"]
+    assert {cu_seq_q.dtype, lengths.dtype} == {torch.int32}
+    assert len(cu_seq_q) == len(lengths) + 1
     assert max_q == int(cu_seq_q.diff().max()) and max_k == int(lengths.max())
-    assert table.shape[1] * key.shape[1] >= max_k
+    if table is None:
+        assert options["seqused_k"] is None and key.dim() == 3 and len(key) == cu_seq_k[-1]
+    else:
+        assert cu_seq_k is None and table.dtype == torch.int32 and key.dim() == 4
+        assert table.shape[1] * key.shape[1] >= max_k
     outs = []
     for index, length in enumerate(lengths.tolist()):
         q = query[cu_seq_q[index] : cu_seq_q[index + 1]].transpose(0, 1)
-        k, v = (pages[table[index].long()].flatten(0, 1)[:length].transpose(0, 1) for pages in (key, value))
+        k, v = (
+            (
+                pages[table[index].long()].flatten(0, 1)[:length]
+                if table is not None
+                else pages[cu_seq_k[index] :][:length]
+            ).transpose(0, 1)
+            for pages in (key, value)
+        )
         hidden = torch.ones(q.shape[1], length).tril(length - q.shape[1]).log()
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=options["scale"], enable_gqa=True)
         outs.append(out.transpose(0, 1))
     return torch.cat(outs)
 
 
-def test_the_gpu_kernel_gets_pages_and_tables_as_its_documentation_says(monkeypatch):
+@pytest.mark.parametrize("reads_pages", [True, False])
+def test_flash_attention_gets_what_its_documentation_asks_for(monkeypatch, reads_pages):
     monkeypatch.setattr(attention, "varlen_attn", fake_varlen)
-    monkeypatch.setattr(attention, "reads_pages", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "has_flash_attention", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "reads_pages", lambda device, dtype: reads_pages)
     store = make_store()
     assert store.keys[0].shape == (40, 4, 2, 16)
     contexts = Contexts([9, 16, 3, 9])
@@ -132,11 +145,22 @@ def test_the_gpu_kernel_gets_pages_and_tables_as_its_documentation_says(monkeypa
             torch.testing.assert_close(out, contexts.expected(*span), atol=1e-5, rtol=1e-5)
 
 
-def test_only_half_precision_on_cuda_has_a_kernel_for_pages():
+def test_only_half_precision_on_cuda_has_flash_attention():
     cuda = torch.device("cuda")
-    assert attention.reads_pages(cuda, torch.bfloat16)
-    assert not attention.reads_pages(cuda, torch.float32)
+    assert attention.has_flash_attention(cuda, torch.bfloat16)
+    assert not attention.has_flash_attention(cuda, torch.float32)
+    assert not attention.has_flash_attention(CPU, torch.bfloat16)
+
+
+def test_a_kernel_that_refuses_pages_is_noticed(monkeypatch):
+    def refuse(*_, **options):
+        raise RuntimeError("block_table is not supported")
+
+    attention.reads_pages.cache_clear()
+    monkeypatch.setattr(attention, "varlen_attn", refuse)
+    monkeypatch.setattr(attention, "has_flash_attention", lambda device, dtype: True)
     assert not attention.reads_pages(CPU, torch.bfloat16)
+    attention.reads_pages.cache_clear()
 
 
 def test_a_layout_is_copied_once_for_each_further_device():
