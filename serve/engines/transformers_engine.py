@@ -21,7 +21,7 @@ from ft_service.errors import FtError, ServingError
 from ft_service.model.base import fingerprint, load_tokenizer, read_config
 from ft_service.registry.registry import Registry
 from serve.engines.batching.adapters import AdapterStore
-from serve.engines.batching.attention import KeyValueStore, bytes_per_block
+from serve.engines.batching.attention import PAGE_TOKENS, KeyValueStore, bytes_per_block, reads_pages
 from serve.engines.batching.cache import BlockPool
 from serve.engines.batching.forward import Forward
 from serve.engines.batching.grammar import Grammars
@@ -58,13 +58,13 @@ class StepLimits:
     """Sizes that suit a kind of device."""
 
     block_size: int
-    """Tokens of a block of keys and values. FlashAttention 2 reads pages of multiples of 256 only."""
+    """Tokens of a block of keys and values."""
     tokens_per_step: int
     """A long prompt delays others by the time that so many tokens take."""
 
 
 CPU_LIMITS = StepLimits(block_size=16, tokens_per_step=128)
-GPU_LIMITS = StepLimits(block_size=256, tokens_per_step=512)
+GPU_LIMITS = StepLimits(block_size=16, tokens_per_step=512)
 
 
 class TransformersEngine:
@@ -75,7 +75,7 @@ class TransformersEngine:
     ) -> None:
         model = _load_model(folder, settings)
         devices = [layer.self_attn.q_proj.weight.device for layer in model.model.layers]
-        limits = limits or (CPU_LIMITS if devices[0].type == "cpu" else GPU_LIMITS)
+        limits = limits or _limits(devices[0], model.dtype)
         tokenizer = load_tokenizer(folder)
         self.info = _info(model, folder, settings)
         self._tokenizer = tokenizer
@@ -283,6 +283,12 @@ def _nf4(folder: Path, settings: BaseSettings) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, stored if settings.dtype == "auto" else settings.dtype),
     )
+
+
+def _limits(device: torch.device, dtype: torch.dtype) -> StepLimits:
+    if device.type == "cpu":
+        return CPU_LIMITS
+    return replace(GPU_LIMITS, block_size=PAGE_TOKENS) if reads_pages(device, dtype) else GPU_LIMITS
 
 
 def _info(model: LlamaForCausalLM, folder: Path, settings: BaseSettings) -> EngineInfo:

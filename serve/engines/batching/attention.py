@@ -5,7 +5,8 @@ K key/value heads, G query heads for each key/value head, E head width.
 """
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ from transformers.modeling_utils import AttentionInterface
 from serve.engines.batching.scheduler import Piece
 
 PAGED_ATTENTION = "ft_paged"
+PAGE_TOKENS = 256
+"""FlashAttention 2 reads pages of multiples of so many tokens only."""
+_CAUSAL = (-1, 0)
+"""No limit to the left, nothing to the right. A sequence's queries are aligned with the end of its context."""
 
 _WORTH_A_GROUP = 2048
 """Slots of padding that cost about as much as one more call of an attention kernel, on a CPU."""
@@ -51,16 +56,31 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class VarlenRows:
-    """All sequences, for a kernel that reads pages."""
+    """All sequences, for FlashAttention's kernels."""
 
     query_offsets: torch.Tensor
     """int32 [S + 1]: where each sequence's rows begin."""
+    most_queries: int
+    longest_context: int
+    pages: "Pages | None"
+    """For a kernel that finds keys and values in their blocks; None for one that needs them side by side."""
+    context: "PackedContext | None"
+
+
+@dataclass(frozen=True)
+class Pages:
     context_lengths: torch.Tensor
     """int32 [S]"""
     block_table: torch.Tensor
     """int32 [S, blocks of the longest context]"""
-    most_queries: int
-    longest_context: int
+
+
+@dataclass(frozen=True)
+class PackedContext:
+    slots: torch.Tensor
+    """int64 [tokens of all contexts]: where their keys and values are."""
+    offsets: torch.Tensor
+    """int32 [S + 1]: where each sequence's begin."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class StepLayout:
 class KeyValueStore:
     """Keys and values of every layer in blocks, each layer's on its own device.
 
-    If a kernel reads the `pages`, they are [blocks, block size, K, E], as it wants them. Otherwise they are
+    For FlashAttention they are [blocks, block size, K, E], as it wants them. For other kernels they are
     [blocks, K, block size, E]: rows are gathered by panels, a panel being one head's part of one block, into
     [D, K, C, E], which matrix products take without another copy.
 
@@ -101,10 +121,10 @@ class KeyValueStore:
         heads, width = _heads_and_width(config)
         self.block_size = block_size
         self.dtype = dtype
-        self.pages = devices[0].type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-        """Whether a kernel reads the pages; otherwise they are gathered."""
+        self._is_flash = has_flash_attention(devices[0], dtype)
+        self._reads_pages = self._is_flash and reads_pages(devices[0], dtype)
         self._num_heads = heads
-        shape = (num_blocks, block_size, heads, width) if self.pages else (num_blocks, heads, block_size, width)
+        shape = (num_blocks, block_size, heads, width) if self._is_flash else (num_blocks, heads, block_size, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
 
@@ -115,7 +135,7 @@ class KeyValueStore:
     def write(self, layer: int, slots: torch.Tensor, key_KNE: torch.Tensor, value_KNE: torch.Tensor) -> None:
         for pool, new in ((self.keys[layer], key_KNE), (self.values[layer], value_KNE)):
             new_NKE = new.transpose(0, 1)
-            if self.pages:
+            if self._is_flash:
                 pool.flatten(0, 1).index_copy_(0, slots, new_NKE)
             else:
                 pool.flatten(0, 2).index_copy_(0, slots, new_NKE.flatten(0, 1))
@@ -127,7 +147,7 @@ class KeyValueStore:
     def layout(self, pieces: Rows[Piece[Any]], device: torch.device) -> StepLayout:
         """The layout of a step whose rows are the tokens of `pieces`, in order; those of one token come first."""
         slots = torch.tensor(self._slots(pieces))
-        if self.pages:
+        if self._is_flash:
             return StepLayout(slots, varlen=self._varlen(pieces)).on(device)
         slots = (slots.unsqueeze(1) + torch.arange(self._num_heads) * self.block_size).flatten()
         num_decoding = sum(piece.num_tokens == 1 for piece in pieces)
@@ -142,7 +162,7 @@ class KeyValueStore:
     def _slots(self, pieces: Rows[Piece[Any]]) -> list[int]:
         """Of the first head."""
         size = self.block_size
-        block_slots = size if self.pages else size * self._num_heads
+        block_slots = size if self._is_flash else size * self._num_heads
         return [
             piece.sequence.blocks[token // size] * block_slots + token % size
             for piece in pieces
@@ -187,19 +207,55 @@ class KeyValueStore:
     def _varlen(self, pieces: Rows[Piece[Any]]) -> VarlenRows:
         counts = [piece.num_tokens for piece in pieces]
         lengths = [piece.end for piece in pieces]
-        return VarlenRows(
-            query_offsets=torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32),
-            context_lengths=torch.tensor(lengths, dtype=torch.int32),
-            block_table=torch.from_numpy(self._block_table(pieces, np.int32)),
-            most_queries=max(counts),
-            longest_context=max(lengths),
-        )
+        pages = None
+        context = None
+        if self._reads_pages:
+            table = torch.from_numpy(self._block_table(pieces, np.int32))
+            pages = Pages(torch.tensor(lengths, dtype=torch.int32), table)
+        else:
+            within = np.arange(self.block_size)
+            slots = [
+                (np.array(piece.sequence.blocks)[:, None] * self.block_size + within).reshape(-1)[: piece.end]
+                for piece in pieces
+            ]
+            context = PackedContext(torch.from_numpy(np.concatenate(slots)), _offsets(lengths))
+        return VarlenRows(_offsets(counts), max(counts), max(lengths), pages, context)
 
 
 def bytes_per_block(config: LlamaConfig, dtype: torch.dtype, block_size: int) -> int:
     """Of keys and values of all layers."""
     heads, width = _heads_and_width(config)
     return 2 * config.num_hidden_layers * block_size * heads * width * dtype.itemsize
+
+
+def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def reads_pages(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the active FlashAttention reads blocks through a table: version 3 does, and 2 may refuse to."""
+    if not has_flash_attention(device, dtype):
+        return False
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    query = torch.zeros(1, 1, 64, dtype=dtype, device=device)
+    block = torch.zeros(1, PAGE_TOKENS, 1, 64, dtype=dtype, device=device)
+    try:
+        varlen_attn(
+            query,
+            block,
+            block,
+            torch.cat([one - 1, one]),
+            None,
+            1,
+            1,
+            window_size=_CAUSAL,
+            seqused_k=one,
+            block_table=(one - 1).unsqueeze(0),
+        )
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def paged_attention(
@@ -228,7 +284,7 @@ def paged_attention(
     keys = store.keys[layer]
     values = store.values[layer]
     if layout.varlen:
-        return _attend_pages(query_NHE, keys, values, layout.varlen, scaling).unsqueeze(0), None
+        return _flash(query_NHE, keys, values, layout.varlen, scaling).unsqueeze(0), None
     pieces = [_decode(query_NHE, keys, values, group, scaling) for group in layout.groups]
     if len(pieces) == 1 and not layout.chunks:
         return pieces[0].unsqueeze(0), None
@@ -290,22 +346,25 @@ def _prefill(
     return out[0].transpose(0, 1)
 
 
-def _attend_pages(
+def _flash(
     query_NHE: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: VarlenRows, scaling: float
 ) -> torch.Tensor:
+    if rows.context:
+        keys = keys.flatten(0, 1).index_select(0, rows.context.slots)
+        values = values.flatten(0, 1).index_select(0, rows.context.slots)
     out = varlen_attn(
         query_NHE.contiguous(),
         keys,
         values,
         rows.query_offsets,
-        None,
+        rows.context.offsets if rows.context else None,
         rows.most_queries,
         rows.longest_context,
         scale=scaling,
-        window_size=(-1, 0),  # causal; a sequence's queries are aligned with the end of its context
-        enable_gqa=query_NHE.shape[1] != keys.shape[2],
-        seqused_k=rows.context_lengths,
-        block_table=rows.block_table,
+        window_size=_CAUSAL,
+        enable_gqa=query_NHE.shape[1] != keys.shape[-2],
+        seqused_k=rows.pages.context_lengths if rows.pages else None,
+        block_table=rows.pages.block_table if rows.pages else None,
     )
     assert isinstance(out, torch.Tensor)
     return out
@@ -328,6 +387,10 @@ def _similar(lengths: Rows[int]) -> list[list[int]]:
     return groups
 
 
+def _offsets(counts: Rows[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32)
+
+
 def _heads_and_width(config: LlamaConfig) -> tuple[int, int]:
     heads = config.num_key_value_heads or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -339,6 +402,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
-    if isinstance(value, StepLayout | DecodeGroup | PrefillChunk | VarlenRows):
+    if is_dataclass(value) and not isinstance(value, type):
         return type(value)(**{item.name: _moved(getattr(value, item.name), device) for item in fields(value)})
     return value
