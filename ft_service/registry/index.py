@@ -1,6 +1,6 @@
 """The index of what is published: one read lists every record, on a folder and on an object store.
 
-    <storage>/index/<kind>.jsonl.gz             a header, then a line for each record: id, tab, JSON
+    <storage>/index/<kind>.index       compressed by gzip: a header, then a line for each record: id, tab, JSON
     <storage>/index/changes/<kind>/<time>~<change>~<id>   a change that the index may lack
 
 The folders with their `record.json` are the truth, and looking up an id reads its record. The index is a copy of all
@@ -55,7 +55,7 @@ class RecordIndex:
         self._storage = storage
         self._kind = kind
         self._read_line = read_line
-        self._path = f"{INDEX}/{kind}.jsonl.gz"
+        self._path = f"{INDEX}/{kind}.index"  # pyarrow would compress a file whose name ends in .gz again
         self._changes = f"{INDEX}/changes/{kind}"
         self._updating = threading.Lock()
 

@@ -24,12 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ft_service.errors import NotPublishedError, StorageError, TrainingError, UnreachableError
 from ft_service.registry.finite import nonfinite_tensor
 from ft_service.registry.index import Change, RecordIndex
+from ft_service.registry.vllm import vllm_problems
 from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
 
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
 DIGESTS_FILE = "digests.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 TOMBSTONES = "tombstones"
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
 
@@ -175,6 +177,7 @@ class Registry:
                     "Train again with a lower learning rate, or from an earlier checkpoint."
                 )
         digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _NOT_CONTENT}
+        draft = {"vllm_problems": _vllm_problems(folder), **draft}
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
         for name, content in added.items():
@@ -399,6 +402,12 @@ def _compose(
         }
     )
     return record, {CARD_FILE: card_bytes, RECORD_FILE: (record.model_dump_json(indent=2) + "\n").encode()}
+
+
+def _vllm_problems(folder: Path) -> list[str]:
+    """Of an adapter; a model has no adapter's configuration."""
+    file = folder / ADAPTER_CONFIG_FILE
+    return vllm_problems(json.loads(file.read_bytes())) if file.is_file() else []
 
 
 def _tombstone(adapter_id: str) -> str:
