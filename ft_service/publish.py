@@ -10,7 +10,8 @@ from ft_service.chat.format import ChatFormat
 from ft_service.errors import FtError
 from ft_service.model.base import load_tokenizer, looks_like_folder, resolve_base
 from ft_service.registry.card import model_card
-from ft_service.registry.registry import AdapterRecord, Registry, content_digest
+from ft_service.registry.registry import ADAPTER_CONFIG_FILE, AdapterRecord, Registry, content_digest
+from ft_service.registry.vllm import vllm_problems
 from ft_service.runs.folder import RunFolder
 
 _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -48,9 +49,11 @@ def publish(run: RunFolder) -> AdapterRecord:
         "end_of_turn_ids": end_of_turn_ids,
         "packages": _packages(),
     }
-    card = model_card(draft, models.find(spec.model.base))
     registry = Registry(run.storage)
     weights = f"{run.path}/{outcome.weights}"
+    if spec.method.type != "full":
+        draft["vllm_problems"] = vllm_problems(run.storage.read_json(f"{weights}/{ADAPTER_CONFIG_FILE}"))
+    card = model_card(draft, models.find(spec.model.base))
     if spec.method.type == "full":
         return registry.publish_stored(weights, draft, plan.base_short_name, card)
     with tempfile.TemporaryDirectory() as temporary:

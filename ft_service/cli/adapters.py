@@ -17,7 +17,7 @@ from ft_service.cli.common import (
     print_json,
     reject_options_before_subcommand,
 )
-from ft_service.errors import UsageError
+from ft_service.errors import StorageError, UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 
@@ -46,7 +46,15 @@ def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_
 def list_adapters(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List published adapters, and the models of `full` runs."""
     registry = Registry(Storage(storage))
-    records = [*registry.records("model"), *registry.records("adapter")]
+    with contextlib.suppress(StorageError):  # a storage that can only be read
+        if registry.storage.is_local:
+            registry.reconcile()  # a folder that was copied or damaged by hand is named
+        else:
+            registry.settle()
+    listings = [registry.listing("model"), registry.listing("adapter")]
+    records = [record for listing in listings for record in listing.records]
+    for unreadable in (one for listing in listings for one in listing.unreadable):
+        print(f"not listed: {unreadable.problem}", file=sys.stderr)
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
         return

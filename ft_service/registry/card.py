@@ -160,6 +160,7 @@ def _training(draft: Mapping[str, Any]) -> str:
             for extension in draft.get("extensions", ())
         ),
         ("Training loss of the last step", f"{draft['final_loss']:.4f} nats per loss token"),
+        *(("Cannot be served by vLLM", problem) for problem in draft.get("vllm_problems", ()) if not merged),
         (
             "Validation loss of the adapter" if merged else "Validation loss of these weights",
             "not measured" if validation_loss is None else f"{validation_loss:.4f} nats per loss token",

@@ -4,6 +4,7 @@
                                README.md (model card)  record.json
     <storage>/models/<id>/     the weights of a `full` run, usable as the base of another run, with card and record
     <storage>/tombstones/<id>.json   the record of a deleted adapter or model
+    <storage>/index/           a copy of all records in one object, for listing; see `ft_service.registry.index`
 
 `record.json` contains the digest of every other file. It is written last, so it also marks a folder as complete.
 Deleting starts with it: a folder without `record.json` is not listed, resolved or served.
@@ -11,24 +12,33 @@ Deleting starts with it: a folder without `record.json` is not listed, resolved 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ft_service.errors import NotPublishedError
+from ft_service.errors import NotPublishedError, StorageError, TrainingError, UnreachableError
+from ft_service.registry.finite import nonfinite_tensor
+from ft_service.registry.index import Change, RecordIndex
+from ft_service.registry.vllm import vllm_problems
 from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
 
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
 DIGESTS_FILE = "digests.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 TOMBSTONES = "tombstones"
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
 
 Kind = Literal["adapter", "model"]
+KINDS: tuple[Kind, ...] = ("adapter", "model")
+_SHOWN_IDS = 20
+"""Of the published ids in an error."""
 
 
 class _Record(BaseModel):
@@ -96,6 +106,36 @@ class AdapterRecord(StoredFile):
     end_of_turn_ids: list[int] = Field(description="Token ids that end an answer.")
     packages: dict[str, str] = Field(description="Package name -> version used for training.")
     files: dict[str, str] = Field(description="File name -> SHA-256, of every file except this record.")
+    vllm_problems: list[str] = Field(
+        default_factory=list, description="Why vLLM cannot serve the adapter; empty if nothing is known against it."
+    )
+
+
+@dataclass(frozen=True)
+class UnreadableRecord:
+    """A folder in the registry that is not served, because its record cannot be used."""
+
+    id: str
+    """Name of the folder."""
+    problem: str
+    """What is wrong, with the path and a cure."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is published, oldest first, and what would be if its record could be read."""
+
+    records: tuple[AdapterRecord, ...]
+    unreadable: tuple[UnreadableRecord, ...]
+
+
+class _IndexLine(BaseModel):
+    """What the index holds for a folder: its record, or why there is none."""
+
+    size: int
+    """Bytes of `record.json`."""
+    record: AdapterRecord | None = None
+    problem: str | None = None
 
 
 class Tombstone(StoredFile):
@@ -117,20 +157,34 @@ class Registry:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._indexes = {kind: RecordIndex(storage, kind, self._line_reader(kind)) for kind in KINDS}
+        self._parsed: dict[Kind, tuple[dict[str, bytes], Listing]] = {}
+
+    def __reduce__(self) -> tuple[type["Registry"], tuple[Storage]]:
+        return Registry, (self.storage,)
 
     def publish(self, folder: Path, draft: dict[str, object], base_short_name: str, card: str) -> AdapterRecord:
         """Publish the weights in `folder` and return their record. Publishing the same content again returns the first.
 
         `draft` contains the fields of the record except `id`, `digest`, `created` and `files`, which are computed.
-        `card` is the model card, with the placeholders ``{id}`` and ``{digest}``.
+        `card` is the model card, with the placeholders ``{id}`` and ``{digest}``. Raises `TrainingError` if a weight is
+        not finite.
         """
+        for file in sorted(folder.glob("*.safetensors")):
+            if (tensor := nonfinite_tensor(file)) is not None:
+                raise TrainingError(
+                    f"{file.name}: {tensor} has values that are not finite (NaN or infinity), so it is not published. "
+                    "Train again with a lower learning rate, or from an earlier checkpoint."
+                )
         digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in _NOT_CONTENT}
+        draft = {"vllm_problems": _vllm_problems(folder), **draft}
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
-        self._clear_deleted(record.id, place)
         for name, content in added.items():
             (folder / name).write_bytes(content)
-        self.storage.put_folder(folder, place, marker=RECORD_FILE)
+        with self._indexed(record, "published"):
+            self._clear_deleted(record.id, place)
+            self.storage.put_folder(folder, place, marker=RECORD_FILE)
         return self._read(place)
 
     def publish_stored(self, path: str, draft: dict[str, object], base_short_name: str, card: str) -> AdapterRecord:
@@ -141,33 +195,59 @@ class Registry:
         digests = self.storage.read_json(f"{path}/{DIGESTS_FILE}")
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
-        self._clear_deleted(record.id, place)
-        self.storage.publish_within(path, digests, place, added, marker=RECORD_FILE)
+        with self._indexed(record, "published"):
+            self._clear_deleted(record.id, place)
+            self.storage.publish_within(path, digests, place, added, marker=RECORD_FILE)
         return self._read(place)
 
+    def listing(self, kind: Kind = "adapter") -> Listing:
+        """What is published of one kind: one read of the storage, however much that is.
+
+        A folder that was damaged, copied or renamed by hand is noticed once `reconcile` has seen it.
+        """
+        lines = self._indexes[kind].read()
+        earlier = self._parsed.get(kind)
+        if earlier is None or earlier[0] != lines:
+            earlier = self._parsed[kind] = (lines, self._parse(kind, lines))
+        return earlier[1]
+
     def records(self, kind: Kind = "adapter") -> list[AdapterRecord]:
-        """All records of one kind, oldest first. Incomplete folders are skipped."""
-        places = (f"{kind}s/{name}" for name in self.storage.folders(f"{kind}s"))
-        records = [self._read(place) for place in places if self.storage.exists(f"{place}/{RECORD_FILE}")]
-        return sorted(records, key=lambda record: record.created)
+        """All records of one kind that can be read, oldest first."""
+        return list(self.listing(kind).records)
+
+    def settle(self) -> None:
+        """Complete the index after a crash, or after publishers that overwrote each other's: two requests if it is."""
+        for index in self._indexes.values():
+            index.settle()
+
+    def reconcile(self) -> None:
+        """Correct the index after changes by hand or by an older version. Lists the folders, reads what is in doubt."""
+        for index in self._indexes.values():
+            index.reconcile()
 
     def resolve(self, adapter_id: str) -> AdapterRecord:
-        """The record of an adapter or model. Raises `NotPublishedError`, which lists the published ids."""
+        """The record of an adapter or model: one read if it is an adapter.
+
+        Raises `NotPublishedError`, which lists published ids, and `StorageError` for a record that cannot be read.
+        """
         if "/" not in adapter_id and not adapter_id.startswith("."):
-            for kind in ("adapter", "model"):
-                place = _place(kind, adapter_id)
-                if self.storage.exists(f"{place}/{RECORD_FILE}"):
-                    return self._read(place)
+            for kind in KINDS:
+                content = self._read_or_none(f"{_place(kind, adapter_id)}/{RECORD_FILE}")
+                if content is not None:
+                    record = self._parse_record(content, _place(kind, adapter_id))
+                    if (record.id, record.kind) == (adapter_id, kind):
+                        return record
             if self.storage.exists(_tombstone(adapter_id)):
                 deleted = self.tombstone(adapter_id).deleted
                 raise NotPublishedError(
                     f"adapter = {adapter_id!r}: was deleted from {self.storage.root} at {deleted:%Y-%m-%d %H:%M} UTC. "
                     "Train it again under another run id."
                 )
-        known = [record.id for kind in ("adapter", "model") for record in self.records(kind)]
+        known = [record.id for kind in KINDS for record in self.records(kind)]
+        shown = ", ".join(known[-_SHOWN_IDS:]) or "nothing yet"
+        more = f", and {len(known) - _SHOWN_IDS:,} older ones" if len(known) > _SHOWN_IDS else ""
         raise NotPublishedError(
-            f"adapter = {adapter_id!r}: not published on {self.storage.root}. "
-            f"Published: {', '.join(known) or 'nothing yet'}."
+            f"adapter = {adapter_id!r}: not published on {self.storage.root}. Published: {shown}{more}."
         )
 
     def hide(self, record: AdapterRecord) -> Tombstone:
@@ -176,15 +256,17 @@ class Registry:
         Hiding again continues an interrupted call. Publishing the same content again brings the record back.
         """
         tombstone = Tombstone(deleted=datetime.now(UTC), record=record)
-        # The tombstone first: after a crash in between the record is still published, and can be hidden again.
-        self.storage.write_json(_tombstone(record.id), tombstone.model_dump(mode="json"))
-        self.storage.delete(f"{_place(record.kind, record.id)}/{RECORD_FILE}")
+        with self._indexed(record, "hidden"):
+            # The tombstone first: after a crash in between the record is still published, and can be hidden again.
+            self.storage.write_json(_tombstone(record.id), tombstone.model_dump(mode="json"))
+            self.storage.delete(f"{_place(record.kind, record.id)}/{RECORD_FILE}")
         return tombstone
 
     def delete_hidden_files(self, record: AdapterRecord) -> None:
         """Delete the files of a hidden record, and this machine's copy of them. The tombstone stays."""
         place = _place(record.kind, record.id)
         assert not self.storage.exists(f"{place}/{RECORD_FILE}"), f"{record.id} is not hidden"
+        self._indexes[record.kind].settle(record.id)  # `hide` may have been interrupted before that
         self.storage.delete(place)
         self.storage.delete_local_copy(place)
 
@@ -223,8 +305,81 @@ class Registry:
             self.storage.delete(_tombstone(adapter_id))
 
     def _read(self, place: str) -> AdapterRecord:
-        file = f"{place}/{RECORD_FILE}"
-        return AdapterRecord.parse(self.storage.read_json(file), self.storage.uri(file))
+        return self._parse_record(self.storage.read_bytes(f"{place}/{RECORD_FILE}"), place)
+
+    def _parse_record(self, content: bytes, place: str) -> AdapterRecord:
+        where = self.storage.uri(f"{place}/{RECORD_FILE}")
+        try:
+            return AdapterRecord.parse(json.loads(content), where)
+        except ValueError as error:
+            raise StorageError(f"{where}: is damaged, not JSON ({error}).") from None
+
+    # -- the index -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _indexed(self, record: AdapterRecord, change: Change) -> Iterator[None]:
+        """Make the change within the block, and bring the index up to date after it."""
+        index = self._indexes[record.kind]
+        index.announce(record.id, change)
+        yield
+        index.settle(record.id)
+
+    def _line_reader(self, kind: Kind) -> Callable[[str], bytes | None]:
+        """A function of an id that gives the line of the index for its folder as it is now, None without a record."""
+
+        def read_line(name: str) -> bytes | None:
+            place = _place(kind, name)
+            content = self._read_or_none(f"{place}/{RECORD_FILE}")
+            if content is None:
+                return None
+            try:
+                record = self._parse_record(content, place)
+                if (record.id, record.kind) != (name, kind):
+                    raise StorageError(
+                        f"{self.storage.uri(place)}: contains the record of {record.kind} {record.id}. "
+                        "A copied or renamed folder is not served; delete it, or rename it back."
+                    )
+            except StorageError as error:
+                return _IndexLine(size=len(content), problem=str(error)).model_dump_json(exclude_none=True).encode()
+            return _IndexLine(size=len(content), record=record).model_dump_json(exclude={"problem"}).encode()
+
+        return read_line
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        """Content of a file; None if it does not exist."""
+        try:
+            return self.storage.read_bytes(path)
+        except UnreachableError:
+            raise
+        except StorageError:
+            if self.storage.exists(path):
+                raise
+            return None
+
+    def _parse(self, kind: Kind, lines: Mapping[str, bytes]) -> Listing:
+        records = []
+        unreadable = []
+        for name, line in lines.items():
+            try:
+                record = self._record_of(line, _place(kind, name))
+            except StorageError as error:
+                unreadable.append(UnreadableRecord(name, str(error)))
+            else:
+                records.append(record)
+        records.sort(key=lambda record: record.created)
+        return Listing(tuple(records), tuple(unreadable))
+
+    def _record_of(self, line: bytes, place: str) -> AdapterRecord:
+        try:
+            parsed = _IndexLine.model_validate_json(line)
+        except ValidationError:
+            parsed = None
+        if parsed and parsed.problem:
+            raise StorageError(parsed.problem)
+        if parsed and parsed.record and parsed.record.format == AdapterRecord.model_fields["format"].default:
+            return parsed.record
+        where = self.storage.uri(f"{place}/{RECORD_FILE}")  # written by another version
+        return AdapterRecord.parse(json.loads(line).get("record"), where)
 
 
 _NOT_CONTENT = {RECORD_FILE, CARD_FILE}
@@ -247,6 +402,12 @@ def _compose(
         }
     )
     return record, {CARD_FILE: card_bytes, RECORD_FILE: (record.model_dump_json(indent=2) + "\n").encode()}
+
+
+def _vllm_problems(folder: Path) -> list[str]:
+    """Of an adapter; a model has no adapter's configuration."""
+    file = folder / ADAPTER_CONFIG_FILE
+    return vllm_problems(json.loads(file.read_bytes())) if file.is_file() else []
 
 
 def _tombstone(adapter_id: str) -> str:

@@ -81,6 +81,15 @@ def test_an_adapter_is_listed_deleted_and_named_in_between(storage: Storage) -> 
     assert ft_json("adapters", "list") == []
 
 
+def test_a_damaged_record_is_named_and_the_others_are_listed(storage: Storage) -> None:
+    [record] = Registry(storage).records()
+    other = publish(storage, "another", "used")
+    Path(storage.root, "adapters", other.id, "record.json").write_text("{")
+    done = CliRunner().invoke(app, ["adapters", "--json"], catch_exceptions=False)
+    assert [each["id"] for each in json.loads(done.stdout)] == [record.id]
+    assert f"not listed: {storage.root}/adapters/{other.id}/record.json: is damaged" in done.stderr
+
+
 def test_deletions_print_json(storage: Storage) -> None:
     [record] = Registry(storage).records()
     deleted = ft_json("adapters", "delete", record.id)

@@ -90,6 +90,7 @@ def test_a_changed_or_missing_file_is_detected(storage: Storage, tmp_path: Path,
 def test_an_incomplete_folder_is_not_listed(storage: Storage, tmp_path: Path) -> None:
     record = publish(storage, tmp_path / "a", b"weights")
     (Registry(storage).folder(record) / "record.json").unlink()
+    Registry(storage).reconcile()
     assert Registry(storage).records() == []
     with pytest.raises(NotPublishedError):
         Registry(storage).resolve(record.id)

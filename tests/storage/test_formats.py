@@ -10,6 +10,7 @@ from ft_service.data.dataset import DatasetManifest
 from ft_service.data.gate.findings import Judgement
 from ft_service.errors import StorageError
 from ft_service.plan.plan import RunPlan
+from ft_service.registry.index import IndexHeader
 from ft_service.registry.registry import AdapterRecord, Tombstone
 from ft_service.registry.servers import ServerNotice
 from ft_service.runs.folder import DataCheck, Outcome, RunDataset, RunFolder, RunStatus
@@ -32,7 +33,7 @@ FIRST_KINDS: dict[str, type[StoredFile]] = {
     "judgement": Judgement,
 }
 """Files that version 0.1.0 wrote, without a number."""
-KINDS = {**FIRST_KINDS, "tombstone": Tombstone, "server-notice": ServerNotice}
+KINDS = {**FIRST_KINDS, "tombstone": Tombstone, "server-notice": ServerNotice, "index-header": IndexHeader}
 
 
 def stored(name: str) -> dict[str, Any]:
