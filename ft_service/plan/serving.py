@@ -69,9 +69,8 @@ def plan_serving(
     per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * int(element)
     adapter = sum(lora_rank * (rows + columns) for _, rows, columns in shape.linear_shapes())
     # Of one step: the widest intermediate results of a layer, gate and up, and logits in fp32.
-    step = (
-        _STEP_TOKENS * (3 * shape.intermediate_size + 4 * shape.hidden_size) * int(element) + 64 * shape.vocab_size * 4
-    )
+    layer = _STEP_TOKENS * (3 * shape.intermediate_size + 4 * shape.hidden_size) * int(element)
+    step = layer + _LOGIT_ROWS * shape.vocab_size * 4
     gpu_bytes = int(gpu_gib * GIB)
     adapters = int(adapter_gib * GIB / gpus)
     reserve = _RESERVE_BYTES + step

@@ -35,8 +35,10 @@ Publish = Callable[..., AdapterRecord]
 
 
 @pytest.fixture
-def published(world: LoraWorld, registry: Registry, tmp_path: Path) -> Publish:
-    """Publishes an adapter; `change` may edit its folder before."""
+def published(world: LoraWorld, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Publishes an adapter, as a version did that looked at nothing; `change` may edit its folder before."""
+    monkeypatch.setattr("ft_service.registry.registry.nonfinite_tensor", lambda _: None)
+    monkeypatch.setattr("ft_service.registry.registry._vllm_problems", lambda _: [])
 
     def make(name: str, change: Callable[[Path], None] = lambda _: None, **settings: object) -> AdapterRecord:
         torch.manual_seed(len(name))
