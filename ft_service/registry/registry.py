@@ -352,9 +352,8 @@ class Registry:
         except UnreachableError:
             raise
         except StorageError:
-            if self.storage.exists(path):
-                raise
-            return None
+            # It may have been written in between.
+            return self.storage.read_bytes(path) if self.storage.exists(path) else None
 
     def _parse(self, kind: Kind, lines: Mapping[str, bytes]) -> Listing:
         records = []
