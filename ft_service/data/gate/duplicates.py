@@ -43,7 +43,7 @@ TEMPLATE_FROM = 10
 """A shingle in more than this share of the compared prompts, and in at least so many, belongs to a template."""
 _SKETCH = 512
 _WORDS_CHARACTERS = 2000
-"""The words of longer paragraphs are not compared: one of them is hardly ever the point of the question."""
+"""Longer texts are not kept. The words of longer paragraphs are not compared: one is hardly ever the whole point."""
 _PAIR_BLOCK = 100_000
 _SAMPLE = 2000
 
@@ -102,8 +102,8 @@ class SecondPass:
         self._keys = frozenset(keys) | self._template_keys
         self._prompts: dict[int, _Prompt] = {}
         self._outputs: dict[int, np.ndarray] = {}
-        self.questions: dict[int, str] = {}
-        self.answers: dict[int, str] = {}
+        self._questions: dict[int, str] = {}
+        self._answers: dict[int, str] = {}
         self._template: np.ndarray | None = None
         self._slots: Slots | None = None
 
@@ -122,8 +122,8 @@ class SecondPass:
             self._slots = None
             self._prompts[record.key] = _Prompt.of(record.prompt)
             self._outputs[record.key] = _sketch(record.output)
-            self.questions[record.key] = excerpt(record.question)
-            self.answers[record.key] = excerpt(record.output)
+            self._questions[record.key] = _to_show(record.question)
+            self._answers[record.key] = _to_show(record.output)
 
     def merge(self, other: "SecondPass") -> None:
         """Add the records of another shard."""
@@ -131,12 +131,20 @@ class SecondPass:
         self._slots = None
         self._prompts |= other._prompts
         self._outputs |= other._outputs
-        self.questions |= other.questions
-        self.answers |= other.answers
+        self._questions |= other._questions
+        self._answers |= other._answers
 
     def excerpt(self, key: int) -> str:
         """Excerpts of question and answer; "" if the record was not read again."""
-        return " → ".join(text for text in (self.questions.get(key), self.answers.get(key)) if text)
+        return " → ".join(text for text in (self.question(key), self.answer(key)) if text)
+
+    def question(self, key: int) -> str:
+        """An excerpt of the question; "" if the record was not read again."""
+        return excerpt(self._questions.get(key, ""))
+
+    def answer(self, key: int) -> str:
+        """An excerpt of the answer; "" if the record was not read again."""
+        return excerpt(self._answers.get(key, ""))
 
     def same_prompt(self, first: int, second: int) -> bool | None:
         """Whether two prompts are near-duplicates; None unless both records were read again."""
@@ -226,6 +234,11 @@ class SecondPass:
             kinds, counts = np.unique(np.concatenate(sample), return_counts=True)
             self._template = kinds[counts > max(TEMPLATE_FROM, TEMPLATE_SHARE * len(sample))]
         return self._template
+
+
+def _to_show(text: str) -> str:
+    """What is kept of a text for its excerpt, which few records need: the text if it is short, else the excerpt."""
+    return text if len(text) <= _WORDS_CHARACTERS else excerpt(text)
 
 
 def _sample(keys: Sequence[int]) -> Sequence[int]:
