@@ -449,6 +449,7 @@ def _move_to_host(
     in the training type, ZeRO-3 keeps it twice. With NVMe, only the swap buffers stay in main memory.
     """
     element = layout.element_bytes
+    workers = layout.num_workers
     trained = sum(map(_numel, groups))
     optimizer = gpu["optimizer"]
     partition = optimizer // (3 * FP32_BYTES)

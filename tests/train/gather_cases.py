@@ -8,6 +8,7 @@ from unittest import mock
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import z3_leaf_module
@@ -53,12 +54,21 @@ class Gathers:
     bytes: int = 0
     on_demand: int = 0
     """Weights that a module waited for because nothing had asked for them before."""
+    concatenated: int = 0
+    """Weights gathered into one buffer with others, and copied out of it."""
+    adapters: int = 0
+    """Adapter tensors that were not there when a module needed them."""
+    peak_elements: int = 0
+    """Most elements of the base that were gathered at the same time."""
 
 
 @contextmanager
-def counted() -> Iterator[Gathers]:
+def counted(base: list[Any]) -> Iterator[Gathers]:
+    """`base` are the weights that are gathered."""
     counts = Gathers()
+    gathered = set(base)
     gather = deepspeed.comm.allgather_fn
+    coalesced = partition_parameters.AllGatherCoalescedHandle.__init__
     fetch = PartitionedParameterCoordinator._fetch_sub_module_impl
 
     def counting_gather(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,9 +78,17 @@ def counted() -> Iterator[Gathers]:
     def counting_fetch(coordinator: Any, module: Any, forward: bool, is_leaf: bool) -> Any:
         parameters = set(iter_params(module, recurse=z3_leaf_module(module)))
         counts.on_demand += sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in parameters)
-        return fetch(coordinator, module, forward, is_leaf)
+        counts.adapters += sum(p.ds_status != ZeroParamStatus.AVAILABLE for p in parameters - gathered)
+        fetch(coordinator, module, forward, is_leaf)
+        alive = sum(p.ds_numel for p in base if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        counts.peak_elements = max(counts.peak_elements, alive)
+
+    def counting_handle(handle: Any, *args: Any, **kwargs: Any) -> None:
+        coalesced(handle, *args, **kwargs)
+        counts.concatenated += len(handle.params)
 
     with (
+        mock.patch.object(partition_parameters.AllGatherCoalescedHandle, "__init__", counting_handle),
         mock.patch.object(deepspeed.comm, "allgather_fn", counting_gather),
         mock.patch.object(PartitionedParameterCoordinator, "_fetch_sub_module_impl", counting_fetch),
     ):
@@ -94,25 +112,33 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     def step(number: int) -> None:
         nonlocal micro_steps
         batch = batches.step(number)
-        for micro_batch in batch.micro_batches:
+        for position, micro_batch in enumerate(batch.micro_batches, start=1):
             loss = parallel.loss(micro_batch)
             parallel.backward(loss * (world_size / batch.global_loss_tokens))
             losses.append(float(loss.detach()))
-            parallel.micro_step(1e-3)
+            if position < len(batch.micro_batches):
+                parallel.micro_step()
+            else:
+                parallel.update(1e-3, loss.detach(), leaving=False)
             micro_steps += 1
 
     for number in range(WARM_UP_STEPS):
         step(number)
+    with parallel.evaluation_mode():
+        parallel.loss(batches.step(0).micro_batches[0])
+    full = plan.spec.method.type == "full"
+    weights: list[Any] = [parameter for parameter in base.parameters() if full or not parameter.requires_grad]
     micro_steps = 0
-    with counted() as counts:
+    with counted(weights) as counts:
         for number in range(WARM_UP_STEPS, WARM_UP_STEPS + MEASURED_STEPS):
             step(number)
-    full = plan.spec.method.type == "full"
-    weights = [parameter for parameter in base.parameters() if full or not parameter.requires_grad]
     base_bytes = sum(weight.ds_numel * weight.element_size() for weight in weights)
     result = {
         "gathers": counts.bytes / base_bytes / micro_steps,
         "on_demand": counts.on_demand / micro_steps,
+        "concatenated": counts.concatenated / micro_steps,
+        "adapters": counts.adapters / micro_steps,
+        "peak_elements": counts.peak_elements,
         "base_bytes": base_bytes,
         "micro_steps": micro_steps,
         "losses": losses,
