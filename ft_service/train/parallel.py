@@ -26,6 +26,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
 from ft_service.train.environment import allocator_environment
+from ft_service.train.gathers import gather_whole_layers, keep_gathered, release_by_current_prefetches, release_weights
 from ft_service.train.optimizer_state import OptimizerState
 from ft_service.train.protocol import Update
 
@@ -129,6 +130,14 @@ class Parallel:
         return self.plan.hpz_partition_size
 
     @property
+    def gathers_whole_layers(self) -> bool:
+        """Whether ZeRO-3 gathers and releases a decoder layer as one; see `ft_service.train.gathers`.
+
+        Not with weights on NVMe: DeepSpeed reads a layer's weights at once, and has five buffers for them.
+        """
+        return self.plan.zero_stage == 3 and self.plan.offload != "nvme"
+
+    @property
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
@@ -168,9 +177,16 @@ class Parallel:
         import deepspeed
 
         for_cpu = self.plan.offload != "none"
+        config = self._config()
+        if self.gathers_whole_layers:
+            config["zero_optimization"] = gather_whole_layers(model) | config["zero_optimization"]
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
+            model=model, optimizer=self._optimizer(model, for_cpu), config=config, dist_init_required=False
         )
+        if self.gathers_whole_layers:
+            release_by_current_prefetches(self._engine.optimizer)
+            if self.plan.spec.method.type != "full":
+                keep_gathered(self._engine.optimizer, [parameter for _, parameter in self._trained()])
         if self.plan.zero_stage > 0:
             self._read_norm_once()
         self._extend_group_timeouts()  # of the groups that DeepSpeed has just created: NCCL's default is ten minutes
@@ -312,6 +328,8 @@ class Parallel:
                 yield
         finally:
             self._engine.train()
+            if self.gathers_whole_layers:
+                release_weights(self._engine.optimizer, self._engine.module)
 
     # -- collectives -----------------------------------------------------------------------------------------------
 
