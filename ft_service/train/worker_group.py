@@ -2,19 +2,25 @@
 
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
 import traceback
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ft_service.catalog.gpus import find_gpu
-from ft_service.cluster.ray_cluster import kill_actors
+from ft_service.cluster.ray_cluster import kill_actors, remove_placement_groups
 from ft_service.errors import FtError, ModelUnreachableError, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
@@ -84,15 +90,86 @@ class WorkerGroup:
         except BaseException as error:  # raised by `wait`
             self._error = error
         finally:
+            try:
+                remove_placement_groups()  # of a controller that was killed; Ray removes them with the driver only
+            except Exception as error:  # Ray raises many kinds; `fit` knows more about why the workers ended
+                print(f"Could not release what the workers reserved: {error}", file=sys.stderr, flush=True)
             self._ended.set()
 
 
-class _Trainer(TorchTrainer):
-    """Ray Train without the actor that serves datasets: rows come from storage, and each attempt would wait for it."""
+_SPARED = (DatasetsCallback, PlacementGroupCleanerCallback)
+"""Callbacks of Ray Train that start an actor each, in every attempt."""
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray Train without the actors that do nothing here. Each is a process that imports Ray Train and pandas.
+
+    - One serves datasets: rows come from storage.
+    - One removes the placement group of a controller that died: `WorkerGroup` does.
+    - One asks the autoscaler for nodes, for Ray Train and Ray Data together: see `_FixedNumber`.
+    """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        callbacks = super()._create_default_callbacks()  # type: ignore[no-untyped-call]
+        return [callback for callback in callbacks if not isinstance(callback, _SPARED)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["scaling_policy"] = _FixedNumber(self.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class _FixedNumber(FixedScalingPolicy):
+    """Asks the autoscaler for nothing: the placement group that waits for room does so already.
+
+    Ray's own would also replace what an elastic run has requested (`ray_cluster.request_resources`).
+    """
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class _Environment(BackendConfig):
+    """Ray Train's part in the process group: each worker learns its rank, and where rank 0 is.
+
+    The worker itself joins the group (`init_process_group`). With Ray's `TorchConfig` driver and controller would import
+    torch, and Ray would wait 30 seconds for a hung worker to leave the group.
+    """
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _EnvironmentBackend
+
+
+class _EnvironmentBackend(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, _free_address)
+        worker_group.execute(_set_environment, address, port)
+
+
+def _free_address() -> tuple[str, int]:
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+        free.bind(("", 0))
+        return address, int(free.getsockname()[1])
+
+
+def _set_environment(address: str, port: int) -> None:
+    """The variables of torchrun."""
+    context = ray.train.get_context()
+    os.environ["MASTER_ADDR"] = address
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ["RANK"] = str(context.get_world_rank())
+    os.environ["WORLD_SIZE"] = str(context.get_world_size())
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    os.environ["NODE_RANK"] = str(context.get_node_rank())
+    if "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:  # as Ray's `TorchConfig`: abort NCCL when a collective fails
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
 
 
 def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
@@ -113,7 +190,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
         # These timeouts must be longer than the watchdog's, or the worker ends before the watchdog saves its stacks.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": longer_than_hang,
     }
-    if parallel.use_gpu:  # Ray Train may use CUDA before the worker's own code runs
+    if parallel.use_gpu:  # here too, because a library may use CUDA when it is imported
         environment |= allocator_environment()
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
     # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
@@ -129,7 +206,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
             resources_per_worker=resources_per_worker(parallel),
             accelerator_type=ray_accelerator_type(parallel.accelerator_type),
         ),
-        torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
+        backend_config=_Environment(),
         run_config=RunConfig(
             # A new name, because Ray Train would continue an earlier attempt of the same name.
             name=f"{run.run_id}-{secrets.token_hex(4)}",
@@ -147,13 +224,14 @@ def _work(config: _CONFIG) -> None:
     from ft_service.model.light_imports import light_imports
 
     with light_imports(four_bit=config["method"] == "qlora"):
-        from ft_service.train.parallel import import_deepspeed
+        from ft_service.train.parallel import import_deepspeed, leave_process_group
         from ft_service.train.worker import run_worker
 
         import_deepspeed(os.environ["DS_ACCELERATOR"] == "cuda")
 
     # Metrics go to storage, not to ray.train.report, which would log those of every worker and keep none.
     run_worker(config["storage"], config["run_id"], config["driver"], this_node_id())
+    leave_process_group()
 
 
 def _as_ft_error(error: ray.train.TrainingFailedError) -> FtError:
