@@ -10,17 +10,21 @@ import traceback
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ft_service.catalog.gpus import find_gpu
-from ft_service.cluster.ray_cluster import kill_actors, remove_placement_groups
+from ft_service.cluster.ray_cluster import kill_actors, remove_placement_groups, this_node_id
 from ft_service.errors import FtError, ModelUnreachableError, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
@@ -31,8 +35,6 @@ from ft_service.train.environment import allocator_environment
 _AFTER_HANG_TIMEOUT_SECONDS = 120
 _END_SECONDS = 30.0
 _END_POLL_SECONDS = 0.5
-_CONTROLLER = "TrainController"
-"""Ray Train's actor that starts the workers; the only actor that the driver starts."""
 _CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 _MAY_PASS = (StorageError, ModelUnreachableError)
@@ -46,11 +48,11 @@ class NoRoom(TrainingError):
 class WorkerGroup:
     """Workers that train a run. They start when this is constructed, and end with this process at the latest."""
 
-    def __init__(self, plan: RunPlan, run: RunFolder, driver: str) -> None:
+    def __init__(self, plan: RunPlan, run: RunFolder, driver: str, controller: "Controller") -> None:
         """`driver` is the token of the driver's lease."""
         config = {"storage": run.storage.root, "run_id": run.run_id, "driver": driver}
         config["method"] = plan.spec.method.type
-        self._trainer = _trainer(plan, run, config)
+        self._trainer = _trainer(plan, run, config, controller)
         self._error: BaseException | None = None
         self._ended = threading.Event()
         # In a thread, because `fit` blocks the driver. (In the main thread Ray Train would also handle SIGINT.)
@@ -79,7 +81,9 @@ class WorkerGroup:
         deadline = time.monotonic() + _END_SECONDS
         while not self._ended.is_set() and time.monotonic() < deadline:
             try:
-                kill_actors(_CONTROLLER)  # does nothing if the thread has only just started; workers end with it
+                kill_actors(
+                    LastingTrainController.__name__
+                )  # does nothing if the thread has only just started; workers end with it
             except Exception as error:  # Ray raises many kinds; this must not hide why the run ends
                 print(f"Could not end the workers yet: {error}", file=sys.stderr, flush=True)
             self._ended.wait(_END_POLL_SECONDS)
@@ -97,25 +101,82 @@ class WorkerGroup:
             self._ended.set()
 
 
+class LastingTrainController(TrainController):
+    """Ray Train's controller as an actor that can start and watch the workers of one attempt after another."""
+
+    def __init__(self) -> None:
+        pass  # Ray Train's own constructor begins an attempt
+
+    async def train(self, **arguments: Any) -> ray.train.Result:
+        super().__init__(**arguments)
+        await self.run()
+        return self.get_result()
+
+
+class Controller:
+    """The process of Ray Train's controller, on the driver's node. It ends with the driver at the latest.
+
+    Ray Train would start one for each attempt, and the attempt would wait until it has imported Ray Train.
+    """
+
+    def __init__(self, parallel: ParallelSpec) -> None:
+        self._hang_timeout_seconds = parallel.hang_timeout_seconds
+        self._actor: Any = None
+
+    def start(self) -> None:
+        """Start the process unless it runs, and return at once: the earlier this is called, the less is waited for."""
+        if self._actor is not None:
+            return
+        self._configure_ray_train()
+        here = {RAY_NODE_ID_KEY: this_node_id()}
+        # The coroutine of Ray Train's controller blocks, which Ray would warn of.
+        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"} | get_env_vars_to_propagate()
+        remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})
+        self._actor = remote(LastingTrainController).remote()
+
+    def train(self, **arguments: Any) -> ray.train.Result:
+        """Run workers to their end. Raises a `RayActorError` if the controller dies, as when it is killed."""
+        self.start()
+        actor, self._actor = self._actor, None
+        result = ray.get(actor.train.remote(**arguments))
+        if result.error is None or isinstance(result.error, ray.train.WorkerGroupError):
+            self._actor = actor  # after any other error a new one is safer
+        return result
+
+    def _configure_ray_train(self) -> None:
+        longer_than_hang = str(self._hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
+        # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # How often Ray Train looks whether its workers live: the seconds from a death to its notice, at most.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+
 _SPARED = (DatasetsCallback, PlacementGroupCleanerCallback)
 """Callbacks of Ray Train that start an actor each, in every attempt."""
 
 
 class _Trainer(DataParallelTrainer):
-    """Ray Train without the actors that do nothing here. Each is a process that imports Ray Train and pandas.
+    """Ray Train with a lasting controller, and without the actors that do nothing here.
+
+    Each of these is a process that imports Ray Train and pandas:
 
     - One serves datasets: rows come from storage.
     - One removes the placement group of a controller that died: `WorkerGroup` does.
     - One asks the autoscaler for nodes, for Ray Train and Ray Data together: see `_FixedNumber`.
     """
 
+    def __init__(self, *arguments: Any, controller: Controller, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._controller = controller
+
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[no-untyped-call]
+        callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, _SPARED)]
 
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["scaling_policy"] = _FixedNumber(self.scaling_config)
-        return super()._initialize_and_run_controller(**arguments)
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        arguments["scaling_policy"] = _FixedNumber(self.scaling_config)  # type: ignore[arg-type]
+        return self._controller.train(**arguments)
 
 
 class _FixedNumber(FixedScalingPolicy):
@@ -134,8 +195,8 @@ class _FixedNumber(FixedScalingPolicy):
 class _Environment(BackendConfig):
     """Ray Train's part in the process group: each worker learns its rank, and where rank 0 is.
 
-    The worker itself joins the group (`init_process_group`). With Ray's `TorchConfig` driver and controller would import
-    torch, and Ray would wait 30 seconds for a hung worker to leave the group.
+    The worker itself joins the group (`init_process_group`). With Ray's `TorchConfig`, driver and controller would
+    import torch, and Ray would wait 30 seconds for a hung worker to leave the group.
     """
 
     @property
@@ -177,7 +238,7 @@ def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
-def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
+def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG, controller: Controller) -> _Trainer:
     parallel = plan.spec.parallel
     longer_than_hang = str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
     environment = {
@@ -192,11 +253,6 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
     }
     if parallel.use_gpu:  # here too, because a library may use CUDA when it is imported
         environment |= allocator_environment()
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
-    # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # How often Ray Train looks whether its workers live: the seconds from a death to its notice, at most.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     return _Trainer(
         _work,
         train_loop_config=config,
@@ -207,6 +263,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
             accelerator_type=ray_accelerator_type(parallel.accelerator_type),
         ),
         backend_config=_Environment(),
+        controller=controller,
         run_config=RunConfig(
             # A new name, because Ray Train would continue an earlier attempt of the same name.
             name=f"{run.run_id}-{secrets.token_hex(4)}",
