@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -13,8 +12,8 @@ import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback
@@ -31,11 +30,11 @@ from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import ParallelSpec
 from ft_service.train.deaths import RAY_FAILED, DeathReason, TrainingDied, reason_line
 from ft_service.train.environment import allocator_environment
+from ft_service.train.ray_worker import Config, ProcessGroup, work
 
 _AFTER_HANG_TIMEOUT_SECONDS = 120
 _END_SECONDS = 30.0
 _END_POLL_SECONDS = 0.5
-_CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 _MAY_PASS = (StorageError, ModelUnreachableError)
 """Errors of this project that may not happen again in the next attempt."""
@@ -152,19 +151,17 @@ class Controller:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
-_SPARED = (DatasetsCallback, PlacementGroupCleanerCallback)
-"""Callbacks of Ray Train that start an actor each, in every attempt."""
+_LEFT_OUT = (
+    DatasetsCallback,  # starts an actor for datasets; rows come from storage
+    PlacementGroupCleanerCallback,  # starts an actor that does what `remove_placement_groups` does
+    WorkerMetricsCallback,  # measures `ray.train.report`, which no worker calls
+    WorkingDirectorySetupCallback,  # changes into a folder where the spec's relative paths do not resolve
+)
+"""Parts of Ray Train that every attempt would wait for. An actor is a process that imports Ray Train and pandas."""
 
 
 class _Trainer(DataParallelTrainer):
-    """Ray Train with a lasting controller, and without the actors that do nothing here.
-
-    Each of these is a process that imports Ray Train and pandas:
-
-    - One serves datasets: rows come from storage.
-    - One removes the placement group of a controller that died: `WorkerGroup` does.
-    - One asks the autoscaler for nodes, for Ray Train and Ray Data together: see `_FixedNumber`.
-    """
+    """Ray Train with a lasting controller, and without the parts of it that do nothing here."""
 
     def __init__(self, *arguments: Any, controller: Controller, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -172,7 +169,7 @@ class _Trainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, _SPARED)]
+        return [callback for callback in callbacks if not isinstance(callback, _LEFT_OUT)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         arguments["scaling_policy"] = _FixedNumber(self.scaling_config)  # type: ignore[arg-type]
@@ -182,7 +179,8 @@ class _Trainer(DataParallelTrainer):
 class _FixedNumber(FixedScalingPolicy):
     """Asks the autoscaler for nothing: the placement group that waits for room does so already.
 
-    Ray's own would also replace what an elastic run has requested (`ray_cluster.request_resources`).
+    Ray's own starts an actor that asks for Ray Train and Ray Data together, and so replaces what an elastic run has
+    requested (`ray_cluster.request_resources`).
     """
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
@@ -192,53 +190,12 @@ class _FixedNumber(FixedScalingPolicy):
         pass
 
 
-class _Environment(BackendConfig):
-    """Ray Train's part in the process group: each worker learns its rank, and where rank 0 is.
-
-    The worker itself joins the group (`init_process_group`). With Ray's `TorchConfig`, driver and controller would
-    import torch, and Ray would wait 30 seconds for a hung worker to leave the group.
-    """
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _EnvironmentBackend
-
-
-class _EnvironmentBackend(Backend):
-    share_cuda_visible_devices = True
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        address, port = worker_group.execute_single(0, _free_address)
-        worker_group.execute(_set_environment, address, port)
-
-
-def _free_address() -> tuple[str, int]:
-    address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind(("", 0))
-        return address, int(free.getsockname()[1])
-
-
-def _set_environment(address: str, port: int) -> None:
-    """The variables of torchrun."""
-    context = ray.train.get_context()
-    os.environ["MASTER_ADDR"] = address
-    os.environ["MASTER_PORT"] = str(port)
-    os.environ["RANK"] = str(context.get_world_rank())
-    os.environ["WORLD_SIZE"] = str(context.get_world_size())
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
-    os.environ["NODE_RANK"] = str(context.get_node_rank())
-    if "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:  # as Ray's `TorchConfig`: abort NCCL when a collective fails
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-
-
 def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     """What Ray reserves for each worker."""
     return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
-def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG, controller: Controller) -> _Trainer:
+def _trainer(plan: RunPlan, run: RunFolder, config: Config, controller: Controller) -> _Trainer:
     parallel = plan.spec.parallel
     longer_than_hang = str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
     environment = {
@@ -246,15 +203,13 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG, controller: Control
         "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore::FutureWarning",
-        # Ray Train would change into its own folder, where the spec's relative paths do not resolve.
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
         # These timeouts must be longer than the watchdog's, or the worker ends before the watchdog saves its stacks.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": longer_than_hang,
     }
     if parallel.use_gpu:  # here too, because a library may use CUDA when it is imported
         environment |= allocator_environment()
     return _Trainer(
-        _work,
+        work,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=parallel.max_workers,
@@ -262,7 +217,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG, controller: Control
             resources_per_worker=resources_per_worker(parallel),
             accelerator_type=ray_accelerator_type(parallel.accelerator_type),
         ),
-        backend_config=_Environment(),
+        backend_config=ProcessGroup(),
         controller=controller,
         run_config=RunConfig(
             # A new name, because Ray Train would continue an earlier attempt of the same name.
@@ -274,21 +229,6 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG, controller: Control
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def _work(config: _CONFIG) -> None:
-    from ft_service.cluster.ray_cluster import this_node_id
-    from ft_service.model.light_imports import light_imports
-
-    with light_imports(four_bit=config["method"] == "qlora"):
-        from ft_service.train.parallel import import_deepspeed, leave_process_group
-        from ft_service.train.worker import run_worker
-
-        import_deepspeed(os.environ["DS_ACCELERATOR"] == "cuda")
-
-    # Metrics go to storage, not to ray.train.report, which would log those of every worker and keep none.
-    run_worker(config["storage"], config["run_id"], config["driver"], this_node_id())
-    leave_process_group()
 
 
 def _as_ft_error(error: ray.train.TrainingFailedError) -> FtError:
