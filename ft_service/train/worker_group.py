@@ -64,7 +64,7 @@ class WorkerGroup:
         """
         if not self._ended.wait(seconds):
             return False
-        if type(getattr(self._error, "controller_failure", None)).__name__ in _NO_ROOM:
+        if _had_no_room(self._error):
             raise NoRoom(str(self._error)) from self._error
         if isinstance(self._error, ray.train.TrainingFailedError):
             raise _as_ft_error(self._error) from self._error
@@ -138,7 +138,7 @@ class Controller:
         self.start()
         actor, self._actor = self._actor, None
         result = ray.get(actor.train.remote(**arguments))
-        if result.error is None or isinstance(result.error, ray.train.WorkerGroupError):
+        if result.error is None or isinstance(result.error, ray.train.WorkerGroupError) or _had_no_room(result.error):
             self._actor = actor  # after any other error a new one is safer
         return result
 
@@ -188,6 +188,10 @@ class _FixedNumber(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+def _had_no_room(error: BaseException | None) -> bool:
+    return type(getattr(error, "controller_failure", None)).__name__ in _NO_ROOM
 
 
 def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:

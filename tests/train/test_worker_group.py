@@ -9,13 +9,15 @@ import ray
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
 from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from ft_service.spec.schema import ParallelSpec
 from ft_service.train import worker_group
 from ft_service.train.worker_group import Controller
 
 WORKERS_DIED = ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("killed")})
-CONTROLLER_FAILED = ray.train.ControllerError(RuntimeError("no room"))
+NO_ROOM = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
+CONTROLLER_FAILED = ray.train.ControllerError(RuntimeError("bug"))
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def attempt(error: BaseException | None) -> Callable[[Controller], None]:
     return train
 
 
-@pytest.mark.parametrize("end", [None, WORKERS_DIED], ids=["complete", "workers died"])
+@pytest.mark.parametrize("end", [None, WORKERS_DIED, NO_ROOM], ids=["complete", "workers died", "no room"])
 def test_the_next_attempt_uses_the_same_controller(started: list[type], end: BaseException | None) -> None:
     controller = Controller(ParallelSpec())
     controller.start()
