@@ -80,9 +80,8 @@ class WorkerGroup:
         deadline = time.monotonic() + _END_SECONDS
         while not self._ended.is_set() and time.monotonic() < deadline:
             try:
-                kill_actors(
-                    LastingTrainController.__name__
-                )  # does nothing if the thread has only just started; workers end with it
+                # Workers end with it. If the thread has only just started, this does nothing yet.
+                kill_actors(LastingTrainController.__name__)
             except Exception as error:  # Ray raises many kinds; this must not hide why the run ends
                 print(f"Could not end the workers yet: {error}", file=sys.stderr, flush=True)
             self._ended.wait(_END_POLL_SECONDS)
