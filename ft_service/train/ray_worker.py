@@ -35,7 +35,7 @@ class ProcessGroup(BackendConfig):
     """Ray Train's part in the process group: each worker learns its rank, and where rank 0 is.
 
     The worker itself joins the group (`init_process_group`). With Ray's `TorchConfig`, driver and controller would
-    import torch, and Ray would wait 30 seconds for a hung worker to leave the group.
+    import torch, and Ray would wait up to 30 seconds for a worker that does not answer to leave the group.
     """
 
     @property
