@@ -47,15 +47,26 @@ class _Backend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        address, port = worker_group.execute_single(0, _free_address)
+        address, port = worker_group.execute_single(0, _reserve_address)
         worker_group.execute(_set_environment, address, port)
 
 
-def _free_address() -> tuple[str, int]:
+_reserved: list[socket.socket] = []
+"""Holds a port until this process ends."""
+
+
+def _reserve_address() -> tuple[str, int]:
+    """An address for rank 0's store, which opens only after this process has imported torch.
+
+    Until then nobody else is given the port. The store can still open it, because both sides set `SO_REUSEADDR`, and
+    this one does not listen.
+    """
     address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind(("", 0))
-        return address, int(free.getsockname()[1])
+    held = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    _reserved.append(held)
+    return address, int(held.getsockname()[1])
 
 
 def _set_environment(address: str, port: int) -> None:

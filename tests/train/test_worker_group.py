@@ -1,18 +1,20 @@
 """The driver's side of Ray Train: which of its processes a run needs, and how long they live."""
 
+import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
 from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from ft_service.spec.schema import ParallelSpec
-from ft_service.train import worker_group
+from ft_service.train import ray_worker, worker_group
 from ft_service.train.worker_group import Controller
 
 WORKERS_DIED = ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("killed")})
@@ -78,3 +80,13 @@ def test_ray_train_starts_no_actors_that_a_run_does_not_need() -> None:
     left_out = (DatasetsCallback, PlacementGroupCleanerCallback, WorkerMetricsCallback, WorkingDirectorySetupCallback)
     callbacks = trainer._create_default_callbacks()
     assert callbacks and not any(isinstance(callback, left_out) for callback in callbacks)
+
+
+def test_the_port_of_rank_zero_is_held_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    address, port = ray_worker._reserve_address()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
+    store = torch.distributed.TCPStore(address, port, 1, is_master=True)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
