@@ -31,6 +31,8 @@ from ft_service.train.optimizer_state import OptimizerState
 from ft_service.train.protocol import Update
 
 _GIB = 2**30
+_JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others to join the process group: nodes may start at different times."""
 _COLLECTIVE_GRACE_SECONDS = 3600
 """Collectives time out this long after the watchdog: it reports more about a hang, and some nodes fetch slowly."""
 
@@ -74,8 +76,13 @@ def init_process_group(use_gpu: bool) -> None:
     if use_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=_JOIN_TIMEOUT)
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", verbose=False)
+
+
+def leave_process_group() -> None:
+    """Tell the other ranks' libraries that this process ends on purpose."""
+    dist.destroy_process_group()
 
 
 def _single_process_environment() -> dict[str, str]:
