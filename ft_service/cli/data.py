@@ -114,10 +114,11 @@ def preview(
     if spec.model.base == _NO_BASE:
         raise UsageError("--base: missing. A preview needs a tokenizer; name a hub id or a checkpoint folder.")
     rows = rows_of(spec, load_tokenizer(resolve_base(spec.model.base, spec.model.revision, weights=False)), records)
+    if html is not None:
+        html.write_text(rows_as_page(spec.name, rows), encoding="utf-8")
     if as_json:
         print(json.dumps(rows_as_json(rows), indent=2, ensure_ascii=False))
     elif html is not None:
-        html.write_text(rows_as_page(spec.name, rows), encoding="utf-8")
         console.print(f"Page: {html}", soft_wrap=True, markup=False)
     else:
         show_rows(rows, console)

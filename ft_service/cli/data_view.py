@@ -56,6 +56,11 @@ def _figures(judgement: Judgement) -> list[str]:
     return sentences
 
 
+def _is_in_message(finding: Finding) -> bool:
+    """Whether the message names all that the places would: unused fields of one source."""
+    return finding.code == "form.unused-field" and len({place.file for place in finding.places}) == 1
+
+
 def _show(finding: Finding, waived: str | None, console: Console) -> None:
     color = _COLORS[finding.severity]
     console.print(
@@ -65,7 +70,7 @@ def _show(finding: Finding, waived: str | None, console: Console) -> None:
     for text in (finding.message, f"{finding.why} {finding.cure}", f"Waived: {waived}" if waived else ""):
         if text:
             console.print(Padding(escape(text), (0, 0, 0, 7)), highlight=False)
-    for place in finding.places[:_SHOWN_PLACES]:
+    for place in [] if _is_in_message(finding) else finding.places[:_SHOWN_PLACES]:
         text = ": ".join(part for part in (str(place), place.detail) if part)
         console.print(f"       [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
 

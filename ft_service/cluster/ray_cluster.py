@@ -6,7 +6,6 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,14 +131,12 @@ def map_on_cluster(task: Callable[[Shared, Item], Result], shared: Shared, items
         yield from (task(shared, item) for item in items)
         return
     handle = ray.put(shared)
-    remote: Any = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES, scheduling_strategy="SPREAD")(_run_with_shared)
+    remote = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES, scheduling_strategy="SPREAD")(task)
     max_pending = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     pending: deque[tuple[Item, Any]] = deque()
     remaining = iter(items)
     while True:
-        pending.extend(
-            (item, remote.remote(task, [handle], item)) for item in islice(remaining, max_pending - len(pending))
-        )
+        pending.extend((item, remote.remote(handle, item)) for item in islice(remaining, max_pending - len(pending)))
         if not pending:
             return
         item, result = pending.popleft()
@@ -150,17 +147,6 @@ def map_on_cluster(task: Callable[[Shared, Item], Result], shared: Shared, items
         except ray.exceptions.RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, FtError) else error) from None
-
-
-def _run_with_shared(task: Callable[[Shared, Item], Result], handles: Sequence[Any], item: Item) -> Result:
-    """Run one task in a worker. Ray would read an argument anew for each task; in a list it stays a reference."""
-    return task(_shared(handles[0]), item)
-
-
-@lru_cache(maxsize=1)
-def _shared(handle: Any) -> Any:
-    """What the tasks share, once per worker: so a tokenizer is loaded once, and its cache of words stays warm."""
-    return ray.get(handle)
 
 
 def _runtime_env(address: str | None) -> dict[str, Any] | None:

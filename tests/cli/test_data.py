@@ -373,11 +373,18 @@ def test_preview_and_clean_run_from_the_command_line(base: Path, tmp_path: Path)
     done = ft("preview", "a.jsonl", *options, "--base", str(base), "--html", "page.html", folder=tmp_path)
     assert done.returncode == 0 and "Because of this." in (tmp_path / "page.html").read_text()
     assert done.stdout == "Page: page.html\n"
+    done = ft("preview", "a.jsonl", *options, "--base", str(base), "--html", "b.html", "--json", folder=tmp_path)
+    assert json.loads(done.stdout) and (tmp_path / "b.html").exists()
     assert ft("preview", "a.jsonl", *options, folder=tmp_path).returncode == 2
     done = ft("clean", "a.jsonl", "out", *options, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["left_out"] == {"quality.exact-duplicate": 1}
     assert (tmp_path / "out" / "0-a.jsonl").read_text() == '{"q": "Why is that?", "a": "Because of this."}\n'
+
+
+def test_unused_fields_of_one_source_are_shown_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{**one, "ticket": 1} for one in records_of(12)])
+    assert ft("check", "a.jsonl", folder=tmp_path).stdout.count("ticket") == 1
 
 
 def section_in(output: str) -> dict[str, Any]:

@@ -106,17 +106,6 @@ def test_results_come_from_other_processes_in_order() -> None:
     assert os.getpid() not in {pid for _, pid in found}
 
 
-def test_a_worker_reads_what_tasks_share_once() -> None:
-    def task(shared: list[int], item: int) -> tuple[int, int]:
-        shared.append(item)
-        return os.getpid(), len(shared)
-
-    found = list(map_on_cluster(task, [], range(10)))
-    for worker in {pid for pid, _ in found}:
-        lengths = [length for pid, length in found if pid == worker]
-        assert sorted(lengths) == list(range(1, len(lengths) + 1))
-
-
 def test_a_projects_error_keeps_its_type() -> None:
     def task(shared: None, item: int) -> int:
         if item == 1:

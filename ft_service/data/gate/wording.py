@@ -59,8 +59,8 @@ _SPELLING = re.compile(f"(?<![{_HAN}])(?:{'|'.join(_SPELLED)})(?![{_HAN}])")
 
 _FUNCTION_WORDS = frozenset(
     b"a an the of in on at for to by and is are was were be been am do does did has have had can could would will "
-    b"shall i me my we us our you your it its this that these those there so then also just please kindly hi hello "
-    b"dear thanks thank s t d m re ve ll".decode().split()
+    b"shall many much i me my we us our you your it its this that these those there so then also just please kindly "
+    b"hi hello dear thanks thank s t d m re ve ll".decode().split()
 )
 """Replaced or missing, these change the wording. From, before, without, not and more change the question."""
 _HAN_FUNCTION = frozenset("的地得了着嗎吗呢吧啊呀哦请請问問您你把被将將是与與及之其也还還很麻烦煩")

@@ -261,6 +261,7 @@ SAME_QUESTION = [
     ("모니터의 보증 기간은 얼마입니까?", "모니터의 보증기간은 얼마입니까"),
     ("How many boats cross the river of Oslo", "How many boats cross the river in Oslo"),
     ("How do I change my plan online", "How do I change my plans online"),
+    ("How many hours does it take", "How much hours does it take"),
     ("Please tell me the warranty on this monitor", "Tell me the waranty of this montior"),
     ("Where is the e-mail icon of the café", "Where is the email icon of the cafe"),
     ("In spring when snow melts, how many boats cross?", "How many boats cross in spring when snow melts?"),
