@@ -146,7 +146,7 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
         host["publishing"] = layout.workers_per_node * 2 * largest * layout.element_bytes
     temporary = gpu["activations"] + gpu["loss"] + gpu["gather_buffers"]
     # The optimizer step makes copies too, after the memory of the passes is freed.
-    gpu["gather_buffers"] += max(0, _update_copies(groups, layout) - temporary)
+    gpu["gather_buffers"] += max(0, _update_copies(parameters, groups, layout) - temporary)
     communicators = 0 if layout.num_workers == 1 else 2 + layout.hpz
     gpu["reserve"] = _CUDA_CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + round(_FRAGMENTED_FRACTION * temporary)
     return MemoryEstimate(gpu, host)
@@ -388,7 +388,10 @@ def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:
     bucket = min(MAX_BUCKET_ELEMENTS, sum(parameter.numel for parameter in parameters if parameter.trained))
     if layout.zero_stage < 3 or (layout.num_workers == 1 and layout.offload == "none"):
         return bucket * element
-    return (bucket + _live_numel(parameters, layout)) * element
+    buffers = (bucket + _live_numel(parameters, layout)) * element
+    if bucket == MAX_BUCKET_ELEMENTS:  # then buckets fill up, and are reduced, while the backward pass runs
+        buffers += _reduction_copies(bucket, partition_numel(bucket, layout.num_workers), layout)
+    return buffers
 
 
 def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
@@ -397,9 +400,9 @@ def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
     Legend: L elements of the largest layer, W of the largest weight in a layer, E of the largest weight outside.
 
     A layer is gathered as one. DeepSpeed prefetches weight by weight until M = L + max(L, E) elements are gathered, and
-    releases everything that it does not need next (`ft_service.train.gathers`). If E <= L, a layer and the whole next
-    one make exactly M = 2 L, and the weight that ends a prefetch exceeds M by less than W: 2 L + W. If E > L, the head
-    may be prefetched while two layers are gathered: 2 L + E.
+    releases everything that it does not need next (`ft_service.train.gathers`). L includes the small weights that stay
+    gathered. If E <= L, a layer and the whole next one make exactly M = 2 L, and the weight that ends a prefetch exceeds
+    M by less than itself: 2 L + max(W, E). If E > L, the head may be prefetched while two layers are gathered: 2 L + E.
 
     Without whole layers (NVMe), DeepSpeed's own limits: `_MAX_LIVE_ELEMENTS` + `_PREFETCH_ELEMENTS` + one weight.
     """
@@ -409,16 +412,16 @@ def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
     if not _gathers_whole_layers(layout):
         return min(sum(sizes), _MAX_LIVE_ELEMENTS + _PREFETCH_ELEMENTS + max(sizes, default=0))
     layers: dict[int, int] = {}
-    for parameter, size in zip(gathered, sizes, strict=True):
-        if parameter.layer is not None:
-            layers[parameter.layer] = layers.get(parameter.layer, 0) + size
+    for parameter in parameters:
+        if parameter.layer is not None and (layout.method == "full" or not parameter.trained):
+            layers[parameter.layer] = layers.get(parameter.layer, 0) + parameter.stored_numel(element)
     largest_layer = max(layers.values(), default=0)
     inside = max((n for p, n in zip(gathered, sizes, strict=True) if p.layer is not None), default=0)
     outside = max((n for p, n in zip(gathered, sizes, strict=True) if p.layer is None), default=0)
-    return min(sum(sizes), 2 * largest_layer + (outside if outside > largest_layer else inside))
+    return min(sum(sizes), 2 * largest_layer + (outside if outside > largest_layer else max(inside, outside)))
 
 
-def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
+def _update_copies(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], layout: Layout) -> int:
     """Copies of gradients for their reduction and for the optimizer step, after the passes."""
     element = layout.element_bytes
     workers = layout.num_workers
@@ -426,7 +429,13 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.offload != "none":
         return 0
     if layout.zero_stage == 3:
-        return FP32_BYTES * min(_SUB_GROUP_ELEMENTS, _sharded_numel(groups, workers))
+        sharded = _sharded_numel(groups, workers)
+        step = FP32_BYTES * min(_SUB_GROUP_ELEMENTS, sharded)
+        if workers == 1 or whole > MAX_BUCKET_ELEMENTS:
+            return step
+        # The bucket, which is reduced once, and its copies; a weight outside the layers is still gathered.
+        outside = max((p.stored_numel(element) for p in parameters if p.layer is None), default=0)
+        return element * (whole + outside) + max(step, _reduction_copies(whole, sharded, layout))
     if layout.precision == "fp32":
         bucket = FP32_BYTES * min(whole, MAX_BUCKET_ELEMENTS)
         return bucket if layout.zero_stage == 0 else FP32_BYTES * _flat_sharded_numel(groups, workers)
@@ -435,6 +444,11 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.zero_stage == 1:  # in the communication type, and joined if all fit in one bucket
         return whole * (element + (FP32_BYTES if whole <= MAX_BUCKET_ELEMENTS else 0))
     return 0
+
+
+def _reduction_copies(bucket: int, sharded: int, layout: Layout) -> int:
+    """ZeRO-3 joins the partitions of a bucket's gradients for each worker, and converts its own ones to fp32."""
+    return layout.element_bytes * bucket + FP32_BYTES * sharded
 
 
 # -- offloading ------------------------------------------------------------------------------------------------------
