@@ -31,11 +31,12 @@ _QUANTISATION_TABLE_BYTES = FP32_BYTES * (16 + 256 + 1)
 
 MAX_BUCKET_ELEMENTS = 500_000_000
 """Upper limit of the gradient bucket: DeepSpeed's default. It is smaller if fewer parameters are trained."""
+PERSISTENCE_THRESHOLD = 100_000
+"""ZeRO-3 keeps weights of at most so many elements gathered: DeepSpeed's default."""
 # DeepSpeed's defaults, in elements.
 _PREFETCH_ELEMENTS = 50_000_000
 _MAX_LIVE_ELEMENTS = 1_000_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
-_PERSISTENCE_THRESHOLD = 100_000
 _NVME_PARAMETER_BUFFER_ELEMENTS = 5 * 100_000_000
 _NVME_OPTIMIZER_BUFFERS = 4
 
@@ -298,7 +299,7 @@ def _gathers_whole_layers(layout: Layout) -> bool:
 def _stays_gathered(parameter: _Parameter, layout: Layout) -> bool:
     """Whether ZeRO-3 keeps the parameter whole between its uses: small ones, and those of an adapter."""
     is_adapter = parameter.trained and layout.method != "full"
-    small = parameter.stored_numel(layout.element_bytes) <= _PERSISTENCE_THRESHOLD
+    small = parameter.stored_numel(layout.element_bytes) <= PERSISTENCE_THRESHOLD
     return small or (is_adapter and _gathers_whole_layers(layout))
 
 
@@ -400,9 +401,9 @@ def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
     Legend: L elements of the largest layer, W of the largest weight in a layer, E of the largest weight outside.
 
     A layer is gathered as one. DeepSpeed prefetches weight by weight until M = L + max(L, E) elements are gathered, and
-    releases everything that it does not need next (`ft_service.train.gathers`). L includes the small weights that stay
-    gathered. If E <= L, a layer and the whole next one make exactly M = 2 L, and the weight that ends a prefetch exceeds
-    M by less than itself: 2 L + max(W, E). If E > L, the head may be prefetched while two layers are gathered: 2 L + E.
+    releases everything that it does not need next (`ft_service.train.gathers`). If E <= L, a layer and the whole next
+    one make exactly M = 2 L, and the weight that ends a prefetch exceeds M by less than W: 2 L + W. If E > L, the head
+    may be prefetched while two layers are gathered: 2 L + E.
 
     Without whole layers (NVMe), DeepSpeed's own limits: `_MAX_LIVE_ELEMENTS` + `_PREFETCH_ELEMENTS` + one weight.
     """
@@ -412,13 +413,13 @@ def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
     if not _gathers_whole_layers(layout):
         return min(sum(sizes), _MAX_LIVE_ELEMENTS + _PREFETCH_ELEMENTS + max(sizes, default=0))
     layers: dict[int, int] = {}
-    for parameter in parameters:
-        if parameter.layer is not None and (layout.method == "full" or not parameter.trained):
-            layers[parameter.layer] = layers.get(parameter.layer, 0) + parameter.stored_numel(element)
+    for parameter, size in zip(gathered, sizes, strict=True):
+        if parameter.layer is not None:
+            layers[parameter.layer] = layers.get(parameter.layer, 0) + size
     largest_layer = max(layers.values(), default=0)
     inside = max((n for p, n in zip(gathered, sizes, strict=True) if p.layer is not None), default=0)
     outside = max((n for p, n in zip(gathered, sizes, strict=True) if p.layer is None), default=0)
-    return min(sum(sizes), 2 * largest_layer + (outside if outside > largest_layer else max(inside, outside)))
+    return min(sum(sizes), 2 * largest_layer + (outside if outside > largest_layer else inside))
 
 
 def _update_copies(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], layout: Layout) -> int:

@@ -17,16 +17,80 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ft_service.catalog.models import shape_from_config
+from ft_service.model.base import read_config
+from ft_service.plan.memory import Layout, Method, estimate_memory
 from ft_service.train.batches import MicroBatch
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, end_process, prepare_process
+from tests.forked import Workers
+from tests.plan.memory_cases import write_llama
 from tests.train.training_cases import model_of, plan_of
 
 WORKERS = 2
+TOKENS = 512
+# Weights of the MLP, embedding and head are above ZeRO-3's persistence threshold, unless they are packed.
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+RANK = 8
+RECOMPUTED = {"no layer": (False, 0), "two layers": (True, 1), "all layers": (True, 0)}
+"""Whether layers are recomputed, and how many of them keep their activations all the same."""
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+LAYOUTS = {
+    f"{method} ZeRO-{stage}, {recomputed} recomputed": Layout(
+        method=method,
+        num_workers=WORKERS,
+        zero_stage=stage,
+        max_seq_len=TOKENS,
+        activation_checkpointing=checkpointing,
+        kept_layers=kept_layers,
+        lora_rank=RANK,
+    )
+    for method in METHODS
+    for stage in (1, 2, 3)
+    for recomputed, (checkpointing, kept_layers) in RECOMPUTED.items()
+}
 STEPS = 3
 """The last one is counted. ZeRO-3 learns the order of its gathers in the others."""
 MICRO_STEPS = 2
 _COUNTED = "counted step"
+
+
+def write_peak_base(folder: Path) -> None:
+    write_llama(folder, **SIZES)
+
+
+def planned_bytes(base: Path, name: str) -> int:
+    """Without the reserve, which torch's allocator never hands out."""
+    components = estimate_memory(shape_from_config(read_config(base)), LAYOUTS[name]).gpu
+    return sum(components.values()) - components["reserve"]
+
+
+def peaks(base: Path, results: Path) -> dict[str, int]:
+    """Peak bytes of a step by layout, counted in a process of its own; `results` is a file to write."""
+    cases = {
+        name: {
+            "base": str(base),
+            "method": {"type": "full"} if layout.method == "full" else {"type": layout.method, "lora_rank": RANK},
+            "stage": layout.zero_stage,
+            "micro": 1,
+            "precision": layout.precision,
+            "checkpointing": layout.activation_checkpointing,
+            "kept_layers": layout.kept_layers,
+        }
+        for name, layout in LAYOUTS.items()
+    }
+    worker = Workers(run_cases_of_one_worker, cases, results, world_size=None)
+    printed = worker.wait(timeout=900)
+    assert worker.returncode == 0, printed[-8000:]
+    counted: dict[str, int] = json.loads(results.read_text())
+    return counted
 
 
 class AlwaysUpdates(Parallel):
@@ -60,7 +124,7 @@ def peak_bytes(case: dict[str, Any]) -> int:
         parallel = AlwaysUpdates(plan)
         model = model_of(plan, parallel)
         parallel.wrap(LossModel(model.module, model.causal_lm))
-        batch = one_document(case["tokens"], model.causal_lm.config.vocab_size)
+        batch = one_document(TOKENS, model.causal_lm.config.vocab_size)
         for step in range(1, STEPS + 1):
             with record_function(_COUNTED if step == STEPS else "step"):
                 for micro_step in range(1, MICRO_STEPS + 1):
