@@ -31,11 +31,12 @@ _QUANTISATION_TABLE_BYTES = FP32_BYTES * (16 + 256 + 1)
 
 MAX_BUCKET_ELEMENTS = 500_000_000
 """Upper limit of the gradient bucket: DeepSpeed's default. It is smaller if fewer parameters are trained."""
+PERSISTENCE_THRESHOLD = 100_000
+"""ZeRO-3 keeps weights of at most so many elements gathered: DeepSpeed's default."""
 # DeepSpeed's defaults, in elements.
 _PREFETCH_ELEMENTS = 50_000_000
 _MAX_LIVE_ELEMENTS = 1_000_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
-_PERSISTENCE_THRESHOLD = 100_000
 _NVME_PARAMETER_BUFFER_ELEMENTS = 5 * 100_000_000
 _NVME_OPTIMIZER_BUFFERS = 4
 
@@ -146,7 +147,7 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
         host["publishing"] = layout.workers_per_node * 2 * largest * layout.element_bytes
     temporary = gpu["activations"] + gpu["loss"] + gpu["gather_buffers"]
     # The optimizer step makes copies too, after the memory of the passes is freed.
-    gpu["gather_buffers"] += max(0, _update_copies(groups, layout) - temporary)
+    gpu["gather_buffers"] += max(0, _update_copies(parameters, groups, layout) - temporary)
     communicators = 0 if layout.num_workers == 1 else 2 + layout.hpz
     gpu["reserve"] = _CUDA_CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + round(_FRAGMENTED_FRACTION * temporary)
     return MemoryEstimate(gpu, host)
@@ -298,7 +299,7 @@ def _gathers_whole_layers(layout: Layout) -> bool:
 def _stays_gathered(parameter: _Parameter, layout: Layout) -> bool:
     """Whether ZeRO-3 keeps the parameter whole between its uses: small ones, and those of an adapter."""
     is_adapter = parameter.trained and layout.method != "full"
-    small = parameter.stored_numel(layout.element_bytes) <= _PERSISTENCE_THRESHOLD
+    small = parameter.stored_numel(layout.element_bytes) <= PERSISTENCE_THRESHOLD
     return small or (is_adapter and _gathers_whole_layers(layout))
 
 
@@ -388,7 +389,10 @@ def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:
     bucket = min(MAX_BUCKET_ELEMENTS, sum(parameter.numel for parameter in parameters if parameter.trained))
     if layout.zero_stage < 3 or (layout.num_workers == 1 and layout.offload == "none"):
         return bucket * element
-    return (bucket + _live_numel(parameters, layout)) * element
+    buffers = (bucket + _live_numel(parameters, layout)) * element
+    if bucket == MAX_BUCKET_ELEMENTS:  # then buckets fill up, and are reduced, while the backward pass runs
+        buffers += _reduction_copies(bucket, partition_numel(bucket, layout.num_workers), layout)
+    return buffers
 
 
 def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
@@ -418,7 +422,7 @@ def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
     return min(sum(sizes), 2 * largest_layer + (outside if outside > largest_layer else inside))
 
 
-def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
+def _update_copies(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], layout: Layout) -> int:
     """Copies of gradients for their reduction and for the optimizer step, after the passes."""
     element = layout.element_bytes
     workers = layout.num_workers
@@ -426,7 +430,13 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.offload != "none":
         return 0
     if layout.zero_stage == 3:
-        return FP32_BYTES * min(_SUB_GROUP_ELEMENTS, _sharded_numel(groups, workers))
+        sharded = _sharded_numel(groups, workers)
+        step = FP32_BYTES * min(_SUB_GROUP_ELEMENTS, sharded)
+        if workers == 1 or whole > MAX_BUCKET_ELEMENTS:
+            return step
+        # The bucket, which is reduced once, and its copies; a weight outside the layers is still gathered.
+        outside = max((p.stored_numel(element) for p in parameters if p.layer is None), default=0)
+        return element * (whole + outside) + max(step, _reduction_copies(whole, sharded, layout))
     if layout.precision == "fp32":
         bucket = FP32_BYTES * min(whole, MAX_BUCKET_ELEMENTS)
         return bucket if layout.zero_stage == 0 else FP32_BYTES * _flat_sharded_numel(groups, workers)
@@ -435,6 +445,11 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.zero_stage == 1:  # in the communication type, and joined if all fit in one bucket
         return whole * (element + (FP32_BYTES if whole <= MAX_BUCKET_ELEMENTS else 0))
     return 0
+
+
+def _reduction_copies(bucket: int, sharded: int, layout: Layout) -> int:
+    """ZeRO-3 joins the partitions of a bucket's gradients for each worker, and converts its own ones to fp32."""
+    return layout.element_bytes * bucket + FP32_BYTES * sharded
 
 
 # -- offloading ------------------------------------------------------------------------------------------------------

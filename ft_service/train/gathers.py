@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def gather_whole_layers(model: nn.Module) -> dict[str, int]:
+def gather_whole_layers(model: nn.Module, persistence_threshold: int) -> dict[str, int]:
     """Make every decoder layer of `model` a leaf module. Call this before `deepspeed.initialize`.
 
     Returns the settings, in elements, with which DeepSpeed prefetches the whole next layer while one computes. With L
@@ -23,14 +23,17 @@ def gather_whole_layers(model: nn.Module) -> dict[str, int]:
     - it prefetches nothing while more than L + max(L, E) elements are gathered;
     - it keeps nothing gathered that it does not need next. By default it keeps 1e9 elements for reuse.
 
-    Adapters do not count, see `keep_gathered`. `ft_service.plan.memory` derives the most that is gathered at once.
+    Weights of at most `persistence_threshold` elements stay gathered and do not count: otherwise
+    there would be room for one more weight, of any size, beside two layers. Adapters do not count either, see
+    `keep_gathered`. `ft_service.plan.memory` derives the most that is gathered at once.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer._z3_leaf = True  # type: ignore[assignment]  # what deepspeed.utils.set_z3_leaf_modules does
         _list_parameters_once(layer)
     is_full = all(parameter.requires_grad for parameter in model.parameters())
-    sizes = {p: _numel(p) for p in model.parameters() if is_full or not p.requires_grad}
+    counted = (p for p in model.parameters() if is_full or not p.requires_grad)
+    sizes = {p: _numel(p) for p in counted if _numel(p) > persistence_threshold}
     in_layers = [[sizes.pop(p) for p in layer.parameters() if p in sizes] for layer in layers]
     largest_layer = max(map(sum, in_layers))
     largest_other = max(sizes.values(), default=0)

@@ -21,7 +21,7 @@ from torch import nn
 from ft_service.model.load import WeightPlacement, WholeWeights
 from ft_service.model.shards import Partitioning
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
-from ft_service.plan.memory import MAX_BUCKET_ELEMENTS
+from ft_service.plan.memory import MAX_BUCKET_ELEMENTS, PERSISTENCE_THRESHOLD
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
@@ -186,7 +186,9 @@ class Parallel:
         for_cpu = self.plan.offload != "none"
         config = self._config()
         if self.gathers_whole_layers:
-            config["zero_optimization"] = gather_whole_layers(model) | config["zero_optimization"]
+            zero = config["zero_optimization"]
+            threshold = zero.setdefault("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+            config["zero_optimization"] = gather_whole_layers(model, threshold) | zero
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=config, dist_init_required=False
         )

@@ -58,7 +58,7 @@ def test_no_more_is_gathered_at_once_than_planned(
     gathered: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in the step after a validation."""
-    monkeypatch.setattr(memory, "_PERSISTENCE_THRESHOLD", 0)  # as in the case
+    monkeypatch.setattr(memory, "PERSISTENCE_THRESHOLD", 0)  # as in the case
     case = CASES[name]
     layout = memory.Layout(
         method=case["method"]["type"],
