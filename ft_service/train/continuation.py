@@ -63,8 +63,8 @@ def check_data(run: RunFolder, digest: str, sources: Mapping[str, str]) -> None:
 def continued_plan(plan: RunPlan, run: RunFolder) -> RunPlan:
     """`plan`, as a continuation of the run's checkpoints if it has any. Reads only.
 
-    Raises `SpecError` if the checkpoints belong to another training, and `NewerFormatError` if a newer version wrote them.
-    Workers check the one that they load once more.
+    Raises `SpecError` if the checkpoints belong to another training, and `NewerFormatError` if a newer version wrote
+    them. Workers check the one that they load once more.
     """
     checkpoints = Checkpoints(run)
     newest_step = checkpoints.newest_step()

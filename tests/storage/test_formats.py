@@ -36,7 +36,7 @@ FIRST_KINDS: dict[str, type[StoredFile]] = {
     "judgement": Judgement,
 }
 """Files that version 0.1.0 wrote, without a number."""
-KINDS = {**FIRST_KINDS, "tombstone": Tombstone, "server-notice": ServerNotice}
+KINDS: dict[str, type[StoredFile]] = {**FIRST_KINDS, "tombstone": Tombstone, "server-notice": ServerNotice}
 LATER_FILES = {(2, "plan"), (2, "checkpoint-manifest"), (3, "plan"), (3, "checkpoint-manifest")}
 """Files of kinds that have changed since, in the folders of their formats."""
 

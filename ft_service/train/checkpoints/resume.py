@@ -28,8 +28,8 @@ def resume(run: RunFolder, parallel: Parallel, plan: RunPlan, events: EventLog) 
 
     Every rank calls it, after the model is wrapped. A damaged checkpoint is reported as an event, and the one before it
     is used. Raises `TrainingError` if all checkpoints are damaged, or if they belong to another training (data, model,
-    method or schedule), `NewerFormatError` on all ranks if a newer version of this software wrote the newest checkpoint,
-    and `UnreachableError` on all ranks if the storage does not answer one of them.
+    method or schedule), `NewerFormatError` on all ranks if a newer version wrote the newest intact checkpoint, and
+    `UnreachableError` on all ranks if the storage does not answer one of them.
     """
     checkpoints = Checkpoints(run)
     entries = _list(checkpoints, parallel, events)
@@ -65,8 +65,8 @@ def _list(checkpoints: Checkpoints, parallel: Parallel, events: EventLog) -> lis
 def _check(checkpoints: Checkpoints, entry: IndexEntry, parallel: Parallel) -> tuple[Manifest | None, str]:
     """The manifest, or None and all problems that any rank found: the same on every rank.
 
-    Raises `UnreachableError` on all ranks if the storage does not answer one of them, and `NewerFormatError` on all ranks
-    if a newer version of this software wrote the manifest.
+    Raises `UnreachableError` on all ranks if the storage does not answer one of them, and `NewerFormatError` on all
+    ranks if a newer version wrote the manifest.
     """
     manifest: Manifest | None = None
     problem = ""
@@ -80,8 +80,8 @@ def _check(checkpoints: Checkpoints, entry: IndexEntry, parallel: Parallel) -> t
     if not any(parallel.all_gather_object(manifest is None)):
         assert manifest is not None
         problem, unusable = _check_parts(checkpoints, entry.folder, manifest, parallel)
-    # An intact checkpoint must not be skipped because a server is down, or this version is old: its steps would be trained
-    # again.
+    # An intact checkpoint must not be skipped because a server is down, or this version is too old: its steps would be
+    # trained again.
     if errors := [error for error in parallel.all_gather_object(unusable) if error is not None]:
         raise errors[0]
     problems = list(dict.fromkeys(found for found in parallel.all_gather_object(problem) if found))
