@@ -17,7 +17,8 @@ from ft_service.plan.plan import RunPlan
 from ft_service.spec.load import parse_run_spec
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "planning.md"
+DOCS = PAGE.read_text(encoding="utf-8")
 WIDTH = 107
 TICKETS = DatasetFacts(
     digest="d",
@@ -57,26 +58,30 @@ def example(first_line: str) -> list[str]:
     return block.strip("\n").splitlines()
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "first_line"),
-    [
-        ("lora", [], "support-bot  fits"),
-        ("lora-70b", [], "support-bot-70b  fits"),
-        ("lora-405b", [], "support-bot-405b  fits"),
-        ("lora-70b", ON_ONE_GPU, "support-bot-70b  does not fit"),
-    ],
-)
+EXAMPLES: list[tuple[str, list[str], str]] = [
+    ("lora", [], "support-bot  fits"),
+    ("lora-70b", [], "support-bot-70b  fits"),
+    ("lora-405b", [], "support-bot-405b  fits"),
+    ("lora-70b", ON_ONE_GPU, "support-bot-70b  does not fit"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "first_line"), EXAMPLES)
 def test_an_example_is_what_the_plan_says(name: str, overrides: list[str], first_line: str) -> None:
     today = shown(name, overrides)
     stale = [line for line in example(first_line) if line.rstrip() not in today]
-    assert not stale, "docs/planning.md is not what `ft plan` prints now:\n" + "\n".join(today)
+    assert not stale, "docs/planning.md is not what `ft plan` prints now: python -m tests.plan.test_docs"
+
+
+def table_of_405b() -> list[str]:
+    command = [sys.executable, "-m", "ft_service.cli.app", "plan", "--table", "llama-3.1-405b", "--gpu-type", "H100"]
+    environment = {**os.environ, "COLUMNS": str(WIDTH)}
+    done = subprocess.run([*command, "--price", "3"], env=environment, capture_output=True, text=True, check=True)
+    return [line.rstrip() for line in done.stdout.splitlines()]
 
 
 def test_the_table_of_a_model_is_of_today() -> None:
-    command = [sys.executable, "-m", "ft_service.cli.app", "plan", "--table", "llama-3.1-405b", "--gpu-type", "H100"]
-    environment = {**os.environ, "COLUMNS": str(WIDTH)}
-    done = subprocess.run([*command, "--price", "3"], env=environment, capture_output=True, text=True)
-    assert example("llama-3.1-405b, 405") == [line.rstrip() for line in done.stdout.splitlines()], done.stdout
+    assert example("llama-3.1-405b, 405") == table_of_405b()
 
 
 def test_the_table_of_the_shipped_specs_is_of_today() -> None:
@@ -92,3 +97,16 @@ def test_the_table_of_the_shipped_specs_is_of_today() -> None:
         )
         (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
         assert now in row, f"{name}: {now}"
+
+
+def write() -> None:
+    """Put today's plans into the page: whole plans, where an example is an excerpt too."""
+    page = DOCS
+    for name, overrides, first_line in EXAMPLES:
+        page = page.replace("\n".join(example(first_line)), "\n".join(shown(name, overrides)).strip("\n"))
+    page = page.replace("\n".join(example("llama-3.1-405b, 405")), "\n".join(table_of_405b()).strip("\n"))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
