@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # All tests of a group (see tests/conftest.py) go to one of these processes.
 PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup quickstart test test-quick check format clean
+.PHONY: help setup quickstart test test-quick check format gpu-check gpu-wheels clean
 
 help:
 	@echo "make quickstart   the whole path on this machine's CPU: data, base, adapter, HTTP answers"
 	@echo "make test         all tests"
 	@echo "make test-quick   the tests that need no cluster and no second process: about a minute"
 	@echo "make check        lint, format, types, and whether every optional extra resolves"
+	@echo "make gpu-check    training on this machine's GPUs, at most 25 minutes; PIECE=lora-8b for one piece"
 	@echo "make setup        only the virtual environment in $(VENV)"
 
 setup: $(STAMP)
@@ -50,5 +51,19 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The machine's own torch, and the missing packages from the internet or from WHEELS, a folder that gpu-wheels filled.
+GPU_VENV := .venv-gpu
+gpu-check:
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
+		$$($(PYTHON) benchmarks/gpu_check.py --packages)
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(PIECE:%=--piece %)
+
+# On a machine with internet and the same Python version; torch stays behind, for the GPU machine has its own.
+gpu-wheels:
+	$(PYTHON) -m pip wheel --quiet --constraint constraints.txt --wheel-dir $(WHEELS) \
+		$$($(PYTHON) benchmarks/gpu_check.py --packages)
+	rm -f $(WHEELS)/torch-*.whl $(WHEELS)/nvidia_*.whl $(WHEELS)/triton-*.whl
+
 clean:
-	rm -rf $(VENV) quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache

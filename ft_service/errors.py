@@ -8,6 +8,7 @@
     │   └── ModelUnreachableError  its source does not respond; a retry may help
     ├── StorageError             the storage root, or something on it, is unusable
     │   ├── NotPublishedError    no run or adapter with this id
+    │   ├── NewerFormatError     a file that a newer version of this software wrote
     │   └── UnreachableError     the storage does not respond; a retry may help
     ├── ExportError              a hub does not accept what is exported to it
     ├── ClusterError             Ray does not respond, rejects the token, or lacks resources
@@ -94,6 +95,10 @@ class StorageError(FtError):
 
 class NotPublishedError(StorageError):
     """The storage has no run, adapter or dataset with this id."""
+
+
+class NewerFormatError(StorageError):
+    """A newer version of this software wrote this file. It is not damaged, and must not count as missing."""
 
 
 class UnreachableError(StorageError):

@@ -44,6 +44,7 @@ from ft_service.text import counted, error_line
 from ft_service.train.attempts import Attempts
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.continuation import check_data, check_settings, continued_plan
+from ft_service.train.worker_group import Controller
 
 DATA_REPORT_FILE = "data.html"
 _SAMPLE_SECONDS = 1200.0
@@ -85,9 +86,11 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             folder.set_state("preparing")
             folder.write_spec_if_absent(spec)
             events.emit(Notice(type="preparing", message=f"Preparing data and plan of {spec.name}."))
+            controller = Controller(spec.parallel)
+            controller.start()  # it imports Ray Train while the data are prepared
             prepared = prepare(spec, folder, log)
             with LiveReport(storage, folder.run_id, log):
-                plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log).train()
+                plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log, controller).train()
             folder.set_state("publishing")
             record = publish(folder)
             events.emit(Published(message=f"Published {record.id}.", digest=record.digest))

@@ -189,4 +189,17 @@ main()
 def test_a_driver_imports_no_model_code_before_it_asks_for_workers() -> None:
     modules = imported_by(f"import ft_service.launch\n{REPORT}")
     assert {"ray.train", "ft_service.train.worker_group"} <= modules
-    assert not modules & {"matplotlib", "peft", "deepspeed", "bitsandbytes", "transformers.modeling_utils", *COMPILER}
+    model_code = {"torch", "peft", "deepspeed", "bitsandbytes", "transformers.modeling_utils", *COMPILER}
+    assert not modules & {"matplotlib", *model_code}
+
+
+def test_a_controller_imports_no_model_code() -> None:
+    modules = imported_by(f"import ft_service.train.worker_group\n{REPORT}")
+    assert "ray.train" in modules and not modules & {"torch", "transformers", "peft", "deepspeed", "matplotlib"}
+
+
+def test_ray_imports_little_before_a_worker_prepares_its_imports() -> None:
+    modules = imported_by(f"import ft_service.train.ray_worker\n{REPORT}")
+    assert {"ray.train", "ft_service.train.ray_worker"} <= modules
+    later = {"torch", "transformers", "pydantic_settings", "ft_service.train.worker_group", "ft_service.spec.schema"}
+    assert not modules & {*later, "ray.train.v2._internal.callbacks"}

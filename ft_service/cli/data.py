@@ -1,7 +1,7 @@
 """`ft data`: check the data, preview the packed rows, write a cleaned copy, split it without leaks."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from ft_service.errors import FtError, ModelError, UsageError
-from ft_service.spec.load import load_run_spec, parse_run_spec
+from ft_service.errors import FtError, ModelError, Problem, SpecError, UsageError
+from ft_service.spec.load import load_run_spec, parse_run_spec, settings_in
 from ft_service.spec.schema import RunSpec
+from ft_service.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,8 @@ Columns = Annotated[
 Base = Annotated[
     str | None, typer.Option("--base", help="For a data file: hub id or checkpoint folder of the tokenizer.")
 ]
+Origin = Annotated[str | None, typer.Option("--source", help="For a data file: where the data comes from.")]
+License = Annotated[str | None, typer.Option("--license", help="For a data file: SPDX id of its license.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 _FEW_SHARDS = 2
@@ -53,8 +56,8 @@ def check(
     overrides: Overrides = None,
     format: Format = None,
     columns: Columns = None,
-    source: Annotated[str | None, typer.Option(help="For a data file: where the data comes from.")] = None,
-    license: Annotated[str | None, typer.Option(help="For a data file: SPDX id of its license.")] = None,
+    source: Origin = None,
+    license: License = None,
     base: Base = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the report and the lists of findings (default: NAME-data-check).")
@@ -111,11 +114,12 @@ def preview(
     if spec.model.base == _NO_BASE:
         raise UsageError("--base: missing. A preview needs a tokenizer; name a hub id or a checkpoint folder.")
     rows = rows_of(spec, load_tokenizer(resolve_base(spec.model.base, spec.model.revision, weights=False)), records)
+    if html is not None:
+        html.write_text(rows_as_page(spec.name, rows), encoding="utf-8")
     if as_json:
         print(json.dumps(rows_as_json(rows), indent=2, ensure_ascii=False))
     elif html is not None:
-        html.write_text(rows_as_page(spec.name, rows), encoding="utf-8")
-        console.print(str(html), soft_wrap=True)
+        console.print(f"Page: {html}", soft_wrap=True, markup=False)
     else:
         show_rows(rows, console)
 
@@ -127,6 +131,8 @@ def clean(
     overrides: Overrides = None,
     format: Format = None,
     columns: Columns = None,
+    source: Origin = None,
+    license: License = None,
     base: Base = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Mask private data in every column, and list each mask.")
@@ -134,14 +140,18 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Write a cleaned copy, without unusable records and exact copies. Each record left out is listed."""
-    spec = _spec(what, overrides, format, columns, base)
-    from ft_service.data.clean import DECISIONS_FOLDER, LEFT_OUT_FILE, REDACTED_FILE
+    spec = _spec(what, overrides, format, columns, base, source, license)
+    from ft_service.cli.data_view import show_data_section, sources_as_json
+    from ft_service.data.clean import REDACTED_FILE, cleaned_sources
     from ft_service.data.clean import clean as write_clean
+    from ft_service.data.read import DECISIONS_FOLDER, LEFT_OUT_FILE
 
     cleaned = write_clean(spec, out, _run_tasks, _tokenizer(spec), redact)
+    train, validation = cleaned_sources(spec, out, cleaned)
     if as_json:
         counts = {"read": cleaned.judgement.read, "left_out": cleaned.left_out, "redacted": cleaned.redacted}
-        print(json.dumps({**counts, "folder": str(out), "files": dict(cleaned.files)}, indent=2))
+        data = {"train": sources_as_json(train), "validation": sources_as_json(validation)}
+        print(json.dumps({**counts, "folder": str(out), "files": dict(cleaned.files), "data": data}, indent=2))
         return
     written = f"{cleaned.written:,} of {cleaned.judgement.read:,} records written to {out}"
     console.print(written, soft_wrap=True, markup=False)
@@ -154,8 +164,7 @@ def clean(
         console.print(f"Each record left out, with its reason: {decisions / LEFT_OUT_FILE}", soft_wrap=True)
     if cleaned.redacted:
         console.print(f"Each mask, with its place: {decisions / REDACTED_FILE}", soft_wrap=True)
-    for source, file in cleaned.files:
-        console.print(f"Use path: {out / file} instead of {source}", soft_wrap=True, markup=False)
+    show_data_section(train, validation, console)
 
 
 @data_app.command()
@@ -165,6 +174,8 @@ def split(
     overrides: Overrides = None,
     format: Format = None,
     columns: Columns = None,
+    source: Origin = None,
+    license: License = None,
     fraction: Annotated[
         float | None,
         typer.Option(min=0.0001, max=0.5, help="Share of the records for validation (default: the spec's, or 0.1)."),
@@ -173,24 +184,29 @@ def split(
     as_json: AsJson = False,
 ) -> None:
     """Split data into training and validation without leaks: records that ask or say the same stay on one side."""
-    spec = _spec(what, overrides, format, columns, None)
-    from ft_service.data.split import TRAIN_FOLDER, VALIDATION_FOLDER
+    spec = _spec(what, overrides, format, columns, None, source, license, needs_base=False)
+    from ft_service.cli.data_view import show_data_section, sources_as_json
     from ft_service.data.split import split as write_split
+    from ft_service.data.split import split_sources
     from ft_service.spec.schema import ValidationFraction
 
     if fraction is None:
         validation = spec.data.validation
         fraction = validation.fraction if isinstance(validation, ValidationFraction) else _DEFAULT_FRACTION
     done = write_split(spec, out, fraction, _run_tasks, redact)
+    train, held_out = split_sources(spec, out, done)
     if as_json:
         counts = {"train": done.train, "validation": done.validation, "left_out": done.cleaned.left_out}
-        print(json.dumps({**counts, "groups": done.groups, "folder": str(out)}, indent=2))
+        data = {"train": sources_as_json(train), "validation": sources_as_json(held_out)}
+        print(json.dumps({**counts, "groups": done.groups, "folder": str(out), "data": data}, indent=2))
         return
-    console.print(f"{done.train:,} records for training: {out / TRAIN_FOLDER}", soft_wrap=True)
-    console.print(f"{done.validation:,} records for validation: {out / VALIDATION_FOLDER}", soft_wrap=True)
-    console.print(f"{done.groups:,} groups of records that ask or say the same were kept together", highlight=False)
+    console.print(f"{done.train:,} records for training, {done.validation:,} for validation", highlight=False)
+    if done.groups:
+        groups = counted(done.groups, "group")
+        console.print(f"{groups} of records that ask or say the same, each kept on one side", highlight=False)
     for code, count in done.cleaned.left_out.items():
         console.print(f"  {count:,} left out: {code}", highlight=False)
+    show_data_section(train, held_out, console)
 
 
 # -- the spec --------------------------------------------------------------------------------------------------------
@@ -206,10 +222,11 @@ def _spec(
     base: str | None,
     source: str | None = None,
     license: str | None = None,
+    needs_base: bool = True,
 ) -> RunSpec:
     """The spec in a YAML file, or a spec for a single data file."""
     if what.suffix in (".yaml", ".yml"):
-        return load_run_spec(what, overrides or [])
+        return _load_spec(what, overrides or [], needs_base)
     names = dict(_pair(column) for column in columns or [])
     guess = _guess(what, format, names)
     data = {
@@ -224,6 +241,36 @@ def _spec(
     return parse_run_spec(json.dumps(document), overrides or [])
 
 
+def _load_spec(path: Path, overrides: Sequence[str], needs_base: bool) -> RunSpec:
+    """The spec. Raises `SpecError` with the problems of its settings, of its sources and of the base's folder."""
+    from ft_service.data.problems import source_problems
+
+    problems: list[Problem] = []
+    where = str(path)
+    spec = None
+    try:
+        spec = load_run_spec(path, overrides)
+    except SpecError as error:
+        problems += error.problems
+        where = error.where
+    settings = settings_in(path, overrides)
+    problems += source_problems(settings, with_columns=spec is None)
+    if needs_base or problems:
+        problems += _base_problems(settings.get("model"))
+    if spec is None or problems:
+        raise SpecError(problems, where)
+    return spec
+
+
+def _base_problems(model: object) -> Iterator[Problem]:
+    """A problem if the base is a folder that is not there. Its content is checked where it is read."""
+    from ft_service.model.base import looks_like_folder
+
+    base = model.get("base") if isinstance(model, Mapping) else None
+    if isinstance(base, str) and looks_like_folder(base) and not Path(base).expanduser().is_dir():
+        yield Problem("model.base", base, "no such folder", "Use a model folder or a hub id.")
+
+
 def _guess(what: Path, format: FormatName | None, names: dict[str, str]) -> "Guess":
     """The format and columns that the options leave open, guessed from the first readable records, and printed."""
     from ft_service.data.files.shard import Fault
@@ -233,9 +280,9 @@ def _guess(what: Path, format: FormatName | None, names: dict[str, str]) -> "Gue
 
     source = DataSource(path=str(what))
     raw = (raw for shard in scan(0, source).shards for _, raw in read_shard(shard, source))
-    first = islice((record for record in raw if not isinstance(record, Fault)), _GUESSED_FROM_RECORDS)
+    first = list(islice((record for record in raw if not isinstance(record, Fault)), _GUESSED_FROM_RECORDS))
     guess = complete(merged(first), format, names)
-    if (format, names) != (guess.format, guess.columns):
+    if first and (format, names) != (guess.format, guess.columns):
         _errors.print(f"Guessed from the first records: {guess.as_options()}", markup=False, soft_wrap=True)
     return guess
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -14,8 +15,12 @@ from ft_service.data.gate import Finding, Judgement
 from ft_service.data.gate.private import visible
 from ft_service.data.preview import Document, PreviewRow
 from ft_service.pages.page import render
+from ft_service.spec.schema import DataSource
 from ft_service.text import counted
 
+_RIGHTS_MISSING = (
+    "Add source and license to each source: a run stops without them. Or give --source and --license here."
+)
 _COLORS = {"fail": "red", "warn": "yellow", "info": "cyan", "pass": "green"}
 _SHOWN_PLACES = 3
 
@@ -51,6 +56,11 @@ def _figures(judgement: Judgement) -> list[str]:
     return sentences
 
 
+def _is_in_message(finding: Finding) -> bool:
+    """Whether the message names all that the places would: unused fields of one source."""
+    return finding.code == "form.unused-field" and len({place.file for place in finding.places}) == 1
+
+
 def _show(finding: Finding, waived: str | None, console: Console) -> None:
     color = _COLORS[finding.severity]
     console.print(
@@ -60,7 +70,7 @@ def _show(finding: Finding, waived: str | None, console: Console) -> None:
     for text in (finding.message, f"{finding.why} {finding.cure}", f"Waived: {waived}" if waived else ""):
         if text:
             console.print(Padding(escape(text), (0, 0, 0, 7)), highlight=False)
-    for place in finding.places[:_SHOWN_PLACES]:
+    for place in [] if _is_in_message(finding) else finding.places[:_SHOWN_PLACES]:
         text = ": ".join(part for part in (str(place), place.detail) if part)
         console.print(f"       [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
 
@@ -106,3 +116,20 @@ def _colored(document: Document) -> Text:
         style = _SPAN_STYLES.get((span.kind, span.is_special), "reverse dim")
         text.append(visible(span.text), style=style)
     return text
+
+
+def sources_as_json(sources: Sequence[DataSource]) -> list[dict[str, Any]]:
+    """The settings of sources, as a spec has them, without those at their defaults."""
+    return [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
+
+
+def show_data_section(train: Sequence[DataSource], validation: Sequence[DataSource], console: Console) -> None:
+    """Print the part of a run spec that uses these sources."""
+    section = {"train": sources_as_json(train)}
+    if validation:
+        section["validation"] = sources_as_json(validation)
+    text = yaml.safe_dump({"data": section}, sort_keys=False, allow_unicode=True, width=10_000)
+    console.print("\nIn a run spec:\n", highlight=False)
+    console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+    if any(source.source is None or source.license is None for source in (*train, *validation)):
+        console.print(f"\n{_RIGHTS_MISSING}", highlight=False)

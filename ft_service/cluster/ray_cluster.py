@@ -85,6 +85,19 @@ def kill_actors(class_name: str) -> None:
                 core.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
 
+def remove_placement_groups() -> None:
+    """Remove this driver's placement groups, and end what still runs in them.
+
+    Ray removes a placement group that an actor created only when both the actor and its driver have ended.
+    """
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for group_id, group in placement_group_table().items():
+        if group_id.endswith(job) and group["state"] != "REMOVED":  # an id ends with that of its job
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group_id)))
+
+
 def this_node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 

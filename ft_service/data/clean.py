@@ -9,7 +9,7 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +24,15 @@ from ft_service.data.gate.facts import hash_of_example
 from ft_service.data.gate.private import excerpt, find_private, visible
 from ft_service.data.gate.records import to_record
 from ft_service.data.prepare import all_sources, check_dataset
-from ft_service.data.read import read_shard, scan
+from ft_service.data.read import DECISIONS_FOLDER, LEFT_OUT_FILE, VALIDATION_FOLDER, read_shard, scan
 from ft_service.data.redact import redact, redact_pieces, redact_text
 from ft_service.data.tasks import RunTasks, run_locally
 from ft_service.errors import UsageError
 from ft_service.spec.schema import DataSource, RunSpec
 
-DECISIONS_FOLDER = "decisions"
-"""A folder of its own: a list among the data files would be read as data."""
-LEFT_OUT_FILE = "left_out.jsonl"
-"""One line for each record that is left out: ``{code, reason, file, line, source, excerpt}``, and the whole record as
-``record``, or as ``text`` if it could not be read."""
 REDACTED_FILE = "redacted.jsonl"
 """One line for each mask: ``{file, line, source, code, column, start, characters, mask}``. The private data itself is
 in no list."""
-VALIDATION_FOLDER = "validation"
 _COPY_CODE = "quality.exact-duplicate"
 
 
@@ -98,6 +92,24 @@ def clean(
     return Cleaned(
         judgement, dict(sorted(writer.left_out.items())), dict(sorted(writer.redacted.items())), tuple(writer.files)
     )
+
+
+def cleaned_sources(spec: RunSpec, out: Path, cleaned: Cleaned) -> tuple[list[DataSource], list[DataSource]]:
+    """The training and the validation sources of a spec that uses the cleaned copy in `out`."""
+    files = [out / file for _, file in cleaned.files]
+    count = len(spec.data.train)
+    return sources_at(spec.data.train, files[:count]), sources_at(all_sources(spec)[count:], files[count:])
+
+
+def sources_at(sources: Sequence[DataSource], files: Sequence[Path]) -> list[DataSource]:
+    """The sources, moved to these files of one folder: one source for the folder if only their paths differed."""
+    moved = [
+        source.model_copy(update={"path": str(file)})
+        for source, file in zip(sources, files, strict=True)
+        if file.exists() and file.stat().st_size > 0
+    ]
+    kinds = {source.model_copy(update={"path": ""}).model_dump_json() for source in moved}
+    return [moved[0].model_copy(update={"path": str(files[0].parent)})] if len(kinds) == 1 else moved
 
 
 class _Writer:

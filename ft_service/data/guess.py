@@ -1,5 +1,6 @@
 """Guesses the format and the columns of a record from its content."""
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,9 +15,15 @@ NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 _CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
 _PREFERENCES = frozenset({"prompt", "completion", "chosen", "rejected"})
 """Columns of other tools that hold a part of a conversation, not a whole one."""
-_QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input", "user", "指示", "質問", "問題")
+_QUESTIONS = (
+    *("instruction", "prompt", "question", "query", "problem", "input", "user"),
+    *("指示", "質問", "質問内容", "ご質問", "問題", "問い合わせ", "問い合わせ内容", "お問い合わせ", "お問い合わせ内容"),
+)
 _CONTEXTS = ("input", "context", "入力", "文脈")
-_ANSWERS = ("output", "completion", "response", "answer", "solution", "target", "assistant", "出力", "回答", "応答")
+_ANSWERS = (
+    *("output", "completion", "response", "answer", "reply", "solution", "target", "assistant"),
+    *("出力", "回答", "回答内容", "ご回答", "応答", "返答", "返信"),
+)
 _TEXTS = ("text", "content", "document", "body", "本文")
 
 
@@ -36,7 +43,7 @@ class Guess:
 
     def as_options(self) -> str:
         """As options of `ft data`."""
-        columns = [f"--column {ours}={name}" for ours, name in self.columns.items()]
+        columns = [f"--column {shlex.quote(f'{ours}={name}')}" for ours, name in self.columns.items()]
         return " ".join([f"--format {self.format}", *columns])
 
 

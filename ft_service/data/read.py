@@ -26,6 +26,14 @@ from ft_service.data.files.shard import Fault, FileShard, IsWanted, Record, Shar
 from ft_service.errors import DataError
 from ft_service.spec.schema import DataSource
 
+DECISIONS_FOLDER = "decisions"
+"""In a cleaned folder: a folder of its own, because a list among the data files would be read as data."""
+LEFT_OUT_FILE = "left_out.jsonl"
+"""Among the decisions. One line for each record that is left out: ``{code, reason, file, line, source, excerpt}``, and
+the whole record as ``record``, or as ``text`` if it could not be read."""
+VALIDATION_FOLDER = "validation"
+"""In a cleaned folder or a split: the data for validation."""
+
 SHARD_BYTES = 4 * 2**20
 _DATASET_SHARD_ROWS = 50_000
 _BLOCK_BYTES = 2**20
@@ -83,13 +91,30 @@ def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
         inside = sorted(path.iterdir())
         files = [file for file in inside if is_named_as_data(file) and _may_be_read(file)]
         if not files:
-            raise DataError(f"{path}: a folder without {', '.join(SUFFIXES)} files. Name a folder that has some.")
-        return files, sorted(set(inside) - set(files))
+            raise DataError(f"{path}: a folder without {', '.join(SUFFIXES)} files. {_folders_with_data(inside)}")
+        return files, sorted(set(inside) - set(files) - _written_by_clean(path))
     if not path.is_file():
         raise DataError(f"{path}: no such file. Fix the path (relative paths start at the working directory).")
     if not is_named_as_data(path):
         _check_content(path)
     return [path], []
+
+
+def _folders_with_data(inside: list[Path]) -> str:
+    """What to name instead of a folder that has no data files itself."""
+    folders = [
+        entry
+        for entry in inside
+        if entry.is_dir() and entry.name != DECISIONS_FOLDER and any(map(is_named_as_data, entry.iterdir()))
+    ]
+    return f"Name {' or '.join(map(str, folders))}." if folders else "Name a folder that has some."
+
+
+def _written_by_clean(folder: Path) -> set[Path]:
+    """The folders that `ft data clean` writes beside the data of a cleaned folder."""
+    if not (folder / DECISIONS_FOLDER / LEFT_OUT_FILE).is_file():
+        return set()
+    return {folder / DECISIONS_FOLDER, folder / VALIDATION_FOLDER}
 
 
 def _check_content(path: Path) -> None:
@@ -113,10 +138,20 @@ def _may_be_read(file: Path) -> bool:
 
 
 def check_sources(sources: list[DataSource]) -> None:
-    """Raises `DataError` if a file is missing. Hub datasets are not requested."""
-    for source in sources:
-        if not source.path.startswith(HUB_PREFIX) and not is_saved_dataset(Path(source.path).expanduser()):
-            files_of(source)
+    """Raises `DataError`, which names all files that are missing. Hub datasets are not requested."""
+    if errors := [error for source in sources if (error := source_error(source)) is not None]:
+        raise DataError("\n".join(dict.fromkeys(map(str, errors))))
+
+
+def source_error(source: DataSource) -> DataError | None:
+    """Why the files of a source cannot be read; None if they can, or if it is a hub dataset."""
+    if source.path.startswith(HUB_PREFIX) or is_saved_dataset(Path(source.path).expanduser()):
+        return None
+    try:
+        files_of(source)
+    except DataError as error:
+        return error
+    return None
 
 
 def read_shard(

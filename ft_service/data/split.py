@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from ft_service.data.check import FINDINGS_FILE
-from ft_service.data.clean import DECISIONS_FOLDER, VALIDATION_FOLDER, Cleaned, clean
+from ft_service.data.clean import Cleaned, clean, sources_at
 from ft_service.data.gate.records import place_key
 from ft_service.data.gate.text import mixed
 from ft_service.data.prepare import check_dataset, group_dataset
+from ft_service.data.read import DECISIONS_FOLDER, VALIDATION_FOLDER
 from ft_service.data.tasks import RunTasks, run_locally
 from ft_service.errors import DataError, UsageError
 from ft_service.spec.schema import DataSource, RunSpec
@@ -75,6 +76,15 @@ def split(
         copy.rename(out)
     _, sizes = np.unique(firsts, return_counts=True)
     return Split(cleaned, int((~held_out).sum()), int(held_out.sum()), int((sizes > 1).sum()))
+
+
+def split_sources(spec: RunSpec, out: Path, done: Split) -> tuple[list[DataSource], list[DataSource]]:
+    """The training and the validation sources of a spec that uses the split in `out`."""
+    train, validation = (
+        sources_at(spec.data.train, [out / side / file for _, file in done.cleaned.files])
+        for side in (TRAIN_FOLDER, VALIDATION_FOLDER)
+    )
+    return train, validation
 
 
 def choose(firsts: np.ndarray, contents: np.ndarray, fraction: float, seed: int) -> np.ndarray:

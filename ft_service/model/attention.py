@@ -50,11 +50,12 @@ def packed_attention(
         assert isinstance(out, torch.Tensor)
         return out.unsqueeze(0), None
     enable_gqa = query.shape[1] != key.shape[1]
+    # The kernel writes [1, T, H, E], and shows it transposed: joined in its own order, each piece is copied once.
     pieces = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa).transpose(1, 2)
         for q, k, v in zip(*(tensor.split(document_lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), None
 
 
 def register_packed_attention() -> None:

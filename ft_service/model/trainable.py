@@ -50,6 +50,10 @@ class TrainableModel:
         self.module: LlamaForCausalLM | PeftModel = self.causal_lm
         if self.is_adapter:
             self.module = attach_adapter(self.causal_lm, method, spec.model.base, spec.model.revision)
+            if plan.zero_stage == 3:
+                # ZeRO-3 reduces a layer's gradients when the gradient of the layer's input is ready. Without one, as in
+                # the first layer of a frozen base, it would reduce them before they are computed.
+                self.causal_lm.enable_input_require_grads()
         if plan.zero_stage == 3:  # the other stages free no weights
             make_linears_memory_efficient(self.module)
         self._initial = _trained_parameters(self.module) if method.changes_base else None

@@ -49,19 +49,20 @@ def activation_bytes(
         flash=flash,
     )
     temporary = _temporary(shape, tokens, element_bytes, method, targets, use_dora)
-    # Hidden states of the final norm, saved like those of any norm, and rotary angles.
-    shared = tokens * (_norm(shape.hidden_size, element_bytes, False) + 2 * element_bytes * shape.head_dim)
+    final_norm = tokens * _norm(shape.hidden_size, element_bytes, False)
+    rotary_angles = tokens * 2 * element_bytes * shape.head_dim
     hidden = tokens * element_bytes * shape.hidden_size
     if not checkpointing:
         kept_layers = shape.num_layers
-    inputs = (shape.num_layers - kept_layers) * hidden + shared
-    # Backward goes through the kept layers first: what they saved is freed before another layer runs again.
-    in_kept_layers = inputs + kept_layers * saved + max(0, temporary - loss)
-    if kept_layers == shape.num_layers:
-        return in_kept_layers
-    saved -= hidden  # the input of the first norm is the layer's, counted in `inputs`
-    in_recomputed_layer = inputs + max(0, saved + temporary - loss)
-    return max(in_kept_layers if kept_layers else 0, in_recomputed_layer)
+    inputs = (shape.num_layers - kept_layers) * hidden + rotary_angles
+    # Backward goes through the final norm and the kept layers first: what they saved is freed before another layer runs
+    # again.
+    peaks = [inputs + kept_layers * saved + final_norm + loss]
+    if kept_layers:
+        peaks.append(inputs + kept_layers * saved + temporary)
+    if kept_layers < shape.num_layers:  # the input of its first norm is the layer's, counted in `inputs`
+        peaks.append(inputs + saved - hidden + temporary)
+    return max(peaks) - loss
 
 
 def saved_per_token(

@@ -31,11 +31,12 @@ _QUANTISATION_TABLE_BYTES = FP32_BYTES * (16 + 256 + 1)
 
 MAX_BUCKET_ELEMENTS = 500_000_000
 """Upper limit of the gradient bucket: DeepSpeed's default. It is smaller if fewer parameters are trained."""
+PERSISTENCE_THRESHOLD = 100_000
+"""ZeRO-3 keeps weights of at most so many elements gathered: DeepSpeed's default."""
 # DeepSpeed's defaults, in elements.
 _PREFETCH_ELEMENTS = 50_000_000
 _MAX_LIVE_ELEMENTS = 1_000_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
-_PERSISTENCE_THRESHOLD = 100_000
 _NVME_PARAMETER_BUFFER_ELEMENTS = 5 * 100_000_000
 _NVME_OPTIMIZER_BUFFERS = 4
 
@@ -146,7 +147,7 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> MemoryEstimate:
         host["publishing"] = layout.workers_per_node * 2 * largest * layout.element_bytes
     temporary = gpu["activations"] + gpu["loss"] + gpu["gather_buffers"]
     # The optimizer step makes copies too, after the memory of the passes is freed.
-    gpu["gather_buffers"] += max(0, _update_copies(groups, layout) - temporary)
+    gpu["gather_buffers"] += max(0, _update_copies(parameters, groups, layout) - temporary)
     communicators = 0 if layout.num_workers == 1 else 2 + layout.hpz
     gpu["reserve"] = _CUDA_CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + round(_FRAGMENTED_FRACTION * temporary)
     return MemoryEstimate(gpu, host)
@@ -188,6 +189,8 @@ class _Parameter:
     shape: tuple[int, ...]
     trained: bool
     four_bit: bool = False
+    layer: int | None = None
+    """Number of the decoder layer; None outside of the layers."""
 
     @cached_property
     def numel(self) -> int:
@@ -211,13 +214,15 @@ def _parameters_of_method(
     parameters: list[_Parameter] = []
     for name, size in shape.parameter_shapes():
         linear = name.endswith("_proj.weight")
-        parameters.append(_Parameter(size, trained=full, four_bit=linear and method == "qlora"))
+        numbered = re.search(r"\.layers\.(\d+)\.", name)
+        layer = int(numbered[1]) if numbered else None
+        parameters.append(_Parameter(size, trained=full, four_bit=linear and method == "qlora", layer=layer))
         if linear and not full and is_target(name.removesuffix(".weight"), targets):
             rows, columns = size
-            parameters.append(_Parameter((lora_rank, columns), trained=True))
-            parameters.append(_Parameter((rows, lora_rank), trained=True))
+            parameters.append(_Parameter((lora_rank, columns), trained=True, layer=layer))
+            parameters.append(_Parameter((rows, lora_rank), trained=True, layer=layer))
             if use_dora:
-                parameters.append(_Parameter((rows,), trained=True))
+                parameters.append(_Parameter((rows,), trained=True, layer=layer))
     return tuple(parameters)
 
 
@@ -264,11 +269,11 @@ def _weights(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], l
     workers = layout.num_workers
     sizes = [parameter.stored_numel(element) for parameter in parameters]
     if layout.zero_stage == 3:
-        held = sum(partition_numel(size, workers) for size in sizes) + _persistent_numel(sizes, workers)
+        held = sum(partition_numel(size, workers) for size in sizes) + _persistent_numel(parameters, layout)
         if layout.hpz:
-            # DeepSpeed makes the copy when it releases a gathered weight; small trained weights stay gathered.
+            # DeepSpeed makes the copy when it releases a gathered weight; trained weights that stay gathered have none.
             for parameter, size in zip(parameters, sizes, strict=True):
-                if size > _PERSISTENCE_THRESHOLD or not parameter.trained:
+                if not (parameter.trained and _stays_gathered(parameter, layout)):
                     held += partition_numel(size, workers) * workers // layout.workers_per_node
         return held * element
     padding = 0
@@ -277,11 +282,25 @@ def _weights(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], l
     return (sum(sizes) + padding) * element
 
 
-def _persistent_numel(sizes: list[int], workers: int) -> int:
-    """Elements of small tensors, which ZeRO-3 keeps whole on every worker in addition to their partitions."""
+def _persistent_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
+    """Elements of tensors that ZeRO-3 keeps whole on every worker in addition to their partitions."""
+    workers = layout.num_workers
     if workers == 1:  # the partition is the whole tensor
         return 0
-    return sum(partition_numel(size, workers) * workers for size in sizes if size <= _PERSISTENCE_THRESHOLD)
+    kept = (p.stored_numel(layout.element_bytes) for p in parameters if _stays_gathered(p, layout))
+    return sum(partition_numel(size, workers) * workers for size in kept)
+
+
+def _gathers_whole_layers(layout: Layout) -> bool:
+    """As `ft_service.train.parallel.Parallel.gathers_whole_layers`."""
+    return layout.zero_stage == 3 and layout.offload != "nvme"
+
+
+def _stays_gathered(parameter: _Parameter, layout: Layout) -> bool:
+    """Whether ZeRO-3 keeps the parameter whole between its uses: small ones, and those of an adapter."""
+    is_adapter = parameter.trained and layout.method != "full"
+    small = parameter.stored_numel(layout.element_bytes) <= PERSISTENCE_THRESHOLD
+    return small or (is_adapter and _gathers_whole_layers(layout))
 
 
 def _statistics(weights: int) -> int:
@@ -362,8 +381,7 @@ def _activation_bytes(shape: ModelShape, layout: Layout, loss: int) -> int:
 def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:
     """The gradient bucket and, under ZeRO-3, the weights that are gathered at the same time.
 
-    ZeRO-1 in bf16 reduces in place. ZeRO-3 keeps up to `_MAX_LIVE_ELEMENTS` gathered for reuse, prefetches up to
-    `_PREFETCH_ELEMENTS`, and exceeds the sum by at most one tensor.
+    ZeRO-1 in bf16 reduces in place. For ZeRO-3 see `_live_numel`.
     """
     element = layout.element_bytes
     if layout.zero_stage == 0 or (layout.zero_stage == 1 and layout.precision == "bf16" and layout.offload == "none"):
@@ -371,13 +389,40 @@ def _gather_buffers(parameters: Sequence[_Parameter], layout: Layout) -> int:
     bucket = min(MAX_BUCKET_ELEMENTS, sum(parameter.numel for parameter in parameters if parameter.trained))
     if layout.zero_stage < 3 or (layout.num_workers == 1 and layout.offload == "none"):
         return bucket * element
-    sizes = [parameter.stored_numel(element) for parameter in parameters]
-    gathered = [size for size in sizes if size > _PERSISTENCE_THRESHOLD]
-    live = min(sum(gathered), _MAX_LIVE_ELEMENTS + _PREFETCH_ELEMENTS + max(gathered, default=0))
-    return (bucket + live) * element
+    buffers = (bucket + _live_numel(parameters, layout)) * element
+    if bucket == MAX_BUCKET_ELEMENTS:  # then buckets fill up, and are reduced, while the backward pass runs
+        buffers += _reduction_copies(bucket, partition_numel(bucket, layout.num_workers), layout)
+    return buffers
 
 
-def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
+def _live_numel(parameters: Sequence[_Parameter], layout: Layout) -> int:
+    """Most elements that ZeRO-3 has gathered at the same time, without those that stay gathered.
+
+    Legend: L elements of the largest layer, W of the largest weight in a layer, E of the largest weight outside.
+
+    A layer is gathered as one. DeepSpeed prefetches weight by weight until M = L + max(L, E) elements are gathered, and
+    releases everything that it does not need next (`ft_service.train.gathers`). If E <= L, a layer and the whole next
+    one make exactly M = 2 L, and the weight that ends a prefetch exceeds M by less than W: 2 L + W. If E > L, the head
+    may be prefetched while two layers are gathered: 2 L + E.
+
+    Without whole layers (NVMe), DeepSpeed's own limits: `_MAX_LIVE_ELEMENTS` + `_PREFETCH_ELEMENTS` + one weight.
+    """
+    element = layout.element_bytes
+    gathered = [p for p in parameters if not _stays_gathered(p, layout)]
+    sizes = [p.stored_numel(element) for p in gathered]
+    if not _gathers_whole_layers(layout):
+        return min(sum(sizes), _MAX_LIVE_ELEMENTS + _PREFETCH_ELEMENTS + max(sizes, default=0))
+    layers: dict[int, int] = {}
+    for parameter, size in zip(gathered, sizes, strict=True):
+        if parameter.layer is not None:
+            layers[parameter.layer] = layers.get(parameter.layer, 0) + size
+    largest_layer = max(layers.values(), default=0)
+    inside = max((n for p, n in zip(gathered, sizes, strict=True) if p.layer is not None), default=0)
+    outside = max((n for p, n in zip(gathered, sizes, strict=True) if p.layer is None), default=0)
+    return min(sum(sizes), 2 * largest_layer + (outside if outside > largest_layer else inside))
+
+
+def _update_copies(parameters: Sequence[_Parameter], groups: list[list[_Parameter]], layout: Layout) -> int:
     """Copies of gradients for their reduction and for the optimizer step, after the passes."""
     element = layout.element_bytes
     workers = layout.num_workers
@@ -385,7 +430,13 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.offload != "none":
         return 0
     if layout.zero_stage == 3:
-        return FP32_BYTES * min(_SUB_GROUP_ELEMENTS, _sharded_numel(groups, workers))
+        sharded = _sharded_numel(groups, workers)
+        step = FP32_BYTES * min(_SUB_GROUP_ELEMENTS, sharded)
+        if workers == 1 or whole > MAX_BUCKET_ELEMENTS:
+            return step
+        # The bucket, which is reduced once, and its copies; a weight outside the layers is still gathered.
+        outside = max((p.stored_numel(element) for p in parameters if p.layer is None), default=0)
+        return element * (whole + outside) + max(step, _reduction_copies(whole, sharded, layout))
     if layout.precision == "fp32":
         bucket = FP32_BYTES * min(whole, MAX_BUCKET_ELEMENTS)
         return bucket if layout.zero_stage == 0 else FP32_BYTES * _flat_sharded_numel(groups, workers)
@@ -394,6 +445,11 @@ def _update_copies(groups: list[list[_Parameter]], layout: Layout) -> int:
     if layout.zero_stage == 1:  # in the communication type, and joined if all fit in one bucket
         return whole * (element + (FP32_BYTES if whole <= MAX_BUCKET_ELEMENTS else 0))
     return 0
+
+
+def _reduction_copies(bucket: int, sharded: int, layout: Layout) -> int:
+    """ZeRO-3 joins the partitions of a bucket's gradients for each worker, and converts its own ones to fp32."""
+    return layout.element_bytes * bucket + FP32_BYTES * sharded
 
 
 # -- offloading ------------------------------------------------------------------------------------------------------
@@ -422,7 +478,7 @@ def _move_to_host(
     else:
         gradients = 2 * FP32_BYTES * partition
         sizes = [parameter.stored_numel(element) for parameter in parameters]
-        persistent = _persistent_numel(sizes, workers) * element
+        persistent = _persistent_numel(parameters, layout) * element
         weights = sum(_pinned_bytes(partition_numel(size, workers) * element) for size in sizes)
         gpu |= {"weights": persistent, "gradients": 0, "optimizer": 0}
         if layout.offload == "nvme":

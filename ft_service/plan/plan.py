@@ -59,6 +59,7 @@ _NAMES_IN_FORMAT_1 = {
 class RunPlan(StoredFile):
     """The numbers of a run (plan.json). `spec` is the request; the other fields hold the resolved values."""
 
+    format: int = Field(default=3, description="Version of this file's layout.")
     spec: RunSpec
     dataset: DatasetFacts
     base_short_name: str
@@ -116,7 +117,8 @@ class RunPlan(StoredFile):
 
     @classmethod
     def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
-        return renamed(data, _NAMES_IN_FORMAT_1)
+        # Format 3 added kept_layers and checkpoint_staging_bytes, whose defaults are what format 2 did.
+        return renamed(data, _NAMES_IN_FORMAT_1) if written == 1 else data
 
     @property
     def training_digest(self) -> str:

@@ -140,7 +140,7 @@ def _communication(shape: ModelShape, layout: Layout, accumulation: int, gpu: Gp
         reductions = accumulation if layout.zero_stage == 2 else 1
         return (reductions + 1) * everywhere(trained)  # reduce-scatter, and a gather of the updated weights
     weights = _weight_bytes(shape, layout)
-    gathers = 2 * accumulation
+    gathers = 2 * accumulation  # forward; recomputation and backward together
     if layout.hpz:  # the first gather of a step fills the node's copy; the other gathers read that copy
         gathering = everywhere(weights) + (gathers - 1) * within(weights, per_node)
     else:

@@ -60,6 +60,19 @@ def parse_run_spec(text: str, overrides: Sequence[str] = (), where: str = "run s
     return spec
 
 
+def settings_in(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a spec as they are written, with the overrides, valid or not; {} if the file cannot be read."""
+    try:
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_SpecLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    for override in overrides:
+        _apply_override(document, override)
+    return document
+
+
 def dump_run_spec(spec: RunSpec) -> str:
     """The spec as YAML, with only the settings that its author set."""
     return yaml.safe_dump(spec.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ft_service.errors import StorageError
+from ft_service.errors import NewerFormatError, StorageError
 
 FIRST_FORMAT = 1
 """Of files without a number, which version 0.1.0 wrote."""
@@ -32,16 +32,18 @@ class StoredFile(BaseModel):
     def parse(cls, data: Mapping[str, Any] | bytes, where: str) -> Self:
         """The content of a stored file, as a mapping or as JSON; `where` names the file in errors.
 
-        Raises `StorageError` for a newer format and for content of another kind.
+        Raises `NewerFormatError` for a newer format, and `StorageError` for content of another kind.
         """
         current: int = cls.model_fields["format"].default
         try:
             content = json.loads(data) if isinstance(data, bytes) else data
             written = content.get("format", FIRST_FORMAT)
-            if not isinstance(written, int) or written > current:
-                raise StorageError(
-                    f"{where}: has format {written!r}, and this version reads formats up to {current}. "
-                    "Use the version of ft-service that wrote it, or a newer one."
+            if not isinstance(written, int):
+                raise ValueError(f"its format is {written!r}")
+            if written > current:
+                raise NewerFormatError(
+                    f"{where}: a newer version of ft-service wrote it (format {written}; this version reads formats up "
+                    f"to {current}). Use that version, or a newer one."
                 )
             upgraded = cls.upgraded(dict(content), written) if written < current else content
             return cls.model_validate({**upgraded, "format": current})

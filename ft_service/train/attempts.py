@@ -29,7 +29,7 @@ from ft_service.spec.schema import RunSpec
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.deaths import HANG_CURE, DeathReason, TrainingDied
 from ft_service.train.watchdog import ranks_without_stacks
-from ft_service.train.worker_group import NoRoom, WorkerGroup, resources_per_worker
+from ft_service.train.worker_group import Controller, NoRoom, WorkerGroup, resources_per_worker
 
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 1.0
@@ -63,6 +63,7 @@ class Attempts:
         lease: Lease,
         signals: StopSignals,
         log: Log,
+        controller: Controller,
     ) -> None:
         self._spec = spec
         self._run = run
@@ -72,6 +73,7 @@ class Attempts:
         self._lease = lease
         self._signals = signals
         self._log = log
+        self._controller = controller
         self._events = EventLog(run.storage, run.run_id)
         self._worker_resources = resources_per_worker(spec.parallel)
         if spec.parallel.accelerator_type:  # the amount is the one that Ray Train requests
@@ -141,7 +143,7 @@ class Attempts:
         self._checked_at = {}
         count = plan.spec.parallel.max_workers
         self._run.set_state("queued", f"Waiting for {count} workers and their base model.")
-        group = WorkerGroup(plan, self._run, self._lease.token)
+        group = WorkerGroup(plan, self._run, self._lease.token, self._controller)
         self._signals.may_wait = True
         try:
             while not group.wait(_POLL_SECONDS):

@@ -7,7 +7,7 @@ result may not: the checkpoints would continue another training.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ft_service.errors import Problem, SpecError, StorageError
+from ft_service.errors import NewerFormatError, Problem, SpecError, StorageError
 from ft_service.plan.make import extended, num_steps_of
 from ft_service.plan.plan import LAYOUT_SETTINGS, RunPlan
 from ft_service.runs.folder import RunFolder
@@ -63,7 +63,8 @@ def check_data(run: RunFolder, digest: str, sources: Mapping[str, str]) -> None:
 def continued_plan(plan: RunPlan, run: RunFolder) -> RunPlan:
     """`plan`, as a continuation of the run's checkpoints if it has any. Reads only.
 
-    Raises `SpecError` if the checkpoints belong to another training. Workers check the one that they load once more.
+    Raises `SpecError` if the checkpoints belong to another training, and `NewerFormatError` if a newer version wrote
+    them. Workers check the one that they load once more.
     """
     checkpoints = Checkpoints(run)
     newest_step = checkpoints.newest_step()
@@ -76,6 +77,8 @@ def continued_plan(plan: RunPlan, run: RunFolder) -> RunPlan:
     for entry in reversed(checkpoints.entries()):
         try:
             manifest = checkpoints.manifest(entry)
+        except NewerFormatError:
+            raise
         except (StorageError, ValueError):
             continue  # damaged: the workers use the one before
         if not continued.continues(manifest.training_digest, manifest.step):

@@ -21,15 +21,18 @@ from torch import nn
 from ft_service.model.load import WeightPlacement, WholeWeights
 from ft_service.model.shards import Partitioning
 from ft_service.model.writer import DTYPE_NAMES, TensorFormat
-from ft_service.plan.memory import MAX_BUCKET_ELEMENTS
+from ft_service.plan.memory import MAX_BUCKET_ELEMENTS, PERSISTENCE_THRESHOLD
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
 from ft_service.train.environment import allocator_environment
+from ft_service.train.gathers import gather_whole_layers, keep_gathered, release_by_current_prefetches, release_weights
 from ft_service.train.optimizer_state import OptimizerState
 from ft_service.train.protocol import Update
 
 _GIB = 2**30
+_JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others to join the process group: nodes may start at different times."""
 _COLLECTIVE_GRACE_SECONDS = 3600
 """Collectives time out this long after the watchdog: it reports more about a hang, and some nodes fetch slowly."""
 
@@ -73,8 +76,13 @@ def init_process_group(use_gpu: bool) -> None:
     if use_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=_JOIN_TIMEOUT)
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", verbose=False)
+
+
+def leave_process_group() -> None:
+    """Tell the other ranks' libraries that this process ends on purpose."""
+    dist.destroy_process_group()
 
 
 def _single_process_environment() -> dict[str, str]:
@@ -129,6 +137,14 @@ class Parallel:
         return self.plan.hpz_partition_size
 
     @property
+    def gathers_whole_layers(self) -> bool:
+        """Whether ZeRO-3 gathers and releases a decoder layer as one; see `ft_service.train.gathers`.
+
+        Not with weights on NVMe: DeepSpeed reads a layer's weights at once, and has five buffers for them.
+        """
+        return self.plan.zero_stage == 3 and self.plan.offload != "nvme"
+
+    @property
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
@@ -168,9 +184,18 @@ class Parallel:
         import deepspeed
 
         for_cpu = self.plan.offload != "none"
+        config = self._config()
+        if self.gathers_whole_layers:
+            zero = config["zero_optimization"]
+            threshold = zero.setdefault("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+            config["zero_optimization"] = gather_whole_layers(model, threshold) | zero
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer(model, for_cpu), config=self._config(), dist_init_required=False
+            model=model, optimizer=self._optimizer(model, for_cpu), config=config, dist_init_required=False
         )
+        if self.gathers_whole_layers:
+            release_by_current_prefetches(self._engine.optimizer)
+            if self.plan.spec.method.type != "full":
+                keep_gathered(self._engine.optimizer, [parameter for _, parameter in self._trained()])
         if self.plan.zero_stage > 0:
             self._read_norm_once()
         self._extend_group_timeouts()  # of the groups that DeepSpeed has just created: NCCL's default is ten minutes
@@ -312,6 +337,8 @@ class Parallel:
                 yield
         finally:
             self._engine.train()
+            if self.gathers_whole_layers:
+                release_weights(self._engine.optimizer, self._engine.module)
 
     # -- collectives -----------------------------------------------------------------------------------------------
 

@@ -29,6 +29,10 @@ class Zero3Weights:
         # DeepSpeed creates hpZ's process groups once in a process, and refuses to create them again.
         node_group = groups._get_zero_param_intra_parallel_group() if partitioning.node_size > 1 else None
         self._init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, zero_param_parallel_group=node_group)
+        # Each weight is gathered into its own memory. Otherwise DeepSpeed gathers several into one buffer and copies
+        # each out of it, so that all exist twice. The engine's setting of this name would also turn off prefetching.
+        # A single worker's partitions are whole: it gathers nothing, unless this makes it copy them.
+        self._init.allgather_sequential = partitioning.world_size > 1
 
     def allocate(self, parameter: Any) -> list[torch.Tensor]:
         self._init._convert_to_deepspeed_param(parameter)

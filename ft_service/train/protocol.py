@@ -1,15 +1,22 @@
-"""What the training loop needs from outside, and what it reports: without DeepSpeed or Ray."""
+"""What the training loop needs from outside, and what it reports: without DeepSpeed or Ray.
+
+Drivers import this module for the state in a checkpoint's manifest, so it does not import torch.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ft_service.runs.metrics import StepMetrics
-from ft_service.train.batches import MicroBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from ft_service.train.batches import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ from ft_service.data.gate import CODES, Judgement
 from ft_service.data.gate.waivers import GateError, check_waivers, enforce, waivers
 from ft_service.data.prepare import check_dataset
 from ft_service.data.preview import preview
-from ft_service.data.split import split
+from ft_service.data.split import split, split_sources
 from ft_service.errors import DataError, SpecError, UsageError
 from ft_service.model.scratch import train_tokenizer, write_scratch_model
 from ft_service.pages.data_report import render_data_report
@@ -220,7 +221,7 @@ def test_the_folder_of_a_cleaned_copy_passes_the_check(base: Path, tmp_path: Pat
     assert cleaned.files == ((str(path), "0-a.jsonl"), (str(held_out), "validation/1-b.jsonl"))
     again = check(spec_of(base, tmp_path / "out"), tmp_path / "again")
     assert again.verdict == "pass" and again.read == again.usable == 600
-    assert [finding.code for finding in again.findings if finding.severity != "info"] == []
+    assert again.findings == []
     validation = check(spec_of(base, tmp_path / "out" / "validation"), tmp_path / "again")
     assert validation.read == validation.usable == 3
 
@@ -371,11 +372,95 @@ def test_preview_and_clean_run_from_the_command_line(base: Path, tmp_path: Path)
     assert done.returncode == 0 and "<|eot_id|>" in done.stdout and "a.jsonl:2" in done.stdout, done.stderr
     done = ft("preview", "a.jsonl", *options, "--base", str(base), "--html", "page.html", folder=tmp_path)
     assert done.returncode == 0 and "Because of this." in (tmp_path / "page.html").read_text()
+    assert done.stdout == "Page: page.html\n"
+    done = ft("preview", "a.jsonl", *options, "--base", str(base), "--html", "b.html", "--json", folder=tmp_path)
+    assert json.loads(done.stdout) and (tmp_path / "b.html").exists()
     assert ft("preview", "a.jsonl", *options, folder=tmp_path).returncode == 2
     done = ft("clean", "a.jsonl", "out", *options, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["left_out"] == {"quality.exact-duplicate": 1}
     assert (tmp_path / "out" / "0-a.jsonl").read_text() == '{"q": "Why is that?", "a": "Because of this."}\n'
+
+
+def test_unused_fields_of_one_source_are_shown_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{**one, "ticket": 1} for one in records_of(12)])
+    assert ft("check", "a.jsonl", folder=tmp_path).stdout.count("ticket") == 1
+
+
+def section_in(output: str) -> dict[str, Any]:
+    """The part of a spec that a command printed."""
+    text = output.partition("In a run spec:\n\n")[2].partition("\n\n")[0]
+    return dict(yaml.safe_load(text)["data"])
+
+
+def test_clean_and_split_print_the_part_of_a_spec_that_uses_what_they_wrote(tmp_path: Path) -> None:
+    pairs = [{"質問": q, "回答": a, "id": n} for n, (q, a) in enumerate(clean_pairs(40, "ja"))]
+    write(tmp_path / "a.jsonl", pairs)
+    rights = ("--source", "our desk", "--license", "LicenseRef-OWN")
+    expected = {
+        "columns": {"instruction": "質問", "output": "回答"},
+        "source": "our desk",
+        "license": "LicenseRef-OWN",
+    }
+    done = ft("clean", "a.jsonl", "cleaned", *rights, folder=tmp_path)
+    assert section_in(done.stdout) == {"train": [{"path": "cleaned", **expected}]}, done.stderr
+    done = ft("split", "a.jsonl", "parts", *rights, folder=tmp_path)
+    section = section_in(done.stdout)
+    assert section == {
+        "train": [{"path": "parts/train", **expected}],
+        "validation": [{"path": "parts/validation", **expected}],
+    }
+    assert "Add source and license" not in done.stdout
+    spec = {"name": "case", "model": {"base": "nobody/nothing"}, "data": section, "storage": "none"}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec, allow_unicode=True))
+    done = ft("check", "spec.yaml", "--json", folder=tmp_path)
+    judgement = Judgement.model_validate_json(done.stdout)
+    assert judgement.read == judgement.usable == 40 and judgement.validation_records == 4
+    as_json = json.loads(ft("split", "a.jsonl", "other", "--json", folder=tmp_path).stdout)
+    assert as_json["data"]["validation"] == [{"path": "other/validation", "columns": expected["columns"]}]
+    assert "Add source and license" in ft("clean", "a.jsonl", "another", folder=tmp_path).stdout
+
+
+def test_sources_of_different_formats_stay_apart(base: Path, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", records_of(30))
+    second = write(tmp_path / "b.jsonl", [{"q": q, "output": a} for q, a in clean_pairs(30, "ja")])
+    spec = spec_of(base, first, second)
+    second_source = spec.data.train[1].model_copy(update={"columns": {"instruction": "q"}})
+    data = spec.data.model_copy(update={"train": [spec.data.train[0], second_source]})
+    spec = spec.model_copy(update={"data": data})
+    train, validation = split_sources(spec, tmp_path / "out", split(spec, tmp_path / "out", 0.2))
+    assert [Path(source.path).name for source in train] == ["0-a.jsonl", "1-b.jsonl"]
+    assert [source.columns for source in validation] == [{}, {"instruction": "q"}]
+
+
+def test_all_problems_of_a_spec_its_files_and_its_base_are_reported_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"q": "Why?", "output": "So."}])
+    (tmp_path / "spec.yaml").write_text("""
+name: case
+model: {base: ./absent}
+data:
+  train: [{path: a.jsonl}, {path: b.jsonl, licence: MIT}]
+  validation: [{path: c.xlsx}]
+train: {epocs: 3}
+storage: none
+""")
+    (tmp_path / "c.xlsx").write_bytes(b"PK")
+    done = ft("check", "spec.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    for problem in (
+        "train.epocs = 3: is not a setting. Did you mean epochs?",
+        "data.train.1.licence = 'MIT': is not a setting. Did you mean license?",
+        "data.train.0 = 'a.jsonl': its first record has no column 'instruction' (its columns: q, output). Set columns",
+        "data.train.1.path = 'b.jsonl': no such file. Fix the path (relative paths start at the working directory).",
+        "data.validation.0.path = 'c.xlsx': files of this type are not supported. Use one of .jsonl, ",
+        "model.base = './absent': no such folder. Use a model folder or a hub id.",
+    ):
+        assert problem in done.stderr
+    assert "spec.yaml: 6 problems" in done.stderr
+    fixed = "data.train.1={path: a.jsonl}", "data.validation=null", "train={}"
+    done = ft("check", "spec.yaml", *fixed, folder=tmp_path)
+    assert "spec.yaml: 1 problem\n" in done.stderr and "model.base" in done.stderr
+    assert "model.base" not in ft("split", "spec.yaml", "out", *fixed, folder=tmp_path).stderr
 
 
 def test_every_code_ends_its_sentences() -> None:

@@ -11,7 +11,7 @@ import pytest
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from ft_service.cluster.ray_cluster import kill_actors, map_on_cluster
+from ft_service.cluster.ray_cluster import kill_actors, map_on_cluster, remove_placement_groups
 from ft_service.data import prepare
 from ft_service.data.files.shard import ShardChanged
 from ft_service.data.prepare import prepare_dataset
@@ -66,6 +66,33 @@ def test_killing_actors_wakes_waiters_and_spares_other_classes() -> None:
     assert not waiting.is_alive() and errors
     assert ray.get(other.answer.remote()) == "here"
     kill_actors("Controller")  # there is none any more
+
+
+class Reserving:
+    """An actor that reserves all CPUs, as Ray Train's controller may."""
+
+    def reserve(self) -> bool:
+        group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+        return bool(group.wait(SECONDS))
+
+
+def test_what_a_killed_actor_reserved_is_released() -> None:
+    reserving = ray.remote(num_cpus=0)(Reserving).remote()
+    assert ray.get(reserving.reserve.remote())
+    kill_actors("Reserving")
+    remove_placement_groups()
+    assert ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}]).wait(SECONDS)
+    remove_placement_groups()
+
+
+def test_what_other_drivers_reserved_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = ("fffffffe", ray.get_runtime_context().get_job_id())
+    table = {f"{'0' * 28}{job}": {"state": "CREATED"} for job in jobs}
+    removed: list[str] = []
+    monkeypatch.setattr("ray.util.placement_group.placement_group_table", lambda: table)
+    monkeypatch.setattr("ray.util.placement_group.remove_placement_group", lambda group: removed.append(group.id.hex()))
+    remove_placement_groups()
+    assert removed == list(table)[1:]
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------

@@ -191,6 +191,23 @@ def test_a_finding_lists_every_unused_field_with_its_share(tmp_path: Path) -> No
     assert unused(check(tmp_path, records)) == {"id": "100.0%", "context": "25.0%", "note": "2.5%"}
 
 
+def test_a_field_of_several_sources_is_named_once(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    for name, part in (("a", pairs[:30]), ("b", pairs[30:])):
+        records = [{"instruction": q, "output": a, "ticket": n} for n, (q, a) in enumerate(part, 1)]
+        records[0].pop("ticket")
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data = [{"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
+    document = {"name": "case", "model": {"base": "none"}, "data": {"train": data}, "storage": "none"}
+    (tmp_path / "out").mkdir()
+    finding = check_dataset(parse_run_spec(json.dumps(document)), None, tmp_path / "out").finding("form.unused-field")
+    assert finding is not None and finding.message == "Not used: ticket (95.0% of the records)."
+    assert [place.detail for place in finding.places] == [
+        "'ticket', in 96.7% of its records",
+        "'ticket', in 90.0% of its records",
+    ]
+
+
 def test_a_mapped_column_is_used_and_the_one_it_replaces_is_not(tmp_path: Path) -> None:
     records: list[Record] = [{"q": q, "output": a, "instruction": "x", "context": "c"} for q, a in clean_pairs(20)]
     judgement = check(tmp_path, records, columns={"instruction": "q", "input": "context"})

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ft_service.chat.format import Message
@@ -23,7 +23,7 @@ from ft_service.data import read as reading
 from ft_service.data.convert import BadRecord, convert
 from ft_service.data.files import json_files
 from ft_service.data.files.shard import Fault, ShardChanged
-from ft_service.data.read import read_shard, read_source, scan
+from ft_service.data.read import check_sources, read_shard, read_source, scan
 from ft_service.errors import DataError, SpecError
 from ft_service.spec.load import parse_run_spec
 from ft_service.spec.schema import DataSource, RunSpec
@@ -422,7 +422,7 @@ def test_a_file_in_another_encoding_is_one_fault_with_the_command(
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv")
 def test_the_command_that_is_given_works(tmp_path: Path) -> None:
     fault = only_fault(tmp_path / "a.csv", JAPANESE.encode("cp932"))
-    command = fault.reason.split("UTF-8: ")[1].split(" (it then")[0]
+    command = fault.reason.split("UTF-8: ")[1]
     subprocess.run(command, shell=True, check=True)
     assert [record["回答"] for record in read(tmp_path / "a.utf8.csv")] == [
         "九時から六時までです。",
@@ -434,6 +434,7 @@ def test_the_fault_shows_how_the_text_reads_in_the_encoding(tmp_path: Path) -> N
     fault = only_fault(
         tmp_path / "a.jsonl", b"".join(b'{"text": "%s"}\n' % "東京は晴れです".encode("cp932") for _ in range(54))
     )
+    assert fault.reason.startswith("is not UTF-8 but probably CP932, in which it reads “")
     assert "東京は晴れです" in fault.reason
 
 
@@ -642,6 +643,7 @@ def test_shards_have_every_record_once_in_order(tmp_path: Path, name: str, shard
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.integers(1, 64), st.sampled_from([3, 7, 1 << 20]))
+@example(b"{\n\x80", 1, 3)  # a document that cannot be read is one fault
 def test_any_bytes_give_the_same_lines_in_any_shards(content: bytes, shard_bytes: int, block: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK_BYTES", block)
@@ -654,9 +656,9 @@ def test_any_bytes_give_the_same_lines_in_any_shards(content: bytes, shard_bytes
 
         assert records_in_shards_of(shard_bytes) == records_in_shards_of(1 << 30)
         lines = re.split(rb"\r\n|\r|\n", path.read_bytes())
-        numbers = [number for number, _ in records_in_shards_of(shard_bytes)]
-        if numbers != [0]:  # a file of another encoding
-            assert numbers == [n for n, line in enumerate(lines, 1) if line.strip()]
+        numbered = records_in_shards_of(shard_bytes)
+        if [getattr(record, "code", "") for _, record in numbered] != [FILE]:
+            assert [number for number, _ in numbered] == [n for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def test_records_that_are_not_wanted_are_skipped(tmp_path: Path) -> None:
@@ -761,6 +763,25 @@ def test_files_that_are_not_read_are_listed(tmp_path: Path) -> None:
     scanned = scan(0, DataSource(path=str(tmp_path / "folder")))
     assert [Path(name).name for name in scanned.files] == ["1.jsonl", "2.parquet", "3.csv"]
     assert [Path(name).name for name in scanned.foreign] == ["README.md", "loop"]
+
+
+def test_what_the_product_wrote_is_not_reported_as_not_read(tmp_path: Path) -> None:
+    for folder in ("decisions", "validation", "other"):
+        write_folder(tmp_path / folder, RECORDS)
+    with pytest.raises(DataError, match=r"Name .*/other or .*/validation\.$"):
+        scan(0, DataSource(path=str(tmp_path)))
+    write_jsonl(tmp_path / "0-a.jsonl", RECORDS)
+    foreign = scan(0, DataSource(path=str(tmp_path))).foreign
+    assert [Path(name).name for name in foreign] == ["decisions", "other", "validation"]
+    (tmp_path / "decisions" / "left_out.jsonl").touch()
+    assert [Path(name).name for name in scan(0, DataSource(path=str(tmp_path))).foreign] == ["other"]
+
+
+def test_all_missing_files_are_reported_at_once(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    sources = [DataSource(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl", "c.jsonl", "b.jsonl")]
+    with pytest.raises(DataError, match=r"^\S+b\.jsonl: no such file\..*\n\S+c\.jsonl: no such file\..*$"):
+        check_sources(sources)
 
 
 def test_a_link_to_itself_is_an_error_with_a_message(tmp_path: Path) -> None:

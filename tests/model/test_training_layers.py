@@ -8,18 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from ft_service.model.attention import PACKED_ATTENTION, register_packed_attention
+from ft_service.catalog import models
 from ft_service.model.training_layers import rms_norm, rotate, swiglu, use_training_layers
 from tests.counts import Traffic
+from tests.model.layer_cases import layer_counts
 
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 TOKENS = 8192
 
 
@@ -185,32 +180,16 @@ def test_modules_stay_stock_and_adapters_can_be_switched_off() -> None:
 # -- traffic ---------------------------------------------------------------------------------------------------------
 
 
-def layer_traffic(replace: bool) -> Traffic:
+def layer_traffic(stock: bool) -> Traffic:
     """One decoder layer of an 8B with LoRA of rank 16 on all linear layers, bf16, forward and backward."""
-    register_packed_attention()
-    sizes = {**LLAMA_8B, "vocab_size": 8, "num_hidden_layers": 1, "attn_implementation": PACKED_ATTENTION}
-    config = LlamaConfig(**sizes)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    get_peft_model(model, lora, autocast_adapter_dtype=False).train()
-    if replace:
-        use_training_layers(model)
-    (layer,) = model.model.layers
-    assert isinstance(layer, LlamaDecoderLayer)
-    x = torch.empty(1, TOKENS, config.hidden_size, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    angles = torch.empty(1, TOKENS, 128, device="meta", dtype=torch.bfloat16)
-    offsets = torch.empty(3, device="meta", dtype=torch.int32)
-    lengths = [TOKENS // 2, TOKENS // 2]
-    with Traffic() as traffic:
-        output = layer(x, position_embeddings=(angles, angles), document_lengths=lengths, document_offsets=offsets)
-        output.backward(torch.empty_like(output))
-    return traffic
+    known = models.find("Llama-3.1-8B")
+    assert known is not None
+    return layer_counts(known.shape, TOKENS, rank=16, stock=stock).traffic
 
 
 def test_traffic_and_launches_of_an_8b_layer() -> None:
-    stock = layer_traffic(replace=False)
-    ours = layer_traffic(replace=True)
+    stock = layer_traffic(stock=True)
+    ours = layer_traffic(stock=False)
     assert stock.bytes == pytest.approx(26.1e9, rel=0.01) and stock.launches > 150
     assert (ours.products, ours.attention) == (stock.products, stock.attention)
     assert ours.bytes < 12.1e9 and ours.launches <= 73

@@ -19,7 +19,7 @@ from ft_service.storage.storage import Storage
 from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
 from ft_service.train.deaths import DeathReason, TrainingDied, reason_line
-from ft_service.train.worker_group import NoRoom
+from ft_service.train.worker_group import Controller, NoRoom
 
 DIGEST = "d" * 64
 
@@ -102,7 +102,9 @@ class World:
             return Plan(spec.with_workers(count))
 
         with Lease(self.run, self.logged.append) as lease, StopSignals() as signals:
-            return Attempts(spec, self.run, plan_for, lease, signals, self.logged.append).train()
+            return Attempts(
+                spec, self.run, plan_for, lease, signals, self.logged.append, Controller(spec.parallel)
+            ).train()
 
     def events(self) -> list[str]:
         return [event.type for event in read_events(self.run.storage, self.run.run_id) if event.type != "training"]
@@ -113,7 +115,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     found = World(RunFolder(Storage(str(tmp_path)), "r"))
 
     class Group:
-        def __init__(self, plan: Any, run: RunFolder, driver: str) -> None:
+        def __init__(self, plan: Any, run: RunFolder, driver: str, controller: Controller) -> None:
             self._scripted = found.script.pop(0)
             if self._scripted.step is not None:
                 log = JsonlSink(run.storage, run.run_id)

@@ -34,7 +34,8 @@ def environment_of_workers(monkeypatch: pytest.MonkeyPatch, folder: Path, run_pl
     given: dict[str, str] = {}
     monkeypatch.setattr(worker_group, "_Trainer", lambda *_, run_config, **__: given.update(run_config))
     monkeypatch.setattr(worker_group, "RunConfig", lambda worker_runtime_env, **_: worker_runtime_env["env_vars"])
-    worker_group._trainer(run_plan, RunFolder(Storage(str(folder)), "r"), {})
+    controller = worker_group.Controller(run_plan.spec.parallel)
+    worker_group._trainer(run_plan, RunFolder(Storage(str(folder)), "r"), {}, controller)
     return given
 
 

@@ -99,14 +99,16 @@ def fixed_rows() -> list[Row]:
     return [Row(row.input_ids, row.loss_mask, np.array([len(row.input_ids)])) for row in packed_rows()[:4]]
 
 
-def write_base(folder: Path, hidden_size: int = 36, intermediate_size: int = 75, tied: bool = True) -> None:
-    """A Llama of two layers with random weights; the odd sizes force ZeRO-3 to pad its partitions."""
+def write_base(
+    folder: Path, hidden_size: int = 36, intermediate_size: int = 75, tied: bool = True, num_layers: int = 2
+) -> None:
+    """A Llama with random weights; the odd sizes force ZeRO-3 to pad its partitions."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         tie_word_embeddings=tied,

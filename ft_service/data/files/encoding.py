@@ -73,13 +73,16 @@ def marked_encoding(beginning: bytes) -> str | None:
 
 
 def conversion_fault(file: Path, encoding: str, sample: str = "") -> Fault:
-    """The fault for a file in another encoding than UTF-8, with the command that converts it."""
+    """The fault for a file in another encoding than UTF-8, with the command that converts it.
+
+    `sample` is text of the file in a guessed encoding: whoever reads it sees whether the guess is right.
+    """
     target = file.with_name(f"{file.stem}.utf8{file.suffix}")
-    shown = f" (it then begins with {sample!r})" if sample else ""
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(file))} > {shlex.quote(str(target))}"
+    reason = f"is not UTF-8 but probably {encoding}, in which it reads “{sample}”." if sample else f"is {encoding}."
     return Fault(
         "form.unreadable-file",
-        f"{'is probably' if sample else 'is'} {encoding}. Convert it to UTF-8: {command}{shown}",
+        f"{reason} Convert it to UTF-8: {command}",
         cure="Run the command that is given with each file, and use the new file in place of the old one.",
     )
 

@@ -39,10 +39,10 @@ def check_balance(facts: Facts, second_pass: SecondPass) -> tuple[dict[str, Entr
     entropies = {}
     hits = []
     for name, code, kinds, what in checked:
-        examples = second_pass.questions if code == "balance.templates" else second_pass.answers
+        example = second_pass.question if code == "balance.templates" else second_pass.answer
         entropy = entropy_of(kinds.counts)
         largest = int(keys[rows[kinds.members(1)[0]]])
-        entropies[name] = entropy.model_copy(update={"largest": examples.get(largest, "")})
+        entropies[name] = entropy.model_copy(update={"largest": example(largest)})
         few = kinds.dominant(DOMINANT_LABEL if name == "labels" else DOMINANT)
         if few and len(rows) >= FEWEST and not (labels and name == "answer openings"):
             ways = "the same way" if few == 1 else f"in one of {few} ways"

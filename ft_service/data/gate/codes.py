@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["fail", "warn", "info"]
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Raise it whenever a check changes its results, so that data checked by the old rules is checked again."""
 
 

@@ -7,6 +7,7 @@ their shingles and the numbers in them decide whether they are near-duplicates.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ft_service.data.gate.form import Hit
 from ft_service.data.gate.private import excerpt
 from ft_service.data.gate.records import Record
 from ft_service.data.gate.text import distinct, fold, hash64, mixed, shingles
+from ft_service.data.gate.wording import Slots, variants, words_of
 
 NEAR_SAME = 0.8
 """Texts are near-duplicates from this Jaccard similarity of shingles on (Lee et al. 2022, arXiv:2107.06499)."""
@@ -40,26 +42,44 @@ TEMPLATE_SHARE = 0.01
 TEMPLATE_FROM = 10
 """A shingle in more than this share of the compared prompts, and in at least so many, belongs to a template."""
 _SKETCH = 512
+_WORDS_CHARACTERS = 2000
+"""Longer texts are not kept. The words of longer paragraphs are not compared: one is hardly ever the whole point."""
 _PAIR_BLOCK = 100_000
 _SAMPLE = 2000
 
 
+class _Paragraph(NamedTuple):
+    shingles: np.ndarray
+    text: str | None
+    """None if it is longer than `_WORDS_CHARACTERS`."""
+
+
 @dataclass(frozen=True)
 class _Prompt:
-    """The paragraphs of a prompt: hash -> shingles."""
+    """The paragraphs of a prompt, by the hash of their folded text."""
 
-    parts: dict[int, np.ndarray]
+    parts: dict[int, _Paragraph]
 
-    def without(self, others: "_Prompt") -> np.ndarray:
-        """Shingles of the paragraphs that are not in the other prompt."""
-        return _joined([shingles for part, shingles in self.parts.items() if part not in others.parts])
+    @classmethod
+    def of(cls, text: str) -> "_Prompt":
+        parts = ((part, fold(part)) for part in text.split("\n\n"))
+        return cls({hash64(folded): _paragraph(part, folded) for part, folded in parts if folded})
+
+    def without(self, others: "_Prompt") -> list[_Paragraph]:
+        """The paragraphs that are not in the other prompt."""
+        return [paragraph for part, paragraph in self.parts.items() if part not in others.parts]
 
     @cached_property
     def whole(self) -> np.ndarray:
         return _joined(list(self.parts.values()))
 
 
-def _joined(sketches: Sequence[np.ndarray]) -> np.ndarray:
+def _paragraph(text: str, folded: str) -> _Paragraph:
+    return _Paragraph(shingles(folded)[:_SKETCH], text if len(text) <= _WORDS_CHARACTERS else None)
+
+
+def _joined(paragraphs: Sequence[_Paragraph]) -> np.ndarray:
+    sketches = [paragraph.shingles for paragraph in paragraphs]
     if len(sketches) == 1:
         return sketches[0][:_SKETCH]
     return distinct(np.concatenate(sketches))[:_SKETCH] if sketches else _NOTHING
@@ -69,10 +89,11 @@ _NOTHING = np.empty(0, dtype=np.uint64)
 
 
 class SecondPass:
-    """What is kept of the records that are read a second time: sketches of prompt and answer, and excerpts.
+    """What is kept of the records that are read a second time: sketches of prompt and answer, prompts and excerpts.
 
     Prompts are compared without their common parts: paragraphs that both have (a system prompt, an instruction, a
-    passage), and the words of a template. `merge` adds the result of another shard.
+    passage), and the words of a template. The words that differ decide whether they ask the same (`wording`). `merge`
+    adds the result of another shard.
     """
 
     def __init__(self, keys: Iterable[int] = (), template_keys: Iterable[int] = ()) -> None:
@@ -81,9 +102,10 @@ class SecondPass:
         self._keys = frozenset(keys) | self._template_keys
         self._prompts: dict[int, _Prompt] = {}
         self._outputs: dict[int, np.ndarray] = {}
-        self.questions: dict[int, str] = {}
-        self.answers: dict[int, str] = {}
+        self._questions: dict[int, str] = {}
+        self._answers: dict[int, str] = {}
         self._template: np.ndarray | None = None
+        self._slots: Slots | None = None
 
     def keys(self) -> np.ndarray:
         """Keys of the records to read again, uint64, sorted."""
@@ -97,33 +119,60 @@ class SecondPass:
         """Keep the sketches of a record, if it is one of those to read again."""
         if record.key in self._keys and record.fault is None:
             self._template = None
-            parts = (fold(part) for part in record.prompt.split("\n\n"))
-            self._prompts[record.key] = _Prompt({hash64(part): shingles(part)[:_SKETCH] for part in parts if part})
+            self._slots = None
+            self._prompts[record.key] = _Prompt.of(record.prompt)
             self._outputs[record.key] = _sketch(record.output)
-            self.questions[record.key] = excerpt(record.question)
-            self.answers[record.key] = excerpt(record.output)
+            self._questions[record.key] = _to_show(record.question)
+            self._answers[record.key] = _to_show(record.output)
 
     def merge(self, other: "SecondPass") -> None:
         """Add the records of another shard."""
         self._template = None
+        self._slots = None
         self._prompts |= other._prompts
         self._outputs |= other._outputs
-        self.questions |= other.questions
-        self.answers |= other.answers
+        self._questions |= other._questions
+        self._answers |= other._answers
 
     def excerpt(self, key: int) -> str:
         """Excerpts of question and answer; "" if the record was not read again."""
-        return " → ".join(text for text in (self.questions.get(key), self.answers.get(key)) if text)
+        return " → ".join(text for text in (self.question(key), self.answer(key)) if text)
+
+    def question(self, key: int) -> str:
+        """An excerpt of the question; "" if the record was not read again."""
+        return excerpt(self._questions.get(key, ""))
+
+    def answer(self, key: int) -> str:
+        """An excerpt of the answer; "" if the record was not read again."""
+        return excerpt(self._answers.get(key, ""))
 
     def same_prompt(self, first: int, second: int) -> bool | None:
         """Whether two prompts are near-duplicates; None unless both records were read again."""
-        rests = self._rests(first, second)
-        return None if rests is None else near_same(*rests)
+        if first not in self._prompts or second not in self._prompts:
+            return None
+        return near_same(*self._rests(first, second))
 
     def same_question(self, first: int, second: int) -> bool | None:
-        """Whether two prompts ask the same. Stricter than `same_prompt`: one word may be why answers differ."""
-        rests = self._rests(first, second)
-        return None if rests is None else jaccard(*rests) >= NEAR_SAME
+        """Whether two prompts ask the same: near-duplicates that differ in their wording alone.
+
+        Where the words are not compared, one of them may be why answers differ, so the prompts must be more similar.
+        """
+        if first not in self._prompts or second not in self._prompts:
+            return None
+        differing = self._differing(first, second)
+        if differing is None:
+            return jaccard(*self._rests(first, second)) >= NEAR_SAME
+        return near_same(*self._unshared(first, second)) and all(self._same_words(*pair) for pair in differing)
+
+    def are_fillings(self, first: int, second: int) -> bool:
+        """Whether two prompts are one template with two different words in it; False unless both were read again."""
+        if first not in self._prompts or second not in self._prompts:
+            return False
+        differing = self._differing(first, second)
+        if differing is None or len(differing) != 1:
+            return False
+        one, other = differing[0]
+        return variants(words_of(one), words_of(other)) is None and self._fills_template(one, other)
 
     def same_output(self, first: int, second: int) -> bool | None:
         """Whether two answers are near-duplicates; None unless both records were read again."""
@@ -138,20 +187,45 @@ class SecondPass:
             for key in (first, second)
         )
 
-    def _rests(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The parts of two prompts that are compared; None unless both records were read again."""
-        if first not in self._prompts or second not in self._prompts:
-            return None
+    def _unshared(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shingles of the paragraphs that only one of two prompts has; all, if one has no other paragraphs."""
         one = self._prompts[first]
         other = self._prompts[second]
-        rests = one.without(other), other.without(one)
-        if not (len(rests[0]) and len(rests[1])):
-            return one.whole, other.whole
+        rests = _joined(one.without(other)), _joined(other.without(one))
+        return rests if len(rests[0]) and len(rests[1]) else (one.whole, other.whole)
+
+    def _rests(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
+        """`_unshared` without the shingles of a template, where more than the filling of a template is left."""
+        rests = self._unshared(first, second)
+        if rests[0] is self._prompts[first].whole:
+            return rests
         bare = tuple(_difference(rest, self._template_shingles()) for rest in rests)
         # Little may be left. If the two have little of it in common, it fills the template; otherwise it is an edit.
         least = min(map(len, bare))
         common = len(np.intersect1d(bare[0], bare[1], assume_unique=True))
         return (bare[0], bare[1]) if least >= SHORT_FROM or common < NEAR_SAME * least else rests
+
+    def _differing(self, first: int, second: int) -> list[tuple[str, str]] | None:
+        """The paragraphs in which two prompts differ; None if one of them is too long to compare its words."""
+        ours = [paragraph.text for paragraph in self._prompts[first].without(self._prompts[second])]
+        theirs = [paragraph.text for paragraph in self._prompts[second].without(self._prompts[first])]
+        if None in ours or None in theirs:
+            return None
+        if len(ours) != len(theirs):
+            return [("\n".join(map(str, ours)), "\n".join(map(str, theirs)))]
+        return [(str(one), str(other)) for one, other in zip(ours, theirs, strict=True)]
+
+    def _same_words(self, first: str, second: str) -> bool:
+        """Whether the words of two paragraphs differ in their wording alone."""
+        differing = variants(words_of(first), words_of(second))
+        return differing == [] or (differing is not None and not self._fills_template(first, second))
+
+    def _fills_template(self, first: str, second: str) -> bool:
+        """Whether two paragraphs are one template with two words in it."""
+        if self._slots is None:
+            paragraphs = (part.text for prompt in self._prompts.values() for part in prompt.parts.values())
+            self._slots = Slots(text for text in paragraphs if text is not None)
+        return self._slots.fills(first, second)
 
     def _template_shingles(self) -> np.ndarray:
         if self._template is None:
@@ -160,6 +234,11 @@ class SecondPass:
             kinds, counts = np.unique(np.concatenate(sample), return_counts=True)
             self._template = kinds[counts > max(TEMPLATE_FROM, TEMPLATE_SHARE * len(sample))]
         return self._template
+
+
+def _to_show(text: str) -> str:
+    """What is kept of a text for its excerpt, which few records need: the text if it is short, else the excerpt."""
+    return text if len(text) <= _WORDS_CHARACTERS else excerpt(text)
 
 
 def _sample(keys: Sequence[int]) -> Sequence[int]:
@@ -444,7 +523,10 @@ def _compare(
         if numbers[a] == numbers[b] or second_pass.are_long(int(key[a]), int(key[b])):
             same_output = same(output, second_pass.same_output, a, b)
             similar = same_output or (same_output is None and estimate >= NEAR_SAME)
-            if similar and same(prompt, second_pass.same_prompt, a, b):
+            if not (similar and same(prompt, second_pass.same_prompt, a, b)):
+                continue
+            # "Is a monitor insured?" and "Is a router insured?", with answers that name them, are two records.
+            if output[a] == output[b] or not second_pass.are_fillings(int(key[a]), int(key[b])):
                 near.add((a, b))
     open_ended = _open_ended(prompt, output)
     disagreeing = set()

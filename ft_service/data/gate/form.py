@@ -1,6 +1,7 @@
 """Checks of single records: their form and the text of their answers."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,7 +115,7 @@ def check_unused(
         return []
     shares = [(min(1.0, count / read[source]), source, name) for (source, name), count in unused.items()]
     shares.sort(key=lambda entry: (-entry[0], *entry[1:]))
-    names = [f"{name} ({percent(share)} of the records)" for share, _, name in shares]
+    names = _names_of_unused(read, unused)
     places = [
         Place(file=sources[source].path, line=0, detail=detail(f"{name!r}, in {percent(share)} of its records"))
         for share, source, name in shares
@@ -123,6 +124,17 @@ def check_unused(
     more = f" and {len(names) - _LISTED_FIELDS} more" if len(names) > _LISTED_FIELDS else ""
     message = visible(f"Not used: {', '.join(names[:_LISTED_FIELDS])}{more}.")
     return [finding.model_copy(update={"message": message, "places": places[:_LISTED_FIELDS]})]
+
+
+def _names_of_unused(read: Mapping[int, int], unused: Mapping[tuple[int, str], int]) -> list[str]:
+    """Each field once, with its share in the sources that have it, the most frequent first."""
+    records: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for (source, name), count in unused.items():
+        records[name] += read[source]
+        counts[name] += count
+    shares = sorted((-min(1.0, count / records[name]), name) for name, count in counts.items())
+    return [f"{name} ({percent(-share)} of the records)" for share, name in shares]
 
 
 _NULL_WORDS = frozenset({"nan", "none", "null", "<na>", "n/a", "#n/a", "nat", "undefined"})

@@ -145,13 +145,17 @@ def find_private(text: str, everything: bool = False) -> Iterator[tuple[str, int
     plain = text.encode("ascii", "replace")
     whole = [(0, len(text))]
     regions = _regions_of_figures(plain)
+    has_key = "-----BEGIN" in text or _LONG_WORD in plain.translate(_WORDS)
+    has_password = _may_hold_password(text)
+    if not (regions or has_key or has_password or "@" in text):
+        return
     places = {
-        "private.key": whole if "-----BEGIN" in text or _LONG_WORD in plain.translate(_WORDS) else [],
+        "private.key": whole if has_key else [],
         "private.email": whole if "@" in text else [],
         "private.iban": [(max(0, start - _IBAN_CHARACTERS), end + _IBAN_CHARACTERS) for start, end in regions],
         "private.card": _regions_of_figures(plain, min(_CARD_LENGTHS)) if regions else [],
         "private.my-number": _regions_of_figures(plain, _MY_NUMBER_DIGITS) if regions else [],
-        "private.password": whole if _may_hold_password(text) else [],
+        "private.password": whole if has_password else [],
     }
     for code, pattern, span_of in _KINDS:
         spans = []

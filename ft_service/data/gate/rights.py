@@ -42,6 +42,8 @@ _KIND_OF_CATEGORY: dict[str, Kind] = {
 """The categories of ScanCode's license database, which the package `license-expression` brings along."""
 _FREE = "0BSD MIT-0 PDDL LicenseRef-OWN LicenseRef-public-domain"
 _ATTRIBUTION = "ODC-By C-UDA C-UDA-1.0 BSD"
+_COMMON = "MIT Apache-2.0 BSD-2-Clause BSD-3-Clause ISC"
+"""Permissive licenses of the database that need no reading of it, which takes half a second."""
 _SHARE_ALIKE = "ODbL GFDL GPL LGPL"
 """What the categories do not tell apart, names of our own, and the hub's names without versions."""
 _RESTRICTED_USE = (
@@ -52,7 +54,7 @@ _RESTRICTED_USE = (
 _NON_COMMERCIAL = "PolyForm-Noncommercial-1.0.0"
 _OURS: dict[str, Kind] = {
     **{name.lower(): "free" for name in _FREE.split()},
-    **{name.lower(): "attribution" for name in _ATTRIBUTION.split()},
+    **{name.lower(): "attribution" for name in (*_ATTRIBUTION.split(), *_COMMON.split())},
     **{name.lower(): "share-alike" for name in _SHARE_ALIKE.split()},
     **{name.lower(): "restricted-use" for name in _RESTRICTED_USE.split()},
     **{name.lower(): "non-commercial" for name in _NON_COMMERCIAL.split()},

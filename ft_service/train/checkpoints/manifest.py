@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service.errors import StorageError, UnreachableError
+from ft_service.errors import NewerFormatError, StorageError, UnreachableError
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.formats import StoredFile, renamed
 from ft_service.storage.storage import Storage
@@ -56,6 +55,7 @@ class Manifest(StoredFile):
     # Before the first validation the best loss is infinite, which JSON would otherwise turn into null.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
+    format: int = Field(default=3, description="Version of this file's layout.")
     step: int
     adam_step: int
     state: dict[str, Any] = Field(description="The loop's TrainingState.")
@@ -66,6 +66,8 @@ class Manifest(StoredFile):
 
     @classmethod
     def upgraded(cls, data: dict[str, Any], written: int) -> dict[str, Any]:
+        if written == 2:  # one part for each rank; format 3 allows several
+            return data
         parts = [renamed(part, {"random_at": "rng_offset", "random_bytes": "rng_bytes"}) for part in data["parts"]]
         return {**renamed(data, {"course": "training_digest"}), "parts": parts}
 
@@ -105,13 +107,15 @@ class Checkpoints:
         """All checkpoints, oldest first, and what is wrong with the index ('' if nothing is).
 
         If the index is missing or damaged, the entries come from the manifests. Raises `StorageError` if the index is
-        damaged and there is no manifest either.
+        damaged and there is no manifest either, and `NewerFormatError` if a newer version wrote the index.
         """
         file = f"{self.path}/index.json"
         if self.storage.exists(file):
             content = self.storage.read_bytes(file)
             try:
                 return _Index.parse(content, self.storage.uri(file)).checkpoints, ""
+            except NewerFormatError:
+                raise
             except StorageError as error:
                 problem = str(error)
         else:
@@ -129,13 +133,20 @@ class Checkpoints:
             file = f"{self.path}/{folder}/manifest.json"
             if self.storage.exists(file):
                 content = self.storage.read_bytes(file)
-                with suppress(StorageError):
+                try:
                     manifest = Manifest.parse(content, self.storage.uri(file))
-                    found.append((manifest.step, manifest.created, _index_entry(folder, manifest, content)))
+                except NewerFormatError:
+                    raise
+                except StorageError:
+                    continue
+                found.append((manifest.step, manifest.created, _index_entry(folder, manifest, content)))
         return [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
 
     def manifest(self, entry: IndexEntry) -> Manifest:
-        """Raises `StorageError` if the manifest is missing or its digest differs from the index."""
+        """Raises `StorageError` if the manifest is missing or its digest differs from the index.
+
+        Raises `NewerFormatError` if a newer version wrote it.
+        """
         file = f"{self.path}/{entry.folder}/manifest.json"
         content = self.storage.read_bytes(file)
         if hashlib.sha256(content).hexdigest() != entry.sha256:

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from ft_service.errors import FtError, TrainingError, UnreachableError
+from ft_service.errors import FtError, NewerFormatError, TrainingError, UnreachableError
 from ft_service.model.shards import Span
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.events import CheckpointDamaged, EventLog
@@ -28,7 +28,8 @@ def resume(run: RunFolder, parallel: Parallel, plan: RunPlan, events: EventLog) 
 
     Every rank calls it, after the model is wrapped. A damaged checkpoint is reported as an event, and the one before it
     is used. Raises `TrainingError` if all checkpoints are damaged, or if they belong to another training (data, model,
-    method or schedule), and `UnreachableError` on all ranks if the storage does not answer one of them.
+    method or schedule), `NewerFormatError` on all ranks if a newer version wrote the newest intact checkpoint, and
+    `UnreachableError` on all ranks if the storage does not answer one of them.
     """
     checkpoints = Checkpoints(run)
     entries = _list(checkpoints, parallel, events)
@@ -64,22 +65,24 @@ def _list(checkpoints: Checkpoints, parallel: Parallel, events: EventLog) -> lis
 def _check(checkpoints: Checkpoints, entry: IndexEntry, parallel: Parallel) -> tuple[Manifest | None, str]:
     """The manifest, or None and all problems that any rank found: the same on every rank.
 
-    Raises `UnreachableError` on all ranks if the storage does not answer one of them.
+    Raises `UnreachableError` on all ranks if the storage does not answer one of them, and `NewerFormatError` on all
+    ranks if a newer version wrote the manifest.
     """
     manifest: Manifest | None = None
     problem = ""
-    unreachable: UnreachableError | None = None
+    unusable: UnreachableError | NewerFormatError | None = None
     try:
         manifest = checkpoints.manifest(entry)
-    except UnreachableError as error:
-        unreachable = error
+    except (UnreachableError, NewerFormatError) as error:
+        unusable = error
     except (FtError, ValueError) as error:
         problem = str(error)
     if not any(parallel.all_gather_object(manifest is None)):
         assert manifest is not None
-        problem, unreachable = _check_parts(checkpoints, entry.folder, manifest, parallel)
-    # An intact checkpoint must not be skipped because a server is down: its steps would be trained again.
-    if errors := [error for error in parallel.all_gather_object(unreachable) if error is not None]:
+        problem, unusable = _check_parts(checkpoints, entry.folder, manifest, parallel)
+    # An intact checkpoint must not be skipped because a server is down, or this version is too old: its steps would be
+    # trained again.
+    if errors := [error for error in parallel.all_gather_object(unusable) if error is not None]:
         raise errors[0]
     problems = list(dict.fromkeys(found for found in parallel.all_gather_object(problem) if found))
     return (None if problems else manifest), " ".join(problems)

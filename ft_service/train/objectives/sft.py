@@ -68,6 +68,7 @@ def _chunk_loss(
     if grad_hidden is None and grad_weight is None:
         return loss_sum
     grad_logits = log_p.exp_()
+    del log_p  # another name of the same fp32 logits, which would keep them alive beside the rounded ones
     grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
     grad_logits = grad_logits.to(hidden.dtype)
     if grad_hidden is not None:
@@ -116,12 +117,14 @@ class LossModel(nn.Module):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Loss sum, in nats, over the micro-batch's loss tokens: an fp32 scalar."""
         (causal_lm,) = self._causal_lm
-        hidden = causal_lm.model(
+        output = causal_lm.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             document_lengths=batch.document_lengths,
             document_offsets=batch.document_offsets,
-        ).last_hidden_state
-        loss: torch.Tensor = causal_lm.lm_head(hidden[0].index_select(0, batch.target_positions), batch.targets)
+        )
+        hidden = output.last_hidden_state[0].index_select(0, batch.target_positions)
+        del output  # its hidden states are not needed any more, and the head needs memory
+        loss: torch.Tensor = causal_lm.lm_head(hidden, batch.targets)
         return loss

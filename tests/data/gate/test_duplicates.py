@@ -6,7 +6,9 @@ import pytest
 from ft_service.data.gate import Hit, Judgement, Record
 from ft_service.data.gate.duplicates import jaccard
 from ft_service.data.gate.text import fold, shingles
-from tests.data.gate.gate_cases import chat, check_all, clean_pairs, clean_records, lines, record, text
+from ft_service.data.gate.wording import variants, words_of
+from tests.data.gate.gate_cases import Pair, chat, check_all, clean_pairs, clean_records, lines, record, text
+from tests.data.gate.helpdesk_cases import REWORDED, helpdesk_pairs
 
 EN = (
     "How many boats cross the river of Oslo in spring when the snow melts?",
@@ -199,6 +201,105 @@ def test_repeats_are_found_under_a_common_prompt() -> None:
     records = [record(INSTRUCTION + question, "positive", line) for line, (question, _) in enumerate(pairs, 1)]
     _, hits = check_all([*records, record(INSTRUCTION + pairs[7][0], "negative", 41)])
     assert lines(hits, "quality.contradiction") == [8, 41]
+
+
+def planted(pairs: list[Pair]) -> tuple[list[Pair], list[int]]:
+    """Second answers to some of the questions, each differently worded; and the lines of both records of each."""
+    questions = [question for question, _ in pairs]
+    contradicting = []
+    places = []
+    for number, (part, other) in enumerate(REWORDED):
+        at = next(at for at, question in enumerate(questions) if part in question and at + 1 not in places)
+        answer = "それについてはお答えできません。ほかの店にお尋ねになるようお願いします。"
+        contradicting.append((questions[at].replace(part, other).strip(), answer))
+        places += [at + 1, len(pairs) + number + 1]
+    return contradicting, sorted(places)
+
+
+@pytest.mark.parametrize("products", [4, 9, 31])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_help_desk_asks_the_same_of_many_products_without_a_contradiction(products: int, seed: int) -> None:
+    pairs = helpdesk_pairs(seed, products)
+    assert repeated([record(*pair, line=line) for line, pair in enumerate(pairs, 1)]) == {}
+    contradicting, places = planted(pairs)
+    others = [pair for line, pair in enumerate(pairs, 1) if line not in places]
+    edited = [(question, answer.replace("承ります", "うけたまわります")) for question, answer in others[:3]]
+    records = [record(*pair, line=line) for line, pair in enumerate([*pairs, *contradicting, *edited], 1)]
+    near = [len(pairs) + len(contradicting) + number for number in (1, 2, 3)]
+    assert repeated(records) == {"contradiction": places, "near-duplicate": near}
+
+
+FILLED = {
+    "モニター ヒーター ルーター": "先週購入した{}の調子が悪いので、修理をお願いしたいのですが、どこへ送りますか。",
+    "りんご みかん ぶどう": "次のくだものについて、旬の季節とおいしい食べ方を短く説明してください。くだもの：{}",
+    "東京支店 京都支店 東支店": "来月の会議は{}で行う予定ですが、最寄りの駅から会場まで歩いて何分くらいかかりますか。",
+    "モデルA モデルB モデルC": "先週発売された{}の取扱説明書をなくしたので、もう一度送っていただくことはできますか。",
+    "显示器 投影仪 打印机": "您好，我上个星期在网上商店购买了一台{}，请问它的保修期是多长时间，坏了应该联系哪里？",
+    "프린터 라우터 모니터": "지난주에 온라인 매장에서 {}를 구입했는데 보증 기간이 얼마나 되는지 알려 주세요.",
+    "fan van pan": "I bought a {} in your online shop last week and would like to know how long it is under warranty.",
+    "cat cats dog dogs": "Translate the following English word into French, and say of which gender it is: {}.",
+    "can cannot never": "Which animals of the European forests {} swim across a wide river when the water is cold?",
+}
+
+
+@pytest.mark.parametrize(("words", "template"), FILLED.items())
+def test_a_few_words_in_a_long_template_make_as_many_questions(words: str, template: str) -> None:
+    answers = [answer for _, answer in clean_pairs(5, seed=9)]
+    pairs = [(template.format(word), answer) for word, answer in zip(words.split(), answers, strict=False)]
+    assert repeated(with_others(*pairs)) == {}
+    assert repeated(with_others(*pairs, (pairs[0][0], answers[4]))) == {"contradiction": [1, len(pairs) + 1]}
+
+
+SAME_QUESTION = [
+    ("春に雪がとけるとき、船は何隻ありますか。", "春に雪がとける時、船は何隻ありますか？"),
+    ("プリンターの電源が入りません。どうすればいいですか", "プリンタの電源が入りません。どうしたらよいでしょうか。"),
+    ("返品の手続きを教えてください。", "返品の手続きをおしえて下さい"),
+    ("返品の手続きを教えてください。", "返品手続きを教えていただけますか。"),
+    ("パスワードを変更したい場合、どこに連絡しますか。", "パスワードを変更する際はどこに連絡しますか。"),
+    ("インターネットがつながりません", "インタネットがつながりません"),
+    ("请问显示器的保修期是多久？", "显示器保修期是多久呢"),
+    ("모니터의 보증 기간은 얼마입니까?", "모니터의 보증기간은 얼마입니까"),
+    ("How many boats cross the river of Oslo", "How many boats cross the river in Oslo"),
+    ("How do I change my plan online", "How do I change my plans online"),
+    ("How many hours does it take", "How much hours does it take"),
+    ("Please tell me the warranty on this monitor", "Tell me the waranty of this montior"),
+    ("Where is the e-mail icon of the café", "Where is the email icon of the cafe"),
+    ("In spring when snow melts, how many boats cross?", "How many boats cross in spring when snow melts?"),
+]
+OTHER_QUESTION = [
+    ("モニターの保証期間は", "ヒーターの保証期間は"),
+    ("メーターの値段", "モーターの値段"),
+    ("ビルはどこ", "ビールはどこ"),
+    ("東京支店の電話", "京都支店の電話"),
+    ("東京の電話", "東京都の電話"),
+    ("りんごはいくらですか", "みかんはいくらですか"),
+    ("ねこの写真", "犬の写真"),
+    ("会員から受け取る", "会員まで受け取る"),
+    ("東京から大阪へ行く", "大阪から東京へ行く"),
+    ("食べられるものは", "食べられないものは"),
+    ("モデルAの色", "モデルBの色"),
+    ("开机时显示器没有画面", "开机时投影仪没有画面"),
+    ("北京分店的电话", "南京分店的电话"),
+    ("모니터를 반품", "프린터를 반품"),
+    ("from Oslo to Lima", "from Lima to Oslo"),
+    ("flights from Oslo", "flights to Oslo"),
+    ("the boat is red", "the coat is red"),
+    ("When does the shop open?", "When does the shop open on Sunday?"),
+    ("which animals can fly", "which animals can not fly"),
+    ("3 + 4", "3 * 4"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), SAME_QUESTION)
+def test_particles_endings_spellings_and_typos_are_wording(first: str, second: str) -> None:
+    assert variants(words_of(first), words_of(second)) is not None
+    assert variants(words_of(second), words_of(first)) is not None
+
+
+@pytest.mark.parametrize(("first", "second"), OTHER_QUESTION)
+def test_another_word_is_not_wording(first: str, second: str) -> None:
+    assert variants(words_of(first), words_of(second)) is None
+    assert variants(words_of(second), words_of(first)) is None
 
 
 def test_an_open_ended_question_has_no_contradictions() -> None:

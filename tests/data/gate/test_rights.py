@@ -2,7 +2,7 @@
 
 import pytest
 
-from ft_service.data.gate import Source
+from ft_service.data.gate import Source, rights
 from ft_service.data.gate.rights import base_duties, check_rights, license_kinds
 
 
@@ -49,6 +49,11 @@ def of(license: str | None, source: str | None = "https://example.com") -> Sourc
 )
 def test_each_license_has_its_kinds_of_conditions(license: str, kinds: set[str]) -> None:
     assert license_kinds(license) == kinds
+
+
+def test_common_licenses_have_the_kind_that_the_database_gives_them() -> None:
+    for name in rights._COMMON.split():
+        assert rights._OURS[name.lower()] == rights._spdx_kinds()[name.lower()]
 
 
 def test_every_source_needs_an_origin_and_a_license() -> None:

@@ -1,0 +1,112 @@
+"""When ZeRO-3 gathers weights: a decoder layer as one, and adapters not at all.
+
+By default DeepSpeed gathers module by module. It loses track of frozen weights that recomputation gathers again: LoRA
+with recomputation gathers the base three times a micro-step, a third of it only when a module waits for it. As a "leaf
+module" a layer is gathered once for its forward pass, and once for its recomputation and backward pass together. Its
+hooks also run once a layer, and not once for each of the modules inside it.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def gather_whole_layers(model: nn.Module, persistence_threshold: int) -> dict[str, int]:
+    """Make every decoder layer of `model` a leaf module. Call this before `deepspeed.initialize`.
+
+    Returns the settings, in elements, with which DeepSpeed prefetches the whole next layer while one computes. With L
+    the elements of the largest layer and E those of the largest weight outside the layers:
+
+    - it prefetches until at least L elements are on their way;
+    - it prefetches nothing while more than L + max(L, E) elements are gathered;
+    - it keeps nothing gathered that it does not need next. By default it keeps 1e9 elements for reuse.
+
+    Weights of at most `persistence_threshold` elements stay gathered and do not count: otherwise
+    there would be room for one more weight, of any size, beside two layers. Adapters do not count either, see
+    `keep_gathered`. `ft_service.plan.memory` derives the most that is gathered at once.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._z3_leaf = True  # type: ignore[assignment]  # what deepspeed.utils.set_z3_leaf_modules does
+        _list_parameters_once(layer)
+    is_full = all(parameter.requires_grad for parameter in model.parameters())
+    counted = (p for p in model.parameters() if is_full or not p.requires_grad)
+    sizes = {p: _numel(p) for p in counted if _numel(p) > persistence_threshold}
+    in_layers = [[sizes.pop(p) for p in layer.parameters() if p in sizes] for layer in layers]
+    largest_layer = max(map(sum, in_layers))
+    largest_other = max(sizes.values(), default=0)
+    live = largest_layer + max(largest_layer, largest_other)
+    return {
+        "stage3_prefetch_bucket_size": largest_layer,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": 0,
+    }
+
+
+def _list_parameters_once(layer: nn.Module) -> None:
+    """Let `layer` remember its parameters: DeepSpeed's hooks list them about ten times a micro-step."""
+    every = tuple(layer.named_parameters())
+
+    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        if prefix or not recurse or not remove_duplicate:
+            return nn.Module.named_parameters(layer, prefix, recurse, remove_duplicate)
+        return iter(every)
+
+    layer.named_parameters = named_parameters  # type: ignore[method-assign]
+
+
+def keep_gathered(optimizer: Any, parameters: Iterable[Any]) -> None:
+    """Keep `parameters` whole on every rank between steps. `optimizer` is DeepSpeed's, of ZeRO-3.
+
+    DeepSpeed does so with parameters below ``stage3_param_persistence_threshold``. Many adapter tensors are above it,
+    and a threshold above them would also keep small weights of the base.
+    """
+    for parameter in parameters:
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            optimizer.persistent_parameters.append(parameter)
+
+
+def release_by_current_prefetches(optimizer: Any) -> None:
+    """Let DeepSpeed decide at every pass which weights a module may release. `optimizer` is DeepSpeed's, of ZeRO-3.
+
+    A prefetch that reaches a weight's next use while the weight is still gathered takes it off the queue. The weight
+    must then stay until that use. DeepSpeed decides this once for each place in the order of modules, in the first pass
+    with prefetches, and keeps the decision. That pass also gathers the adapter, so its prefetches reach less far than
+    later ones. In later passes the last layer would be released after its forward pass, and then be gathered on demand.
+    """
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    prefix = f"_{type(coordinator).__name__}__"
+
+    def to_release(module: nn.Module, step: int) -> set[int]:
+        next_use = getattr(coordinator, f"{prefix}most_recent_step_id_param_fetched_for")
+        parameters = (parameter for parameter in _used_by(module) if not parameter.ds_persist)
+        return {parameter.ds_id for parameter in parameters if next_use[parameter] <= step}
+
+    setattr(coordinator, f"{prefix}params_to_release", to_release)
+
+
+def release_weights(optimizer: Any, model: nn.Module) -> None:
+    """Release every weight that is gathered for a backward pass that does not come. `optimizer` is DeepSpeed's."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+    gathered: Any
+    for gathered in model.parameters():
+        if gathered.ds_status == ZeroParamStatus.AVAILABLE and not gathered.ds_persist:
+            gathered.partition()
+
+
+def _used_by(module: nn.Module) -> Iterable[Any]:
+    from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+    from deepspeed.utils import z3_leaf_module
+
+    parameters: Iterable[Any] = iter_params(module, recurse=z3_leaf_module(module))
+    return parameters
+
+
+def _numel(parameter: Any) -> int:
+    """Elements of the whole parameter: a partitioned one has none itself."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,74 @@
+"""benchmarks/gpu_check.py on a CPU: what a machine without Ray needs, and the verdict on a piece."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_check import PIECES, TRAININGS, judged, summary_row
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_THERE = ("ray", "hypothesis", "fastapi", "trl", "typer")
+"""Packages of this project that `--packages` does not list."""
+
+
+def figures(**changed: Any) -> dict[str, Any]:
+    planned = {"gpu_gib": 60.0, "tokens_per_second": 9000.0}
+    base = {"tokens_per_second": 9000.0, "losses": [2.0, 1.5], "reserved_gib": 57.0, "device_gib": 58.0}
+    return {**base, "planned": planned, **changed}
+
+
+def verdict(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
+    return {"model": "8B", "stock": stock, **judged(TRAININGS["lora-8b"], "llama-3.1-8b", ours, stock, dry=True)}
+
+
+def test_a_piece_holds_near_the_plan_and_no_slower_than_stock() -> None:
+    result = verdict(figures(), figures(tokens_per_second=6000.0))
+    assert result["holds"] and result["ratio_to_stock"] == 1.5 and result["error"] is None
+    assert "holds" in summary_row("lora-8b", result)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"device_gib": 62.0},
+        {"device_gib": 50.0},
+        {"tokens_per_second": 5000.0},
+        {"losses": [2.0, float("nan")]},
+        {"losses": [float("inf")]},
+    ],
+)
+def test_a_piece_fails_far_from_the_plan_slower_than_stock_or_without_a_loss(changed: dict[str, Any]) -> None:
+    assert verdict(figures(**changed), figures(tokens_per_second=6000.0))["holds"] is False
+
+
+def test_stock_without_enough_memory_has_lost_and_stock_that_failed_has_not() -> None:
+    assert verdict(figures(), {"error": "out of memory", "out_of_memory": True})["holds"] is True
+    failed = verdict(figures(), {"error": "exit code 1"})
+    assert failed["holds"] is False and failed["error"] == "stock: exit code 1"
+
+
+def test_our_own_failure_is_in_the_table() -> None:
+    result = verdict({"error": "not finished after 480 s"}, {})
+    assert result["holds"] is False
+    assert "not finished after 480 s" in summary_row("lora-8b", result)
+
+
+def test_every_piece_is_documented() -> None:
+    docs = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert all(f"| `{piece}` |" in docs for piece in PIECES)
+
+
+def test_training_and_tests_of_the_check_need_no_other_package(tmp_path: Path) -> None:
+    for name in NOT_THERE:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('there is no {name} here')\n")
+    imports = (
+        "import ft_service.model.trainable, ft_service.plan.make, ft_service.train.loop, ft_service.train.parallel, "
+        "ft_service.train.objectives.sft, tests.model.test_load"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", imports], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,92 @@
+"""The driver's side of Ray Train: which of its processes a run needs, and how long they live."""
+
+import socket
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+from ft_service.spec.schema import ParallelSpec
+from ft_service.train import ray_worker, worker_group
+from ft_service.train.worker_group import Controller
+
+WORKERS_DIED = ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("killed")})
+NO_ROOM = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
+CONTROLLER_FAILED = ray.train.ControllerError(RuntimeError("bug"))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The actors that were started; an attempt returns the error that it is given, or raises it if Ray would."""
+    actors: list[type] = []
+
+    def start(actor_class: type) -> Any:
+        actors.append(actor_class)
+        return SimpleNamespace(train=SimpleNamespace(remote=lambda *, error: error))
+
+    def get(error: Any) -> Any:
+        if isinstance(error, ray.exceptions.RayError):
+            raise error
+        return SimpleNamespace(error=error)
+
+    for name in ("WORKER_HEALTH_CHECK_TIMEOUT_S", "ENABLE_PREEMPTION_WATCHER", "HEALTH_CHECK_INTERVAL_S"):
+        monkeypatch.setenv(f"RAY_TRAIN_{name}", "1")  # so that it is restored at the end
+    monkeypatch.setattr(worker_group, "this_node_id", lambda: "node")
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda cls: SimpleNamespace(remote=lambda: start(cls)))
+    monkeypatch.setattr(ray, "get", get)
+    return actors
+
+
+def attempt(error: BaseException | None) -> Callable[[Controller], None]:
+    def train(controller: Controller) -> None:
+        assert controller.train(error=error).error is error
+
+    return train
+
+
+@pytest.mark.parametrize("end", [None, WORKERS_DIED, NO_ROOM], ids=["complete", "workers died", "no room"])
+def test_the_next_attempt_uses_the_same_controller(started: list[type], end: BaseException | None) -> None:
+    controller = Controller(ParallelSpec())
+    controller.start()
+    for _ in range(3):
+        attempt(end)(controller)
+    assert len(started) == 1
+
+
+def test_a_controller_that_failed_is_replaced(started: list[type]) -> None:
+    controller = Controller(ParallelSpec())
+    attempt(CONTROLLER_FAILED)(controller)
+    attempt(None)(controller)
+    assert len(started) == 2
+
+
+def test_a_controller_that_died_is_replaced(started: list[type]) -> None:
+    controller = Controller(ParallelSpec())
+    with pytest.raises(ray.exceptions.RayActorError):
+        controller.train(error=ray.exceptions.RayActorError())
+    attempt(None)(controller)
+    assert len(started) == 2
+
+
+def test_ray_train_starts_no_actors_that_a_run_does_not_need() -> None:
+    trainer = worker_group._Trainer(lambda: None, controller=Controller(ParallelSpec()))
+    left_out = (DatasetsCallback, PlacementGroupCleanerCallback, WorkerMetricsCallback, WorkingDirectorySetupCallback)
+    callbacks = trainer._create_default_callbacks()
+    assert callbacks and not any(isinstance(callback, left_out) for callback in callbacks)
+
+
+def test_the_port_of_rank_zero_is_held_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    address, port = ray_worker._reserve_address()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
+    store = torch.distributed.TCPStore(address, port, 1, is_master=True)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
