@@ -60,12 +60,19 @@ HOST = Host("head", "127.78.0.1", 2)
 
 REPLICA = """
 import asyncio
-from serve.app import ModelServer, ServeConfig, complete
-replica = ModelServer.func_or_class
-config = complete(ServeConfig(storage={storage!r}, base={base!r}))
-asyncio.run(replica.__init__(object.__new__(replica), config))
+import serve.app
+if hasattr(serve.app, "ModelServer"):  # before there were several bases
+    config = serve.app.complete(serve.app.ServeConfig(storage={storage!r}, base={base!r}))
+    replica = serve.app.ModelServer.func_or_class
+    asyncio.run(replica.__init__(object.__new__(replica), config))
+else:
+    from ft_service.registry.registry import Registry
+    from ft_service.storage.storage import Storage
+    from serve.replica import make_engine
+    from serve.settings import BaseSettings
+    make_engine(BaseSettings(base={base!r}, cache_gib=0.1), Registry(Storage({storage!r})))
 """
-"""Ray Serve makes a replica this way: its class has an asynchronous constructor."""
+"""What a replica does until it is ready. Ray Serve made the first one this way: its constructor is asynchronous."""
 
 Figures = dict[str, float]
 console = Console(highlight=False, stderr=True, soft_wrap=True)

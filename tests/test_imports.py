@@ -35,16 +35,20 @@ os._exit(0)
 """
 REPLICA = """
 import asyncio
-import httpx
-from serve.app import ModelServer, ServeConfig, complete
+from ft_service.registry.registry import Registry
+from ft_service.storage.storage import Storage
+from serve.engines.engine import GenerationRequest
+from serve.replica import make_engine
+from serve.settings import BaseSettings
+
+registry = Registry(Storage({storage!r}))
 
 async def answer():
-    replica_class = ModelServer.func_or_class  # its constructor is asynchronous
-    replica = object.__new__(replica_class)
-    await replica_class.__init__(replica, complete(ServeConfig(storage={storage!r}, base={base!r})))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(replica._api), base_url="http://replica") as client:
-        asked = dict(model={model!r}, prompt="one two", max_tokens=3)
-        (await client.post("/v1/completions", json=asked, timeout=60)).raise_for_status()
+    engine = make_engine(BaseSettings(base={base!r}, cache_gib=0.1), registry)
+    adapter = registry.resolve({model!r})
+    request = GenerationRequest("x", (5, 6, 7), adapter, 3, frozenset())
+    assert sum([len(chunk.token_ids) async for chunk in engine.generate(request)]) == 3
+    await engine.close()
 
 asyncio.run(answer())
 """
