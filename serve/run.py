@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -14,8 +13,6 @@ from types import FrameType
 from typing import NoReturn
 
 import ray
-import yaml
-from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
@@ -25,15 +22,14 @@ from ft_service.errors import ServingError, UsageError
 from ft_service.registry.registry import Registry
 from ft_service.spec.schema import RUN_NAME_PATTERN
 from ft_service.storage.storage import Storage
-from ft_service.text import first_line, last_line
+from ft_service.text import last_line
 from serve.app import build_app, complete
 from serve.http.keys import is_loopback
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
-from serve.settings import ServeSettings
+from serve.settings import ServeSettings, load_config, read_settings
 
 APP_NAME = "ft"
-IMPORT_PATH = "serve.app:app"
 LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
 """The gateway writes one line a request itself."""
 # Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
@@ -62,26 +58,13 @@ def run_server(
     start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
     """
     given = {"storage": storage, **({"base": base} if base else {})}
-    _run(_settings(given, "FT_"), host, port, ray_address, name)
+    _run(read_settings(given, "FT_"), host, port, ray_address, name)
 
 
 def run_config(file: Path, name: str = APP_NAME) -> None:
     """Serve what a Ray Serve config with this project's application describes. Raises as `run_server` does."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        application = next(one for one in content["applications"] if one["import_path"] == IMPORT_PATH)
-        http_options = content.get("http_options") or {}
-        arguments = application.get("args") or {}
-    except OSError as error:
-        raise UsageError(f"--config = {str(file)!r}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config = {str(file)!r}: is not YAML ({first_line(error)}).") from None
-    except (TypeError, KeyError, AttributeError, StopIteration):
-        raise UsageError(
-            f"--config = {str(file)!r}: has no application with import_path: {IMPORT_PATH}. See serve/config.yaml."
-        ) from None
-    settings = _settings(arguments, f"{file}: args.")
-    _run(settings, http_options.get("host", "127.0.0.1"), http_options.get("port", 8000), None, name)
+    config = load_config(file)
+    _run(config.settings, config.host, config.port, None, name)
 
 
 def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None, name: str) -> None:
@@ -106,16 +89,6 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             Event().wait()
         except KeyboardInterrupt:
             print("Stopping: answers that have begun are finished; again to stop at once.", flush=True)
-
-
-def _settings(given: Mapping[str, object], prefix: str) -> ServeSettings:
-    try:
-        return ServeSettings.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        place = f"{prefix}{path.upper() if prefix == 'FT_' else path}"
-        raise UsageError(f"{place} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
 
 
 def _check_name(name: str) -> None:

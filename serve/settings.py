@@ -1,14 +1,19 @@
 """What a server is configured with: one YAML file, which is also a Ray Serve config (`serve/config.yaml`)."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from ft_service.errors import UsageError
 from ft_service.model.base import looks_like_folder, short_name
+from ft_service.text import first_line
 
-ENGINE_NAMES = ("transformers", "vllm")
+IMPORT_PATH = "serve.app:app"
 
 
 def _from_env(name: str, description: str) -> Any:
@@ -124,6 +129,45 @@ class ServeSettings(_Settings):
             for base in self.bases
         ]
         return self.model_copy(update={"bases": tuple(bases)})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A config file: where the server listens, and its settings."""
+
+    settings: ServeSettings
+    host: str
+    port: int
+
+
+def load_config(file: Path) -> ServerConfig:
+    """Read a Ray Serve config with this project's application. Raises `UsageError`."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        application = next(one for one in content["applications"] if one["import_path"] == IMPORT_PATH)
+        http_options = content.get("http_options") or {}
+        arguments = application.get("args") or {}
+    except OSError as error:
+        raise UsageError(f"--config = {str(file)!r}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config = {str(file)!r}: is not YAML ({first_line(error)}).") from None
+    except (TypeError, KeyError, AttributeError, StopIteration):
+        raise UsageError(
+            f"--config = {str(file)!r}: has no application with import_path: {IMPORT_PATH}. See serve/config.yaml."
+        ) from None
+    settings = read_settings(arguments, f"{file}: args.")
+    return ServerConfig(settings, http_options.get("host", "127.0.0.1"), http_options.get("port", 8000))
+
+
+def read_settings(given: Mapping[str, object], prefix: str) -> ServeSettings:
+    """Raises `UsageError`, which names the setting behind `prefix`; behind ``FT_``, as a variable."""
+    try:
+        return ServeSettings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        place = f"{prefix}{path.upper() if prefix == 'FT_' else path}"
+        raise UsageError(f"{place} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
 
 
 def absolute(folder: str) -> str:

@@ -1,0 +1,79 @@
+"""`ft plan --serve`: what each GPU of a server holds, and whether its bases fit."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ft_service.catalog.gpus import Gpu
+from ft_service.cli.common import console, new_table, print_json
+from ft_service.errors import UsageError
+from ft_service.plan.serving import GIB, Precision, ServingPlan, plan_serving
+from ft_service.plan.table import shape_of
+from ft_service.text import format_count
+
+if TYPE_CHECKING:
+    from serve.settings import BaseSettings
+
+RANK = 16
+CONTEXT = 8192
+
+
+def show_serving_plan(target: str, gpu: Gpu | None, gpu_memory_gib: float | None, as_json: bool) -> None:
+    """`target` is a model, or the config of a server (`serve/config.yaml`).
+
+    Raises `UsageError` when a base does not fit, after everything is printed, and `ModelError` for an unknown model.
+    """
+    from serve.settings import BaseSettings, load_config
+
+    memory_gib = gpu_memory_gib or (gpu.memory_gib if gpu else None)
+    if memory_gib is None:
+        raise UsageError("--serve: needs the GPU to plan for. Add --gpu-type, such as H100, or --gpu-memory-gib.")
+    is_config = target.endswith((".yaml", ".yml"))
+    bases = load_config(Path(target)).settings.bases if is_config else (BaseSettings(base=target),)
+    plans = {base.model_name: _plan(base, memory_gib) for base in bases}
+    contexts = {base.model_name: base.max_context or CONTEXT for base in bases}
+    if as_json:
+        print_json({name: _as_json(plan, contexts[name]) for name, plan in plans.items()})
+    else:
+        _show(plans, contexts, gpu.name if gpu else f"{memory_gib:g} GiB")
+    too_large = [name for name, plan in plans.items() if not plan.fits(contexts[name])]
+    if too_large:
+        raise UsageError(
+            f"{', '.join(too_large)}: no room for one request of {contexts[too_large[0]]:,} tokens. Use more GPUs for "
+            "a replica (gpus), precision: nf4, a GPU with more memory, or a smaller adapter_gib or max_context."
+        )
+
+
+def _plan(base: "BaseSettings", memory_gib: float) -> ServingPlan:
+    precision: Precision = "fp32" if base.dtype == "float32" else "bf16"
+    if base.precision == "nf4":
+        precision = "nf4"
+    return plan_serving(shape_of(base.base), memory_gib, max(1, base.gpus or 1), precision, base.adapter_gib, RANK)
+
+
+def _show(plans: dict[str, ServingPlan], contexts: dict[str, int], gpu: str) -> None:
+    table = new_table("base", "GPUs", "weights", "adapters", "reserve", "cache", "holds")
+    for name, plan in plans.items():
+        holds = f"{format_count(plan.cache_tokens)} tokens, {plan.num_adapters} adapters"
+        table.add_row(
+            name,
+            str(plan.gpus),
+            *(f"{value / GIB:.1f}" for value in (plan.weights, plan.adapters, plan.reserve, plan.cache)),
+            holds if plan.fits(contexts[name]) else "[red]does not fit[/red]",
+        )
+    console.print(table)
+    console.print(
+        f"GiB on each {gpu} of a replica. Tokens: of prompts and answers that all requests hold at once. "
+        f"Adapters: of rank {RANK} on all linear layers, in memory at once; others are loaded when asked for.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _as_json(plan: ServingPlan, context: int) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(plan),
+        "cache_tokens": plan.cache_tokens,
+        "num_adapters": plan.num_adapters,
+        "fits": plan.fits(context),
+    }
