@@ -1,6 +1,7 @@
 """The driver's side of Ray Train: which of its processes a run needs, and how long they live."""
 
 import socket
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from ft_service.cluster.ray_cluster import remove_placement_groups
 from ft_service.spec.schema import ParallelSpec
 from ft_service.train import ray_worker, worker_group
 from ft_service.train.worker_group import Controller
 
+JOB = "01000000"
 WORKERS_DIED = ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("killed")})
 NO_ROOM = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
 CONTROLLER_FAILED = ray.train.ControllerError(RuntimeError("bug"))
@@ -90,3 +93,15 @@ def test_the_port_of_rank_zero_is_held_until_it_is_used(monkeypatch: pytest.Monk
     store = torch.distributed.TCPStore(address, port, 1, is_master=True)
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_what_other_drivers_reserved_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, own, ended = (f"{unique * 28}{job}" for unique, job in (("1", "02000000"), ("2", JOB), ("3", JOB)))
+    states = {other: "CREATED", own: "CREATED", ended: "REMOVED"}
+    removed: list[str] = []
+    groups = sys.modules["ray.util.placement_group"]  # `ray.util.placement_group` is its function of that name
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: JOB))
+    monkeypatch.setattr(groups, "placement_group_table", lambda: {name: {"state": states[name]} for name in states})
+    monkeypatch.setattr(groups, "remove_placement_group", lambda group: removed.append(group.id.hex()))
+    remove_placement_groups()
+    assert removed == [own]
