@@ -56,9 +56,10 @@ def resume(
     ] = None,
     detach: Annotated[bool, typer.Option(help="With --address: print the submission id and return.")] = False,
 ) -> None:
-    """Resume a stopped or failed run with the spec that it started with, or give it more steps (train.max_steps=400).
+    """Resume a stopped or failed run with the spec that it started with.
 
-    It runs here, or on a cluster. Settings of where it runs (parallel.*) may change too.
+    It can be given more steps, or fewer: train.max_steps=400. Settings of where it runs (parallel.*) may change too.
+    It runs here, or on a cluster.
     """
     from ft_service.runs.folder import resumed_spec
 

@@ -6,12 +6,16 @@ import sys
 import threading
 import time
 import traceback
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
 from ft_service.catalog.gpus import find_gpu
 from ft_service.cluster.ray_cluster import kill_actors
@@ -27,6 +31,8 @@ _END_SECONDS = 30.0
 _END_POLL_SECONDS = 0.5
 _CONTROLLER = "TrainController"
 """Ray Train's actor that starts the workers; the only actor that the driver starts."""
+WORKER = "RayTrainWorker"
+"""Ray Train's actor of one worker."""
 _CONFIG = dict[str, str]
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 _MAY_PASS = (StorageError, ModelUnreachableError)
@@ -88,11 +94,36 @@ class WorkerGroup:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train without the actor that serves datasets: rows come from storage, and each attempt would wait for it."""
+    """Ray Train without the actor that serves datasets: rows come from storage, and each attempt would wait for it.
+
+    Its cleaner asks this cluster.
+    """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [CleanerCallback(), *(callback for callback in callbacks if not isinstance(callback, left_out))]
+
+
+class Cleaner(PlacementGroupCleaner):
+    """Ray Train's actor that frees the workers' resources when their controller has died.
+
+    Trap: it asks Ray's state API for the controller, which chooses its Ray by the environment or by what runs on this
+    machine. With another Ray there it fails, or finds no controller and takes the resources of a run that lives.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # of the cluster that jobs are submitted to
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        super().__init__(*args, **kwargs)
+
+
+class CleanerCallback(PlacementGroupCleanerCallback):
+    """Starts a `Cleaner`. Runs in the controller's process."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        setattr(placement_group_callback, "PlacementGroupCleaner", Cleaner)  # noqa: B010 - to mypy, a type's name
+        super().after_controller_start(train_run_context)
 
 
 def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
