@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
+from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_item, print_json
 from ft_service.storage.storage import Storage
 from ft_service.text import counted, format_bytes
 
@@ -69,13 +69,11 @@ def du(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
 
 
 def _show_decisions(usage: "Usage", decisions: "Sequence[Decision]") -> None:
-    table = new_table("id", "kind", "size", "", "why")
     for decision in decisions:
-        cure = f" ({decision.cure})" if decision.cure else ""
-        fate = "[red]goes[/red]" if decision.goes else "[green]stays[/green]"
+        fate = "[red]goes[/red] " if decision.goes else "[green]stays[/green]"
         size = format_bytes(usage.bytes_of(decision.item))
-        table.add_row(decision.item.id, decision.item.kind, size, fate, decision.reason + cure)
-    console.print(table)
+        head = f"{fate} {decision.item.kind} {decision.item.id} ({size}): {decision.reason}"
+        print_item(head, *([f"      {decision.cure}"] if decision.cure else []))
     gone = [decision.item for decision in decisions if decision.goes]
     freed = format_bytes(usage.freed_by(gone))
     stays = counted(len(decisions) - len(gone), "item")
