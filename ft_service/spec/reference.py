@@ -46,6 +46,9 @@ def as_markdown() -> str:
         "",
         "Write a setting in the spec, or override it after the spec's path: `ft train SPEC train.max_steps=500`.",
         "",
+        "Editors read the schema that the comment `# yaml-language-server: $schema=PATH` names, relative to the spec.",
+        f"That of the shipped specs, `../{SCHEMA_FILE}`, fits `jobs/specs`; `ft spec --yaml` prints an absolute one.",
+        "",
     ]
     section: str | None = None
     for setting in sorted(settings(), key=lambda setting: "." in setting.path):
