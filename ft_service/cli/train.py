@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ft_service.cli.common import DEFAULT_STORAGE, Overrides, RunId, SpecPath, StorageRoot, console
+from ft_service.errors import UsageError
 from ft_service.model.light_imports import quick_imports
 from ft_service.spec.load import load_run_spec
 from ft_service.storage.storage import Storage
@@ -63,6 +64,8 @@ def resume(
     """
     from ft_service.runs.folder import resumed_spec
 
+    if detach and address is None:
+        raise UsageError("--detach: no effect without --address. Add it, or leave --detach out.")
     spec = resumed_spec(run_id, storage, overrides or [])
     if address is not None:
         from ft_service.cluster.submit import submit_resume
