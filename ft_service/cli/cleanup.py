@@ -77,7 +77,9 @@ def _show_decisions(usage: "Usage", decisions: "Sequence[Decision]") -> None:
     gone = [decision.item for decision in decisions if decision.goes]
     freed = format_bytes(usage.freed_by(gone))
     stays = counted(len(decisions) - len(gone), "item")
-    console.print(f"{counted(len(gone), 'item')} go ({freed}), {stays} stay.", highlight=False)
+    goes = "goes" if len(gone) == 1 else "go"
+    stay = "stays" if len(decisions) - len(gone) == 1 else "stay"
+    console.print(f"{counted(len(gone), 'item')} {goes} ({freed}), {stays} {stay}.", highlight=False)
 
 
 def show_deletions(deletions: "Iterable[Deletion]") -> None:

@@ -2,14 +2,13 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from ft_service.errors import UsageError
 
@@ -73,8 +72,10 @@ def print_item(head: str, *details: str) -> None:
 
 
 def print_text(text: str, indent: int = 2) -> None:
-    """A paragraph, wrapped between words and indented."""
-    console.print(Padding(Text(text), (0, 0, 0, indent)))
+    """A paragraph, indented and wrapped between words: a path stays whole, and a pipe gets no spaces at line ends."""
+    width = max(console.width - indent, 1)
+    for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False):
+        console.print(" " * indent + line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
