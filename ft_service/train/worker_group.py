@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
@@ -27,6 +28,7 @@ from ft_service.train.deaths import RAY_FAILED, DeathReason, TrainingDied, reaso
 from ft_service.train.environment import allocator_environment
 
 _AFTER_HANG_TIMEOUT_SECONDS = 120
+_COORDINATOR_SECONDS = 60
 _END_SECONDS = 30.0
 _END_POLL_SECONDS = 0.5
 _CONTROLLER = "TrainController"
@@ -121,6 +123,17 @@ class Cleaner(PlacementGroupCleaner):
 class CleanerCallback(PlacementGroupCleanerCallback):
     """Starts a `Cleaner`. Runs in the controller's process."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Runs when the controller's process receives this, before that process calls any other actor.
+
+        Trap: the controller waits 5 s for Ray Data's coordinator. On a busy machine its process starts slower, and the
+        controller logs a traceback at every try.
+        """
+        from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client  # imports ray.data
+
+        autoscaling_coordinator_client.AUTOSCALING_REQUESTS_GET_TIMEOUT_S = _COORDINATOR_SECONDS
+        self.__dict__.update(state)
+
     def after_controller_start(self, train_run_context: Any) -> None:
         setattr(placement_group_callback, "PlacementGroupCleaner", Cleaner)  # noqa: B010 - to mypy, a type's name
         super().after_controller_start(train_run_context)
@@ -131,9 +144,8 @@ def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
-def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
-    parallel = plan.spec.parallel
-    longer_than_hang = str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
+def worker_environment(parallel: ParallelSpec) -> dict[str, str]:
+    """The environment variables of a worker."""
     environment = {
         "OMP_NUM_THREADS": str(parallel.reserved_cpus),  # `run_worker` raises it where it knows the node
         "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
@@ -141,12 +153,23 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
         "PYTHONWARNINGS": "ignore::FutureWarning",
         # Ray Train would change into its own folder, where the spec's relative paths do not resolve.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # Ray Train's `print` also logs each line, and both appear in the driver's log.
+        ENABLE_PRINT_PATCH_ENV_VAR: "0",
         # These timeouts must be longer than the watchdog's, or the worker ends before the watchdog saves its stacks.
-        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": longer_than_hang,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": _longer_than_hang(parallel),
     }
     if parallel.use_gpu:  # Ray Train may use CUDA before the worker's own code runs
         environment |= allocator_environment()
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
+    return environment
+
+
+def _longer_than_hang(parallel: ParallelSpec) -> str:
+    return str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
+
+
+def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
+    parallel = plan.spec.parallel
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = _longer_than_hang(parallel)
     # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # How often Ray Train looks whether its workers live: the seconds from a death to its notice, at most.
@@ -165,7 +188,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: _CONFIG) -> _Trainer:
             # A new name, because Ray Train would continue an earlier attempt of the same name.
             name=f"{run.run_id}-{secrets.token_hex(4)}",
             storage_path=run.storage.uri("ray") if run.storage.is_local else f"{run.storage.root}/ray",
-            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": worker_environment(parallel)},  # type: ignore[call-arg]
             # The driver decides how to continue; Ray would restart the same number of workers without asking it.
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             logging_config=LoggingConfig(log_level="WARNING"),
