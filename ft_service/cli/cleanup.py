@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from ft_service.cleanup.removal import Deletion
 
 
+_KNOWN_FOLDERS = {
+    "ray": "Ray Train's files of each attempt",
+    "mlflow": "MLflow's runs",
+    "tombstones": "records of what was deleted",
+    "servers": "notices of running servers",
+}
+"""What `ft du` says of folders that are no item of their own."""
+
+
 def prune(
     storage: StorageRoot = DEFAULT_STORAGE,
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be deleted.")] = False,
@@ -63,7 +72,8 @@ def du(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
         return
     table = new_table("id", "kind", "size")
     for kind, id, size in rows:
-        table.add_row(id, kind, format_bytes(size))
+        known = _KNOWN_FOLDERS.get(id) if kind == "other" else None
+        table.add_row(id, f"{kind}: {known}" if known else kind, format_bytes(size))
     console.print(table)
     console.print(f"In total {format_bytes(usage.total_bytes)}; hard links count once.", highlight=False)
 

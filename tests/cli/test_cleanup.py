@@ -71,6 +71,9 @@ def test_du_counts_everything(storage: Storage) -> None:
     assert shown["total_bytes"] == sum(item["bytes"] for item in shown["items"])
     assert shown["total_bytes"] == sum(file.stat().st_size for file in Path(storage.root).rglob("*") if file.is_file())
     assert "4.9 KiB" in ft("du") and "In total" in ft("du")
+    storage.write_bytes("ray/r-1a2b/file", b"x")
+    storage.write_bytes("mlflow/0/meta.yaml", b"x")
+    assert "other: Ray Train's files of each attempt" in ft("du") and "other: MLflow's runs" in ft("du")
 
 
 def test_an_adapter_is_listed_deleted_and_named_in_between(storage: Storage) -> None:
