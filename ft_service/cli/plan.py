@@ -13,7 +13,7 @@ from ft_service.cli.common import AsJson, Overrides, console, print_json
 from ft_service.errors import SpecError, UsageError
 from ft_service.model.light_imports import quick_imports
 from ft_service.plan.facts import Resources
-from ft_service.spec.load import InvalidSpecError, load_run_spec
+from ft_service.spec.load import InvalidSpecError, load_run_spec, settings_in
 from ft_service.spec.schema import RunSpec
 
 if TYPE_CHECKING:
@@ -146,15 +146,17 @@ def _plan_spec(spec_path: Path, overrides: Sequence[str], hardware: Hardware, dr
 
 
 def _load_for_plan(spec_path: Path, overrides: Sequence[str]) -> RunSpec:
-    """The spec. The problems of an invalid one include those with its base, if that is a folder."""
+    """The spec. The problems of an invalid one include those with its sources and with a base in a folder."""
     try:
         return load_run_spec(spec_path, overrides)
     except InvalidSpecError as error:
         with quick_imports():
+            from ft_service.data.problems import source_problems
             from ft_service.preflight import problems_with_base
 
         known = {problem.setting for problem in error.problems}
-        more = [problem for problem in problems_with_base(error.valid) if problem.setting not in known]
+        found = [*source_problems(settings_in(spec_path, overrides)), *problems_with_base(error.valid)]
+        more = [problem for problem in found if problem.setting not in known]
         raise SpecError([*error.problems, *more], error.where) from None
 
 

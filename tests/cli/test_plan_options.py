@@ -90,10 +90,12 @@ def test_an_unknown_waiver_is_refused(spec: Path) -> None:
 
 
 def test_typos_and_problems_with_the_base_are_reported_at_once(spec: Path) -> None:
-    error = error_of(spec, "train.max_stepps=3", "method.lora_rank=5000", "data.max_seq_len=100000")
+    missing = "data.train.0.path=no/such.jsonl"
+    error = error_of(spec, "train.max_stepps=3", "method.lora_rank=5000", "data.max_seq_len=100000", missing)
     assert isinstance(error, SpecError)
     assert [problem.setting for problem in error.problems] == [
         "train.max_stepps",
+        "data.train.0.path",
         "method.lora_rank",
         "data.max_seq_len",
     ]
