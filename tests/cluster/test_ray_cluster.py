@@ -76,7 +76,11 @@ class Reserving:
         return bool(group.wait(SECONDS))
 
 
-def test_what_a_killed_actor_reserved_is_released() -> None:
+def test_what_a_killed_actor_reserved_is_released_whichever_ray_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "another:6379")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://another:8265")
     reserving = ray.remote(num_cpus=0)(Reserving).remote()
     assert ray.get(reserving.reserve.remote())
     kill_actors("Reserving")
