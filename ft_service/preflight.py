@@ -5,15 +5,18 @@ plan says so.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ft_service.catalog import models
 from ft_service.catalog.models import ModelFacts, ModelShape
 from ft_service.data.estimate import BYTES_PER_TOKEN, estimate_dataset
+from ft_service.data.gate import Judgement
+from ft_service.data.gate.waivers import check_waivers
 from ft_service.data.prepare import all_sources, measure_dataset
 from ft_service.data.read import check_sources
-from ft_service.errors import ModelError, SpecError, UsageError
+from ft_service.errors import ModelError, Problem, SpecError, UsageError
 from ft_service.model.base import load_tokenizer, looks_like_folder, read_config, resolve_base
 from ft_service.model.base_facts import read_base_facts, with_own_turns
 from ft_service.model.weight_files import WeightFiles
@@ -23,6 +26,7 @@ from ft_service.plan.make import make_plan
 from ft_service.plan.plan import RunPlan
 from ft_service.plan.table import shape_of
 from ft_service.spec.schema import RunSpec
+from ft_service.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,20 +40,48 @@ def plan_without_writing(spec: RunSpec, resources: Resources) -> RunPlan:
         # --gpu-type asks "what if": it overrides the type in the spec.
         parallel = spec.parallel.model_copy(update={"accelerator_type": resources.gpu_type})
         spec = spec.model_copy(update={"parallel": parallel})
-    dataset, shape, base_facts, remarks = _measure(spec)
-    decided = make_plan(spec, dataset, shape, resources, base_facts)
-    return decided.model_copy(update={"remarks": [*remarks, *decided.remarks]})
+    measured = _measure(spec)
+    decided = make_plan(spec, measured.dataset, measured.shape, resources, measured.base_facts)
+    summary = [*decided.summary, _data_check(spec, measured)]
+    return decided.model_copy(update={"summary": summary, "remarks": [*measured.remarks, *decided.remarks]})
 
 
-def _measure(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, BaseFacts, list[str]]:
-    """Dataset statistics, shape and facts of the base, and remarks on how they were obtained. Raises `SpecError`."""
+def problems_with_base(spec: RunSpec) -> list[Problem]:
+    """What the base cannot do of a spec, if it is a folder: without waiting for a hub. Empty if it cannot be read."""
+    problems = list(vision_problems(spec))
+    if not problems and looks_like_folder(spec.model.base):
+        try:
+            examine_base(spec, resolve_base(spec.model.base, weights=False))
+        except SpecError as error:
+            problems += error.problems
+        except ModelError:
+            pass
+    return problems
+
+
+@dataclass(frozen=True)
+class _Measured:
+    dataset: DatasetFacts
+    shape: ModelShape
+    base_facts: BaseFacts
+    remarks: list[str]
+    """On how the facts were obtained."""
+    judgement: Judgement | None
+    """Of the data that were measured; None without a tokenizer."""
+
+
+def _measure(spec: RunSpec) -> _Measured:
+    """The facts that a plan is made from. Raises `SpecError`."""
+    check_waivers(spec.data.waive)
     if problems := vision_problems(spec):
         raise SpecError(problems)
     check_sources(all_sources(spec))  # report a missing file before waiting for the hub
     try:
         base = resolve_base(spec.model.base, spec.model.revision, weights=False)
         shape, tokenizer, base_facts = examine_base(spec, base)
-        return measure_dataset(spec, tokenizer), shape, base_facts, []
+        judgements: list[Judgement] = []
+        dataset = measure_dataset(spec, tokenizer, lambda judgement, folder: judgements.append(judgement))
+        return _Measured(dataset, shape, base_facts, [], judgements[0])
     except ModelError as error:
         known = models.find(spec.model.base)
         if known is None or looks_like_folder(spec.model.base):
@@ -59,7 +91,33 @@ def _measure(spec: RunSpec) -> tuple[DatasetFacts, ModelShape, BaseFacts, list[s
         f"{reason}. The shape comes from the catalogue, and one token is assumed per {BYTES_PER_TOKEN} bytes of UTF-8, "
         "Llama 3's average for English: other languages and code need more tokens."
     )
-    return estimate_dataset(spec), known.shape, _facts_from_catalogue(known), [remark]
+    return _Measured(estimate_dataset(spec), known.shape, _facts_from_catalogue(known), [remark], None)
+
+
+def _data_check(spec: RunSpec, measured: _Measured) -> str:
+    """The sentence of the plan about the data check. The run judges all data again before it requests a worker."""
+    judgement = measured.judgement
+    if judgement is None:
+        return (
+            "Data check: not done here, without the base's tokenizer. The run checks the data before it requests a "
+            "worker; `ft data check SPEC` does it now."
+        )
+    failing = [finding for finding in judgement.findings if finding.severity == "fail"]
+    stopping = [finding.code for finding in failing if finding.code not in spec.data.waive]
+    warned = [finding.code for finding in judgement.findings if finding.severity == "warn"]
+    verdict = "fails, so the run would stop" if stopping else "passes"
+    facts = (
+        (
+            ""
+            if measured.dataset.exact
+            else f"only {counted(judgement.read, 'record')} checked here, the run checks all"
+        ),
+        f"fails on {', '.join(stopping)}" if stopping else "",
+        f"{len(failing) - len(stopping)} waived" if len(failing) > len(stopping) else "",
+        f"warns of {', '.join(warned)}" if warned else "",
+    )
+    details = "; ".join(fact for fact in facts if fact)
+    return f"Data check: {verdict}{f' ({details})' if details else ''}. `ft data check SPEC` shows each finding."
 
 
 def examine_base(spec: RunSpec, folder: Path) -> tuple[ModelShape, "PreTrainedTokenizerBase", BaseFacts]:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import LoggingConfig
 
 from ft_service.cluster.ray_cluster import connect
@@ -81,7 +81,7 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
             _check_running_serve(host, port, name)
-            started.callback(_stop_serving, name)
+            started.callback(_stop_serving, name, local=not ray_address)
             serve.start(http_options={"host": host, "port": port})
             _deploy(settings, name)
             _wait_until_listening(host, port, local=not ray_address)
@@ -148,15 +148,22 @@ def _check_running_serve(host: str, port: int, name: str) -> None:
         )
 
 
-def _stop_serving(name: str) -> None:
-    """Delete this application once its answers are complete; shut Ray Serve down only if no other one is left."""
+def _stop_serving(name: str, local: bool) -> None:
+    """Delete this application once its answers are complete; shut Ray Serve down only if no other one is left.
+
+    A Ray of this process ends with it, and Serve with Ray. Trap: when Serve shuts down, Ray prints that a task failed
+    and is tried again without end.
+    """
     try:
         if name in serve.status().applications:
             serve.delete(name)
-        if not serve.status().applications:
+        if not local and not serve.status().applications:
             serve.shutdown()
     except KeyboardInterrupt:
         print("Stopping at once.", flush=True)
+    finally:
+        if local:
+            _set_global_client(None)  # it would be used again with the next Ray of this process
 
 
 def _deploy(settings: ServeSettings, name: str) -> None:

@@ -8,6 +8,7 @@ a network of 10 Gbit/s (GeForce, RTX) or 100 Gbit/s.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 GPUS_PER_NODE = 8
@@ -71,27 +72,33 @@ GPUS = {
 _ALIASES = {
     "H100-80G": "H100",
     "H200-141G": "H200",
-    "RTX-3090": "GeForce-RTX-3090",
-    "RTX-4090": "GeForce-RTX-4090",
-    "RTX-5090": "GeForce-RTX-5090",
+    "V100-16G": "V100",
+    "3090": "GeForce-RTX-3090",
+    "4090": "GeForce-RTX-4090",
+    "5090": "GeForce-RTX-5090",
     "A6000": "RTX-A6000",
     "RTX-6000-Ada": "RTX-6000",
 }
+_LEFT_OUT_OF_NAMES = re.compile(r"^(nvidia|tesla|geforce)+|sxm\d?|hbm\de?|generation$|(?<=\dg)b")
+"""Maker and family in front, socket, kind of memory, the B of GB: drivers and shops write them, Ray does not."""
+
+
+def _plain(name: str) -> str:
+    """``rtx4090`` for ``NVIDIA GeForce RTX 4090``; ``a10080g`` for ``A100-SXM4-80GB``."""
+    return _LEFT_OUT_OF_NAMES.sub("", re.sub(r"[-_ ]", "", name.lower()))
+
+
+_BY_PLAIN_NAME = {_plain(name): name for name in GPUS} | {_plain(alias): name for alias, name in _ALIASES.items()}
 
 
 def find_gpu(name: str | None) -> Gpu | None:
-    """The type with this name, ignoring case, spaces and a leading "NVIDIA"; None if unknown."""
-    if not name:
-        return None
-    known = {gpu.lower(): gpu for gpu in GPUS} | {other.lower(): gpu for other, gpu in _ALIASES.items()}
-    wanted = name.lower().replace(" ", "-").removeprefix("nvidia-")
-    return GPUS[known[wanted]] if wanted in known else None
+    """The type with this name, however it is written (``RTX 4090``, ``NVIDIA A100-SXM4-80GB``); None if unknown."""
+    known = _BY_PLAIN_NAME.get(_plain(name)) if name else None
+    return GPUS[known] if known else None
 
 
 def known_gpus(name: str) -> str:
-    """For errors about an unknown type: the closest names, if any, and all of them."""
-    names = [*GPUS, *_ALIASES]
-    by_lower = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    guess = f"Did you mean {by_lower[close[0]]}? " if close else ""
+    """For errors about an unknown type: the closest name, if any, and all of them."""
+    close = difflib.get_close_matches(_plain(name), _BY_PLAIN_NAME, n=1)
+    guess = f"Did you mean {_BY_PLAIN_NAME[close[0]]}? " if close else ""
     return f"{guess}Known types: {', '.join(GPUS)}."

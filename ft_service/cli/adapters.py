@@ -12,14 +12,17 @@ from ft_service.cli.common import (
     DEFAULT_STORAGE,
     AsJson,
     StorageRoot,
+    Yes,
+    confirm_deletion,
     console,
-    new_table,
+    print_item,
     print_json,
     reject_options_before_subcommand,
 )
 from ft_service.errors import StorageError, UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
+from ft_service.text import counted
 
 Base = Annotated[
     str | None,
@@ -58,18 +61,13 @@ def list_adapters(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = Fals
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
         return
-    table = new_table("id", "kind", "base", "steps", "loss", "validation loss", "created")
     for record in records:
-        table.add_row(
-            record.id,
-            record.kind,
-            record.base.short_name,
-            str(record.steps),
-            f"{record.final_loss:.4f}",
-            "" if record.validation_loss is None else f"{record.validation_loss:.4f}",
-            f"{record.created:%Y-%m-%d %H:%M}",
+        validation = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
+        print_item(
+            f"{record.id}  {record.created:%Y-%m-%d %H:%M}",
+            f"{record.kind} of {record.base.short_name}",
+            f"{counted(record.steps, 'step')}, loss {record.final_loss:.4f}{validation}",
         )
-    console.print(table)
 
 
 @adapters_app.command()
@@ -147,16 +145,19 @@ def export(
 
 
 @adapters_app.command()
-def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, yes: Yes = False, as_json: AsJson = False) -> None:
     """Hide an adapter or model at once, then delete its files. Its record stays as a tombstone.
 
-    If a server may still be answering with it, the files stay until `ft prune --yes` finds them unused.
+    Asks first, unless --yes is given. If a server may still be answering with it, the files stay until
+    `ft prune --yes` finds them unused.
     """
     from ft_service.cleanup.removal import delete_adapter
     from ft_service.cli.cleanup import deletion_json, show_deletions
 
     root = Storage(storage)
-    run_id = Registry(root).resolve(adapter_id).run_id
+    record = Registry(root).resolve(adapter_id)
+    run_id = record.run_id
+    confirm_deletion(f"{record.kind} {adapter_id}", yes)
     deletion = delete_adapter(root, adapter_id)
     if as_json:
         print_json(deletion_json(deletion))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
+from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_item, print_json
 from ft_service.storage.storage import Storage
 from ft_service.text import counted, format_bytes
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from ft_service.cleanup.inventory import Usage
     from ft_service.cleanup.needs import Decision
     from ft_service.cleanup.removal import Deletion
+
+
+_KNOWN_FOLDERS = {
+    "ray": "Ray Train's files of each attempt",
+    "mlflow": "MLflow's runs",
+    "tombstones": "records of what was deleted",
+    "servers": "notices of running servers",
+}
+"""What `ft du` says of folders that are no item of their own."""
 
 
 def prune(
@@ -63,23 +72,24 @@ def du(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
         return
     table = new_table("id", "kind", "size")
     for kind, id, size in rows:
-        table.add_row(id, kind, format_bytes(size))
+        known = _KNOWN_FOLDERS.get(id) if kind == "other" else None
+        table.add_row(id, f"{kind}: {known}" if known else kind, format_bytes(size))
     console.print(table)
     console.print(f"In total {format_bytes(usage.total_bytes)}; hard links count once.", highlight=False)
 
 
 def _show_decisions(usage: "Usage", decisions: "Sequence[Decision]") -> None:
-    table = new_table("id", "kind", "size", "", "why")
     for decision in decisions:
-        cure = f" ({decision.cure})" if decision.cure else ""
-        fate = "[red]goes[/red]" if decision.goes else "[green]stays[/green]"
+        fate = "[red]goes[/red] " if decision.goes else "[green]stays[/green]"
         size = format_bytes(usage.bytes_of(decision.item))
-        table.add_row(decision.item.id, decision.item.kind, size, fate, decision.reason + cure)
-    console.print(table)
+        head = f"{fate} {decision.item.kind} {decision.item.id} ({size}): {decision.reason}"
+        print_item(head, *([f"      {decision.cure}"] if decision.cure else []))
     gone = [decision.item for decision in decisions if decision.goes]
     freed = format_bytes(usage.freed_by(gone))
     stays = counted(len(decisions) - len(gone), "item")
-    console.print(f"{counted(len(gone), 'item')} go ({freed}), {stays} stay.", highlight=False)
+    goes = "goes" if len(gone) == 1 else "go"
+    stay = "stays" if len(decisions) - len(gone) == 1 else "stay"
+    console.print(f"{counted(len(gone), 'item')} {goes} ({freed}), {stays} {stay}.", highlight=False)
 
 
 def show_deletions(deletions: "Iterable[Deletion]") -> None:

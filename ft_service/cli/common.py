@@ -1,6 +1,8 @@
 """What several commands share: options, the console, and output as JSON or a table."""
 
 import json
+import sys
+import textwrap
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,26 @@ DEFAULT_STORAGE = "storage"
 
 console = Console()
 
+Yes = Annotated[bool, typer.Option("--yes", help="Delete without a question, as a script does.")]
+
+
+def confirm_deletion(what: str, yes: bool) -> None:
+    """Ask on the terminal whether to delete `what`; exit with 1 if not.
+
+    Raises `UsageError` where nobody can answer and `yes` is False.
+    """
+    if yes:
+        return
+    if not _can_ask():
+        raise UsageError(f"{what}: is not deleted without an answer, and there is no terminal to ask on. Pass --yes.")
+    if not typer.confirm(f"Delete {what}?", err=True):
+        console.print("Nothing was deleted.")
+        raise SystemExit(1)
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
 
 def reject_options_before_subcommand(context: typer.Context) -> None:
     """Raise `UsageError` for ``ft runs --storage S delete R``, where the subcommand would not see the option."""
@@ -42,6 +64,19 @@ def new_table(*columns: str) -> Table:
     table = Table(*columns, box=None)
     table.columns[0].no_wrap = True
     return table
+
+
+def print_item(head: str, *details: str) -> None:
+    """One item of a list: a line, and its details below it. Ids and commands stay whole, so they can be copied."""
+    for line in (head, *(f"  {detail}" for detail in details)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_text(text: str, indent: int = 2) -> None:
+    """A paragraph, indented and wrapped between words: a path stays whole, and a pipe gets no spaces at line ends."""
+    width = max(console.width - indent, 1)
+    for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False):
+        console.print(" " * indent + line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -18,8 +18,10 @@ RANK = 16
 CONTEXT = 8192
 
 
-def show_serving_plan(target: str, gpu: Gpu | None, gpu_memory_gib: float | None, as_json: bool) -> None:
-    """`target` is a model, or the config of a server (`serve/config.yaml`).
+def show_serving_plan(
+    target: str, gpu: Gpu | None, gpu_memory_gib: float | None, gpus: int | None, as_json: bool
+) -> None:
+    """`target` is a model, with `gpus` for each replica, or the config of a server (`serve/config.yaml`).
 
     Raises `UsageError` when a base does not fit, after everything is printed, and `ModelError` for an unknown model.
     """
@@ -29,7 +31,9 @@ def show_serving_plan(target: str, gpu: Gpu | None, gpu_memory_gib: float | None
     if memory_gib is None:
         raise UsageError("--serve: needs the GPU to plan for. Add --gpu-type, such as H100, or --gpu-memory-gib.")
     is_config = target.endswith((".yaml", ".yml"))
-    bases = load_config(Path(target)).settings.bases if is_config else (BaseSettings(base=target),)
+    if is_config and gpus is not None:
+        raise UsageError(f"--gpus = {gpus}: no effect with a config, which sets gpus for each base. Leave out.")
+    bases = load_config(Path(target)).settings.bases if is_config else (BaseSettings(base=target, gpus=gpus),)
     plans = {base.model_name: _plan(base, memory_gib) for base in bases}
     contexts = {base.model_name: base.max_context or CONTEXT for base in bases}
     if as_json:

@@ -27,7 +27,10 @@ _NAMES = {
 
 def show_plan(plan: RunPlan, console: Console) -> None:
     """The whole plan: decisions, reasons, memory, remarks, warnings and advice."""
-    verdict = {True: "[green]fits[/green]", False: "[red]does not fit[/red]", None: ""}[plan.fits]
+    unknown = (
+        "GPU unknown, so not checked whether it fits" if plan.spec.parallel.use_gpu else "on CPU, memory not checked"
+    )
+    verdict = {True: "[green]fits[/green]", False: "[red]does not fit[/red]", None: unknown}[plan.fits]
     console.print(f"[bold]{plan.spec.name}[/bold]  {verdict}  (nothing was written)")
     for sentence in plan.summary:
         subject, colon, rest = sentence.partition(":")

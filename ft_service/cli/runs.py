@@ -10,9 +10,12 @@ from ft_service.cli.common import (
     DEFAULT_STORAGE,
     AsJson,
     StorageRoot,
+    Yes,
+    confirm_deletion,
     console,
-    new_table,
+    print_item,
     print_json,
+    print_text,
     reject_options_before_subcommand,
 )
 from ft_service.storage.storage import Storage
@@ -99,11 +102,17 @@ def logs(
 
 
 @runs_app.command()
-def delete(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
-    """Delete a run: its spec, metrics, report, checkpoints and weights. What it has published stays."""
+def delete(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Delete a run: its spec, metrics, report, checkpoints and weights. What it has published stays.
+
+    Asks first, unless --yes is given.
+    """
     from ft_service.cleanup.removal import delete_run
     from ft_service.cli.cleanup import deletion_json, log_line, show_deletions
+    from ft_service.runs.folder import find_run
 
+    status = find_run(Storage(storage), run_id).status()
+    confirm_deletion(f"run {run_id} ({status.state if status else 'not started'})", yes)
     deletion = delete_run(Storage(storage), run_id, log=log_line)
     if as_json:
         print_json(deletion_json(deletion))
@@ -123,11 +132,12 @@ def send_run(
     from ft_service.runs.folder import find_run
     from ft_service.runs.trackers import send
 
-    num_sent = send(find_run(Storage(storage), run_id), to)
+    sent = send(find_run(Storage(storage), run_id), to)
     if as_json:
-        print_json({"run": run_id, "tracker": to, "steps": num_sent})
+        print_json({"run": run_id, "tracker": to, "steps": sent.num_steps, "place": sent.place, "look": sent.look})
         return
-    console.print(f"Sent {counted(num_sent, 'step')} of {run_id} to {to}.", highlight=False)
+    details = [sent.place, *([f"Look at it: {sent.look}"] if sent.look else [])]
+    print_item(f"Sent {counted(sent.num_steps, 'step')} of {run_id} to {to}:", *details)
 
 
 def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
@@ -154,27 +164,23 @@ def show(run_id: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = 
         )
         return
     if status:
-        console.print(f"[bold]{run_id}[/bold] {status.state} {status.message}", highlight=False)
+        console.print(f"[bold]{run_id}[/bold]  {status.state}", highlight=False, soft_wrap=True)
+        if status.message:
+            print_text(status.message)
     if run.storage.exists(f"{run.path}/plan.json"):
         for sentence in run.plan().summary:
-            console.print(f"  {sentence}", highlight=False)
+            print_text(sentence)
     if last:
-        console.print(f"  Step {last.step}: loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s")
+        print_text(f"Step {last.step}: loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s")
     if run_attempts:
         _show_attempts(run_attempts)
-    console.print(f"  {run.storage.uri(run.path)}", soft_wrap=True)
+    console.print(f"  {run.storage.uri(run.path)}", highlight=False, soft_wrap=True)
 
 
 def _show_attempts(run_attempts: "Sequence[Attempt]") -> None:
-    table = new_table("attempt", "started", "from step", "workers", "hosts", "repeated steps", "ended")
     for number, attempt in enumerate(run_attempts, start=1):
-        table.add_row(
-            str(number),
-            "" if attempt.time is None else f"{attempt.time:%Y-%m-%d %H:%M:%S}",
-            str(attempt.step),
-            str(attempt.workers),
-            ", ".join(attempt.hosts),
-            str(attempt.repeated),
-            attempt.ended,
-        )
-    console.print(table)
+        started = "" if attempt.time is None else f", started {attempt.time:%Y-%m-%d %H:%M:%S}"
+        hosts = f" on {', '.join(attempt.hosts)}" if attempt.hosts else ""
+        workers = f"{counted(attempt.workers, 'worker')}{hosts}"
+        repeated = f", {counted(attempt.repeated, 'step')} repeated" if attempt.repeated else ""
+        print_text(f"Attempt {number}{started}: from step {attempt.step} with {workers}{repeated}. {attempt.ended}")

@@ -1,10 +1,11 @@
-"""`ft spec`: the settings of a run spec, as a table, JSON Schema, Markdown, or a file to start from."""
+"""`ft spec`: the settings of a run spec, as a list, JSON Schema, Markdown, or a file to start from."""
 
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from ft_service.cli.common import AsJson, console, new_table, print_json
+from ft_service.cli.common import AsJson, console, print_json, print_text
 from ft_service.errors import UsageError
 
 
@@ -25,7 +26,7 @@ def spec(
     elif as_markdown:
         print(reference.as_markdown(), end="")
     else:
-        table = new_table("setting", "type", "default", "meaning")
         for setting in reference.settings():
-            table.add_row(setting.path, setting.type, setting.default, setting.description)
-        console.print(table)
+            default = setting.default if setting.default == reference.REQUIRED else f"default {setting.default}"
+            console.print(Text.assemble((setting.path, "bold"), f"  {setting.type}; {default}"), soft_wrap=True)
+            print_text(setting.description, indent=4)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ft_service.cli.common import DEFAULT_STORAGE, Overrides, RunId, SpecPath, StorageRoot, console
+from ft_service.errors import UsageError
 from ft_service.model.light_imports import quick_imports
 from ft_service.spec.load import load_run_spec
 from ft_service.storage.storage import Storage
@@ -56,12 +57,15 @@ def resume(
     ] = None,
     detach: Annotated[bool, typer.Option(help="With --address: print the submission id and return.")] = False,
 ) -> None:
-    """Resume a stopped or failed run with the spec that it started with, or give it more steps (train.max_steps=400).
+    """Resume a stopped or failed run with the spec that it started with.
 
-    It runs here, or on a cluster. Settings of where it runs (parallel.*) may change too.
+    It can be given more steps, or fewer: train.max_steps=400. Settings of where it runs (parallel.*) may change too.
+    It runs here, or on a cluster.
     """
     from ft_service.runs.folder import resumed_spec
 
+    if detach and address is None:
+        raise UsageError("--detach: no effect without --address. Add it, or leave --detach out.")
     spec = resumed_spec(run_id, storage, overrides or [])
     if address is not None:
         from ft_service.cluster.submit import submit_resume

@@ -112,6 +112,10 @@ def _ray() -> Check:
 
 def _auth() -> Check:
     mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None and "RAY_ADDRESS" not in os.environ:
+        return Check(
+            "Ray authentication", "ok", "Ray sets it up for one machine; on a cluster, set RAY_AUTH_MODE=token"
+        )
     if mode is None:
         return Check("Ray authentication", "warn", "RAY_AUTH_MODE is not set: set it to token here and on the head")
     return Check("Ray authentication", "ok" if mode == "token" else "warn", mode)

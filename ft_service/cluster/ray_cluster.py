@@ -6,6 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +97,23 @@ def remove_placement_groups() -> None:
     for group_id, group in placement_group_table().items():
         if group_id.endswith(job) and group["state"] != "REMOVED":  # an id ends with that of its job
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group_id)))
+
+
+@dataclass(frozen=True)
+class NumActors:
+    """Actors of one class that this driver, or its actors, have started and that have not ended."""
+
+    starting: int
+    living: int
+
+
+def num_actors(class_name: str) -> NumActors:
+    """How many of them are starting, and how many live."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job).values()
+    states = [actor["State"] for actor in actors if actor["ActorClassName"] == class_name and actor["State"] != "DEAD"]
+    living = states.count("ALIVE")
+    return NumActors(len(states) - living, living)
 
 
 def this_node_id() -> str:

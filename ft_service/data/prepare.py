@@ -128,16 +128,19 @@ def group_dataset(spec: RunSpec, folder: Path, run_tasks: RunTasks = run_locally
     return result.groups
 
 
-def measure_dataset(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> DatasetFacts:
-    """The facts of the spec's data; stores nothing. Only a part of large data is measured (then `exact` is False)."""
+def measure_dataset(
+    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, on_judgement: OnJudgement = lambda judgement, folder: None
+) -> DatasetFacts:
+    """The facts of the spec's data; stores nothing. Only a part of large data is measured (then `exact` is False).
+
+    `on_judgement` is called with the judgement of what is measured.
+    """
     scans = [scan(number, source, _MEASURED_BYTES) for number, source in enumerate(all_sources(spec))]
     parts = [replace(scan, shards=scan.shards[:1]) for scan in scans]
     with tempfile.TemporaryDirectory(prefix="ft-data-") as temporary:
         storage = Storage(temporary)
         inputs = _Inputs(spec, parts)
-        facts = _prepare(
-            inputs, tokenizer, storage, "datasets/measured", lambda text: None, run_locally, lambda *_: None
-        )
+        facts = _prepare(inputs, tokenizer, storage, "datasets/measured", lambda text: None, run_locally, on_judgement)
     if all(len(scan.shards) <= 1 for scan in scans):
         return facts.model_copy(update={"digest": "not prepared"})
     train_scale = _scale(scans[: len(spec.data.train)])

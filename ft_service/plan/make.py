@@ -257,7 +257,7 @@ def num_steps_of(spec: RunSpec, num_rows: int) -> int:
 def extended(plan: RunPlan, earlier: RunPlan, step: int) -> RunPlan:
     """`plan` as the continuation of `earlier`, from a checkpoint of `step`: same warmup, validations and past.
 
-    If `plan` has more steps, that is one more of its extensions.
+    If `plan` has another number of steps, that is one more of its extensions.
     """
     extensions = earlier.extensions
     if plan.num_steps != earlier.num_steps:

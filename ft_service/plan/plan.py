@@ -38,13 +38,20 @@ class Estimate(BaseModel):
 
 
 class Extension(BaseModel):
-    """More steps than planned before, from a step on. The steps up to it keep their learning rates and batches."""
+    """Another number of steps than planned before, from a step on: more, or fewer.
+
+    The steps up to it keep their learning rates and batches.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    step: int = Field(description="Step of the checkpoint that the longer training continues from.")
+    step: int = Field(description="Step of the checkpoint that the training continues from.")
     num_steps: int = Field(description="Steps that were planned before.")
     training_digest: str = Field(description="RunPlan.training_digest of the plan before.")
+
+    def moving_steps(self, num_steps: int, warmup_steps: int) -> int:
+        """Over how many steps the learning rate moves to the schedule of `num_steps`: as many as the warmup has."""
+        return max(1, min(warmup_steps, num_steps - self.step))
 
 
 _NAMES_IN_FORMAT_1 = {
@@ -72,7 +79,7 @@ class RunPlan(StoredFile):
     global_batch_size: int
     num_steps: int = Field(description="Optimizer steps.")
     extensions: list[Extension] = Field(
-        default_factory=list, description="How a resumed run was given more steps, oldest first."
+        default_factory=list, description="How a resumed run was given more or fewer steps, oldest first."
     )
     epochs: float = Field(description="Passes over the training rows that the steps make.")
     warmup_steps: int

@@ -1,6 +1,6 @@
 """The plan in sentences, for the terminal, the log and the report."""
 
-from ft_service.plan.plan import Estimate, RunPlan
+from ft_service.plan.plan import Estimate, Extension, RunPlan
 from ft_service.text import counted, format_duration
 
 _SHOWN_SHARE = 0.005
@@ -74,13 +74,21 @@ def _learning_rate(plan: RunPlan) -> str:
 
 def _extensions(plan: RunPlan) -> list[str]:
     lengths = [*(extension.num_steps for extension in plan.extensions), plan.num_steps]
-    moving = counted(max(1, plan.warmup_steps), "step")
-    return [
-        f"Extended: at step {extension.step:,} from {extension.num_steps:,} to {counted(longer, 'step')}. Earlier "
-        f"steps stay as they are; then, over {moving}, the learning rate moves from the schedule of "
-        f"{counted(extension.num_steps, 'step')} to that of {counted(longer, 'step')}."
-        for extension, longer in zip(plan.extensions, lengths[1:], strict=True)
-    ]
+    return [_extension(plan, each, new) for each, new in zip(plan.extensions, lengths[1:], strict=True)]
+
+
+def _extension(plan: RunPlan, extension: Extension, num_steps: int) -> str:
+    subject = "Extended" if num_steps > extension.num_steps else "Shortened"
+    old = counted(extension.num_steps, "step")
+    new = counted(num_steps, "step")
+    moving = counted(extension.moving_steps(num_steps, plan.warmup_steps), "step")
+    end = ""
+    if num_steps <= plan.warmup_steps:
+        end = f" The {counted(plan.warmup_steps, 'step')} of warmup stay, so it still rises at the end."
+    return (
+        f"{subject}: at step {extension.step:,} from {old} to {new}. Earlier steps stay as they are; then, over "
+        f"{moving}, the learning rate moves from the schedule of {old} to that of {new}.{end}"
+    )
 
 
 def _workers(plan: RunPlan) -> str:

@@ -156,7 +156,10 @@ def _training(draft: Mapping[str, Any]) -> str:
         ("Method", _METHODS[method["type"]] + (f": {settings}" if settings else "") + merged),
         ("Optimizer steps", f"{draft['steps']:,}"),
         *(
-            ("Extended", f"at step {extension['step']:,}; {extension['num_steps']:,} steps were planned before")
+            (
+                "Planned steps changed",
+                f"at step {extension['step']:,}; {extension['num_steps']:,} steps were planned before",
+            )
             for extension in draft.get("extensions", ())
         ),
         ("Training loss of the last step", f"{draft['final_loss']:.4f} nats per loss token"),

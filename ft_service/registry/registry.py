@@ -74,9 +74,9 @@ class Waiver(_Record):
 
 
 class ExtensionRef(_Record):
-    """A resumed run was given more steps than planned before."""
+    """A resumed run was given more or fewer steps than planned before."""
 
-    step: int = Field(description="Step from which the longer schedule applies.")
+    step: int = Field(description="Step from which the new schedule applies.")
     num_steps: int = Field(description="Steps that were planned before.")
 
 
@@ -98,7 +98,7 @@ class AdapterRecord(StoredFile):
     waivers: list[Waiver] = Field(description="Data-check findings that the spec accepts.")
     steps: int = Field(description="Optimizer steps that produced these weights.")
     extensions: list[ExtensionRef] = Field(
-        default_factory=list, description="How the run was given more steps, oldest first."
+        default_factory=list, description="How the run was given more or fewer steps, oldest first."
     )
     final_loss: float = Field(description="Training loss of the run's last step, nats per loss token.")
     validation_loss: float | None = Field(description="Validation loss of these weights.")

@@ -36,11 +36,15 @@ class LoadingLine:
         self._clock = clock
         self._started_at = clock()
         self._shown_at = self._started_at
+        self._shown_bytes = -1
 
     def __call__(self, bytes_read: int, total_bytes: int) -> None:
         now = self._clock()
         if bytes_read < total_bytes and now - self._shown_at < LOG_LINE_SECONDS:
             return
+        if bytes_read == self._shown_bytes:
+            return  # the last weights may have no bytes of this worker
+        self._shown_bytes = bytes_read
         self._shown_at = now
         rate = bytes_read / max(now - self._started_at, 1e-3)
         print(

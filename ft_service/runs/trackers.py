@@ -11,6 +11,7 @@ is away, neither ends nor delays the training.
 
 import netrc
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -49,6 +50,9 @@ class Tracker(Protocol):
 
     def close(self, complete: bool) -> None:
         """Write what is pending. `complete`: the run has trained all its steps."""
+
+    def where(self) -> tuple[str, str]:
+        """Where the run is once it has been opened, and the command that shows it ('' for a page)."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,19 @@ def tracker_problems(report: ReportSpec, storage: Storage) -> list[Problem]:
     return problems
 
 
-def send(run: "RunFolder", name: str) -> int:
-    """Copy the steps of a run that tracker `name` lacks. Returns their number. Raises `FtError`."""
+@dataclass(frozen=True)
+class Sent:
+    """What `send` has done."""
+
+    num_steps: int
+    place: str
+    """URI of a folder, or address of a server."""
+    look: str
+    """The command that shows it; empty where the place is a page."""
+
+
+def send(run: "RunFolder", name: str) -> Sent:
+    """Copy the steps of a run that tracker `name` lacks. Raises `FtError`."""
     if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
         raise UsageError(f"tracker = {name!r}: needs the package {_INSTALL[name]}. Run pip install {_INSTALL[name]}.")
     steps = read_metrics(run.storage, run.run_id)
@@ -115,7 +130,7 @@ def send(run: "RunFolder", name: str) -> int:
         raise
     except Exception as error:  # of whatever kind its library raises
         raise StorageError(f"{name}: the run could not be sent: {error_line(error)}") from None
-    return len(missing)
+    return Sent(len(missing), *tracker.where())
 
 
 class BackgroundTracker:
@@ -190,6 +205,9 @@ class TensorBoard:
     def close(self, complete: bool) -> None:
         self._writer.close()
 
+    def where(self) -> tuple[str, str]:
+        return self._folder, f"tensorboard --logdir {shlex.quote(self._folder)}"
+
 
 class Wandb:
     """A W&B run whose id is that of the run: online where an API key is found, else in the run's folder.
@@ -216,6 +234,7 @@ class Wandb:
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
         )
+        self._url = str(self._run.url or "")  # None offline
         return self._run.step - 1 if self._run.resumed else 0
 
     def _folder(self, mode: str) -> Path | None:
@@ -234,6 +253,12 @@ class Wandb:
 
         self._run.finish()
         wandb.teardown()  # waits for W&B's own process, which may write the file after `finish` has returned
+
+    def where(self) -> tuple[str, str]:
+        if self._url:
+            return self._url, ""
+        folder = str(self._tracked.local_folder(f"runs/{self._tracked.run_id}") / "wandb")
+        return folder, f"wandb sync {shlex.quote(folder)}/offline-run-*"
 
 
 class Mlflow:
@@ -284,6 +309,12 @@ class Mlflow:
 
     def close(self, complete: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if complete else "KILLED")
+
+    def where(self) -> tuple[str, str]:
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            return uri, ""
+        folder = str(self._tracked.local_folder("mlflow"))
+        return folder, f"MLFLOW_ALLOW_FILE_STORE=true mlflow server --backend-store-uri {shlex.quote(folder)}"
 
 
 def _has_server(name: str) -> bool:

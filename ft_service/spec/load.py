@@ -56,7 +56,7 @@ def parse_run_spec(text: str, overrides: Sequence[str] = (), where: str = "run s
             raise SpecError(problems, where) from None
     problems += contradictions(spec)
     if problems:
-        raise SpecError(problems, where)
+        raise InvalidSpecError(problems, where, spec)
     return spec
 
 
@@ -71,6 +71,15 @@ def settings_in(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     for override in overrides:
         _apply_override(document, override)
     return document
+
+
+class InvalidSpecError(SpecError):
+    """A spec whose valid settings can be looked at all the same, so that one round of fixes is enough."""
+
+    def __init__(self, problems: Sequence[Problem], where: str, valid: RunSpec) -> None:
+        super().__init__(problems, where)
+        self.args = (problems, where, valid)
+        self.valid = valid
 
 
 def dump_run_spec(spec: RunSpec) -> str:

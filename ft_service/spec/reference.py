@@ -3,14 +3,16 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ft_service.spec.schema import RunSpec
 
 SCHEMA_FILE = "run-spec.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema=../{SCHEMA_FILE}"
-"""In the first comment of a spec: editors with a YAML language server then complete and check its settings."""
-_REQUIRED = "required"
+"""In the first comment of a spec in jobs/specs: editors with a YAML language server complete and check its settings."""
+_SHIPPED_SCHEMA = Path(__file__).resolve().parents[2] / "jobs" / SCHEMA_FILE
+REQUIRED = "required"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,12 @@ def as_markdown() -> str:
         "# Settings of a run spec",
         "",
         "Made from the schema by `ft spec --markdown`: change ft_service/spec/schema.py and not this page. `ft spec`",
-        "prints a table, `ft spec --yaml` a file to start from, and `ft spec --json` JSON Schema for editors.",
+        "prints a list, `ft spec --yaml` a file to start from, and `ft spec --json` JSON Schema for editors.",
         "",
         "Write a setting in the spec, or override it after the spec's path: `ft train SPEC train.max_steps=500`.",
+        "",
+        "Editors read the schema that the comment `# yaml-language-server: $schema=PATH` names, relative to the spec.",
+        f"That of the shipped specs, `../{SCHEMA_FILE}`, fits `jobs/specs`; `ft spec --yaml` prints an absolute one.",
         "",
     ]
     section: str | None = None
@@ -51,7 +56,7 @@ def as_markdown() -> str:
         if head != section:
             section = head
             lines += [f"## {head}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-        default = setting.default if setting.default == _REQUIRED else f"`{setting.default}`"
+        default = setting.default if setting.default == REQUIRED else f"`{setting.default}`"
         cells = (f"`{setting.path}`", setting.type, default, setting.description)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
@@ -62,7 +67,17 @@ def as_markdown() -> str:
 def as_yaml() -> str:
     """A spec to start from: what must be written, and every other setting with its default, commented out."""
     schema = RunSpec.model_json_schema()
-    return "\n".join([EDITOR_LINE, *_yaml_lines(schema, schema["$defs"])]) + "\n"
+    return "\n".join([*_editor_lines(), *_yaml_lines(schema, schema["$defs"])]) + "\n"
+
+
+def _editor_lines() -> list[str]:
+    """Where editors find the schema, wherever the spec is saved: the checkout's file, or one beside the spec."""
+    if _SHIPPED_SCHEMA.is_file():
+        return [f"# yaml-language-server: $schema={_SHIPPED_SCHEMA}"]
+    return [
+        f"# For editors: ft spec --json > {SCHEMA_FILE}, in the folder of this file",
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+    ]
 
 
 def _yaml_lines(schema: dict[str, Any], defs: dict[str, Any]) -> list[str]:
@@ -108,7 +123,7 @@ def _settings(schema: dict[str, Any], defs: dict[str, Any], prefix: str) -> Iter
         if "properties" in resolved:
             yield from _settings(resolved, defs, f"{path}.")
             continue
-        default = _REQUIRED if name in required else _default(field)
+        default = REQUIRED if name in required else _default(field)
         yield Setting(path, _type(field, defs), default, field.get("description", ""))
         for part, step in _parts(field, defs):
             yield from _settings(part, defs, f"{path}{step}.")

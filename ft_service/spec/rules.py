@@ -9,6 +9,7 @@ from ft_service.errors import Problem
 from ft_service.spec.schema import RunSpec
 
 _CREDENTIALS = re.compile(r"^(\w+://)[^/@]+@")
+_SET_ONLY_ONE = "Set only one. On a command line, train.max_steps=null or train.epochs=null unsets the one in the file."
 _ADD_VALIDATION = "Add data.validation, for example {fraction: 0.05}."
 
 
@@ -57,7 +58,7 @@ def qlora_on_a_gpu_trains_in_bf16(spec: RunSpec) -> Iterator[Problem]:
 
 def epochs_and_max_steps_exclude_each_other(spec: RunSpec) -> Iterator[Problem]:
     if spec.train.epochs is not None and spec.train.max_steps is not None:
-        yield Problem("train.max_steps", spec.train.max_steps, "conflicts with train.epochs", "Set only one.")
+        yield Problem("train.max_steps", spec.train.max_steps, "conflicts with train.epochs", _SET_ONLY_ONE)
 
 
 def min_workers_is_at_most_max_workers(spec: RunSpec) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from ft_service.cluster.ray_cluster import (
     disconnect,
     draining_nodes,
     free_worker_slots,
+    num_actors,
     request_resources,
     this_node_id,
 )
@@ -26,10 +27,11 @@ from ft_service.runs.lease import Lease, holds_lease
 from ft_service.runs.metrics import read_metrics
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
+from ft_service.text import counted
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.deaths import HANG_CURE, DeathReason, TrainingDied
 from ft_service.train.watchdog import ranks_without_stacks
-from ft_service.train.worker_group import Controller, NoRoom, WorkerGroup, resources_per_worker
+from ft_service.train.worker_group import WORKER, Controller, NoRoom, WorkerGroup, resources_per_worker
 
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 1.0
@@ -142,7 +144,7 @@ class Attempts:
         self._fitting_count = 0
         self._checked_at = {}
         count = plan.spec.parallel.max_workers
-        self._run.set_state("queued", f"Waiting for {count} workers and their base model.")
+        self._run.set_state("queued", f"Waiting for {counted(count, 'worker')} to start.")
         group = WorkerGroup(plan, self._run, self._lease.token, self._controller)
         self._signals.may_wait = True
         try:
@@ -257,9 +259,20 @@ class Attempts:
         self._fitting_count = fitting
 
     def _log_waiting(self, count: int) -> None:
-        is_queued = self._run.recorded_state() == "queued"
-        if is_queued and free_worker_slots(self._worker_resources) == 0:  # otherwise they are loading
-            self._log(f"Waiting for room for {count} workers ({_format_resources(self._worker_resources)} each).")
+        """Say what the run waits for while it is queued. Ray starts a worker's process once all of them have room."""
+        status = self._run_without_retries.recorded_status()
+        if status is None or status.state != "queued":
+            return
+        workers = num_actors(WORKER)
+        if workers.living == count:
+            self._log(status.message)  # of the first worker
+        elif workers.starting or workers.living:
+            self._log(f"Waiting for Ray to start the processes of {count} workers; {workers.living} have started.")
+        elif (slots := free_worker_slots(self._worker_resources)) < count:
+            needs = _format_resources(self._worker_resources)
+            self._log(f"Waiting for room for {counted(count, 'worker')} ({needs} each); there is room for {slots}.")
+        else:
+            self._log(f"There is room for {counted(count, 'worker')}; waiting for Ray Train to start them.")
 
     def _hang_details(self) -> str:
         """What is known about the workers that hung, if the newest attempt ended that way."""

@@ -1,12 +1,22 @@
-"""Compiling DeepSpeed's operators once per node, under a lock that a dead process cannot leave behind.
+"""Compiling DeepSpeed's operators once per node: under a lock that a dead process cannot leave behind, and no longer
+than the process lives that asked for it.
 
 torch uses the existence of a file as its lock. If a process dies while it compiles, the file stays, and every later
 process of that user waits forever without a message. Here the file is locked with `flock`: the operating system
 releases that lock when the process ends.
+
+A worker may be killed while it compiles. So the kernel sends ninja a SIGTERM when the worker ends, and ninja ends its
+compilers.
 """
 
+import ctypes
 import fcntl
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import ninja
 import torch.utils.cpp_extension
@@ -58,6 +68,49 @@ class FlockBaton:
 def compile_under_flock() -> None:
     """Make torch compile extensions under a `FlockBaton`, from now on, in this process."""
     setattr(torch.utils.cpp_extension, "FileBaton", FlockBaton)  # noqa: B010 - to mypy, the name is a type's
+
+
+def end_compilers_with_process() -> None:
+    """Make torch's compilers end when this process does, from now on, however it ends. Each build is announced."""
+    torch.utils.cpp_extension._run_ninja_build = _run_ninja
+
+
+def _run_ninja(build_directory: str, verbose: bool, error_prefix: str) -> None:
+    """A replacement for torch's function of the same parameters."""
+    num_jobs = torch.utils.cpp_extension._get_num_workers(verbose)
+    command = ["ninja", "-v", *([] if num_jobs is None else ["-j", str(num_jobs)])]
+    dry_run = subprocess.run(["ninja", "-n"], cwd=build_directory, capture_output=True, text=True)
+    if "no work to do" not in dry_run.stdout:
+        operator = Path(build_directory).name
+        print(f"Compiling {operator}, once on this machine; this takes a minute or more.", flush=True)
+    built = subprocess.run(
+        command,
+        cwd=build_directory,
+        stdout=None if verbose else subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_end_with_parent(),
+    )
+    if built.returncode != 0:
+        raise RuntimeError(f"{error_prefix}: {built.stdout}")
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child calls before its program runs, so that the kernel ends it with the thread that started it."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)  # loaded here: after the fork, another thread may hold the loader's lock
+    parent = os.getpid()
+
+    def ask_kernel() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
+
+    return ask_kernel
 
 
 def compile_with_installed_ninja() -> None:

@@ -1,7 +1,7 @@
 """Resuming a run with a spec: which changes its checkpoints allow. Checked before anything is written.
 
-Settings of where and how a run trains may change, and it may be given more steps. Everything else that affects the
-result may not: the checkpoints would continue another training.
+Settings of where and how a run trains may change, and so may its number of steps, to any that the checkpoints have not
+reached. Everything else that affects the result may not: the checkpoints would continue another training.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from ft_service.plan.make import extended, num_steps_of
 from ft_service.plan.plan import LAYOUT_SETTINGS, RunPlan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import RunSpec
+from ft_service.text import counted
 from ft_service.train.checkpoints.manifest import Checkpoints
 
 _LENGTH = frozenset({"epochs", "max_steps"})
@@ -27,7 +28,8 @@ def check_settings(spec: RunSpec, run: RunFolder) -> None:
         return
     plan = run.plan()
     published = _published(run)
-    if published is None and Checkpoints(run).newest_step() == 0:
+    newest_step = Checkpoints(run).newest_step()
+    if published is None and newest_step == 0:
         return
     problems = list(_changed_settings(plan.spec, spec, run.run_id))
     wanted = num_steps_of(spec, plan.dataset.rows)
@@ -36,8 +38,8 @@ def check_settings(spec: RunSpec, run: RunFolder) -> None:
         message = f"run {run.run_id} is complete after {plan.num_steps} steps and has published {published}"
         fix = "Its checkpoints are deleted, so it cannot go on. Train a new run (another --run-id)."
         problems = problems or [Problem(f"train.{length}", getattr(spec.train, length), message, fix)]
-    elif wanted < plan.num_steps:
-        problems.append(_fewer_steps(spec, plan, wanted))
+    elif _is_trained_already(wanted, plan, newest_step):
+        problems.append(_trained_already(spec, wanted, newest_step))
     if problems:
         raise SpecError(problems, f"run {run.run_id}")
 
@@ -71,8 +73,8 @@ def continued_plan(plan: RunPlan, run: RunFolder) -> RunPlan:
     if newest_step == 0 or not run.has_plan():
         return plan
     earlier = run.plan()
-    if plan.num_steps < earlier.num_steps:
-        raise SpecError([_fewer_steps(plan.spec, earlier, plan.num_steps)], f"run {run.run_id}")
+    if _is_trained_already(plan.num_steps, earlier, newest_step):
+        raise SpecError([_trained_already(plan.spec, plan.num_steps, newest_step)], f"run {run.run_id}")
     continued = extended(plan, earlier, newest_step)
     for entry in reversed(checkpoints.entries()):
         try:
@@ -96,10 +98,15 @@ def _length_setting(spec: RunSpec) -> str:
     return "epochs" if spec.train.max_steps is None else "max_steps"
 
 
-def _fewer_steps(spec: RunSpec, earlier: RunPlan, wanted: int) -> Problem:
+def _is_trained_already(wanted: int, earlier: RunPlan, newest_step: int) -> bool:
+    """Whether another number of steps than planned would leave nothing to train."""
+    return wanted != earlier.num_steps and wanted <= newest_step
+
+
+def _trained_already(spec: RunSpec, wanted: int, newest_step: int) -> Problem:
     setting = _length_setting(spec)
-    message = f"makes {wanted} steps, and {earlier.num_steps} are planned for this run; it can only be given more"
-    fix = f"Ask for {earlier.num_steps} steps or more. `ft stop` ends a run early."
+    message = f"makes {counted(wanted, 'step')}, and {newest_step} are trained already"
+    fix = f"Ask for {newest_step + 1} steps or more, or train a new run (another --run-id)."
     return Problem(f"train.{setting}", getattr(spec.train, setting), message, fix)
 
 

@@ -24,7 +24,7 @@ from ft_service.model.writer import DTYPE_NAMES, TensorFormat
 from ft_service.plan.memory import MAX_BUCKET_ELEMENTS, PERSISTENCE_THRESHOLD
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
-from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja
+from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja, end_compilers_with_process
 from ft_service.train.environment import allocator_environment
 from ft_service.train.gathers import gather_whole_layers, keep_gathered, release_by_current_prefetches, release_weights
 from ft_service.train.optimizer_state import OptimizerState
@@ -43,14 +43,15 @@ def prepare_process(use_gpu: bool) -> None:
     - ``DS_ACCELERATOR``, unless it is set: otherwise DeepSpeed guesses an accelerator from the installed packages.
     - ``PYTORCH_ALLOC_CONF``, unless the user configures torch's GPU allocator: see
       `ft_service.train.environment`.
-    - Operators compile with this environment's ninja, under `flock` instead of torch's lock file: see
-      `ft_service.train.compiling`.
+    - Operators compile with this environment's ninja, under `flock` instead of torch's lock file, and the compilers end
+      with this process: see `ft_service.train.compiling`.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     if use_gpu:
         os.environ.update(allocator_environment())
     compile_under_flock()
     compile_with_installed_ninja()
+    end_compilers_with_process()
 
 
 def import_deepspeed(use_gpu: bool) -> None:

@@ -10,8 +10,8 @@ from ft_service.plan.plan import RunPlan
 def planned_learning_rate(plan: RunPlan, step: int) -> float:
     """Learning rate of the update that follows `step` completed updates of the plan.
 
-    Where a resumed run was given more steps, the rate moves linearly from the schedule of the earlier length to that of
-    the new length, over as many steps as the warmup has. Steps before that keep their rates.
+    Where a resumed run was given more or fewer steps, the rate moves linearly from the schedule of the earlier length
+    to that of the new length, over as many steps as the warmup has, or as are left. Steps before that keep their rates.
     """
     rate_for = partial(
         learning_rate,
@@ -25,7 +25,7 @@ def planned_learning_rate(plan: RunPlan, step: int) -> float:
     rate = rate_for(num_steps=lengths[0])
     for extension, num_steps in zip(plan.extensions, lengths[1:], strict=True):
         if step >= extension.step:
-            moved = (step - extension.step + 1) / max(1, plan.warmup_steps)
+            moved = (step - extension.step + 1) / extension.moving_steps(num_steps, plan.warmup_steps)
             rate += min(1.0, moved) * (rate_for(num_steps=num_steps) - rate)
     return rate
 

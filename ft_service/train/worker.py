@@ -28,6 +28,7 @@ from ft_service.runs.progress import LoadingLine, ProgressLine
 from ft_service.runs.trackers import BackgroundTracker, new_tracker, tracked_run
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
+from ft_service.text import counted
 from ft_service.train.batches import Batches, PackedRows
 from ft_service.train.checkpoints.manifest import Checkpoints, Manifest
 from ft_service.train.checkpoints.resume import resume
@@ -42,6 +43,7 @@ from ft_service.train.weights import WeightsOnStorage
 
 _REQUEST_POLL_SECONDS = 0.5
 _REMOTE_REQUEST_POLL_SECONDS = 3.0
+_COMPILING = "it compiles its operators at first use on a machine, which takes minutes"
 TOKENS_SHOWN = 40
 """How much of a row an error message shows."""
 
@@ -58,7 +60,7 @@ def run_worker(storage_root: str, run_id: str, lease_token: str | None = None, n
     """
     worker = _open(storage_root, run_id, lease_token)
     model = _build(worker)
-    worker.watchdog.beat("looking for a checkpoint to resume from")
+    worker.begin("looking for a checkpoint to resume from")
     resumed = resume(worker.run, worker.parallel, worker.plan, worker.events)
     outputs = _Outputs(worker, model, resumed)
     state = _train(worker, outputs, _announce(worker, outputs, node))
@@ -88,6 +90,12 @@ class _Worker:
         """Whether the driver that started this worker still leads the run; always true without a driver."""
         return self.lease_token is None or holds_lease(self.run, self.lease_token)
 
+    def begin(self, doing: str) -> None:
+        """Tell the watchdog, and on rank 0 whoever looks at the queued run, what this worker does from now on."""
+        self.watchdog.beat(doing)
+        if self.parallel.is_rank_zero and self.lease_token is not None:
+            self.run.set_state("queued", f"{counted(self.parallel.world_size, 'worker')} started; {doing}.")
+
     def batches_of(self, rows: PackedRows) -> Batches:
         return Batches(
             rows=rows,
@@ -110,6 +118,9 @@ def _open(storage_root: str, run_id: str, lease_token: str | None) -> _Worker:
     """Join the process group, fetch what the run needs, and start the watchdog."""
     run = RunFolder(Storage(storage_root, retry_seconds=RUN_RETRY_SECONDS), run_id)
     plan = run.plan()
+    if lease_token is not None and os.environ.get("RANK") == "0":
+        workers = counted(plan.spec.parallel.max_workers, "worker")
+        run.set_state("queued", f"{workers} started; joining each other with DeepSpeed: {_COMPILING}.")
     init_process_group(plan.spec.parallel.use_gpu)
     threads = threads_per_worker(plan)
     torch.set_num_threads(threads)
@@ -147,10 +158,11 @@ def _build(worker: _Worker) -> TrainableModel:
 
     # An adapter initialised from the base's singular values takes long to create: every new layer is progress.
     on_layer = register_module_module_registration_hook(lambda *_: worker.watchdog.beat())
+    worker.begin("loading the base")
     with parallel.hf_deepspeed_config():
         model = TrainableModel(worker.plan, worker.base_folder, worker.weight_files, parallel.placement(), on_load)
     on_layer.remove()
-    worker.watchdog.beat("setting up DeepSpeed")
+    worker.begin(f"setting up DeepSpeed; {_COMPILING}")
     parallel.wrap(LossModel(model.module, model.causal_lm))
     torch.manual_seed(seed + parallel.rank)  # the adapter starts the same on all ranks, their dropout differs
     return model

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
 from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR, get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
@@ -35,6 +35,8 @@ from ft_service.train.ray_worker import Config, ProcessGroup, work
 _AFTER_HANG_TIMEOUT_SECONDS = 120
 _END_SECONDS = 30.0
 _END_POLL_SECONDS = 0.5
+WORKER = "RayTrainWorker"
+"""Ray Train's actor of one worker."""
 _NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 _MAY_PASS = (StorageError, ModelUnreachableError)
 """Errors of this project that may not happen again in the next attempt."""
@@ -118,7 +120,7 @@ class Controller:
     """
 
     def __init__(self, parallel: ParallelSpec) -> None:
-        self._hang_timeout_seconds = parallel.hang_timeout_seconds
+        self._parallel = parallel
         self._actor: Any = None
 
     def start(self) -> None:
@@ -142,8 +144,7 @@ class Controller:
         return result
 
     def _configure_ray_train(self) -> None:
-        longer_than_hang = str(self._hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
-        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = longer_than_hang
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = _longer_than_hang(self._parallel)
         # The driver watches for preemption itself, and Ray's watcher logs an error at every start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # How often Ray Train looks whether its workers live: the seconds from a death to its notice, at most.
@@ -198,19 +199,29 @@ def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
-def _trainer(plan: RunPlan, run: RunFolder, config: Config, controller: Controller) -> _Trainer:
-    parallel = plan.spec.parallel
-    longer_than_hang = str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
+def worker_environment(parallel: ParallelSpec) -> dict[str, str]:
+    """The environment variables of a worker."""
     environment = {
         "OMP_NUM_THREADS": str(parallel.reserved_cpus),  # `run_worker` raises it where it knows the node
         "DS_ACCELERATOR": "cuda" if parallel.use_gpu else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore::FutureWarning",
+        # Ray Train's `print` also logs each line, and both appear in the driver's log.
+        ENABLE_PRINT_PATCH_ENV_VAR: "0",
         # These timeouts must be longer than the watchdog's, or the worker ends before the watchdog saves its stacks.
-        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": longer_than_hang,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": _longer_than_hang(parallel),
     }
     if parallel.use_gpu:  # here too, because a library may use CUDA when it is imported
         environment |= allocator_environment()
+    return environment
+
+
+def _longer_than_hang(parallel: ParallelSpec) -> str:
+    return str(parallel.hang_timeout_seconds + _AFTER_HANG_TIMEOUT_SECONDS)
+
+
+def _trainer(plan: RunPlan, run: RunFolder, config: Config, controller: Controller) -> _Trainer:
+    parallel = plan.spec.parallel
     return _Trainer(
         work,
         train_loop_config=config,
@@ -226,7 +237,7 @@ def _trainer(plan: RunPlan, run: RunFolder, config: Config, controller: Controll
             # A new name, because Ray Train would continue an earlier attempt of the same name.
             name=f"{run.run_id}-{secrets.token_hex(4)}",
             storage_path=run.storage.uri("ray") if run.storage.is_local else f"{run.storage.root}/ray",
-            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": worker_environment(parallel)},  # type: ignore[call-arg]
             # The driver decides how to continue; Ray would restart the same number of workers without asking it.
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             logging_config=LoggingConfig(log_level="WARNING"),

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from ft_service.cli.app import app
+from ft_service.errors import UsageError
 
 ROOT = typer.main.get_command(app)
 COMMANDS = [[name] for name in ROOT.commands]  # type: ignore[attr-defined]
@@ -27,3 +28,8 @@ def test_every_command_has_help_under_both_names(command: list[str], option: str
 
 def test_completion_can_be_installed() -> None:
     assert "--install-completion" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+
+
+def test_detach_without_an_address_is_refused() -> None:
+    with pytest.raises(UsageError, match="--detach: no effect without --address"):
+        CliRunner().invoke(app, ["resume", "r", "--detach"], catch_exceptions=False)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ft_service.cli.app import app
+from ft_service.cli.common import console
 from ft_service.errors import UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
@@ -70,13 +71,16 @@ def test_du_counts_everything(storage: Storage) -> None:
     assert shown["total_bytes"] == sum(item["bytes"] for item in shown["items"])
     assert shown["total_bytes"] == sum(file.stat().st_size for file in Path(storage.root).rglob("*") if file.is_file())
     assert "4.9 KiB" in ft("du") and "In total" in ft("du")
+    storage.write_bytes("ray/r-1a2b/file", b"x")
+    storage.write_bytes("mlflow/0/meta.yaml", b"x")
+    assert "other: Ray Train's files of each attempt" in ft("du") and "other: MLflow's runs" in ft("du")
 
 
 def test_an_adapter_is_listed_deleted_and_named_in_between(storage: Storage) -> None:
     [record] = Registry(storage).records()
     assert [each["id"] for each in ft_json("adapters", "list")] == [record.id]
     assert ft_json("adapters") == ft_json("adapters", "list")
-    text = ft("adapters", "delete", record.id)
+    text = ft("adapters", "delete", record.id, "--yes")
     assert f"Hidden {record.id}" in text and "ft runs delete done" in text
     assert ft_json("adapters", "list") == []
 
@@ -92,9 +96,9 @@ def test_a_damaged_record_is_named_and_the_others_are_listed(storage: Storage) -
 
 def test_deletions_print_json(storage: Storage) -> None:
     [record] = Registry(storage).records()
-    deleted = ft_json("adapters", "delete", record.id)
+    deleted = ft_json("adapters", "delete", record.id, "--yes")
     assert (deleted["kind"], deleted["id"], deleted["deleted"]) == ("adapter", record.id, True)
-    deleted = ft_json("runs", "delete", "done")
+    deleted = ft_json("runs", "delete", "done", "--yes")
     assert (deleted["kind"], deleted["id"], deleted["deleted"]) == ("run", "done", True)
     assert (
         [run["run_id"] for run in ft_json("runs")] == ["never-joined"] == [r["run_id"] for r in ft_json("runs", "list")]
@@ -106,3 +110,34 @@ def test_an_option_before_the_subcommand_is_rejected(storage: Storage, tmp_path:
     with pytest.raises(UsageError, match=r"--storage: comes before delete(?s:.*)ft runs delete \.\.\. --storage"):
         CliRunner().invoke(app, ["runs", "--storage", str(tmp_path), "delete", "done"], catch_exceptions=False)
     assert paths(storage) == before
+
+
+@pytest.mark.parametrize("kind", ["runs", "adapters"])
+def test_deleting_asks_first(storage: Storage, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    [record] = Registry(storage).records()
+    what = "done" if kind == "runs" else record.id
+    before = paths(storage)
+    with pytest.raises(UsageError, match=rf"{what}(?s:.*)no terminal to ask on\. Pass --yes\."):
+        ft(kind, "delete", what)
+    monkeypatch.setattr("ft_service.cli.common._can_ask", lambda: True)
+    refused = CliRunner().invoke(app, [kind, "delete", what], input="n\n", catch_exceptions=False)
+    assert refused.exit_code == 1 and "Nothing was deleted." in refused.output and what in refused.output
+    assert paths(storage) == before
+    done = CliRunner().invoke(app, [kind, "delete", what], input="y\n", catch_exceptions=False)
+    assert done.exit_code == 0 and paths(storage) != before
+
+
+def test_ids_and_commands_are_whole_in_80_columns(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    [record] = Registry(storage).records()
+    shown = [line.strip() for line in ft("prune").splitlines()]
+    assert f"ft adapters delete {record.id}" in shown and "ft runs delete done" in shown
+    assert any(line.startswith(record.id) for line in ft("adapters").splitlines())
+
+
+def test_settings_are_listed_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 80)
+    lines = ft("spec").splitlines()
+    described = [line for line in lines if line.startswith("    ")]
+    assert max(map(len, described)) <= 80 and sorted(map(len, described))[-20] > 60  # the whole width is used
+    assert any(line.startswith("train.max_steps  ") for line in lines)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from ft_service.catalog.gpus import find_gpu
+from ft_service.cli.app import app
 from ft_service.cli.plan_serving import show_serving_plan
 from ft_service.errors import ModelError, UsageError
 from tests.hosts import ROOT
@@ -13,27 +15,35 @@ H100 = find_gpu("H100")
 
 
 def test_a_model_on_a_card_shows_weights_cache_and_adapters(capsys):
-    show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", H100, None, as_json=True)
+    show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", H100, None, None, as_json=True)
     plan = json.loads(capsys.readouterr().out)["llama-3.1-8b-instruct"]
     assert plan["fits"] and plan["cache_tokens"] > 400_000 and plan["num_adapters"] == 51
-    show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", H100, None, as_json=False)
+    show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", H100, None, None, as_json=False)
     assert "51 adapters" in capsys.readouterr().out
 
 
 def test_every_base_of_the_shipped_config_fits_eight_h100(capsys):
-    show_serving_plan(str(ROOT / "serve/config.yaml"), H100, None, as_json=False)
+    show_serving_plan(str(ROOT / "serve/config.yaml"), H100, None, None, as_json=False)
     shown = capsys.readouterr().out
     assert "llama-3.1-8b-instruct" in shown and "llama-3.3-70b-instruct" in shown
 
 
 def test_what_cannot_fit_is_refused_with_a_cure(capsys):
     with pytest.raises(UsageError, match="nf4"):
-        show_serving_plan("meta-llama/Llama-3.3-70B-Instruct", H100, None, as_json=False)
+        show_serving_plan("meta-llama/Llama-3.3-70B-Instruct", H100, None, None, as_json=False)
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_more_gpus_make_room_and_the_command_takes_them():
+    command = ["--serve", "meta-llama/Llama-3.3-70B-Instruct", "--gpu-type", "H100", "--gpus", "4", "--json"]
+    done = CliRunner().invoke(app, ["plan", *command])
+    assert json.loads(done.stdout)["llama-3.3-70b-instruct"]["fits"]
+    with pytest.raises(UsageError, match="--nodes = 2: no effect with --serve"):
+        CliRunner().invoke(app, ["plan", *command[:4], "--nodes", "2"], catch_exceptions=False)
 
 
 def test_a_plan_needs_a_known_model_and_a_gpu():
     with pytest.raises(UsageError, match="--gpu-type"):
-        show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", None, None, as_json=False)
+        show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", None, None, None, as_json=False)
     with pytest.raises(ModelError):
-        show_serving_plan("nobody/nothing", H100, None, as_json=False)
+        show_serving_plan("nobody/nothing", H100, None, None, as_json=False)

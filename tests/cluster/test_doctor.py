@@ -56,6 +56,14 @@ def test_doctor_tries_libaio_with_the_compiler(monkeypatch: pytest.MonkeyPatch, 
     assert not doctor._has_libaio()
 
 
+def test_a_single_machine_needs_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert doctor._auth().level == "ok"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert doctor._auth().level == "warn" and "set it to token" in doctor._auth().detail
+
+
 @pytest.mark.parametrize("address", ["http://10.0.0.1:8265", "https://ray.example.org"])
 def test_a_jobs_address_is_recognised_and_the_right_command_named(address: str) -> None:
     with pytest.raises(ClusterError, match=f"Jobs API .*ft submit SPEC --address {address}"):

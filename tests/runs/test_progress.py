@@ -2,7 +2,7 @@
 
 import io
 
-from ft_service.runs.progress import ProgressLine, format_progress
+from ft_service.runs.progress import LoadingLine, ProgressLine, format_progress
 from tests.runs.run_cases import Clock, step_metrics
 
 
@@ -67,3 +67,13 @@ def test_a_terminal_shows_one_line_in_place() -> None:
     progress.close()
     assert stream.getvalue().count("\r") == 2
     assert stream.getvalue().count("\n") == 1
+
+
+def test_loading_ends_with_one_line() -> None:
+    stream = io.StringIO()
+    loading = LoadingLine(stream, Clock())
+    for bytes_read in (2**29, 2**30, 2**30):  # this worker holds nothing of the last weight
+        loading(bytes_read, 2**30)
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == [
+        "Loading: 1.00 of 1.00 GiB of weights by this worker"
+    ]

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ft_service.errors import UsageError
 from ft_service.runs import trackers
-from ft_service.runs.metrics import StepMetrics
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.metrics import JsonlSink, StepMetrics
 from ft_service.runs.trackers import BackgroundTracker, Mlflow, TrackedRun, new_tracker, tracker_problems
 from ft_service.spec.schema import ReportSpec
 from ft_service.storage.storage import Storage
@@ -142,6 +143,25 @@ class Faulty:
         self.steps.append(metrics.step)
 
     def close(self, complete: bool) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "command"),
+    [
+        ("tensorboard", f"runs/{RUN}/tensorboard", "tensorboard --logdir {}"),
+        ("wandb", f"runs/{RUN}/wandb", "wandb sync {}/offline-run-*"),
+        ("mlflow", "mlflow", "MLFLOW_ALLOW_FILE_STORE=true mlflow server --backend-store-uri {}"),
+    ],
+)
+def test_sending_a_run_says_where_to_look(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, name: str, folder: str, command: str
+) -> None:
+    monkeypatch.setattr(trackers, "tracked_run", lambda run: tracked(storage))
+    JsonlSink(storage, RUN)(step_metrics(1))
+    sent = trackers.send(RunFolder(storage, RUN), name)
+    assert (sent.num_steps, sent.place) == (1, storage.uri(folder))
+    assert sent.look == command.format(storage.uri(folder))
+    assert Path(sent.place).is_dir()
 
 
 def test_a_tracker_that_fails_is_one_warning(capsys: pytest.CaptureFixture[str]) -> None:

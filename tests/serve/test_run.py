@@ -214,8 +214,17 @@ def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr("ray.serve.delete", applications.remove)
     monkeypatch.setattr("ray.serve.shutdown", lambda: shutdowns.append(1))
-    _stop_serving("ft")
+    _stop_serving("ft", local=False)
     assert applications == left and bool(shutdowns) == shuts_down
+
+
+def test_a_server_with_a_ray_of_its_own_leaves_the_end_of_serve_to_ray(monkeypatch):
+    applications = {"ft"}
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr("ray.serve.delete", applications.remove)
+    monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("Ray would print that a task failed"))
+    _stop_serving("ft", local=True)
+    assert applications == set()
 
 
 @pytest.mark.cluster

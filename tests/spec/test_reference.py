@@ -57,9 +57,22 @@ def test_editors_find_the_schema_of_a_shipped_spec(path: Path) -> None:
     assert (path.parent / EDITOR_LINE.partition("$schema=")[2]).resolve() == ROOT / "jobs" / SCHEMA_FILE
 
 
+def test_without_a_checkout_the_schema_lies_beside_the_spec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ft_service.spec.reference._SHIPPED_SCHEMA", tmp_path / SCHEMA_FILE)
+    lines = as_yaml().splitlines()
+    assert (
+        lines[1] == f"# yaml-language-server: $schema={SCHEMA_FILE}" and f"ft spec --json > {SCHEMA_FILE}" in lines[0]
+    )
+
+
 @pytest.mark.parametrize(
     ("option", "begins"),
-    [([], ""), (["--json"], "{"), (["--yaml"], EDITOR_LINE), (["--markdown"], "# Settings of a run spec")],
+    [
+        ([], ""),
+        (["--json"], "{"),
+        (["--yaml"], f"# yaml-language-server: $schema={ROOT}/jobs/{SCHEMA_FILE}"),
+        (["--markdown"], "# Settings of a run spec"),
+    ],
 )
 def test_the_command_prints_each_form(option: list[str], begins: str) -> None:
     result = CliRunner().invoke(app, ["spec", *option], env={"COLUMNS": "200"})

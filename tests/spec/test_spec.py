@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.catalog.gpus import find_gpu
 from ft_service.errors import SpecError
 from ft_service.spec.load import dump_run_spec, load_run_spec, parse_run_spec
 
@@ -44,7 +45,7 @@ def test_all_problems_are_reported_at_once() -> None:
         (["method={type: full, lora_alpha: 8}"], "method.lora_alpha = 8", "Remove it"),
         (["method={type: qlora, init_lora_weights: pissa}"], "method.init_lora_weights = 'pissa'", "method.type: lora"),
         (["method.type=qlora", "train.precision=fp32"], "train.precision = 'fp32'", "bf16"),
-        (["train.epochs=1", "train.max_steps=5"], "train.max_steps = 5", "Set only one"),
+        (["train.epochs=1", "train.max_steps=5"], "train.max_steps = 5", "train.max_steps=null"),
         (["train.micro_batch_size=3", "parallel.num_workers=2"], "train.global_batch_size = 64", "multiple of 6"),
         (["parallel.num_workers=5"], "train.global_batch_size = 64", "multiple of 5"),
         (["parallel.num_workers={min: 4, max: 2}"], "parallel.num_workers.min = 4", "at most max"),
@@ -141,14 +142,33 @@ def test_full_fine_tuning_can_be_tried_over_a_lora_spec() -> None:
         parse_run_spec(text, ["method.type=full", "method.lora_rank=4"])
 
 
-@pytest.mark.parametrize("name", ["GeForce-RTX-4090", "rtx-4090", "NVIDIA RTX A6000", "H100", "B300"])
-def test_gpu_types_that_people_own_are_known(name: str) -> None:
-    assert parse_run_spec(SPEC, [f"parallel.accelerator_type={name}"])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("GeForce-RTX-4090", "GeForce-RTX-4090"),
+        ("rtx-4090", "GeForce-RTX-4090"),
+        ("RTX4090", "GeForce-RTX-4090"),
+        ("RTX_4090", "GeForce-RTX-4090"),
+        ("NVIDIA GeForce RTX 4090", "GeForce-RTX-4090"),
+        ("NVIDIA RTX A6000", "RTX-A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000"),
+        ("H100", "H100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("A100-SXM4-80GB", "A100-80G"),
+        ("A100 80GB", "A100-80G"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("B300", "B300"),
+    ],
+)
+def test_gpu_types_that_people_own_are_known(name: str, known: str) -> None:
+    spec = parse_run_spec(SPEC, [f"parallel.accelerator_type={name}"])
+    gpu = find_gpu(spec.parallel.accelerator_type)
+    assert gpu is not None and gpu.name == known
 
 
 def test_an_unknown_gpu_type_lists_the_known_ones() -> None:
     message = error_of("parallel.accelerator_type=RTX-4900")
-    assert "Did you mean RTX-4090?" in message and "A100-80G" in message
+    assert "Did you mean GeForce-RTX-4090?" in message and "A100-80G" in message
 
 
 def test_credentials_in_a_uri_are_rejected_and_not_printed() -> None:

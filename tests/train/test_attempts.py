@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
+from ft_service.cluster.ray_cluster import NumActors
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, TrainingError
 from ft_service.plan.plan import RunPlan
@@ -79,6 +80,8 @@ class World:
     script: list[Scripted] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     room: int = 8
+    actors: NumActors = field(default_factory=lambda: NumActors(0, 0))
+    """Workers that Ray has."""
     logged: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     """What the driver ended, in this order."""
@@ -140,6 +143,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     monkeypatch.setattr(attempts_module, "WorkerGroup", Group)
     monkeypatch.setattr(attempts_module, "free_worker_slots", lambda needs: found.room)
+    monkeypatch.setattr(attempts_module, "num_actors", lambda class_name: found.actors)
     monkeypatch.setattr(attempts_module, "request_resources", lambda needs, count: None)
     monkeypatch.setattr(attempts_module, "draining_nodes", set)
     monkeypatch.setattr(attempts_module, "disconnect", lambda: found.ended.append("Ray"))
@@ -382,3 +386,30 @@ def test_an_error_in_the_driver_ends_its_workers_first(world: World, monkeypatch
     with pytest.raises(RuntimeError, match="knows nothing"):
         world.train(is_saving=lambda: True)
     assert world.ended == ["workers"]
+
+
+@pytest.mark.parametrize(
+    ("room", "actors", "message"),
+    [
+        (1, NumActors(0, 0), "Waiting for room for 2 workers (1 CPU each); there is room for 1."),
+        (2, NumActors(0, 0), "There is room for 2 workers; waiting for Ray Train to start them."),
+        (0, NumActors(1, 1), "Waiting for Ray to start the processes of 2 workers; 1 have started."),
+        (0, NumActors(0, 2), "2 workers started; loading the base."),
+    ],
+)
+def test_the_log_of_a_queued_run_says_what_it_waits_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, room: int, actors: NumActors, message: str
+) -> None:
+    monkeypatch.setattr(attempts_module, "_LOG_WAITING_SECONDS", 0.0)
+    world.room = room
+    world.actors = actors
+
+    def load(run: RunFolder) -> None:
+        if actors.living == 2:
+            run.set_state("queued", "2 workers started; loading the base.")  # as the first worker does
+
+    world.script = [Scripted(None, load)]
+    polls = iter((True, False))
+    with pytest.raises(TrainingError, match="without a result"):
+        world.train(is_saving=lambda: next(polls))
+    assert world.logged == [message]

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import ninja
+import psutil
 import pytest
 
 from ft_service.train.compiling import FlockBaton, compile_with_installed_ninja
@@ -47,6 +48,31 @@ def test_stale_lock_of_a_killed_compiler_does_not_block(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split()[-1:] == ["7"], done.stderr
     assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.multiprocess
+def test_compilers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    (tmp_path / "seven.cpp").write_text(EXTENSION)
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "seven.cpp"), str(tmp_path)]
+    builder = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "Compiling" in builder.stdout.readline()
+        compilers: list[psutil.Process] = []
+        while not any("seven" in " ".join(arguments_of(each)) for each in compilers):
+            assert builder.is_running()
+            compilers = builder.children(recursive=True)
+    finally:
+        builder.kill()
+        builder.wait()
+    assert psutil.wait_procs(compilers, timeout=30)[1] == []
+
+
+def arguments_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty if it has ended."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def hold(path: str, reported: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Resuming with other settings: what is refused changes nothing, and a run can be given more steps."""
+"""Resuming with other settings: what is refused changes nothing, and a run can be given more steps or fewer."""
 
 import math
 from collections.abc import Sequence
@@ -105,8 +105,12 @@ def resumed(spec: RunSpec, *overrides: str) -> RunSpec:
     ("overrides", "messages"),
     [
         (["train.seed=5"], ["train.seed = 5: is 0 in run r", "Set it to 0"]),
-        (["train.max_steps=40"], ["train.max_steps = 40: makes 40 steps, and 100 are planned"]),
-        (["train.epochs=1"], ["train.epochs = 1.0: makes", "and 100 are planned"]),
+        (
+            ["train.max_steps=40"],
+            ["train.max_steps = 40: makes 40 steps, and 60 are trained already", "Ask for 61 steps or more"],
+        ),
+        (["train.max_steps=60"], ["train.max_steps = 60: makes 60 steps, and 60 are trained already"]),
+        (["train.epochs=1"], ["train.epochs = 1.0: makes", "and 60 are trained already"]),
         (["method.lora_rank=8", "train.schedule=linear"], ["lora_rank = 8: is 4", "schedule = 'linear': is 'cosine'"]),
         (["data.max_seq_len=64"], ["data.max_seq_len = 64: is 128 in run r"]),
         (["data.train.0.path=other.jsonl"], ["data.train.0.path = 'other.jsonl': is"]),
@@ -202,7 +206,32 @@ def test_more_steps_continue_the_schedule_without_a_jump(spec: RunSpec, monkeypa
     assert max(changes) < PEAK / WARMUP  # no step changes the rate more than the warmup does
 
     sentence = next(sentence for sentence in longer.summary if sentence.startswith("Extended: "))
-    assert "at step 60 from 100 to 400 steps" in sentence and "over 10 steps" in sentence
+    assert "at step 60 from 100 steps to 400 steps" in sentence and "over 10 steps" in sentence
+
+
+def test_fewer_steps_end_the_schedule_earlier(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive(monkeypatch, spec, to_step=19)
+    shorter = drive(monkeypatch, resumed(spec, "train.max_steps=50"), to_step=40)
+    assert (shorter.num_steps, shorter.warmup_steps) == (50, WARMUP)
+    expected = [cosine(step, 100) for step in range(19)]
+    expected += [
+        (1 - number / 10) * cosine(18 + number, 100) + number / 10 * cosine(18 + number, 50) for number in range(1, 11)
+    ]
+    expected += [cosine(step, 50) for step in range(29, 50)]
+    assert [planned_learning_rate(shorter, step) for step in range(50)] == pytest.approx(expected)
+    sentence = next(sentence for sentence in shorter.summary if sentence.startswith("Shortened: "))
+    assert "at step 19 from 100 steps to 50 steps" in sentence and "over 10 steps" in sentence
+
+    last = drive(monkeypatch, resumed(spec, "train.max_steps=44"), to_step=42)  # fewer are left than the warmup has
+    assert [(each.step, each.num_steps) for each in last.extensions] == [(19, 100), (40, 50)]
+    moved = [(4 - left) / 4 * cosine(43 - left, 44) + left / 4 * cosine(43 - left, 50) for left in (3, 2, 1, 0)]
+    assert [planned_learning_rate(last, step) for step in range(40, 44)] == pytest.approx(moved)
+
+
+def test_a_length_within_the_warmup_says_so(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive(monkeypatch, spec, to_step=4)
+    shorter = drive(monkeypatch, resumed(spec, "train.max_steps=8"), to_step=6)
+    assert "The 10 steps of warmup stay, so it still rises at the end." in " ".join(shorter.summary)
 
 
 def test_an_extension_survives_resuming_and_may_be_followed_by_another(
@@ -234,4 +263,4 @@ def test_more_epochs_replace_a_number_of_steps(spec: RunSpec, monkeypatch: pytes
 
 def test_the_card_tells_of_the_extension() -> None:
     card = model_card(draft(extensions=[{"step": 60, "num_steps": 100}]), None)
-    assert "| Extended | at step 60; 100 steps were planned before |" in card
+    assert "| Planned steps changed | at step 60; 100 steps were planned before |" in card

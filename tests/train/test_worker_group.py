@@ -1,6 +1,9 @@
-"""The driver's side of Ray Train: which of its processes a run needs, and how long they live."""
+"""The driver's side of Ray Train: which of its parts a run needs, how long they live, and what workers are spared."""
 
+import builtins
+import logging
 import socket
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +15,15 @@ from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectoryS
 from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
+from ray.train.v2._internal.logging.patch_print import patch_print_function
 
+from ft_service.cluster.ray_cluster import remove_placement_groups
 from ft_service.spec.schema import ParallelSpec
 from ft_service.train import ray_worker, worker_group
 from ft_service.train.worker_group import Controller
 
+JOB = "01000000"
 WORKERS_DIED = ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("killed")})
 NO_ROOM = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
 CONTROLLER_FAILED = ray.train.ControllerError(RuntimeError("bug"))
@@ -82,6 +89,22 @@ def test_ray_train_starts_no_actors_that_a_run_does_not_need() -> None:
     assert callbacks and not any(isinstance(callback, left_out) for callback in callbacks)
 
 
+def test_ray_train_asks_nobody_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        raise AssertionError("Ray Train starts Ray Data's coordinator")
+
+    monkeypatch.setattr(autoscaling_coordinator_client, "get_or_create_autoscaling_coordinator", start)
+    controller: Any = SimpleNamespace(train=lambda **arguments: arguments["scaling_policy"])
+    trainer = worker_group._Trainer(
+        lambda: None, controller=controller, scaling_config=ray.train.ScalingConfig(num_workers=2)
+    )
+    policy: Any = trainer._initialize_and_run_controller()
+    policy.after_controller_start(SimpleNamespace(run_id="r"))
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    policy.make_decision_for_running_worker_group(None, None)
+    policy.before_controller_abort()
+
+
 def test_the_port_of_rank_zero_is_held_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     address, port = ray_worker._reserve_address()
@@ -90,3 +113,30 @@ def test_the_port_of_rank_zero_is_held_until_it_is_used(monkeypatch: pytest.Monk
     store = torch.distributed.TCPStore(address, port, 1, is_master=True)
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_what_other_drivers_reserved_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, own, ended = (f"{unique * 28}{job}" for unique, job in (("1", "02000000"), ("2", JOB), ("3", JOB)))
+    states = {other: "CREATED", own: "CREATED", ended: "REMOVED"}
+    removed: list[str] = []
+    groups = sys.modules["ray.util.placement_group"]  # `ray.util.placement_group` is its function of that name
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: JOB))
+    monkeypatch.setattr(groups, "placement_group_table", lambda: {name: {"state": states[name]} for name in states})
+    monkeypatch.setattr(groups, "remove_placement_group", lambda group: removed.append(group.id.hex()))
+    remove_placement_groups()
+    assert removed == [own]
+
+
+def test_a_worker_prints_each_line_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in worker_group.worker_environment(ParallelSpec(use_gpu=False)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(builtins, "print", print)  # is restored afterwards
+    patch_print_function()  # as Ray Train does in each worker
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    handler = logging.StreamHandler(sys.stdout)
+    logging.getLogger().addHandler(handler)
+    try:
+        print("Loading: 1.00 of 1.00 GiB")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().out == "Loading: 1.00 of 1.00 GiB\n"
