@@ -56,14 +56,15 @@ def _plan(base: "BaseSettings", memory_gib: float) -> ServingPlan:
 
 
 def _show(plans: dict[str, ServingPlan], contexts: dict[str, int], gpu: str) -> None:
-    table = new_table("base", "GPUs", "weights", "adapters", "reserve", "cache", "holds")
+    table = new_table("base", "GPUs", "weights", "LoRA", "reserve", "cache", "tokens", "adapters")
     for name, plan in plans.items():
-        holds = f"{format_count(plan.cache_tokens)} tokens, {plan.num_adapters} adapters"
+        fits = plan.fits(contexts[name])
         table.add_row(
             name,
             str(plan.gpus),
             *(f"{value / GIB:.1f}" for value in (plan.weights, plan.adapters, plan.reserve, plan.cache)),
-            holds if plan.fits(contexts[name]) else "[red]does not fit[/red]",
+            format_count(plan.cache_tokens) if fits else "[red]does not fit[/red]",
+            str(plan.num_adapters) if fits else "",
         )
     console.print(table)
     console.print(

@@ -19,7 +19,7 @@ def test_a_model_on_a_card_shows_weights_cache_and_adapters(capsys):
     plan = json.loads(capsys.readouterr().out)["llama-3.1-8b-instruct"]
     assert plan["fits"] and plan["cache_tokens"] > 400_000 and plan["num_adapters"] == 51
     show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", H100, None, None, as_json=False)
-    assert "51 adapters" in capsys.readouterr().out
+    assert "51" in capsys.readouterr().out.split()
 
 
 def test_every_base_of_the_shipped_config_fits_eight_h100(capsys):
