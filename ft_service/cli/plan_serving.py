@@ -63,7 +63,7 @@ def _show(plans: dict[str, ServingPlan], contexts: dict[str, int], gpu: str) -> 
             name,
             str(plan.gpus),
             *(f"{value / GIB:.1f}" for value in (plan.weights, plan.adapters, plan.reserve, plan.cache)),
-            format_count(plan.cache_tokens) if fits else "[red]does not fit[/red]",
+            format_count(plan.cache_tokens) if fits else "[red]no room[/red]",
             str(plan.num_adapters) if fits else "",
         )
     console.print(table)

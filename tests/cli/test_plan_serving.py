@@ -31,7 +31,7 @@ def test_every_base_of_the_shipped_config_fits_eight_h100(capsys):
 def test_what_cannot_fit_is_refused_with_a_cure(capsys):
     with pytest.raises(UsageError, match="nf4"):
         show_serving_plan("meta-llama/Llama-3.3-70B-Instruct", H100, None, None, as_json=False)
-    assert "does not fit" in capsys.readouterr().out
+    assert "no room" in capsys.readouterr().out
 
 
 def test_more_gpus_make_room_and_the_command_takes_them():
