@@ -1,6 +1,8 @@
 """The models of a server: its bases, and every adapter published for exactly one of them."""
 
+import math
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +16,8 @@ from serve.inference.wire import ModelEntry
 
 DIGEST_HEADER = "x-adapter-digest"
 BASE_HEADER = "x-base-fingerprint"
+REMEMBERED_SECONDS = 2.0
+_MOST_REMEMBERED = 10_000
 _SHORT_DIGEST = 8
 _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 
@@ -71,6 +75,8 @@ class ServedModels:
     def __init__(self, registry: Registry, bases: Sequence[ServedBase]) -> None:
         self.registry = registry
         self.bases = tuple(bases)
+        self._remembered_seconds = 0.0 if registry.storage.is_local else REMEMBERED_SECONDS
+        self._found: dict[str, tuple[ServedModel | None, float]] = {}
         started = datetime.now(UTC)
         self._bases = {base.name: ServedModel(base.name, started, base, adapter=None) for base in bases}
 
@@ -84,7 +90,24 @@ class ServedModels:
         return [*self._bases.values(), *adapters]
 
     def resolve(self, model_id: str) -> ServedModel:
-        """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base."""
+        """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base.
+
+        On remote storage a deletion elsewhere is noticed after `REMEMBERED_SECONDS`, so that not every request waits
+        for a read.
+        """
+        now = time.monotonic()
+        model, found = self._found.get(model_id, (None, -math.inf))
+        if model is None or now - found > self._remembered_seconds:
+            model = self._resolve(model_id)
+            if len(self._found) >= _MOST_REMEMBERED:
+                self._found.clear()
+            self._found[model_id] = (model, now)
+        return model
+
+    def forget(self, model_id: str) -> None:
+        self._found.pop(model_id, None)
+
+    def _resolve(self, model_id: str) -> ServedModel:
         if model_id in self._bases:
             return self._bases[model_id]
         if not _ADAPTER_ID.fullmatch(model_id):
@@ -124,6 +147,7 @@ def delete_published(models: ServedModels, model_id: str) -> ServedModel:
         message = f"{model_id!r} is a base of this server. Take it out of the server's settings."
         raise ApiError(400, message, "not_deletable", "model")
     delete_adapter(models.registry.storage, model_id)
+    models.forget(model_id)
     return model
 
 
