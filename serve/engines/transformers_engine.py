@@ -215,6 +215,7 @@ class _AnswerText:
     def __init__(self, request: GenerationRequest, tokenizer: Any, token_bytes: TokenBytes) -> None:
         self.finish_reason: FinishReason | None = None
         self._request = request
+        self._wants_prompt_logprobs = request.prompt_logprobs is not None
         self._token_bytes = token_bytes
         self._text = TextStream(tokenizer, request.stop)
 
@@ -226,7 +227,8 @@ class _AnswerText:
         cached_tokens = 0
         for event in events:
             cached_tokens += event.cached_tokens
-            if event.prompt_scores:
+            if self._wants_prompt_logprobs:
+                self._wants_prompt_logprobs = False
                 prompt_logprobs = (None, *map(self._logprob, event.prompt_scores))
             if event.token is not None:
                 token_ids.append(event.token.token_id)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat
 from ft_service.model.base import fingerprint
@@ -31,12 +31,15 @@ class World:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.base)
 
-    def stock_answer(self, prompt_ids: list[int], max_tokens: int, adapter: AdapterRecord | None = None) -> list[int]:
-        """What stock transformers and peft generate greedily, end token included."""
-        model = AutoModelForCausalLM.from_pretrained(self.base)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, self.registry.folder(adapter))
-        output = model.generate(
+    def stock_model(self, adapter: AdapterRecord | None = None, **options) -> PreTrainedModel | PeftModel:
+        model = AutoModelForCausalLM.from_pretrained(self.base, **options)
+        return PeftModel.from_pretrained(model, self.registry.folder(adapter)) if adapter is not None else model
+
+    def stock_answer(
+        self, prompt_ids: list[int], max_tokens: int, adapter: AdapterRecord | None = None, **options
+    ) -> list[int]:
+        """What stock transformers and peft generate greedily, end token included; `options` are for loading."""
+        output = self.stock_model(adapter, **options).generate(
             input_ids=torch.tensor([prompt_ids]),
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
             max_new_tokens=max_tokens,
@@ -44,6 +47,11 @@ class World:
             pad_token_id=0,
         )
         return output[0, len(prompt_ids) :].tolist()
+
+    def stock_logprobs(self, ids: list[int], adapter: AdapterRecord | None = None) -> torch.Tensor:
+        """Of every token after each but the last of `ids` [tokens - 1, V]."""
+        with torch.inference_mode():
+            return self.stock_model(adapter)(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
 
 
 def make_world(folder: Path) -> World:
@@ -58,21 +66,21 @@ def make_world(folder: Path) -> World:
 
 
 def publish_adapter(
-    registry: Registry, base: Path, work: Path, seed: int, base_fingerprint: str | None = None
+    registry: Registry, base: Path, work: Path, seed: int, base_fingerprint: str | None = None, std: float = 0.2
 ) -> AdapterRecord:
     """Publish a LoRA adapter of random weights, large enough to change every answer."""
-    write_adapter(base, work, seed)
+    write_adapter(base, work, seed, std)
     return registry.publish(work, draft_record(base, f"run-{seed}", base_fingerprint), base.name, "# {id}\n")
 
 
-def write_adapter(base: Path, work: Path, seed: int) -> None:
+def write_adapter(base: Path, work: Path, seed: int, std: float = 0.2) -> None:
     """A stock peft folder, as yet unpublished."""
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(work)
 
 

@@ -132,6 +132,11 @@ class KeyValueStore:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    def free(self) -> None:
+        """Give the memory back. The store is of no use afterwards."""
+        self.keys.clear()
+        self.values.clear()
+
     def write(self, layer: int, slots: torch.Tensor, key_KNE: torch.Tensor, value_KNE: torch.Tensor) -> None:
         for pool, new in ((self.keys[layer], key_KNE), (self.values[layer], value_KNE)):
             new_NKE = new.transpose(0, 1)

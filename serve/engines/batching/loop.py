@@ -100,12 +100,14 @@ class ModelLoop:
     ) -> None:
         self.scheduler = scheduler
         self.counters = Counter(prompt_tokens=0, cached_tokens=0, generated_tokens=0, steps=0)
-        self._store = store
-        self._forward = forward
+        self.store = store
+        self.forward = forward
         self._adapters = adapters
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._answers: set[Answer] = set()
         self._deliveries: list[tuple[Answer, Event]] = []
+        self._accepts = True
+        self._accepts_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -113,24 +115,38 @@ class ModelLoop:
         self._thread.start()
 
     def begin(self, answer: Answer) -> None:
-        self._inbox.put(partial(self._begin, answer))
+        """Raises `ServingError` once `stop` was called."""
+        with self._accepts_lock:  # no request may come after the last message that is read
+            if self._accepts:
+                self._inbox.put(partial(self._begin, answer))
+                return
+        self._release(answer)
+        raise ServingError("the engine is closed.")
 
     def cancel(self, answer: Answer) -> None:
         """Take an answer out before the next step. One that has ended is no error."""
         self._inbox.put(partial(self._end, answer))
 
     def stop(self) -> None:
-        """End the requests in flight; returns when the thread has ended."""
-        self._inbox.put(self._close)
+        """End the requests in flight and free the cache; returns when the thread has ended."""
+        with self._accepts_lock:
+            if self._accepts:
+                self._accepts = False
+                self._inbox.put(self._close)
         self._thread.join()
+        self.store.free()
 
     def _run(self) -> None:
         with torch.inference_mode():
             while not self._closed:
-                self._receive()
-                if self._answers:
-                    self._step()
-                self._send()
+                try:
+                    self._receive()
+                    if self._answers:
+                        self._step()
+                    self._send()
+                except Exception:  # a thread that has ended would leave every client waiting
+                    logger.exception("the model thread goes on after an error")
+                    self._fail([], ServingError("internal error"))
 
     def _receive(self) -> None:
         """Take all messages; wait for one if there is nothing else to do."""
@@ -144,10 +160,6 @@ class ModelLoop:
             wait = False
 
     def _begin(self, answer: Answer) -> None:
-        if self._closed:
-            self._release(answer)
-            self._put(answer, Event(error=ServingError("the engine is closed.")))
-            return
         self._answers.add(answer)
         self.counters["prompt_tokens"] += len(answer.request.prompt_ids)
         if answer.sequence.is_scoring or answer.request.max_tokens:
@@ -181,7 +193,7 @@ class ModelLoop:
         try:
             pieces = self.scheduler.next_step()
             self._clear_unverified()
-            logits_LV = self._forward.run(pieces, [piece.sequence.owner.adapter for piece in pieces])
+            logits_LV = self.forward.run(pieces, [piece.sequence.owner.adapter for piece in pieces])
             self.scheduler.complete(pieces)
             self._use(pieces, logits_LV)
         except Exception as error:
@@ -199,7 +211,7 @@ class ModelLoop:
 
     def _clear_unverified(self) -> None:
         if self.scheduler.unverified_blocks:
-            self._store.clear(self.scheduler.unverified_blocks)
+            self.store.clear(self.scheduler.unverified_blocks)
             self.scheduler.unverified_blocks.clear()
 
     def _use(self, pieces: list[Piece[Answer]], logits_LV: torch.Tensor) -> None:

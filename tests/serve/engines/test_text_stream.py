@@ -1,10 +1,12 @@
 """The text of an answer that comes token by token."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.model.scratch import train_tokenizer
-from serve.engines.text_stream import TextStream
+from serve.engines.text_stream import TextStream, TokenBytes
 from tests.serve.serving_world import SENTENCE
 
 
@@ -67,3 +69,25 @@ def test_text_ends_before_the_first_stop_string(tokenizer, stop, expected):
     by_character = [token_id for character in "the quick brown fox" for token_id in ids_of(tokenizer, character)]
     assert "".join(pieces_of(tokenizer, ids, stop)) == expected
     assert "".join(pieces_of(tokenizer, by_character, stop)) == expected
+
+
+@given(data=st.binary(max_size=24), cut=st.integers(0, 30))
+@settings(deadline=None)
+def test_any_bytes_give_the_text_of_decoding_at_once(tokenizer, data, cut):
+    """Up to one character at the end, which is left out if it is none."""
+    names = {bytes(TokenBytes.of(tokenizer).name(token_id)): token_id for token_id in range(256)}
+    ids = [names[bytes([byte])] for byte in data]
+    ids.insert(min(cut, len(ids)), tokenizer.eos_token_id)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(pieces_of(tokenizer, ids)) == text.removesuffix("\N{REPLACEMENT CHARACTER}")
+
+
+def test_bytes_that_are_no_text_cost_no_more_as_they_go_on(tokenizer):
+    stream = TextStream(tokenizer, ())
+    invalid = next(token_id for token_id in range(256) if TokenBytes.of(tokenizer).name(token_id) == b"\x80")
+    assert [stream.push(invalid) for _ in range(3)] == ["", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_tokenizer_that_is_not_byte_level_decodes_as_in_one_piece(tokenizer, monkeypatch):
+    monkeypatch.setattr(TokenBytes.of(tokenizer), "is_byte_level", False)
+    assert "".join(pieces_of(tokenizer, ids_of(tokenizer, SENTENCE))) == SENTENCE
