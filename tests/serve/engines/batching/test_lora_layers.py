@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.engines.batching import lora_layers
+from serve.engines.batching.adapter_weights import LoadedAdapter
 from tests.serve.engines.batching.lora_cases import KINDS, VOCABULARY, LoraWorld, forward
 
 PROMPT = (5, 9, 3, 60, 17, 2, 33)
@@ -149,3 +150,34 @@ class Operations(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
+
+
+# -- which way is cheaper --------------------------------------------------------------------------------------------
+
+
+def split_of(world: LoraWorld, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How many adapters with so many rows each go to the dense and to the padded product, at a width of 384."""
+    monkeypatch.setattr(world.lora, "_launch", lora_layers._LAUNCH / 384)
+    adapters = [LoadedAdapter(f"{n}", f"{n}", {0: None}, {}, {}, {}, {}, 16, False) for n in range(len(counts))]  # type: ignore[dict-item]
+    dense, padded = world.lora._split(list(zip(adapters, counts, strict=True)))
+    assert {*dense, *padded} == set(adapters)
+    assert [adapter.id for adapter in dense] == [f"{number}" for number in range(len(dense))]  # the ones with most rows
+    return len(dense), len(padded)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([64], (1, 0)),
+        ([1], (1, 0)),
+        ([16] * 4, (0, 4)),
+        ([2] * 32, (0, 32)),
+        ([512, *[1] * 31], (1, 31)),
+        ([512, 400, *[1] * 30], (2, 30)),
+        ([33, *[1] * 31], (1, 31)),
+    ],
+)
+def test_adapters_with_many_rows_are_dense_and_the_others_padded(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch, counts: list[int], expected: tuple[int, int]
+) -> None:
+    assert split_of(world, counts, monkeypatch) == expected
