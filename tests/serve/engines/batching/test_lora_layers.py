@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.engines.batching import lora_layers
-from serve.engines.batching.adapter_weights import LoadedAdapter
-from tests.serve.engines.batching.lora_cases import KINDS, VOCABULARY, LoraWorld, forward
+from serve.engines.batching.adapter_weights import LoadedAdapter, UnsupportedAdapterError
+from tests.serve.engines.batching.lora_cases import KINDS, VOCABULARY, LoraWorld, forward, load, save_adapter
 
 PROMPT = (5, 9, 3, 60, 17, 2, 33)
 SPEAKERS: list[str | None] = [None, *KINDS]
@@ -114,6 +114,20 @@ def test_layers_with_a_bias_and_tied_embeddings(tmp_path: Path) -> None:
     for name, parameter in world.model.named_parameters():
         assert name.endswith("weight") or not parameter.any()
     assert_like_stock(world, [(kind, PROMPT) for kind in (None, *kinds)])
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits(tmp_path: Path) -> None:
+    """DoRA needs the norms of the weights that bitsandbytes has packed, before and after forward passes."""
+    kinds = {kind: KINDS[kind] for kind in ("all-linear", "DoRA", "modules_to_save")}
+    world = LoraWorld(tmp_path, kinds, in_4bit=True, hidden_size=64, intermediate_size=128)
+    rows: Rows = [("all-linear", PROMPT), (None, PROMPT), ("DoRA", PROMPT), ("modules_to_save", PROMPT)]
+    assert_like_stock(world, rows)
+    world.adapters["DoRA"] = load(world.lora, world.folders["DoRA"], "loaded again")
+    assert_like_stock(world, rows)
+    whole_layer = save_adapter(world.plain, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["up_proj"])
+    with pytest.raises(UnsupportedAdapterError, match=r"up_proj, which is quantised"):
+        load(world.lora, whole_layer, "whole layer")
 
 
 def test_the_number_of_operations_does_not_grow_with_the_number_of_adapters(tmp_path: Path, forced_split: str) -> None:
