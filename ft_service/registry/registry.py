@@ -13,7 +13,7 @@ Deleting starts with it: a folder without `record.json` is not listed, resolved 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -225,24 +225,43 @@ class Registry:
         for index in self._indexes.values():
             index.reconcile()
 
-    def resolve(self, adapter_id: str) -> AdapterRecord:
-        """The record of an adapter or model: one read if it is an adapter.
+    def refresh(self) -> None:
+        """Correct the index as far as that is cheap, for whoever lists often: `reconcile` in a folder, else `settle`.
 
-        Raises `NotPublishedError`, which lists published ids, and `StorageError` for a record that cannot be read.
+        Changes nothing on a storage that cannot be written.
         """
-        if "/" not in adapter_id and not adapter_id.startswith("."):
-            for kind in KINDS:
-                content = self._read_or_none(f"{_place(kind, adapter_id)}/{RECORD_FILE}")
-                if content is not None:
-                    record = self._parse_record(content, _place(kind, adapter_id))
-                    if (record.id, record.kind) == (adapter_id, kind):
-                        return record
-            if self.storage.exists(_tombstone(adapter_id)):
-                deleted = self.tombstone(adapter_id).deleted
-                raise NotPublishedError(
-                    f"adapter = {adapter_id!r}: was deleted from {self.storage.root} at {deleted:%Y-%m-%d %H:%M} UTC. "
-                    "Train it again under another run id."
-                )
+        with suppress(StorageError):
+            if self.storage.is_local:
+                self.reconcile()
+            else:
+                self.settle()
+
+    def find(self, adapter_id: str) -> AdapterRecord | None:
+        """The record of an adapter or model, None if it is not published: one read if it is an adapter.
+
+        Raises `StorageError` for a record that cannot be read.
+        """
+        if "/" in adapter_id or adapter_id.startswith("."):
+            return None
+        for kind in KINDS:
+            content = self._read_or_none(f"{_place(kind, adapter_id)}/{RECORD_FILE}")
+            if content is not None:
+                record = self._parse_record(content, _place(kind, adapter_id))
+                if (record.id, record.kind) == (adapter_id, kind):  # otherwise a copied or renamed folder
+                    return record
+        return None
+
+    def resolve(self, adapter_id: str) -> AdapterRecord:
+        """Like `find`, but raises `NotPublishedError`, which lists published ids, for an unknown id."""
+        record = self.find(adapter_id)
+        if record is not None:
+            return record
+        if "/" not in adapter_id and not adapter_id.startswith(".") and self.storage.exists(_tombstone(adapter_id)):
+            deleted = self.tombstone(adapter_id).deleted
+            raise NotPublishedError(
+                f"adapter = {adapter_id!r}: was deleted from {self.storage.root} at {deleted:%Y-%m-%d %H:%M} UTC. "
+                "Train it again under another run id."
+            )
         known = [record.id for kind in KINDS for record in self.records(kind)]
         shown = ", ".join(known[-_SHOWN_IDS:]) or "nothing yet"
         more = f", and {len(known) - _SHOWN_IDS:,} older ones" if len(known) > _SHOWN_IDS else ""
