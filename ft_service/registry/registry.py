@@ -12,8 +12,8 @@ Deleting starts with it: a folder without `record.json` is not listed, resolved 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ft_service.errors import NotPublishedError, StorageError, TrainingError, UnreachableError
 from ft_service.registry.finite import nonfinite_tensor
-from ft_service.registry.index import Change, RecordIndex
+from ft_service.registry.index import RecordIndex
 from ft_service.registry.vllm import vllm_problems
 from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
@@ -182,7 +182,7 @@ class Registry:
         place = _place(record.kind, record.id)
         for name, content in added.items():
             (folder / name).write_bytes(content)
-        with self._indexed(record, "published"):
+        with self._indexes[record.kind].changing(record.id, "published"):
             self._clear_deleted(record.id, place)
             self.storage.put_folder(folder, place, marker=RECORD_FILE)
         return self._read(place)
@@ -195,7 +195,7 @@ class Registry:
         digests = self.storage.read_json(f"{path}/{DIGESTS_FILE}")
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
-        with self._indexed(record, "published"):
+        with self._indexes[record.kind].changing(record.id, "published"):
             self._clear_deleted(record.id, place)
             self.storage.publish_within(path, digests, place, added, marker=RECORD_FILE)
         return self._read(place)
@@ -275,7 +275,7 @@ class Registry:
         Hiding again continues an interrupted call. Publishing the same content again brings the record back.
         """
         tombstone = Tombstone(deleted=datetime.now(UTC), record=record)
-        with self._indexed(record, "hidden"):
+        with self._indexes[record.kind].changing(record.id, "hidden"):
             # The tombstone first: after a crash in between the record is still published, and can be hidden again.
             self.storage.write_json(_tombstone(record.id), tombstone.model_dump(mode="json"))
             self.storage.delete(f"{_place(record.kind, record.id)}/{RECORD_FILE}")
@@ -334,14 +334,6 @@ class Registry:
             raise StorageError(f"{where}: is damaged, not JSON ({error}).") from None
 
     # -- the index -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _indexed(self, record: AdapterRecord, change: Change) -> Iterator[None]:
-        """Make the change within the block, and bring the index up to date after it."""
-        index = self._indexes[record.kind]
-        index.announce(record.id, change)
-        yield
-        index.settle(record.id)
 
     def _line_reader(self, kind: Kind) -> Callable[[str], bytes | None]:
         """A function of an id that gives the line of the index for its folder as it is now, None without a record."""
