@@ -19,7 +19,7 @@ from ft_service.cli.common import (
     print_json,
     reject_options_before_subcommand,
 )
-from ft_service.errors import StorageError, UsageError
+from ft_service.errors import UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
@@ -49,11 +49,7 @@ def adapters(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_
 def list_adapters(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List published adapters, and the models of `full` runs."""
     registry = Registry(Storage(storage))
-    with contextlib.suppress(StorageError):  # a storage that can only be read
-        if registry.storage.is_local:
-            registry.reconcile()  # a folder that was copied or damaged by hand is named
-        else:
-            registry.settle()
+    registry.refresh()  # so that a folder that was copied or damaged by hand is named
     listings = [registry.listing("model"), registry.listing("adapter")]
     records = [record for listing in listings for record in listing.records]
     for unreadable in (one for listing in listings for one in listing.unreadable):

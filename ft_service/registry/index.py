@@ -11,21 +11,21 @@ so two publishers may overwrite each other's index. Nothing is lost by that:
 
 - Before a change, its publisher writes a small object of its own: the announcement. Nobody else writes it.
 - After the change, it brings the index up to date with *all* announced changes, and reads it back.
-- An announcement is deleted only when it is an hour old and the index agrees with it. An update that began before the
-  announcement has ended by then (it gives up after 15 minutes), and every later one includes the change. That is why
-  an update lists the announcements before it reads the index.
+- An announcement is deleted only when it is an hour old and the index agrees with the record. An update that began
+  before the announcement has ended by then (it gives up after 15 minutes), and every later one includes the change.
+  That is why an update lists the announcements before it reads the index.
 
 A crash between a record and the index leaves the announcement, so the next publisher, or `settle`, completes the index.
 `reconcile` finds what was never announced: folders that were copied, or published by version 0.1.0.
 """
 
 import gzip
-import json
+import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from ft_service.errors import StorageError, UnreachableError
@@ -38,6 +38,7 @@ Change = Literal["published", "hidden"]
 _SETTLED_SECONDS = 3600.0
 _LONGEST_UPDATE_SECONDS = 900.0
 _TRIES = 5
+_SIZE = re.compile(rb'"size": ?(\d+)')
 _READERS = 16
 """Records that are read at the same time, for a new index."""
 
@@ -70,19 +71,26 @@ class RecordIndex:
                 self.settle()
         return lines
 
-    def announce(self, record_id: str, change: Change) -> None:
-        """Say that a record is about to appear or disappear. Followed by `settle` once it has."""
-        self._storage.write_bytes(f"{self._changes}/{time.time():.3f}~{change}~{record_id}", b"\n")
+    @contextmanager
+    def changing(self, record_id: str, change: Change) -> Iterator[None]:
+        """Make a record appear or disappear within the block; the index knows it once the block has ended."""
+        started = time.monotonic()
+        self._announce(record_id, change)
+        yield
+        if time.monotonic() - started > _LONGEST_UPDATE_SECONDS:
+            self._announce(record_id, change)  # the upload took so long that others may take the first one for settled
+        self.settle(record_id)
 
     def settle(self, record_id: str | None = None, other_ids: Collection[str] = ()) -> None:
         """Bring the index up to date with all announced changes, and with the records `other_ids`.
 
-        With `record_id`, until the index that is read back agrees with the announced change of that record.
+        With `record_id`, until the index that is read back has that record as it is now.
         """
+        ids = {*other_ids, record_id} if record_id is not None else set(other_ids)
         with self._updating:  # threads of one process need not compete
             for _ in range(_TRIES):
-                stale = self._update(other_ids)
-                if record_id is None or record_id not in stale:
+                changed = self._update(ids)
+                if record_id not in changed:
                     return
 
     def reconcile(self) -> None:
@@ -95,38 +103,38 @@ class RecordIndex:
         doubtful = {name for name, line in lines.items() if name in names and self._is_doubtful(name, line)}
         self.settle(other_ids=(names ^ set(lines)) | doubtful)
 
+    def _announce(self, record_id: str, change: Change) -> None:
+        self._storage.write_bytes(f"{self._changes}/{time.time():.3f}~{change}~{record_id}", b"\n")
+
     # -- updating --------------------------------------------------------------------------------------------------
 
     def _update(self, other_ids: Collection[str]) -> set[str]:
-        """One update. Returns the ids that were out of date."""
+        """One update. Returns the ids whose lines it changed."""
         started = time.monotonic()
         changes = self._announced()  # before the index is read
         lines = self._read()
+        changed: set[str] = set()
         if lines is None:
             lines = self._from_folders()
-            stale = {change.record_id for change in changes}
-            is_changed = True
-        else:
-            stale = {change.record_id for change in changes if not change.agrees_with(lines)}
-            # Published and hidden within an hour: the clocks of two machines do not tell which came last.
-            for record_id in {change.record_id for change in changes}:
-                if len({change.what for change in changes if change.record_id == record_id}) > 1:
-                    stale.add(record_id)
-            is_changed = False
-        for record_id, line in self._read_lines({*stale, *other_ids}):
+            changed.update(lines, other_ids)
+        doubtful = {change.record_id for change in changes if not change.agrees_with(lines)}
+        # Published and hidden within an hour: the clocks of two machines do not tell which came last.
+        kinds = {(change.record_id, change.what) for change in changes}
+        doubtful |= {record_id for record_id, what in kinds if what == "hidden" and (record_id, "published") in kinds}
+        for record_id, line in self._read_lines({*doubtful, *other_ids}):
             if lines.get(record_id) != line:
-                is_changed = True
+                changed.add(record_id)
                 if line is None:
                     lines.pop(record_id, None)
                 else:
                     lines[record_id] = line
-        if is_changed:
+        if changed:
             if time.monotonic() - started > _LONGEST_UPDATE_SECONDS:
                 raise StorageError(f"{self._storage.uri(self._path)}: updating it took too long. Try again.")
             self._write(lines)
-            return stale
+            return changed
         for change in changes:
-            if change.is_old() and change.agrees_with(lines):
+            if change.is_old():
                 self._storage.delete(f"{self._changes}/{change.name}")
         return set()
 
@@ -135,11 +143,12 @@ class RecordIndex:
 
     def _is_doubtful(self, record_id: str, line: bytes) -> bool:
         """Whether a record may have changed: on a file system its size tells, elsewhere only a known problem."""
-        entry = json.loads(line)
-        if "problem" in entry:
+        if b'"problem":' in line:
             return True
-        place = f"{self._kind}s/{record_id}/record.json"
-        return self._storage.is_local and self._storage.size(place) != entry["size"]
+        if not self._storage.is_local:
+            return False
+        size = _SIZE.search(line)
+        return size is None or self._storage.size(f"{self._kind}s/{record_id}/record.json") != int(size[1])
 
     def _from_folders(self) -> dict[str, bytes]:
         names = self._storage.folders(f"{self._kind}s")

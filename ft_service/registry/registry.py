@@ -12,8 +12,8 @@ Deleting starts with it: a folder without `record.json` is not listed, resolved 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ft_service.errors import NotPublishedError, StorageError, TrainingError, UnreachableError
 from ft_service.registry.finite import nonfinite_tensor
-from ft_service.registry.index import Change, RecordIndex
+from ft_service.registry.index import RecordIndex
 from ft_service.registry.vllm import vllm_problems
 from ft_service.storage.formats import StoredFile
 from ft_service.storage.storage import Storage
@@ -182,7 +182,7 @@ class Registry:
         place = _place(record.kind, record.id)
         for name, content in added.items():
             (folder / name).write_bytes(content)
-        with self._indexed(record, "published"):
+        with self._indexes[record.kind].changing(record.id, "published"):
             self._clear_deleted(record.id, place)
             self.storage.put_folder(folder, place, marker=RECORD_FILE)
         return self._read(place)
@@ -195,7 +195,7 @@ class Registry:
         digests = self.storage.read_json(f"{path}/{DIGESTS_FILE}")
         record, added = _compose(digests, draft, base_short_name, card)
         place = _place(record.kind, record.id)
-        with self._indexed(record, "published"):
+        with self._indexes[record.kind].changing(record.id, "published"):
             self._clear_deleted(record.id, place)
             self.storage.publish_within(path, digests, place, added, marker=RECORD_FILE)
         return self._read(place)
@@ -225,24 +225,43 @@ class Registry:
         for index in self._indexes.values():
             index.reconcile()
 
-    def resolve(self, adapter_id: str) -> AdapterRecord:
-        """The record of an adapter or model: one read if it is an adapter.
+    def refresh(self) -> None:
+        """Correct the index as far as that is cheap, for whoever lists often: `reconcile` in a folder, else `settle`.
 
-        Raises `NotPublishedError`, which lists published ids, and `StorageError` for a record that cannot be read.
+        Changes nothing on a storage that cannot be written.
         """
-        if "/" not in adapter_id and not adapter_id.startswith("."):
-            for kind in KINDS:
-                content = self._read_or_none(f"{_place(kind, adapter_id)}/{RECORD_FILE}")
-                if content is not None:
-                    record = self._parse_record(content, _place(kind, adapter_id))
-                    if (record.id, record.kind) == (adapter_id, kind):
-                        return record
-            if self.storage.exists(_tombstone(adapter_id)):
-                deleted = self.tombstone(adapter_id).deleted
-                raise NotPublishedError(
-                    f"adapter = {adapter_id!r}: was deleted from {self.storage.root} at {deleted:%Y-%m-%d %H:%M} UTC. "
-                    "Train it again under another run id."
-                )
+        with suppress(StorageError):
+            if self.storage.is_local:
+                self.reconcile()
+            else:
+                self.settle()
+
+    def find(self, adapter_id: str) -> AdapterRecord | None:
+        """The record of an adapter or model, None if it is not published: one read if it is an adapter.
+
+        Raises `StorageError` for a record that cannot be read.
+        """
+        if "/" in adapter_id or adapter_id.startswith("."):
+            return None
+        for kind in KINDS:
+            content = self._read_or_none(f"{_place(kind, adapter_id)}/{RECORD_FILE}")
+            if content is not None:
+                record = self._parse_record(content, _place(kind, adapter_id))
+                if (record.id, record.kind) == (adapter_id, kind):  # otherwise a copied or renamed folder
+                    return record
+        return None
+
+    def resolve(self, adapter_id: str) -> AdapterRecord:
+        """Like `find`, but raises `NotPublishedError`, which lists published ids, for an unknown id."""
+        record = self.find(adapter_id)
+        if record is not None:
+            return record
+        if "/" not in adapter_id and not adapter_id.startswith(".") and self.storage.exists(_tombstone(adapter_id)):
+            deleted = self.tombstone(adapter_id).deleted
+            raise NotPublishedError(
+                f"adapter = {adapter_id!r}: was deleted from {self.storage.root} at {deleted:%Y-%m-%d %H:%M} UTC. "
+                "Train it again under another run id."
+            )
         known = [record.id for kind in KINDS for record in self.records(kind)]
         shown = ", ".join(known[-_SHOWN_IDS:]) or "nothing yet"
         more = f", and {len(known) - _SHOWN_IDS:,} older ones" if len(known) > _SHOWN_IDS else ""
@@ -256,7 +275,7 @@ class Registry:
         Hiding again continues an interrupted call. Publishing the same content again brings the record back.
         """
         tombstone = Tombstone(deleted=datetime.now(UTC), record=record)
-        with self._indexed(record, "hidden"):
+        with self._indexes[record.kind].changing(record.id, "hidden"):
             # The tombstone first: after a crash in between the record is still published, and can be hidden again.
             self.storage.write_json(_tombstone(record.id), tombstone.model_dump(mode="json"))
             self.storage.delete(f"{_place(record.kind, record.id)}/{RECORD_FILE}")
@@ -315,14 +334,6 @@ class Registry:
             raise StorageError(f"{where}: is damaged, not JSON ({error}).") from None
 
     # -- the index -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _indexed(self, record: AdapterRecord, change: Change) -> Iterator[None]:
-        """Make the change within the block, and bring the index up to date after it."""
-        index = self._indexes[record.kind]
-        index.announce(record.id, change)
-        yield
-        index.settle(record.id)
 
     def _line_reader(self, kind: Kind) -> Callable[[str], bytes | None]:
         """A function of an id that gives the line of the index for its folder as it is now, None without a record."""

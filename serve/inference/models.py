@@ -1,15 +1,17 @@
 """The models of a server: its bases, and every adapter published for exactly one of them."""
 
+import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ft_service.cleanup.removal import delete_adapter
-from ft_service.errors import NotPublishedError, UsageError
-from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.errors import UsageError
+from ft_service.registry.registry import AdapterRecord, Listing, Registry, UnreadableRecord
 from serve.http.errors import ApiError
 from serve.inference.bases import ServedBase
 from serve.inference.wire import ModelEntry
@@ -19,6 +21,8 @@ BASE_HEADER = "x-base-fingerprint"
 REMEMBERED_SECONDS = 2.0
 _MOST_REMEMBERED = 10_000
 _SHORT_DIGEST = 8
+_REFRESH_SECONDS = 60.0
+logger = logging.getLogger(__name__)
 _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 
 
@@ -79,12 +83,15 @@ class ServedModels:
         self._found: dict[str, tuple[ServedModel | None, float]] = {}
         started = datetime.now(UTC)
         self._bases = {base.name: ServedModel(base.name, started, base, adapter=None) for base in bases}
+        self._refreshed = float("-inf")
+        self._refreshing = threading.Lock()
+        self._logged: frozenset[UnreadableRecord] = frozenset()
 
     def all(self) -> list[ServedModel]:
         """The bases, then their adapters, oldest first."""
         adapters = [
             ServedModel(record.id, record.created, base, record)
-            for record in self.registry.records()
+            for record in self._listing().records
             if (base := self._base_of(record))
         ]
         return [*self._bases.values(), *adapters]
@@ -112,10 +119,9 @@ class ServedModels:
             return self._bases[model_id]
         if not _ADAPTER_ID.fullmatch(model_id):
             raise _unknown_model(model_id)
-        try:
-            record = self.registry.resolve(model_id)
-        except NotPublishedError:
-            raise _unknown_model(model_id) from None
+        record = self.registry.find(model_id)
+        if record is None:
+            raise _unknown_model(model_id)
         if record.kind == "model":
             uri = self.registry.storage.uri(f"models/{record.id}")
             raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
@@ -128,6 +134,21 @@ class ServedModels:
                 "Use a server of that base."
             )
         return ServedModel(record.id, record.created, base, record)
+
+    def _listing(self) -> Listing:
+        """What is published. Corrects the registry's index now and then, and logs each record that cannot be read."""
+        if time.monotonic() - self._refreshed > _REFRESH_SECONDS and self._refreshing.acquire(blocking=False):
+            try:
+                self.registry.refresh()
+                self._refreshed = time.monotonic()
+            finally:
+                self._refreshing.release()
+        listing = self.registry.listing()
+        for unreadable in listing.unreadable:
+            if unreadable not in self._logged:
+                logger.warning("not served: %s", unreadable.problem)
+        self._logged = frozenset(listing.unreadable)
+        return listing
 
     def _base_of(self, record: AdapterRecord) -> ServedBase | None:
         """The base that the adapter was trained on, in the precision of its training if it is served in several."""

@@ -248,3 +248,38 @@ def test_announcements_are_deleted_once_no_update_can_lack_them(
     Registry(storage).settle()
     assert storage.files("index/changes/adapter") == []
     assert ids(storage) == {record.id}
+
+
+def test_a_failed_publication_leaves_nothing_behind_for_good(
+    storage: Storage, publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as world:
+
+        def fail(*_: object, **__: object) -> None:
+            raise StorageError("full")
+
+        world.setattr(type(storage), "put_folder", fail)
+        with pytest.raises(StorageError, match="full"):
+            publish("bot")
+    assert len(storage.files("index/changes/adapter")) == 1
+    now = time.time()
+    monkeypatch.setattr(index.time, "time", lambda: now + 4000)
+    Registry(storage).settle()
+    assert storage.files("index/changes/adapter") == []
+    assert ids(storage) == set()
+
+
+def test_an_upload_of_hours_is_listed_at_its_end(storage: Storage, publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_folder = type(storage).put_folder
+
+    def slow(self: Storage, *arguments: object, **named: object) -> None:
+        now = time.time()
+        with monkeypatch.context() as world:
+            world.setattr(index.time, "time", lambda: now + 4000)
+            Registry(storage).settle()  # another publisher takes the announcement for settled
+        assert storage.files("index/changes/adapter") == []
+        put_folder(self, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(storage), "put_folder", slow)
+    record = publish("bot")
+    assert ids(storage) == {record.id}

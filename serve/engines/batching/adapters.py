@@ -204,14 +204,17 @@ class AdapterStore:
         try:
             config = parse_config(files[CONFIG_FILE])
             if changes_base(config):
-                raise UnsupportedAdapterError(f"init_lora_weights {config.init_lora_weights}")
+                raise ServingError(
+                    f"adapter = {record.id!r}: changes its base when loaded (init_lora_weights "
+                    f"{config.init_lora_weights}). Convert it to plain LoRA and publish that."
+                )
             tensors = load(files.pop(WEIGHTS_FILE))
             with torch.inference_mode():
                 return load_weights(record.id, record.digest, config, tensors, self._lora.sites, self._lora.dtype)
         except UnsupportedAdapterError as error:
             raise ServingError(
-                f"adapter = {record.id!r}: changes its base when loaded, or more than plain LoRA does ({error}). "
-                "Convert it to plain LoRA and publish that."
+                f"adapter = {record.id!r}: does more than plain LoRA ({error}), which cannot be batched with others. "
+                f"Merge it into its base (ft adapters merge {record.id}), and serve the result."
             ) from None
         except (MisfitError, SafetensorError) as error:
             mismatches = error.mismatches if isinstance(error, MisfitError) else [str(error)]

@@ -1,74 +1,76 @@
-"""Looking models up: what is published is found at once, and remote storage is not read for every request."""
+"""The models of a server: one bad record hides no other one, and what is wrong with it is logged once."""
+
+import logging
+import shutil
+from pathlib import Path
 
 import pytest
 
-from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.http.errors import ApiError
 from serve.inference.bases import ServedBase
-from serve.inference.models import ServedModels, delete_published
+from serve.inference.models import ServedModels
+from tests.registry.test_registry import DRAFT
+
+FINGERPRINT = "ab" * 32
+
+
+def publish(registry: Registry, work: Path, name: str) -> AdapterRecord:
+    work.mkdir()
+    (work / "adapter_model.safetensors").write_bytes(name.encode())
+    base = {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": FINGERPRINT}
+    return registry.publish(work, DRAFT | {"run_name": name, "base": base}, "tiny", "card")
 
 
 @pytest.fixture
-def published(tmp_path):
-    """A registry, and a function that publishes an adapter for the base of a fingerprint."""
-    registry = Registry(Storage(str(tmp_path / "storage")))
-
-    def publish(name: str, method: str = "lora"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(f'{{"r": 4, "name": "{name}"}}')
-        draft = {**DRAFT, "run_name": name, "run_id": f"{name}-1", "method": {"type": method}}
-        return registry.publish(folder, draft, "tiny", "# {id}\n")
-
-    return registry, publish
+def registry(tmp_path: Path) -> Registry:
+    return Registry(Storage(str(tmp_path / "storage")))
 
 
-DRAFT = {
-    **{"kind": "adapter", "run_id": "r-1", "run_name": "r", "plan_digest": "0" * 64},
-    "base": {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": "ab" * 32},
-    **{"datasets": [], "dataset_digest": "0" * 64, "data_verdict": "pass", "waivers": [], "steps": 1},
-    **{"final_loss": 1.0, "validation_loss": None, "packages": {}},
-    **{"chat_template_digest": "0" * 64, "end_of_turn_ids": []},
-}
+@pytest.fixture
+def models(registry: Registry, tmp_path: Path) -> ServedModels:
+    ref = BaseModelRef(id="hub/Tiny", revision=None, short_name="tiny", fingerprint=FINGERPRINT)
+    return ServedModels(registry, [ServedBase(ref, tmp_path, 256, 300, frozenset({1}), "bf16")])
 
 
-def served(name: str, precision: str, folder) -> ServedBase:
-    ref = BaseModelRef(id="hub/Tiny", revision=None, short_name=name, fingerprint="ab" * 32)
-    return ServedBase(ref, folder, context_length=64, vocab_size=10, end_ids=frozenset(), precision=precision)
+def test_a_damaged_record_is_logged_once_and_the_others_are_served(
+    registry: Registry, models: ServedModels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, damaged = publish(registry, tmp_path / "a", "good"), publish(registry, tmp_path / "b", "damaged")
+    (registry.folder(damaged) / "record.json").write_text("{")
+    shutil.copytree(registry.folder(good), registry.folder(good).with_name("a-copy"))
+    with caplog.at_level(logging.WARNING, logger="serve.inference.models"):
+        for _ in range(3):
+            assert [model.id for model in models.all()] == ["tiny", good.id]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert any(damaged.id in message and "damaged" in message for message in messages)
+    assert any("a-copy" in message and "copied or renamed" in message for message in messages)
+    assert models.resolve(good.id).adapter == good
+    with pytest.raises(ApiError):
+        models.resolve("a-copy")
 
 
-def test_an_adapter_is_served_on_the_base_of_its_training_precision(published, tmp_path):
-    registry, publish = published
-    models = ServedModels(registry, [served("tiny", "bf16", tmp_path), served("tiny-nf4", "nf4", tmp_path)])
-    assert models.resolve(publish("plain").id).base.name == "tiny"
-    assert models.resolve(publish("quantised", "qlora").id).base.name == "tiny-nf4"
+def test_a_new_adapter_is_listed_and_resolved_at_once_and_a_hidden_one_no_longer(
+    registry: Registry, models: ServedModels, tmp_path: Path
+) -> None:
+    assert len(models.all()) == 1
+    elsewhere = Registry(Storage(registry.storage.root))
+    record = publish(elsewhere, tmp_path / "a", "new")
+    assert [model.id for model in models.all()] == ["tiny", record.id]
+    assert models.resolve(record.id).adapter == record
+    elsewhere.hide(record)
+    assert len(models.all()) == 1
+    with pytest.raises(ApiError):
+        models.resolve(record.id)
 
 
-def test_a_difference_in_precision_is_in_the_entry(published, tmp_path):
-    registry, publish = published
-    plain = publish("plain")
-    quantised = publish("quantised", "qlora")
-    bf16 = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
-    nf4 = ServedModels(registry, [served("tiny", "nf4", tmp_path)])
-    assert bf16.resolve(plain.id).entry().note is None
-    assert "nf4" in bf16.resolve(quantised.id).entry().note
-    assert "nf4" in nf4.resolve(plain.id).entry().note
-    assert nf4.resolve(quantised.id).entry().note is None
-
-
-def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_once(published, tmp_path, monkeypatch):
-    registry, publish = published
-    monkeypatch.setattr(type(registry.storage), "is_local", property(lambda _: False))
-    models = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
-    monkeypatch.undo()
-    adapter = publish("plain")
-    reads = []
-    resolve = registry.resolve
-    monkeypatch.setattr(registry, "resolve", lambda name: reads.append(name) or resolve(name))
-    for _ in range(5):
-        models.resolve(adapter.id)
-    assert reads == [adapter.id]
-    delete_published(models, adapter.id)
-    with pytest.raises(ApiError, match="does not exist"):
-        models.resolve(adapter.id)
+def test_an_index_that_lost_a_record_is_completed_while_the_server_runs(
+    registry: Registry, models: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = publish(registry, tmp_path / "a", "new")
+    models.all()
+    registry._indexes["adapter"]._write({})
+    monkeypatch.setattr("serve.inference.models._REFRESH_SECONDS", -1.0)  # a minute has passed
+    assert [model.id for model in models.all()] == ["tiny", record.id]

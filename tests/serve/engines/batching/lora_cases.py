@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from ft_service.registry.registry import AdapterRecord, Registry
 from serve.engines.batching.adapter_weights import LoadedAdapter, load_weights, parse_config
@@ -45,8 +45,11 @@ KINDS: dict[str, dict[str, Any]] = {
 class LoraWorld:
     """One base with the batched layers, and one adapter of each of `KINDS` (or of the given ones)."""
 
-    def __init__(self, folder: Path, kinds: dict[str, dict[str, Any]] = KINDS, **config: Any) -> None:
+    def __init__(
+        self, folder: Path, kinds: dict[str, dict[str, Any]] = KINDS, *, in_4bit: bool = False, **config: Any
+    ) -> None:
         torch.manual_seed(0)
+        self.in_4bit = in_4bit
         settings: dict[str, Any] = {
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
@@ -60,7 +63,11 @@ class LoraWorld:
         self.folders = {
             kind: save_adapter(self.base, folder / str(number), **kinds[kind]) for number, kind in enumerate(kinds)
         }
-        self.model = copy.deepcopy(self.base)
+        self.plain = self.base
+        if in_4bit:
+            self.base.save_pretrained(folder / "base")
+            self.base = load_4bit(folder / "base")
+        self.model = load_4bit(folder / "base") if in_4bit else copy.deepcopy(self.base)
         self.lora = install_lora_layers(self.model)
         self.adapters = {kind: load(self.lora, folder, kind) for kind, folder in self.folders.items()}
         self._stock: dict[tuple[str | None, tuple[int, ...]], torch.Tensor] = {}
@@ -68,7 +75,7 @@ class LoraWorld:
     def stock_logits(self, kind: str | None, ids: tuple[int, ...]) -> torch.Tensor:
         """What stock transformers and peft compute for one prompt alone [T, V]."""
         if (kind, ids) not in self._stock:
-            model: Any = copy.deepcopy(self.base)
+            model: Any = load_4bit(Path(self.base.name_or_path)) if self.in_4bit else copy.deepcopy(self.base)
             if kind is not None:
                 model = PeftModel.from_pretrained(model, self.folders[kind]).eval()
             with torch.inference_mode():
@@ -84,6 +91,21 @@ class LoraWorld:
     def set_rows(self, runs: list[tuple[str | None, int]]) -> None:
         counts = [count for _, count in runs]
         self.lora.set_rows([self.adapters[kind] if kind else None for kind, _ in runs], counts, counts)
+
+
+def load_4bit(folder: Path) -> LlamaForCausalLM:
+    """The base in NF4, computing in fp32. Without bitsandbytes' packed kernel for CPUs, which rounds to bf16."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).eval()
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def save_adapter(base: LlamaForCausalLM, folder: Path, **settings: Any) -> Path:

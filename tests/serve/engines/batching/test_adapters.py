@@ -148,7 +148,7 @@ def with_another_embedding(folder: Path) -> None:
         (lambda folder: (folder / WEIGHTS).write_bytes(b"no safetensors"), "does not fit"),
         (changed_config(init_lora_weights="pissa"), "changes its base when loaded.*pissa"),
         (changed_config(init_lora_weights="olora"), "changes its base when loaded.*olora"),
-        (changed_config(peft_type="LOHA"), "changes its base when loaded.*LOHA"),
+        (changed_config(peft_type="LOHA"), "more than plain LoRA.*LOHA"),
         (changed_config(trainable_token_indices=[1, 2]), "more than plain LoRA.*trainable_token_indices"),
         (changed_config(layer_replication=[[0, 2]]), "more than plain LoRA.*layer_replication"),
         (changed_config(a_setting_of_tomorrow=3), "more than plain LoRA.*a_setting_of_tomorrow"),

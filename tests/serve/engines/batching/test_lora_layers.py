@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.engines.batching import lora_layers
-from tests.serve.engines.batching.lora_cases import KINDS, VOCABULARY, LoraWorld, forward
+from serve.engines.batching.adapter_weights import LoadedAdapter, UnsupportedAdapterError
+from tests.serve.engines.batching.lora_cases import KINDS, VOCABULARY, LoraWorld, forward, load, save_adapter
 
 PROMPT = (5, 9, 3, 60, 17, 2, 33)
 SPEAKERS: list[str | None] = [None, *KINDS]
@@ -115,6 +116,20 @@ def test_layers_with_a_bias_and_tied_embeddings(tmp_path: Path) -> None:
     assert_like_stock(world, [(kind, PROMPT) for kind in (None, *kinds)])
 
 
+@pytest.mark.slow
+def test_a_base_in_4_bits(tmp_path: Path) -> None:
+    """DoRA needs the norms of the weights that bitsandbytes has packed, before and after forward passes."""
+    kinds = {kind: KINDS[kind] for kind in ("all-linear", "DoRA", "modules_to_save")}
+    world = LoraWorld(tmp_path, kinds, in_4bit=True, hidden_size=64, intermediate_size=128)
+    rows: Rows = [("all-linear", PROMPT), (None, PROMPT), ("DoRA", PROMPT), ("modules_to_save", PROMPT)]
+    assert_like_stock(world, rows)
+    world.adapters["DoRA"] = load(world.lora, world.folders["DoRA"], "loaded again")
+    assert_like_stock(world, rows)
+    whole_layer = save_adapter(world.plain, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["up_proj"])
+    with pytest.raises(UnsupportedAdapterError, match=r"up_proj, which is quantised"):
+        load(world.lora, whole_layer, "whole layer")
+
+
 def test_the_number_of_operations_does_not_grow_with_the_number_of_adapters(tmp_path: Path, forced_split: str) -> None:
     kinds = {f"{number}": {"target_modules": "all-linear", "r": 2 + number % 3} for number in range(16)}
     world = LoraWorld(tmp_path, kinds)
@@ -149,3 +164,34 @@ class Operations(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
+
+
+# -- which way is cheaper --------------------------------------------------------------------------------------------
+
+
+def split_of(world: LoraWorld, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How many adapters with so many rows each go to the dense and to the padded product, at a width of 384."""
+    monkeypatch.setattr(world.lora, "_launch", lora_layers._LAUNCH / 384)
+    adapters = [LoadedAdapter(f"{n}", f"{n}", {0: None}, {}, {}, {}, {}, 16, False) for n in range(len(counts))]  # type: ignore[dict-item]
+    dense, padded = world.lora._split(list(zip(adapters, counts, strict=True)))
+    assert {*dense, *padded} == set(adapters)
+    assert [adapter.id for adapter in dense] == [f"{number}" for number in range(len(dense))]  # the ones with most rows
+    return len(dense), len(padded)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([64], (1, 0)),
+        ([1], (1, 0)),
+        ([16] * 4, (0, 4)),
+        ([2] * 32, (0, 32)),
+        ([512, *[1] * 31], (1, 31)),
+        ([512, 400, *[1] * 30], (2, 30)),
+        ([33, *[1] * 31], (1, 31)),
+    ],
+)
+def test_adapters_with_many_rows_are_dense_and_the_others_padded(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch, counts: list[int], expected: tuple[int, int]
+) -> None:
+    assert split_of(world, counts, monkeypatch) == expected

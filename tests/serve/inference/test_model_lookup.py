@@ -1,0 +1,74 @@
+"""Looking models up: what is published is found at once, and remote storage is not read for every request."""
+
+import pytest
+
+from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.storage.storage import Storage
+from serve.http.errors import ApiError
+from serve.inference.bases import ServedBase
+from serve.inference.models import ServedModels, delete_published
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A registry, and a function that publishes an adapter for the base of a fingerprint."""
+    registry = Registry(Storage(str(tmp_path / "storage")))
+
+    def publish(name: str, method: str = "lora"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(f'{{"r": 4, "name": "{name}"}}')
+        draft = {**DRAFT, "run_name": name, "run_id": f"{name}-1", "method": {"type": method}}
+        return registry.publish(folder, draft, "tiny", "# {id}\n")
+
+    return registry, publish
+
+
+DRAFT = {
+    **{"kind": "adapter", "run_id": "r-1", "run_name": "r", "plan_digest": "0" * 64},
+    "base": {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": "ab" * 32},
+    **{"datasets": [], "dataset_digest": "0" * 64, "data_verdict": "pass", "waivers": [], "steps": 1},
+    **{"final_loss": 1.0, "validation_loss": None, "packages": {}},
+    **{"chat_template_digest": "0" * 64, "end_of_turn_ids": []},
+}
+
+
+def served(name: str, precision: str, folder) -> ServedBase:
+    ref = BaseModelRef(id="hub/Tiny", revision=None, short_name=name, fingerprint="ab" * 32)
+    return ServedBase(ref, folder, context_length=64, vocab_size=10, end_ids=frozenset(), precision=precision)
+
+
+def test_an_adapter_is_served_on_the_base_of_its_training_precision(published, tmp_path):
+    registry, publish = published
+    models = ServedModels(registry, [served("tiny", "bf16", tmp_path), served("tiny-nf4", "nf4", tmp_path)])
+    assert models.resolve(publish("plain").id).base.name == "tiny"
+    assert models.resolve(publish("quantised", "qlora").id).base.name == "tiny-nf4"
+
+
+def test_a_difference_in_precision_is_in_the_entry(published, tmp_path):
+    registry, publish = published
+    plain = publish("plain")
+    quantised = publish("quantised", "qlora")
+    bf16 = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
+    nf4 = ServedModels(registry, [served("tiny", "nf4", tmp_path)])
+    assert bf16.resolve(plain.id).entry().note is None
+    assert "nf4" in bf16.resolve(quantised.id).entry().note
+    assert "nf4" in nf4.resolve(plain.id).entry().note
+    assert nf4.resolve(quantised.id).entry().note is None
+
+
+def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_once(published, tmp_path, monkeypatch):
+    registry, publish = published
+    monkeypatch.setattr(type(registry.storage), "is_local", property(lambda _: False))
+    models = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
+    monkeypatch.undo()
+    adapter = publish("plain")
+    reads = []
+    resolve = registry.resolve
+    monkeypatch.setattr(registry, "resolve", lambda name: reads.append(name) or resolve(name))
+    for _ in range(5):
+        models.resolve(adapter.id)
+    assert reads == [adapter.id]
+    delete_published(models, adapter.id)
+    with pytest.raises(ApiError, match="does not exist"):
+        models.resolve(adapter.id)
