@@ -1,6 +1,6 @@
 """The ASGI application of a server: all routes, behind access control, with errors in one shape. Needs no Ray."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from importlib.metadata import version
 
@@ -10,8 +10,8 @@ from starlette.middleware.cors import CORSMiddleware
 from serve.database.database import open_database
 from serve.database.keys import find_key
 from serve.http.access import AccessLog
-from serve.http.errors import answer_errors_in_openai_shape
-from serve.http.keys import HEALTH_PATH, RequireKey
+from serve.http.errors import ApiError, answer_errors_in_openai_shape
+from serve.http.keys import HEALTH_PATH, READY_PATH, RequireKey
 from serve.http.openapi import describe
 from serve.inference.models import ServedModels
 from serve.inference.replies import Backend
@@ -20,8 +20,20 @@ from serve.playground.routes import playground_routes
 from serve.settings import ServeSettings
 
 
-def create_api(models: ServedModels, backends: Mapping[str, Backend], settings: ServeSettings) -> FastAPI:
-    """The application over the engines of each base, by the base's name."""
+async def _none_missing() -> Collection[str]:
+    return ()
+
+
+def create_api(
+    models: ServedModels,
+    backends: Mapping[str, Backend],
+    settings: ServeSettings,
+    missing: Callable[[], Awaitable[Collection[str]]] = _none_missing,
+) -> FastAPI:
+    """The application over the engines of each base, by the base's name.
+
+    `missing` names the bases that cannot answer yet; readiness depends on it.
+    """
     database = open_database(settings.database) if settings.database else None
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
@@ -33,6 +45,14 @@ def create_api(models: ServedModels, backends: Mapping[str, Backend], settings: 
     @api.head(HEALTH_PATH, include_in_schema=False)
     async def health() -> dict[str, object]:
         return {"status": "ok", "models": [base.name for base in models.bases]}
+
+    @api.get(READY_PATH)
+    @api.head(READY_PATH, include_in_schema=False)
+    async def ready() -> dict[str, object]:
+        """For load balancers: whether every base has a replica, or starts one when it is asked for."""
+        if names := ", ".join(await missing()):
+            raise ApiError(503, f"No replica runs yet: {names}.", "not_ready", retry_after=2)
+        return {"status": "ready"}
 
     root_key = settings.api_key.get_secret_value() if settings.api_key else None
     api.add_middleware(RequireKey, root_key=root_key, find_key=partial(find_key, database) if database else None)

@@ -25,6 +25,11 @@ _ROUTER = f"{AdapterRouter.__module__}.{AdapterRouter.__qualname__}"
 MAX_GATEWAY_REQUESTS = 2048
 """Far more than any base accepts: requests wait for their base, so that listing models does not wait behind them."""
 
+HEALTH_CHECK_SECONDS = 2
+"""A replica that has died is replaced within so long, and the time that loading takes."""
+QUEUE_BACKOFF_SECONDS = 0.05
+"""So long a place in the batch may stay free while a request waits. Serve's own is 0.5 s."""
+
 
 def complete(settings: ServeSettings) -> ServeSettings:
     """`settings` with storage and at least one base, and absolute folders.
@@ -52,6 +57,8 @@ def build_app(settings: ServeSettings, make_engine: MakeEngine = make_engine) ->
         name=GATEWAY,
         num_replicas=settings.gateways,
         max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        max_surge_percent=100,  # an update starts the new ones first
+        health_check_period_s=HEALTH_CHECK_SECONDS,
         graceful_shutdown_timeout_s=settings.limits.request_seconds,
         ray_actor_options={"num_cpus": 0},
     )
@@ -65,11 +72,13 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
         "max_ongoing_requests": base.max_batch,
         "max_queued_requests": settings.limits.max_queue,
         "graceful_shutdown_timeout_s": settings.limits.request_seconds,
+        "health_check_period_s": HEALTH_CHECK_SECONDS,
         "max_constructor_retry_count": 2,
         "ray_actor_options": {"num_cpus": base.cpus, "num_gpus": gpus},
         "request_router_config": RequestRouterConfig(
             request_router_class=_ROUTER,  # type: ignore[arg-type]  # its annotation is wrong in Ray 2.60
             request_router_kwargs={"busy_requests": max(1, base.max_batch // 2)},
+            max_backoff_s=QUEUE_BACKOFF_SECONDS,
         ),
         **_number_of_replicas(base),
     }

@@ -1,12 +1,19 @@
 """The gateway: the ingress deployment. It speaks HTTP, and asks the replicas of each base through Serve's handles."""
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Collection, Mapping
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ft_service.errors import FtError, ServingError
@@ -17,11 +24,14 @@ from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.http.errors import ApiError
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
+from serve.log import log_with_serve
 from serve.settings import ServeSettings
 
 ATTEMPTS = 2
 RETRY_SECONDS = 2
 BROADCAST_SECONDS = 5.0
+READINESS_SECONDS = 2.0
+"""So old an answer about readiness may be: load balancers ask often, and the controller has other work."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,26 +63,60 @@ class Replicas:
             except BackPressureError:
                 message = f"Too many requests wait for {self._name}. Try again in a moment."
                 raise ApiError(429, message, "overloaded", retry_after=RETRY_SECONDS) from None
-            except (RayActorError, DeploymentUnavailableError) as error:
+            except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
                 logger.warning("request %s: a replica of %s is gone (%s)", request.id, self._name, type(error).__name__)
                 if has_answered or attempt == ATTEMPTS:
                     raise ServingError(f"The replica of {self._name} that was answering has died. Ask again.") from None
-            finally:
-                stream.cancel()  # of no effect once it has ended
+            except (asyncio.CancelledError, GeneratorExit):
+                stream.cancel()  # only here: it raises a failure of the stream again
+                raise
 
     async def unload(self, adapter_digest: str) -> None:
         """Replicas that miss this notice find out by themselves within seconds."""
-        try:
-            await self._handle.broadcast("unload", adapter_digest).results_async(timeout_s=BROADCAST_SECONDS)
-        except (TimeoutError, RuntimeError) as error:
-            logger.warning("cannot ask the replicas of %s to unload %s: %s", self._name, adapter_digest[:8], error)
+        await self._broadcast("unload", adapter_digest)
 
     async def all_stats(self) -> list[EngineStats]:
+        return [stats for stats in await self._broadcast("stats") if isinstance(stats, EngineStats)]
+
+    async def _broadcast(self, method: str, *arguments: object) -> list[object]:
+        """What each replica returns that answers in time; nothing while none runs."""
         try:
-            return await self._handle.broadcast("stats").results_async(timeout_s=BROADCAST_SECONDS)
-        except (TimeoutError, RuntimeError) as error:
-            logger.warning("cannot ask the replicas of %s what they do: %s", self._name, error)
+            responses = self._handle.broadcast(method, *arguments)
+            results = await responses.results_async(timeout_s=BROADCAST_SECONDS, return_exceptions=True)
+        except DeploymentUnavailableError:
             return []
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("cannot ask the replicas of %s for %s: %s", self._name, method, error)
+            return []
+        for error in (result for result in results if isinstance(result, BaseException)):
+            logger.warning("a replica of %s did not answer %s: %s", self._name, method, type(error).__name__)
+        return [result for result in results if not isinstance(result, BaseException)]
+
+
+class Readiness:
+    """Which bases have no replica, although they must have one. Serve's controller knows."""
+
+    def __init__(self, application: str, bases: Collection[str]) -> None:
+        """`bases` are those that never scale to zero."""
+        self._application = application
+        self._bases = tuple(bases)
+        self._missing = self._bases
+        self._expires = 0.0
+        self._lock = asyncio.Lock()
+
+    async def missing(self) -> Collection[str]:
+        async with self._lock:
+            if time.monotonic() >= self._expires:
+                try:
+                    self._missing = await asyncio.to_thread(self._ask)
+                except (RayError, RayServeException, KeyError) as error:  # replicas answer without a controller, too
+                    logger.warning("cannot ask Serve's controller which replicas run: %s", error)
+                self._expires = time.monotonic() + READINESS_SECONDS
+        return self._missing
+
+    def _ask(self) -> tuple[str, ...]:
+        deployments = serve.status().applications[self._application].deployments
+        return tuple(base for base in self._bases if not deployments[base].replica_states.get("RUNNING"))
 
 
 @serve.deployment
@@ -82,10 +126,13 @@ class Gateway:
 
     def __init__(self, settings: ServeSettings, handles: Mapping[str, DeploymentHandle]) -> None:
         assert settings.storage
+        log_with_serve()
         bases = [load_base(base) for base in settings.bases]
         models = ServedModels(Registry(Storage(settings.storage)), bases)
         backends = {name: Replicas(name, handle) for name, handle in handles.items()}
-        self._api = create_api(models, backends, settings)
+        always_on = [base.model_name for base in settings.bases if not base.may_scale_to_zero]
+        readiness = Readiness(serve.get_replica_context().app_name, always_on)
+        self._api = create_api(models, backends, settings, readiness.missing)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api

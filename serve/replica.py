@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
@@ -14,6 +15,7 @@ from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.registry.servers import Announcement
 from ft_service.storage.storage import Storage
 from serve.engines.engine import Engine, EngineStats, GenerationChunk, GenerationRequest
+from serve.log import log_fields, log_with_serve
 from serve.metrics import EngineMetrics
 from serve.settings import BaseSettings, ServeSettings
 
@@ -48,6 +50,7 @@ class BaseReplica:
         self, settings: ServeSettings, base: BaseSettings, make_engine: MakeEngine = make_engine
     ) -> None:
         assert settings.storage
+        log_with_serve()
         self._registry = Registry(Storage(settings.storage))
         self._engine = await asyncio.to_thread(make_engine, base, self._registry)
         self._announcement = Announcement(self._registry.storage, self._served(base))
@@ -70,13 +73,28 @@ class BaseReplica:
         An error of ours ends the stream as a value: raised here, it would arrive wrapped in this process's traceback,
         and Serve would log that for every client's mistake.
         """
+        began = time.perf_counter()
+        tokens = 0
+        outcome = "cancelled"
         try:
             async with aclosing(self._engine.generate(request)) as chunks:
                 async for chunk in chunks:
+                    tokens += len(chunk.token_ids)
                     yield chunk
+            outcome = "ok"
         except FtError as error:
-            logger.info("request %s: %s", request.id, error)
+            outcome = f"{type(error).__name__}: {error}"
             yield error
+        finally:
+            fields = {
+                "request": request.id,
+                "adapter": request.adapter.id if request.adapter else None,
+                "outcome": outcome,
+                "prompt_tokens": len(request.prompt_ids),
+                "generated_tokens": tokens,
+                "seconds": round(time.perf_counter() - began, 4),
+            }
+            log_fields(logger, fields)
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -25,6 +25,8 @@ class AdapterRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # otherwise Serve tries again without a pause
         digest = _adapter_digest(pending_request)
         if digest is None:
             return [candidate_replicas]

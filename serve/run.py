@@ -151,12 +151,14 @@ def _check_running_serve(host: str, port: int, name: str) -> None:
 def _stop_serving(name: str, local: bool) -> None:
     """Delete this application once its answers are complete; shut Ray Serve down only if no other one is left.
 
-    A Ray of this process ends with it, and Serve with Ray. Trap: when Serve shuts down, Ray prints that a task failed
-    and is tried again without end.
+    However long the answers take: `serve.delete` itself gives up after a minute. A Ray of this process ends with it,
+    and Serve with Ray. Trap: when Serve shuts down, Ray prints that a task failed and is tried again without end.
     """
     try:
         if name in serve.status().applications:
-            serve.delete(name)
+            serve.delete(name, _blocking=False)
+            while name in serve.status().applications:
+                time.sleep(_POLL_SECONDS)
         if not local and not serve.status().applications:
             serve.shutdown()
     except KeyboardInterrupt:

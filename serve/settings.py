@@ -78,12 +78,16 @@ class BaseSettings(_Settings):
     def model_name(self) -> str:
         return self.name or short_name(self.base)
 
+    @property
+    def may_scale_to_zero(self) -> bool:
+        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
+
 
 class Limits(_Settings):
     """What one request, or all of them, may take. More is refused by name, before any work is done."""
 
     max_body_mib: float = Field(default=8, gt=0, description="Bytes of a request's body.")
-    max_queue: int = Field(default=256, ge=0, description="Requests that wait for a base; more get 429.")
+    max_queue: int = Field(default=256, ge=1, description="Requests that wait for a base; more get 429.")
     queue_seconds: float = Field(default=120, gt=0, description="How long a request waits for its first token.")
     request_seconds: float = Field(default=1800, gt=0, description="How long a request may take in all.")
     max_choices: int = Field(default=128, ge=1, description="Answers of one request: prompts times `n`.")

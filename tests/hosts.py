@@ -52,6 +52,7 @@ class Cluster:
     """A Ray head and further hosts; ended, whatever happened to them, when the block is left.
 
     `environment` is what a driver needs to join, on the head's host. `settings` are environment variables of all.
+    `sessions` has a folder for each host, in which Ray keeps its logs.
     """
 
     def __init__(self, folder: Path, head: Host, settings: Mapping[str, str] | None = None) -> None:
@@ -63,14 +64,14 @@ class Cluster:
         self.environment |= NOT_NICE | dict(settings or {})
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         # The paths of Ray's sockets lie below this folder, and Linux allows them 107 bytes.
-        self._sessions = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
+        self.sessions = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
 
     def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        shutil.rmtree(self._sessions, ignore_errors=True)
+        shutil.rmtree(self.sessions, ignore_errors=True)
 
     def start(self, *hosts: Host) -> None:
         """Start raylets, the head first if it is among them; returns when all have joined."""
@@ -102,7 +103,7 @@ class Cluster:
         return found
 
     def _start(self, host: Host) -> Path:
-        session = self._sessions / host.name
+        session = self.sessions / host.name
         shutil.rmtree(session, ignore_errors=True)
         command = ["ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={host.address}"]
         if host == self.head:

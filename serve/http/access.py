@@ -8,12 +8,13 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.log import log_fields
+
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _QUIET_PATHS = frozenset({"/v1/health", "/v1/ready"})
 
-logger = logging.getLogger("ray.serve.ft")
-"""Below Serve's own logger, which writes to the replica's log file, as JSON where the deployment asks for it."""
+logger = logging.getLogger(__name__)
 
 
 class AccessLog:
@@ -56,4 +57,4 @@ class AccessLog:
                     "seconds": round(time.perf_counter() - began, 4),
                     **fields,
                 }
-                logger.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra={"ft": fields})
+                log_fields(logger, fields)

@@ -23,7 +23,8 @@ from serve.http.errors import ApiError
 from serve.http.rates import Rates
 
 HEALTH_PATH = "/v1/health"
-OPEN_PATHS = frozenset({HEALTH_PATH, "/v1/ready", "/"})
+READY_PATH = "/v1/ready"
+OPEN_PATHS = frozenset({HEALTH_PATH, READY_PATH, "/"})
 """Health, and shells of pages, which hold no data."""
 CACHED_SECONDS = 5.0
 """So long a revoked key may still be accepted."""

@@ -212,7 +212,7 @@ def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left
     applications = {"ft", *left}
     shutdowns = []
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
-    monkeypatch.setattr("ray.serve.delete", applications.remove)
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
     monkeypatch.setattr("ray.serve.shutdown", lambda: shutdowns.append(1))
     _stop_serving("ft", local=False)
     assert applications == left and bool(shutdowns) == shuts_down
