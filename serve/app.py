@@ -78,7 +78,7 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
         "request_router_config": RequestRouterConfig(
             request_router_class=_ROUTER,  # type: ignore[arg-type]  # its annotation is wrong in Ray 2.60
             request_router_kwargs={"busy_requests": max(1, base.max_batch // 2)},
-            max_backoff_s=QUEUE_BACKOFF_SECONDS,
+            max_backoff_s=QUEUE_BACKOFF_SECONDS,  # type: ignore[arg-type]  # likewise
         ),
         **_number_of_replicas(base),
     }

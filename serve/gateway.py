@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -88,8 +89,8 @@ class Replicas:
         except (TimeoutError, RayError, RayServeException) as error:
             logger.warning("cannot ask the replicas of %s for %s: %s", self._name, method, error)
             return []
-        for error in (result for result in results if isinstance(result, BaseException)):
-            logger.warning("a replica of %s did not answer %s: %s", self._name, method, type(error).__name__)
+        for failure in (result for result in results if isinstance(result, BaseException)):
+            logger.warning("a replica of %s did not answer %s: %s", self._name, method, type(failure).__name__)
         return [result for result in results if not isinstance(result, BaseException)]
 
 
@@ -116,7 +117,7 @@ class Readiness:
 
     def _ask(self) -> tuple[str, ...]:
         deployments = serve.status().applications[self._application].deployments
-        return tuple(base for base in self._bases if not deployments[base].replica_states.get("RUNNING"))
+        return tuple(base for base in self._bases if not deployments[base].replica_states.get(ReplicaState.RUNNING))
 
 
 @serve.deployment

@@ -59,8 +59,8 @@ def write_world(folder: Path, sizes: dict[str, Any], num_adapters: int, dtype: s
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
         work = folder / f"adapter-{number}"
-        adapted.save_pretrained(work)
-        model = adapted.unload()
+        adapted.save_pretrained(str(work))
+        model = adapted.unload()  # type: ignore[assignment]
         records.append(registry.publish(work, draft_record(base, f"run-{number}"), base.name, "# {id}\n"))
     world = World(
         base=str(base),
