@@ -16,6 +16,7 @@ from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
+from ray.train.v2._internal.execution.worker_group import RayTrainWorker
 from ray.train.v2._internal.logging.patch_print import patch_print_function
 
 from ft_service.cluster.ray_cluster import remove_placement_groups
@@ -103,6 +104,10 @@ def test_ray_train_asks_nobody_for_nodes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert policy.make_decision_for_non_running_worker_group().num_workers == 2
     policy.make_decision_for_running_worker_group(None, None)
     policy.before_controller_abort()
+
+
+def test_workers_are_counted_by_the_name_that_ray_train_gives_them() -> None:
+    assert RayTrainWorker.__name__ == worker_group.WORKER
 
 
 def test_the_port_of_rank_zero_is_held_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
