@@ -17,7 +17,7 @@ from ft_service.storage.storage import Storage
 from serve.gateway import Gateway
 from serve.inference.models import only_base
 from serve.replica import BaseReplica, MakeEngine, make_engine
-from serve.router import AdapterRouter
+from serve.router import CONTROL_CALLS, AdapterRouter
 from serve.settings import BaseSettings, ServeSettings, absolute
 
 GATEWAY = "gateway"
@@ -69,7 +69,7 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
     gpus = _one_gpu_if_available() if base.gpus is None else base.gpus
     options: dict[str, Any] = {
         "name": base.model_name,
-        "max_ongoing_requests": base.max_batch,
+        "max_ongoing_requests": base.max_batch + CONTROL_CALLS,
         "max_queued_requests": settings.limits.max_queue,
         "graceful_shutdown_timeout_s": settings.limits.request_seconds,
         "health_check_period_s": HEALTH_CHECK_SECONDS,

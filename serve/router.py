@@ -1,11 +1,17 @@
 """Which replica of a base gets a request: one where its adapter is loaded already, unless that one has much to do."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from ray.serve._private.common import RunningReplicaInfo
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve.engines.engine import GenerationRequest
+
+CONTROL_CALLS = 8
+"""Calls beside its batch that a replica accepts, for what all replicas are asked: a full one must answer, too."""
 
 
 class AdapterRouter(RequestRouter):
@@ -21,6 +27,14 @@ class AdapterRouter(RequestRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._busy_requests = int(kwargs["busy_requests"])
+
+    def _update_running_replicas(self, running_replicas: Sequence[RunningReplicaInfo]) -> Any:
+        """Leave `CONTROL_CALLS` of each replica's places free of requests."""
+        infos = [
+            replace(info, max_ongoing_requests=max(1, info.max_ongoing_requests - CONTROL_CALLS))
+            for info in running_replicas
+        ]
+        return super()._update_running_replicas(infos)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -163,14 +163,30 @@ def test_judging_data_needs_neither_torch_nor_ray() -> None:
     assert files and not files & (importers("torch") | importers("ray"))
 
 
-def test_an_engine_knows_no_http_and_the_routes_know_no_engine() -> None:
-    for file in (ROOT / "serve/engines").glob("*.py"):
-        assert not any(
-            name.startswith(("fastapi", "starlette", "serve.http", "serve.inference")) for name in imports(file)
-        )
-    for file in (ROOT / "serve/inference").glob("*.py"):
+HTTP = ("fastapi", "starlette", "uvicorn", "serve.http", "serve.inference", "serve.api", "serve.gateway")
+
+
+def test_an_engine_knows_neither_http_nor_the_database_nor_ray_serve() -> None:
+    for file in (ROOT / "serve/engines").rglob("*.py"):
+        assert not any(name.startswith((*HTTP, "serve.database", "ray.serve")) for name in imports(file)), file
+
+
+def test_the_replica_of_an_engine_knows_no_http() -> None:
+    assert not any(name.startswith((*HTTP, "serve.database")) for name in imports(ROOT / "serve/replica.py"))
+
+
+def test_gateway_and_routes_know_engines_only_by_their_interface() -> None:
+    files = [ROOT / "serve/gateway.py", ROOT / "serve/api.py", ROOT / "serve/router.py"]
+    for file in (*files, *(ROOT / "serve/inference").rglob("*.py"), *(ROOT / "serve/http").rglob("*.py")):
         engines = {name for name in imports(file) if name.startswith("serve.engines.")}
-        assert all(name.startswith("serve.engines.engine") for name in engines)
+        assert all(name.startswith("serve.engines.engine") for name in engines), file
+
+
+def test_routes_know_no_ray_serve() -> None:
+    for folder in ("inference", "http", "database", "playground"):
+        assert not any(
+            name.startswith("ray") for file in (ROOT / "serve" / folder).rglob("*.py") for name in imports(file)
+        )
 
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:

@@ -116,16 +116,21 @@ def inference_routes(
 
     # lm-eval and others ask for these without /v1.
 
-    @api.post("/v1/tokenize", openapi_extra=reads(TokenizeRequest))
+    @api.post("/v1/tokenize", openapi_extra=reads(TokenizeRequest), response_model=TokenizeReply)
     @api.post("/tokenize", include_in_schema=False)
-    async def tokenize(http: Request) -> TokenizeReply:
+    async def tokenize(http: Request) -> Response:
         request = await read_json(http, TokenizeRequest, limits.max_body_mib)
         model = _model_or_only_base(models, request.model)
         tokens = translate.tokens(model)
         characters = len(request.prompt or "") + sum(len(str(turn.get("content"))) for turn in request.messages or ())
-        ids = await _encode(characters, lambda: _token_ids(request, model, tokens))
-        strings = tokens.strings(ids) if request.return_token_strs else None
-        return TokenizeReply(count=len(ids), max_model_len=model.base.context_length, tokens=ids, token_strs=strings)
+
+        def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
+            ids = _token_ids(request, model, tokens)
+            strings = tokens.strings(ids) if request.return_token_strs else None
+            size = model.base.context_length
+            return TokenizeReply(count=len(ids), max_model_len=size, tokens=ids, token_strs=strings).model_dump_json()
+
+        return Response(await _encode(characters, reply), media_type="application/json")
 
     @api.post("/v1/detokenize", openapi_extra=reads(DetokenizeRequest))
     @api.post("/detokenize", include_in_schema=False)

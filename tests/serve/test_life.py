@@ -263,9 +263,9 @@ def test_a_rolling_update_costs_no_request(server):
     )
     try:
         deploying = server.threads.submit(deploy, server.settings)
-        wait_for(lambda: pid(server.ask([WHO, 1])) not in before, SECONDS)
+        wait_for(lambda: pid(server.ask([WHO, 1])) not in before, 2 * SECONDS)
         release(server.base)
-        deploying.result(SECONDS)
+        deploying.result(3 * SECONDS)
     finally:
         is_done.set()
     replies = [reply for asker in askers for reply in asker.result()]

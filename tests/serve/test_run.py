@@ -221,7 +221,7 @@ def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left
 def test_a_server_with_a_ray_of_its_own_leaves_the_end_of_serve_to_ray(monkeypatch):
     applications = {"ft"}
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
-    monkeypatch.setattr("ray.serve.delete", applications.remove)
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
     monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("Ray would print that a task failed"))
     _stop_serving("ft", local=True)
     assert applications == set()

@@ -426,6 +426,60 @@ def test_a_failure_in_mid_stream_ends_without_done(call):
     assert "[DONE]" not in response.text
 
 
+class StuckEngine(ScriptedEngine):
+    """After its chunks it never ends."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        async for chunk in super().generate(request):
+            yield chunk
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_waits_too_long_in_the_queue_is_a_503_to_try_again(call, stream):
+    limits = {"queue_seconds": 0.05}
+    response = call(StuckEngine(), "/v1/completions", {**COMPLETION, "stream": stream}, limits=limits)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_timeout")
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_an_answer_that_takes_too_long_is_a_504_and_a_stream_ends_in_an_error(call):
+    limits = {"request_seconds": 0.05}
+    response = call(StuckEngine(HELLO[0]), "/v1/completions", COMPLETION, limits=limits)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "request_timeout")
+    response = call(StuckEngine(HELLO[0]), "/v1/completions", {**COMPLETION, "stream": True}, limits=limits)
+    assert response.status_code == 200
+    assert events_of(response)[-1]["error"]["code"] == "request_timeout" and "[DONE]" not in response.text
+
+
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(call):
+    raw = b'{"model": "tiny", "prompt": [' + b"5," * 2**20 + b"5]}"
+    response = call(ScriptedEngine(), "/v1/completions", raw=raw)
+    assert response.status_code == 413 and "1,048,576 values" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_server_is_ready_once_no_base_is_missing_and_asking_needs_no_key(base, tmp_path, method):
+    missing: list[str] = ["tiny"]
+
+    async def asked() -> list[str]:
+        return missing
+
+    models = ServedModels(Registry(Storage(str(tmp_path))), [base])
+    settings = ServeSettings(storage=str(tmp_path), api_key="a key")
+    api = create_api(models, {"tiny": ScriptedEngine()}, settings, asked)
+
+    async def ready() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
+            return await http.request(method, "/v1/ready")
+
+    response = asyncio.run(ready())
+    assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
+    assert method == "HEAD" or "tiny" in response.json()["error"]["message"]
+    missing.clear()
+    assert asyncio.run(ready()).status_code == 200
+
+
 # -- what an answer may have -------------------------------------------------------------------------------------------
 
 
