@@ -136,6 +136,7 @@ def our_server(
         # Ray makes its workers nicer than whoever started it: beside other programs the engine would get less.
         "RAY_worker_niceness": "0",
         "RAY_ADDRESS": "",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s are too few on a busy machine
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }

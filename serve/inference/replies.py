@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -16,7 +16,6 @@ from serve.inference.translate import Generation
 from serve.inference.wire import (
     AssistantMessage,
     ChatChoice,
-    ChatChunkChoice,
     ChatLogprobs,
     ChatToken,
     ChatTokenWithTop,
@@ -116,6 +115,11 @@ def _took_too_long(has_begun: bool, seconds: float) -> ApiError:
     return ApiError(503, message, "queue_timeout", retry_after=30)
 
 
+EventChoice = dict[str, Any]
+"""A choice of an event, as JSON has it. A plain dictionary: there is one for every chunk, and pydantic costs more than
+all the rest of it."""
+
+
 # -- shapes of the two calls -------------------------------------------------------------------------------------------
 
 
@@ -163,10 +167,10 @@ class ChatShape:
             logprobs=self._logprobs(answer.logprobs),
         )
 
-    def opening(self, index: int) -> list[Choice]:
+    def opening(self, index: int) -> list[EventChoice]:
         return [self._chunk(index, {"role": "assistant", "content": ""})]
 
-    def events(self, index: int, chunk: GenerationChunk) -> list[Choice]:
+    def events(self, index: int, chunk: GenerationChunk) -> list[EventChoice]:
         text = chunk.text
         call = None
         if self._tools and (index not in self._held or self._held[index]):
@@ -190,9 +194,14 @@ class ChatShape:
         delta: dict[str, Any],
         logprobs: Sequence[TokenLogprob] = (),
         finish_reason: FinishReason | None = None,
-    ) -> Choice:
+    ) -> EventChoice:
         values = self._logprobs(logprobs) if logprobs else None
-        return ChatChunkChoice(index=index, finish_reason=finish_reason, delta=delta, logprobs=values)
+        return {
+            "index": index,
+            "finish_reason": finish_reason,
+            "delta": delta,
+            "logprobs": None if values is None else values.model_dump(),
+        }
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if not self._wants_logprobs:
@@ -233,14 +242,15 @@ class CompletionShape:
 
     def choice(self, index: int, answer: _Answer) -> Choice:
         logprobs = self._logprobs(index, [*answer.prompt_logprobs, *answer.logprobs])
-        return self._choice(index, self._echo(index) + answer.text, answer.finish_reason, logprobs)
+        text = self._echo(index) + answer.text
+        return CompletionChoice(index=index, text=text, finish_reason=answer.finish_reason, logprobs=logprobs)
 
-    def opening(self, index: int) -> list[Choice]:
+    def opening(self, index: int) -> list[EventChoice]:
         # With log-probabilities the prompt's come with the first chunk, and so does its text.
         text = self._echo(index)
         return [self._choice(index, text, None, None)] if text and not self._wants_logprobs else []
 
-    def events(self, index: int, chunk: GenerationChunk) -> list[Choice]:
+    def events(self, index: int, chunk: GenerationChunk) -> list[EventChoice]:
         logprobs: Sequence[TokenLogprob | None] = [*chunk.prompt_logprobs, *chunk.logprobs]
         is_first = index not in self._offsets
         text = (self._echo(index) if is_first and self._wants_logprobs else "") + chunk.text
@@ -252,10 +262,10 @@ class CompletionShape:
     def _echo(self, index: int) -> str:
         return self._echoed[index] if self._echoed else ""
 
-    def _choice(
-        self, index: int, text: str, reason: FinishReason | None, logprobs: CompletionLogprobs | None
-    ) -> CompletionChoice:
-        return CompletionChoice(index=index, text=text, finish_reason=reason, logprobs=logprobs)
+    @staticmethod
+    def _choice(index: int, text: str, reason: FinishReason | None, logprobs: CompletionLogprobs | None) -> EventChoice:
+        values = None if logprobs is None else logprobs.model_dump()
+        return {"index": index, "finish_reason": reason, "text": text, "logprobs": values}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | None]) -> CompletionLogprobs | None:
         if not self._wants_logprobs:
@@ -325,12 +335,12 @@ async def event_stream(
 
     A comment comes where nothing else does: a request may wait in the queue for longer than its client.
     """
-    reply = empty_reply(generation, shape, is_stream=True)
+    reply = empty_reply(generation, shape, is_stream=True).model_dump(exclude={"choices", "usage"})
     answers = [_Answer() for _ in generation.requests]
 
-    def events(choices: Iterable[Choice], usage: Usage | None = None) -> str:
-        content = reply.model_copy(update={"choices": list(choices), "usage": usage})
-        return event_text(content.model_dump(exclude=None if include_usage else {"usage"}))
+    def events(choices: Sequence[EventChoice], usage: Usage | None = None) -> str:
+        ending = {"usage": usage and usage.model_dump()} if include_usage else {}
+        return event_text({**reply, "choices": choices, **ending})
 
     try:
         async with aclosing(_from_first(first, rest)) as pieces:

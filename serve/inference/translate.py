@@ -157,6 +157,7 @@ class Translator:
             sampling=_sampling(request),
             stop=request.stop_texts,
             json_schema=request.response_format.schema_text if request.response_format else None,
+            whole=not request.stream,
         )
 
 

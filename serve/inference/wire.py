@@ -337,11 +337,6 @@ class ChatChoice(Choice):
     logprobs: ChatLogprobs | None
 
 
-class ChatChunkChoice(Choice):
-    delta: dict[str, Any]
-    logprobs: ChatLogprobs | None
-
-
 class CompletionChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None
