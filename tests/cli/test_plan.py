@@ -85,7 +85,7 @@ def test_the_spec_is_checked_against_the_hardware(spec: Path) -> None:
         (["--gpu-type", "H1000"], "--gpu-type = 'H1000': unknown type. Did you mean H100? Known types: T4,"),
         (["--nodes", 1, "--gpus", 8], "--nodes = 1: conflicts with --gpus = 8"),
         (["--max-seq-len", 512], "--max-seq-len = 512: only for --table"),
-        (["--table", "llama-3.1-8b"], "needs either a SPEC or --table MODEL"),
+        (["--table", "llama-3.1-8b"], "needs either a SPEC, --table MODEL or --serve MODEL"),
     ],
 )
 def test_invalid_arguments_exit_with_code_2(spec: Path, arguments: list[Any], message: str) -> None:
