@@ -11,7 +11,7 @@ import pytest
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from ft_service.cluster.ray_cluster import NumActors, kill_actors, map_on_cluster, num_actors, remove_placement_groups
+from ft_service.cluster.ray_cluster import kill_actors, map_on_cluster, remove_placement_groups
 from ft_service.data import prepare
 from ft_service.data.files.shard import ShardChanged
 from ft_service.data.prepare import prepare_dataset
@@ -66,20 +66,6 @@ def test_killing_actors_wakes_waiters_and_spares_other_classes() -> None:
     assert not waiting.is_alive() and errors
     assert ray.get(other.answer.remote()) == "here"
     kill_actors("Controller")  # there is none any more
-
-
-def test_actors_that_start_and_that_live_are_counted_and_dead_ones_are_not() -> None:
-    living = ray.remote(num_cpus=0)(Other).remote()
-    assert ray.get(living.answer.remote()) == "here"
-    before = num_actors("Other")
-    dead = ray.remote(num_cpus=0)(Other).remote()
-    assert ray.get(dead.answer.remote()) == "here"
-    ray.kill(dead)
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(dead.answer.remote())
-    starting = ray.remote(num_cpus=1000)(Other).remote()  # there is no such node
-    assert num_actors("Other") == NumActors(before.starting + 1, before.living)
-    ray.kill(starting)
 
 
 class Reserving:
