@@ -227,7 +227,7 @@ def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(server):
     all_of(server, lambda found: all(replica["running"] == 0 for replica in found))
     streams = [begun(Stream(server)) for _ in range(4)]
     late = [server.start([LATE, 1]) for _ in range(2 * BATCH - 4)]
-    all_of(server, lambda found: [replica["running"] for replica in found] == [BATCH, BATCH])
+    all_of(server, lambda found: sum(replica["running"] for replica in found) == 2 * BATCH)
     queued = [server.start([WHO, 1]) for _ in range(2)]
     victim = streams[0].pid
     cut = [stream for stream in streams if stream.pid == victim]
