@@ -253,8 +253,13 @@ def ratios_of(figures: Figures) -> tuple[dict[str, float | None], dict[str, floa
         throughput[name] = cpu[name] = None
         if pairs:
             throughput[name] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
-            cpu[name] = statistics.median(b["cpu_ms_per_token"] / a["cpu_ms_per_token"] for a, b in pairs)
+            cpu[name] = statistics.median(engine_cpu(b) / engine_cpu(a) for a, b in pairs)
     return throughput, cpu
+
+
+def engine_cpu(run: dict[str, Any]) -> float:
+    """CPU-milliseconds a token; of a server those of the engine's process, which has a core to itself."""
+    return float(run.get("engine_process_cpu_ms_per_token") or run["cpu_ms_per_token"])
 
 
 def print_table(table: dict[str, dict[str, float | None]]) -> None:

@@ -21,8 +21,8 @@ from serve.metrics import EngineMetrics
 from serve.settings import BaseSettings, ServeSettings
 
 CHUNK_SECONDS = 0.03
-"""After its first token a stream gets a chunk at most this often: a reader sees no difference, and a chunk costs the
-processes between engine and client about a millisecond of CPU."""
+"""After its first token a stream gets a chunk at most this often. A reader sees no difference, and what a chunk costs
+between engine and client hardly depends on its tokens."""
 CARE_SECONDS = 5.0
 """How often a replica exports its metrics, and looks for adapters that were deleted."""
 

@@ -1,4 +1,4 @@
-"""Servers over HTTP: ours (`ft serve`), `transformers serve`, and clients that read their streams at little cost."""
+"""Servers over HTTP: ours, `transformers serve`, and clients that read their streams at little cost."""
 
 import asyncio
 import contextlib
@@ -112,7 +112,7 @@ async def stream(port: int, body: dict[str, Any]) -> AsyncGenerator[int, None]:
 def our_server(
     world: World, folder: Path, batch: int, replicas: int = 1, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """`ft serve` with one base, in processes as nice as this one."""
+    """The Serve application with one base, in processes as nice as this one."""
     port = _free_port()
     base = {
         "base": world.base,
@@ -124,14 +124,9 @@ def our_server(
         "gpus": 0,
         "cache_gib": 0.5,
     }
-    application = {
-        "name": "ft",
-        "import_path": "serve.app:app",
-        "args": {"storage": world.storage, "bases": [base]},
-    }
-    config = folder / "config.yaml"  # JSON is YAML
-    config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
-    command = [sys.executable, "-m", "ft_service.cli.app", "serve", "--config", str(config)]
+    file = folder / "settings.json"
+    file.write_text(json.dumps({"storage": world.storage, "bases": [base]}))
+    command = [sys.executable, "-m", "benchmarks.serving.host", str(file), str(port)]
     settings = {
         # Ray makes its workers nicer than whoever started it: beside other programs the engine would get less.
         "RAY_worker_niceness": "0",
@@ -140,7 +135,7 @@ def our_server(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
-    with _running(command, settings, folder / "server.log", b"Serving at") as process:
+    with _running(command, settings, folder / "server.log", b"Serving") as process:
         yield Server(process, port, lambda ask: _body(world, ask))
 
 

@@ -1,0 +1,40 @@
+"""Our server in a Ray of its own, without Ray's dashboard: `python -m benchmarks.serving.host SETTINGS.json PORT`.
+
+`ft serve` starts the dashboard as well, whose processes would take CPU beside the gateway that is measured.
+"""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    import ray
+    from ray import serve
+
+    from serve.app import build_app
+    from serve.run import LOGGING
+    from serve.settings import ServeSettings
+
+    settings = ServeSettings.model_validate_json(Path(sys.argv[1]).read_bytes())
+    ray.init(
+        address="local",
+        num_cpus=len(settings.bases) * settings.bases[0].replicas,
+        include_dashboard=False,
+        logging_level="WARNING",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+    serve.run(build_app(settings), name="ft", logging_config=LOGGING)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())  # after ray.init, which installs its own
+    print("Serving", flush=True)
+    ended.wait()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
