@@ -34,10 +34,6 @@ MakeEngine = Callable[[BaseSettings, Registry], Engine]
 def make_engine(base: BaseSettings, registry: Registry) -> Engine:
     """Load the base. Imports the engine's libraries here: Serve's controller and `ft serve` need none of them."""
     folder = resolve_base(base.base, base.revision)
-    if base.engine == "vllm":
-        from serve.engines.vllm_engine import VllmEngine
-
-        return VllmEngine(folder, registry, base)
     four_bit = base.precision == "nf4" or "quantization_config" in read_config(folder)
     # Loading belongs inside: transformers asks of each weight whether it is a distributed tensor.
     with light_imports(four_bit=four_bit):

@@ -47,9 +47,7 @@ class BaseSettings(_Settings):
         pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
         description="The base's model name over HTTP. Default: the last part of `base`, lower case.",
     )
-    engine: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="transformers: CPU and GPU. vllm: GPUs in production, an extra to install."
-    )
+    engine: Literal["transformers"] = Field(default="transformers", description="What runs the base, on CPU or GPU.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="What the base computes in; auto is the checkpoint's own."
     )

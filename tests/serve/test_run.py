@@ -127,7 +127,7 @@ def test_the_shipped_config_is_valid_for_ray_serve_and_for_us():
     content = yaml.safe_load((PROJECT / "serve/config.yaml").read_text())
     schema = ServeDeploySchema.model_validate(content)
     settings = ServeSettings.model_validate(schema.applications[0].args)
-    assert [base.engine for base in settings.bases] == ["transformers", "vllm"]
+    assert [base.precision for base in settings.bases] == ["auto", "nf4"]
 
 
 def test_an_unreachable_cluster_is_one_line(world, monkeypatch):

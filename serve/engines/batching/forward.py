@@ -25,7 +25,9 @@ class Forward:
     def __init__(self, model: LlamaForCausalLM, store: KeyValueStore, lora: BatchedLora | None = None) -> None:
         rope_type = (model.config.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in _FIXED_ROPE:  # others rotate by the longest position in the batch
-            raise ServingError(f"the base's rope_type = {rope_type!r} depends on what else is in the batch. Use vllm.")
+            raise ServingError(
+                f"the base's rope_type = {rope_type!r} depends on what else is in the batch; such a base cannot be served."
+            )
         register_paged_attention()
         model.set_attn_implementation(PAGED_ATTENTION)
         self._model = model
