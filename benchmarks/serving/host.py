@@ -3,6 +3,7 @@
 `ft serve` starts the dashboard as well, whose processes would take CPU beside the gateway that is measured.
 """
 
+import logging
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ def main() -> None:
         address="local",
         num_cpus=len(settings.bases) * settings.bases[0].replicas,
         include_dashboard=False,
-        logging_level="WARNING",
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})

@@ -26,7 +26,7 @@ class Forward:
         rope_type = (model.config.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in _FIXED_ROPE:  # others rotate by the longest position in the batch
             raise ServingError(
-                f"the base's rope_type = {rope_type!r} depends on what else is in the batch; such a base cannot be served."
+                f"rope_type = {rope_type!r}: positions depend on what else is in a batch, so the base cannot be served."
             )
         register_paged_attention()
         model.set_attn_implementation(PAGED_ATTENTION)
