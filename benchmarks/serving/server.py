@@ -21,6 +21,8 @@ from benchmarks.serving.work import Ask, Round, World, ask_all, asks_of, report
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 300
 STOP_SECONDS = 60
+QUIET_SECONDS = 120
+"""A stream that sends nothing for so long has failed."""
 BASE_NAME = "bench-llama"
 
 
@@ -88,14 +90,14 @@ async def stream(port: int, body: dict[str, Any]) -> AsyncGenerator[int, None]:
         status = await reader.readline()
         if b" 200 " not in status:
             raise FailedRequestError((status + await reader.read(2000)).decode(errors="replace"))
-        async for line in reader:
+        while line := await asyncio.wait_for(reader.readline(), QUIET_SECONDS):
             if not line.startswith(b"data: "):
                 continue
             received.append(line)
             if not begun and b"[DONE]" not in line and b'"error"' not in line:
                 begun = True
                 yield 1
-    except OSError as error:
+    except (OSError, TimeoutError) as error:
         raise FailedRequestError(repr(error)) from error
     finally:
         writer.close()
