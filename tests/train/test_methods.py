@@ -291,8 +291,8 @@ def test_a_run_writes_to_all_its_trackers_and_another_is_sent_later(
     assert not (world / "storage" / by_one_process.path / "tensorboard").exists()
     assert list((world / "storage" / by_torchrun.path / "wandb").glob("offline-run-*"))
     steps = len(read_metrics(by_one_process.storage, by_one_process.run_id))
-    assert send(by_one_process, "mlflow") == steps
-    assert send(by_one_process, "mlflow") == 0
+    assert send(by_one_process, "mlflow").num_steps == steps
+    assert send(by_one_process, "mlflow").num_steps == 0
     client = MlflowClient(tracking_uri=(world / "storage" / "mlflow").as_uri())
     experiment = client.get_experiment_by_name("ft-service")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
