@@ -88,7 +88,7 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             _announce(settings, host, port, name, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
-            print("Stopping: answers that have begun are finished; again to stop at once.", flush=True)
+            print("Stopping: waiting for answers that have begun; again to stop at once.", flush=True)
 
 
 def _check_name(name: str) -> None:

@@ -79,7 +79,7 @@ def test_the_plan_says_what_the_data_check_finds(spec: Path, tmp_path: Path) -> 
     assert "Data check: passes" in plan(spec)
     unlicensed = plan(spec, "data.train.0.license=null", "data.train.0.source=null")
     assert "Data check: fails, so the run would stop (fails on " in unlicensed
-    assert "`ft data check SPEC` shows each finding." in unlicensed
+    assert "`ft data check SPEC` shows each finding." in " ".join(unlicensed.split())
     code = unlicensed.partition("(fails on ")[2].split(";")[0].split(")")[0].split(",")[0]
     waived = plan(spec, "data.train.0.license=null", "data.train.0.source=null", f"data.waive.{code}=ours")
     assert code not in waived.partition("Data check: ")[2].splitlines()[0] and "1 waived" in waived

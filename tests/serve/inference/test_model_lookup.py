@@ -64,8 +64,8 @@ def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_o
     monkeypatch.undo()
     adapter = publish("plain")
     reads = []
-    resolve = registry.resolve
-    monkeypatch.setattr(registry, "resolve", lambda name: reads.append(name) or resolve(name))
+    find = registry.find
+    monkeypatch.setattr(registry, "find", lambda name: reads.append(name) or find(name))
     for _ in range(5):
         models.resolve(adapter.id)
     assert reads == [adapter.id]
