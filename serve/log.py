@@ -7,7 +7,7 @@ _PACKAGES = ("serve", "ft_service")
 
 
 def log_with_serve() -> None:
-    """From now on this process's loggers of ours pass their messages to Ray Serve's, with its handlers and level."""
+    """From now on our loggers pass their messages to Ray Serve's, with its handlers and level."""
     for package in _PACKAGES:
         logging.getLogger(package).parent = logging.getLogger("ray.serve")
 

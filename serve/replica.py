@@ -70,7 +70,7 @@ class BaseReplica:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk | FtError, None]:
         """See `serve.engines.engine.Engine.generate`. Serve closes the generator when its caller goes away.
 
-        An error of ours ends the stream as a value: raised here, it would arrive wrapped in this process's traceback,
+        Our own errors end the stream as a value: raised here, one would arrive wrapped in this process's traceback,
         and Serve would log that for every client's mistake.
         """
         began = time.perf_counter()
