@@ -35,8 +35,8 @@ def layer_counts(shape: ModelShape, tokens: int, *, rank: int | None, stock: boo
         head_dim=shape.head_dim,
         vocab_size=8,
         num_hidden_layers=1,
-        attn_implementation=PACKED_ATTENTION,
     )
+    config._attn_implementation = PACKED_ATTENTION
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config).bfloat16()
     if rank is not None:

@@ -3,10 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ft_service.chat.format import ChatFormat
 from ft_service.model.base import fingerprint
@@ -31,7 +32,7 @@ class World:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.base)
 
-    def stock_model(self, adapter: AdapterRecord | None = None, **options) -> PreTrainedModel | PeftModel:
+    def stock_model(self, adapter: AdapterRecord | None = None, **options) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.base, **options)
         return PeftModel.from_pretrained(model, self.registry.folder(adapter)) if adapter is not None else model
 
@@ -51,7 +52,8 @@ class World:
     def stock_logprobs(self, ids: list[int], adapter: AdapterRecord | None = None) -> torch.Tensor:
         """Of every token after each but the last of `ids` [tokens - 1, V]."""
         with torch.inference_mode():
-            return self.stock_model(adapter)(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+            logits = self.stock_model(adapter)(input_ids=torch.tensor([ids[:-1]])).logits
+            return logits[0].log_softmax(-1)
 
 
 def make_world(folder: Path) -> World:
@@ -81,7 +83,7 @@ def write_adapter(base: Path, work: Path, seed: int, std: float = 0.2) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(work)
+    model.save_pretrained(str(work))
 
 
 def draft_record(base: Path, run_name: str, base_fingerprint: str | None = None) -> dict[str, object]:

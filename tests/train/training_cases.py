@@ -227,8 +227,9 @@ def frozen_facts(base: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dic
     def packed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().contiguous().view(torch.uint8).flatten()
 
-    stock = dict(stock_4bit(folder, dtype).named_parameters())
+    stock: dict[str, Any] = dict(stock_4bit(folder, dtype).named_parameters())
     facts = {}
+    parameter: Any  # bitsandbytes and DeepSpeed add attributes to it
     for name, parameter in base.named_parameters():
         if type(parameter).__name__ != "Params4bit":
             continue
