@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
 from serve.http.errors import ApiError, as_api_error
+from serve.http.in_flight import InFlight
 from serve.inference.tools import may_become_call, parse_call
 from serve.inference.translate import Generation
 from serve.inference.wire import (
@@ -58,11 +59,13 @@ Pieces = AsyncGenerator[tuple[int, GenerationChunk] | None, None]
 """Chunks in the order of their arrival, each with the index of its choice. None where nothing came for a while."""
 
 
-async def pieces_of(engine: Backend, requests: Sequence[GenerationRequest], limits: Limits) -> Pieces:
+async def pieces_of(
+    engine: Backend, requests: Sequence[GenerationRequest], limits: Limits, in_flight: InFlight
+) -> Pieces:
     """All choices at once, so that the engine answers them in one batch.
 
-    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds`, 504 if the answers
-    take longer than `request_seconds`.
+    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds` or the server stops,
+    504 if the answers take longer than `request_seconds`.
     """
     chunks: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue()
 
@@ -82,25 +85,26 @@ async def pieces_of(engine: Backend, requests: Sequence[GenerationRequest], limi
     has_begun = False
     quiet_seconds = FIRST_QUIET_SECONDS
     try:
-        while unfinished:
-            allowed = limits.request_seconds if has_begun else min(limits.queue_seconds, limits.request_seconds)
-            left = began + allowed - loop.time()
-            try:
-                async with asyncio.timeout(min(quiet_seconds, left)):
-                    index, chunk = await chunks.get()
-            except TimeoutError:
-                if left <= quiet_seconds:
-                    raise _took_too_long(has_begun, allowed) from None
-                quiet_seconds = QUIET_SECONDS
-                yield None
-                continue
-            if chunk is None:
-                unfinished -= 1
-            elif isinstance(chunk, Exception):
-                raise chunk
-            else:
-                has_begun = True
-                yield index, chunk
+        with in_flight.answering(lambda error: chunks.put_nowait((0, error))):
+            while unfinished:
+                allowed = limits.request_seconds if has_begun else min(limits.queue_seconds, limits.request_seconds)
+                left = began + allowed - loop.time()
+                try:
+                    async with asyncio.timeout(min(quiet_seconds, left)):
+                        index, chunk = await chunks.get()
+                except TimeoutError:
+                    if left <= quiet_seconds:
+                        raise _took_too_long(has_begun, allowed) from None
+                    quiet_seconds = QUIET_SECONDS
+                    yield None
+                    continue
+                if chunk is None:
+                    unfinished -= 1
+                elif isinstance(chunk, Exception):
+                    raise chunk
+                else:
+                    has_begun = True
+                    yield index, chunk
     finally:
         for task in tasks:
             task.cancel()

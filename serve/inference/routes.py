@@ -1,7 +1,7 @@
 """The routes of the inference API: read a request, ask the engine of its base, answer in OpenAI's shapes."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -14,6 +14,7 @@ from serve.database.database import session
 from serve.engines.engine import EngineStats
 from serve.http.body import read_json
 from serve.http.errors import ApiError
+from serve.http.in_flight import InFlight
 from serve.http.keys import client_of
 from serve.http.openapi import reads
 from serve.inference.meter import measured
@@ -52,7 +53,11 @@ Result = TypeVar("Result")
 
 
 def inference_routes(
-    models: ServedModels, backends: Mapping[str, Backend], settings: ServeSettings, database: Engine | None
+    models: ServedModels,
+    backends: Mapping[str, Backend],
+    settings: ServeSettings,
+    database: Engine | None,
+    in_flight: InFlight,
 ) -> APIRouter:
     """The routes over the engines of each base, by the base's name. `database` keeps the audit log."""
     api = APIRouter()
@@ -91,7 +96,7 @@ def inference_routes(
     async def chat_completions(http: Request) -> Response:
         request = await read_json(http, ChatRequest, limits.max_body_mib)
         client_of(http).check_may_use(request.model)
-        characters = sum(len(str(message.get("content"))) for message in request.messages)
+        characters = _characters(request.messages)
         generation = await _encode(characters, lambda: translate.chat(request, request_id(http)))
         return await respond(http, generation, request, ChatShape(generation))
 
@@ -104,7 +109,7 @@ def inference_routes(
         return await respond(http, generation, request, CompletionShape(generation))
 
     async def respond(http: Request, generation: Generation, request: GenerationParameters, shape: Shape) -> Response:
-        pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits)
+        pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits, in_flight)
         pieces = measured(pieces, generation, http, metrics, log_prompts=settings.log_prompts)
         headers = generation.model.headers
         if not request.stream:
@@ -122,7 +127,7 @@ def inference_routes(
         request = await read_json(http, TokenizeRequest, limits.max_body_mib)
         model = _model_or_only_base(models, request.model)
         tokens = translate.tokens(model)
-        characters = len(request.prompt or "") + sum(len(str(turn.get("content"))) for turn in request.messages or ())
+        characters = len(request.prompt or "") + _characters(request.messages or ())
 
         def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
             ids = _token_ids(request, model, tokens)
@@ -175,6 +180,14 @@ def _note_deletion(database: Engine, key: str, model_id: str) -> None:
 
 async def _encode(characters: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(executor_for(characters), work)
+
+
+def _characters(messages: Iterable[Mapping[str, object]]) -> int:
+    """About how long a conversation is, at little cost."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    texts = [*contents, *(part.get("text") for part in parts if isinstance(part, dict))]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _model_or_only_base(models: ServedModels, model_id: str | None) -> ServedModel:

@@ -6,7 +6,6 @@ never change: in chat, special tokens within a text are plain text; in a complet
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,8 @@ from ft_service.model.base import load_tokenizer
 from serve.inference.bases import ServedBase
 
 LONG_CHARACTERS = 32_768
+_LIKELY_CHARACTERS = 4
+"""Of a token. A text with more of them than fit is measured in pieces before it is encoded as a whole."""
 _SHORT_TEXTS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 _LONG_TEXTS = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode-long")
 
@@ -32,6 +33,8 @@ class BaseTokens:
     def __init__(self, base: ServedBase) -> None:
         self.base = base
         self._with_special_tokens = load_tokenizer(base.folder)
+        self.max_token_characters = max(len(token) for token in self.tokenizer.get_vocab())
+        """No token stands for more characters; so a text has at least its length divided by this many tokens."""
         self._chat: ChatFormat | ModelError
         try:
             self._chat = ChatFormat(load_tokenizer(base.folder))
@@ -50,10 +53,24 @@ class BaseTokens:
             raise self._chat
         return self._chat
 
-    @cached_property
-    def max_token_characters(self) -> int:
-        """No token stands for more characters; so a text has at least its length divided by this many tokens."""
-        return max(len(token) for token in self.tokenizer.get_vocab())
+    def exceeds(self, texts: Sequence[str], max_tokens: int) -> bool:
+        """Whether texts certainly have more tokens, found out without encoding more than about twice as many.
+
+        Encoding a text of megabytes as a whole takes hundreds of bytes a token. Cut into pieces it may have other
+        tokens, a few for each cut, and never half as many.
+        """
+        characters = sum(len(text) for text in texts)
+        if characters // self.max_token_characters > max_tokens:
+            return True
+        if characters <= _LIKELY_CHARACTERS * max_tokens:
+            return False
+        counted = 0
+        for text in texts:
+            for start in range(0, len(text), LONG_CHARACTERS):
+                counted += len(self.ids_without_begin(text[start : start + LONG_CHARACTERS]))
+                if counted > 2 * max_tokens:
+                    return True
+        return False
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a completion's prompt. Special tokens in it count; it has one begin-of-text token, not two."""

@@ -211,19 +211,21 @@ def test_a_name_that_would_hide_other_routes_is_refused(world, name):
 def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left, shuts_down):
     applications = {"ft", *left}
     shutdowns = []
+    monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: None)
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
     monkeypatch.setattr("ray.serve.shutdown", lambda: shutdowns.append(1))
-    _stop_serving("ft", local=False)
+    _stop_serving("ft", local=False, stop_seconds=1)
     assert applications == left and bool(shutdowns) == shuts_down
 
 
 def test_a_server_with_a_ray_of_its_own_leaves_the_end_of_serve_to_ray(monkeypatch):
     applications = {"ft"}
+    monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: None)
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
     monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("Ray would print that a task failed"))
-    _stop_serving("ft", local=True)
+    _stop_serving("ft", local=True, stop_seconds=1)
     assert applications == set()
 
 

@@ -1,0 +1,178 @@
+"""`ft serve` is stopped by a signal while it answers. Real Ray Serve, an engine that waits to be released."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from ft_service.storage.storage import Storage
+from tests.hosts import ROOT, wait_for
+from tests.serve.scripted import HELD, hold, release
+from tests.worlds import SMALL, write_base
+
+pytestmark = pytest.mark.cluster
+
+SECONDS = 90
+START = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import serve.run
+from serve.app import build_app
+from tests.serve.scripted import CountingEngine
+
+serve.run.build_app = partial(build_app, make_engine=CountingEngine)
+serve.run.run_config(Path(sys.argv[1]))
+"""
+
+
+class Server:
+    """`ft serve --config` in a session of its own, as in a terminal."""
+
+    def __init__(self, folder: Path, base: Path, stop_seconds: float, stack: ExitStack) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        arguments = {
+            "storage": str(folder),
+            "bases": [{"base": str(base), "name": "tiny", "cpus": 0, "gpus": 0}],
+            "limits": {"stop_seconds": stop_seconds},
+        }
+        config = folder / "config.yaml"
+        application = {"import_path": "serve.app:app", "args": arguments}
+        config.write_text(yaml.safe_dump({"http_options": {"port": self.port}, "applications": [application]}))
+        ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ft-", ignore_cleanup_errors=True))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder, "RAY_AUTH_MODE": "disabled"}
+        for name in ("RAY_ADDRESS", "FT_API_KEY", "FT_DATABASE_URL"):
+            environment.pop(name, None)
+        self.log = folder / "server.log"
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", START, str(config)],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        stack.callback(self._kill)
+        wait_for(lambda: "List them:" in self.printed(), 3 * SECONDS, self.process, self.log)
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def press_ctrl_c(self) -> None:
+        """Every process of a terminal's foreground gets it, Ray's included."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def ask(self) -> httpx.Response:
+        body = {"model": "tiny", "prompt": [5, 1], "max_tokens": 1}
+        return httpx.post(f"{self.url}/completions", json=body, timeout=SECONDS)
+
+    def refuses_new_requests(self) -> bool:
+        return self.ask().status_code == 503
+
+    def exit_code(self) -> int:
+        return self.process.wait(SECONDS)
+
+    def _kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Stream:
+    """A streamed answer that is read in the background; held after its first token."""
+
+    def __init__(self, server: Server, threads: ThreadPoolExecutor) -> None:
+        self.events: list[str] = []
+        self._url = f"{server.url}/completions"
+        self._has_begun = threading.Event()
+        self._end: Future[None] = threads.submit(self._read)
+        assert self._has_begun.wait(SECONDS)
+
+    def _read(self) -> None:
+        body = {"model": "tiny", "prompt": [HELD, 1], "max_tokens": 20, "stream": True}
+        with httpx.stream("POST", self._url, json=body, timeout=SECONDS) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+                    self._has_begun.set()
+
+    def wait(self) -> None:
+        self._end.result(SECONDS)
+
+    def is_cut_off(self) -> bool:
+        """Whether its connection broke."""
+        return isinstance(self._end.exception(SECONDS), httpx.TransportError)
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[[float], tuple[Server, Stream]]]:
+    """Starts a server with that many `stop_seconds`, and a stream that has begun."""
+    base = tmp_path / "tiny"
+    write_base(base, ["the quick brown fox"], 280, SMALL)
+    hold(base)
+    storage = tmp_path / "storage"
+    Path(Storage(str(storage)).root).mkdir()
+    with ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(4))
+        stack.callback(release, base)
+
+        def start_one(stop_seconds: float) -> tuple[Server, Stream]:
+            server = Server(storage, base, stop_seconds, stack)
+            return server, Stream(server, threads)
+
+        yield start_one
+
+
+def test_a_stream_in_flight_ends_whole_while_new_requests_are_refused(start, tmp_path):
+    server, stream = start(600)
+    server.terminate()
+    wait_for(server.refuses_new_requests, SECONDS)
+    refused = server.ask()
+    assert refused.json()["error"]["code"] == "server_stopping" and int(refused.headers["retry-after"]) > 0
+    assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+    assert httpx.get(f"{server.url}/ready", timeout=SECONDS).status_code == 503
+    assert server.process.poll() is None
+    release(tmp_path / "tiny")
+    stream.wait()
+    *events, done = stream.events
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    assert done == "[DONE]" and len(text.split()) == 20
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
+    assert server.exit_code() == 0
+
+
+def test_a_stream_that_takes_longer_than_allowed_is_cut_with_an_error(start):
+    server, stream = start(0.5)
+    server.press_ctrl_c()
+    stream.wait()
+    assert json.loads(stream.events[-1])["error"]["code"] == "server_stopping"
+    assert server.exit_code() == 0
+
+
+def test_a_second_signal_stops_at_once(start):
+    server, stream = start(600)
+    server.terminate()
+    wait_for(server.refuses_new_requests, SECONDS)
+    server.terminate()
+    assert server.exit_code() == 0
+    assert stream.is_cut_off() and "[DONE]" not in stream.events
+    assert "Stopping at once." in server.printed()
