@@ -32,7 +32,8 @@ def main() -> None:
     serve.run(build_app(settings), name="ft", logging_config=LOGGING)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())  # after ray.init, which installs its own
-    print(f"Serving, logs in {context.address_info['session_dir']}", flush=True)
+    session = context.address_info["session_dir"]  # type: ignore[attr-defined]  # its base class lacks it
+    print(f"Serving, logs in {session}", flush=True)
     ended.wait()
     ray.shutdown()
 
