@@ -49,6 +49,10 @@ from serve.settings import ServeSettings
 
 BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+MAX_TOKENIZED_CHARACTERS = 2**20
+"""Making and writing the list of a million ids stops all other threads for about 0.1 s."""
+_TOKENIZED_CONTEXTS = 8
+"""Characters for each token of a context that is longer."""
 Result = TypeVar("Result")
 
 
@@ -128,6 +132,11 @@ def inference_routes(
         model = _model_or_only_base(models, request.model)
         tokens = translate.tokens(model)
         characters = len(request.prompt or "") + _characters(request.messages or ())
+
+        most = max(MAX_TOKENIZED_CHARACTERS, _TOKENIZED_CONTEXTS * model.base.context_length)
+        if characters > most:
+            message = f"The text has {characters:,} characters; at most {most:,} are encoded at once. Send it in parts."
+            raise ApiError(413, message, "request_too_large", "prompt" if request.prompt else "messages")
 
         def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
             ids = _token_ids(request, model, tokens)

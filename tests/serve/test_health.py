@@ -1,6 +1,7 @@
 """Health answers whatever else a gateway does: long prompts arrive, are encoded and refused beside it."""
 
 import json
+import shutil
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
+from tokenizers import Tokenizer
 
+from ft_service.model.base import load_tokenizer
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
-from serve.http.body import LARGE_BYTES
+from serve.http.body import LARGE_BYTES, _values
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.inference.tokens import LONG_CHARACTERS, BaseTokens
@@ -69,6 +72,7 @@ def url(folder) -> Iterator[str]:
         ("completions", {"model": "tiny", "prompt": [[5]] * 500_000}, 413),
         ("chat/completions", {"model": "tiny", "messages": [7] * 1_000_000}, 400),
         ("tokenize", {"messages": [7] * 1_000_000}, 400),
+        ("tokenize", {"prompt": WORDS * 50_000}, 413),
     ],
 )
 def test_health_answers_while_a_long_prompt_arrives_and_is_encoded(url, path, body, status):
@@ -179,3 +183,32 @@ def test_a_text_that_cannot_fit_is_refused_after_a_few_pieces_of_it_are_encoded(
     assert max(piece_lengths) <= LONG_CHARACTERS and sum(piece_lengths) < len(text)
     piece_lengths.clear()
     assert not tokens.exceeds([text[: 4 * context]], context) and piece_lengths == []
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'["a, [b]", "c"]', 2 * 16 + 1 + 40),
+        (rb'{"a\"b": [1, 2]}', 16 + 1 + 2 * 40),
+        (b"[" * 1000, 0),  # refused as soon as it is parsed
+        (b'"never closed, ' + rb"\"" * 1000, 16),
+    ],
+)
+def test_a_body_is_weighed_by_what_parsing_it_costs(monkeypatch, body, expected):
+    monkeypatch.setattr("serve.http.body.MAX_VALUES", 100)
+    padded = body + b'"' + b"," * 200 + b'"'  # a text with commas, so that the exact count is needed
+    assert _values(body) == expected or _values(padded) == expected + 16
+
+
+def test_a_tokenizer_that_truncates_or_pads_still_gives_whole_texts(folder, tmp_path):
+    copy = tmp_path / "base"
+    shutil.copytree(folder, copy)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    plain = BaseTokens(load_base(BaseSettings(base=str(folder))))
+    tokens = BaseTokens(load_base(BaseSettings(base=str(copy))))
+    for text in ("", "a", WORDS * 10, "<|begin_of_text|>again"):
+        assert tokens.prompt_ids(text) == plain.prompt_ids(text)
+        assert tokens.ids_without_begin(text) == load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
