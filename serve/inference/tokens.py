@@ -88,7 +88,7 @@ class BaseTokens:
         # The tokenizer's own call also notes where each token is in the text. Freeing that of a million tokens takes
         # 0.1 s, in which the process stands still.
         encoded = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return cast(list[int], encoded[0].ids)
+        return encoded[0].ids
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         return self.chat.encode_prompt(messages) if add_generation_prompt else self.chat.encode(messages).input_ids
