@@ -49,7 +49,8 @@ def holds(figures: dict[str, Any]) -> bool:
 
 def soak(world: World, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Counts of requests. `failed` leaves out answers that the killed replica had begun."""
-    with our_server(world, folder, arguments.clients, replicas=REPLICAS) as server:
+    batch = max(1, arguments.clients // REPLICAS)  # so both are full, and requests wait while one is replaced
+    with our_server(world, folder, batch, replicas=REPLICAS) as server:
         return asyncio.run(_Soak(world, folder, arguments, server).run())
 
 
