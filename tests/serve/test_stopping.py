@@ -25,6 +25,7 @@ from tests.worlds import SMALL, write_base
 pytestmark = pytest.mark.cluster
 
 SECONDS = 90
+TOKENS = 20
 START = """
 import sys
 from functools import partial
@@ -49,7 +50,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/v1"
         arguments = {
             "storage": str(folder),
-            "bases": [{"base": str(base), "name": "tiny", "cpus": 0, "gpus": 0}],
+            "bases": [{"base": str(base), "name": "tiny", "max_batch": 1, "cpus": 0, "gpus": 0}],
             "limits": {"stop_seconds": stop_seconds},
         }
         config = folder / "config.yaml"
@@ -85,8 +86,8 @@ class Server:
         body = {"model": "tiny", "prompt": [5, 1], "max_tokens": 1}
         return httpx.post(f"{self.url}/completions", json=body, timeout=SECONDS)
 
-    def refuses_new_requests(self) -> bool:
-        return self.ask().status_code == 503
+    def is_stopping(self) -> bool:
+        return httpx.get(f"{self.url}/ready", timeout=SECONDS).status_code == 503
 
     def exit_code(self) -> int:
         return self.process.wait(SECONDS)
@@ -98,9 +99,13 @@ class Server:
 
 
 class Stream:
-    """A streamed answer that is read in the background; held after its first token."""
+    """A streamed answer that is read in the background; held after its first token.
 
-    def __init__(self, server: Server, threads: ThreadPoolExecutor) -> None:
+    `queued`: while another one is held, so that it waits in the gateway's queue.
+    """
+
+    def __init__(self, server: Server, threads: ThreadPoolExecutor, queued: bool) -> None:
+        self._queued = queued
         self.events: list[str] = []
         self._url = f"{server.url}/completions"
         self._has_begun = threading.Event()
@@ -108,15 +113,23 @@ class Stream:
         assert self._has_begun.wait(SECONDS)
 
     def _read(self) -> None:
-        body = {"model": "tiny", "prompt": [HELD, 1], "max_tokens": 20, "stream": True}
+        body = {"model": "tiny", "prompt": [HELD, 1], "max_tokens": TOKENS, "stream": True}
         with httpx.stream("POST", self._url, json=body, timeout=SECONDS) as response:
             for line in response.iter_lines():
                 if line.startswith("data: "):
                     self.events.append(line.removeprefix("data: "))
+                if self.events or self._queued:  # while it waits it gets comments
                     self._has_begun.set()
 
     def wait(self) -> None:
         self._end.result(SECONDS)
+
+    def is_complete(self) -> bool:
+        self.wait()
+        *events, done = self.events
+        choices = [json.loads(event)["choices"][0] for event in events]
+        text = "".join(choice["text"] for choice in choices)
+        return done == "[DONE]" and choices[-1]["finish_reason"] == "length" and len(text.split()) == TOKENS
 
     def is_cut_off(self) -> bool:
         """Whether its connection broke."""
@@ -124,8 +137,8 @@ class Stream:
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[[float], tuple[Server, Stream]]]:
-    """Starts a server with that many `stop_seconds`, and a stream that has begun."""
+def start(tmp_path) -> Iterator[Callable[[float], tuple[Server, Stream, Stream]]]:
+    """Starts a server with that many `stop_seconds`, a stream that has begun, and one that waits in the queue."""
     base = tmp_path / "tiny"
     write_base(base, ["the quick brown fox"], 280, SMALL)
     hold(base)
@@ -135,44 +148,41 @@ def start(tmp_path) -> Iterator[Callable[[float], tuple[Server, Stream]]]:
         threads = stack.enter_context(ThreadPoolExecutor(4))
         stack.callback(release, base)
 
-        def start_one(stop_seconds: float) -> tuple[Server, Stream]:
+        def start_one(stop_seconds: float) -> tuple[Server, Stream, Stream]:
             server = Server(storage, base, stop_seconds, stack)
-            return server, Stream(server, threads)
+            return server, Stream(server, threads, queued=False), Stream(server, threads, queued=True)
 
         yield start_one
 
 
-def test_a_stream_in_flight_ends_whole_while_new_requests_are_refused(start, tmp_path):
-    server, stream = start(600)
+def test_streams_in_flight_end_whole_while_new_requests_are_refused(start, tmp_path):
+    server, begun, queued = start(600)
     server.terminate()
-    wait_for(server.refuses_new_requests, SECONDS)
+    wait_for(server.is_stopping, SECONDS)
     refused = server.ask()
-    assert refused.json()["error"]["code"] == "server_stopping" and int(refused.headers["retry-after"]) > 0
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_stopping")
+    assert int(refused.headers["retry-after"]) > 0
     assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
-    assert httpx.get(f"{server.url}/ready", timeout=SECONDS).status_code == 503
-    assert server.process.poll() is None
+    assert server.process.poll() is None and begun.events and not queued.events
     release(tmp_path / "tiny")
-    stream.wait()
-    *events, done = stream.events
-    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
-    assert done == "[DONE]" and len(text.split()) == 20
-    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
+    assert begun.is_complete() and queued.is_complete()
     assert server.exit_code() == 0
 
 
-def test_a_stream_that_takes_longer_than_allowed_is_cut_with_an_error(start):
-    server, stream = start(0.5)
+def test_streams_that_take_longer_than_allowed_are_cut_with_an_error(start):
+    server, begun, queued = start(0.5)
     server.press_ctrl_c()
-    stream.wait()
-    assert json.loads(stream.events[-1])["error"]["code"] == "server_stopping"
+    for stream in (begun, queued):
+        stream.wait()
+        assert json.loads(stream.events[-1])["error"]["code"] == "server_stopping"
     assert server.exit_code() == 0
 
 
 def test_a_second_signal_stops_at_once(start):
-    server, stream = start(600)
+    server, begun, _ = start(600)
     server.terminate()
-    wait_for(server.refuses_new_requests, SECONDS)
+    wait_for(server.is_stopping, SECONDS)
     server.terminate()
     assert server.exit_code() == 0
-    assert stream.is_cut_off() and "[DONE]" not in stream.events
+    assert begun.is_cut_off() and "[DONE]" not in begun.events
     assert "Stopping at once." in server.printed()
