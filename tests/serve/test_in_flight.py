@@ -19,6 +19,7 @@ from serve.settings import BaseSettings, ServeSettings
 from tests.worlds import SMALL, write_base
 
 HELD = 7
+SECONDS = 60
 
 
 class HeldEngine:
@@ -93,7 +94,7 @@ def test_a_stopping_gateway_refuses_new_requests_and_completes_those_in_flight(f
         assert not stream or reply.text.endswith("data: [DONE]\n\n")
         assert gateway.in_flight.refuse_new() == 0
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), SECONDS))
 
 
 def test_answers_that_are_cut_end_in_an_error_and_cost_no_more_compute(folder):
@@ -109,7 +110,7 @@ def test_answers_that_are_cut_end_in_an_error_and_cost_no_more_compute(folder):
         assert json.loads(events[-1])["error"]["code"] == "server_stopping" and "[DONE]" not in events
         assert gateway.engine.ended == 2 and gateway.in_flight.requests == 0
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), SECONDS))
 
 
 def test_an_answer_that_begins_after_the_cut_is_cut_too():
