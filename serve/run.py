@@ -204,7 +204,8 @@ def _wait_for_requests(gateways: DeploymentHandle, method: str, seconds: float) 
 
 def _requests_in_flight(gateways: DeploymentHandle, method: str) -> int:
     """On all gateways, as `method` of each returns it. A gateway that runs and does not answer counts as one."""
-    deployment = serve.status().applications[gateways.app_name].deployments.get(GATEWAY)
+    application = serve.status().applications.get(gateways.app_name)  # somebody else may have deleted it
+    deployment = application.deployments.get(GATEWAY) if application else None
     running = deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
     if not running:
         return 0
