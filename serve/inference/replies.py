@@ -35,6 +35,8 @@ COMMENT = ": waiting\n\n"
 FIRST_QUIET_SECONDS = 1.0
 """So long an error can still set the status of a stream. Then its headers go out, whether there is a token or not."""
 QUIET_SECONDS = 10.0
+_MANY_LOGPROBS = 2000
+"""Of a reply. Writing so many takes some 10 ms."""
 
 
 class Backend(Protocol):
@@ -314,18 +316,30 @@ def empty_reply(generation: Generation, shape: Shape, is_stream: bool) -> Reply:
     )
 
 
-async def whole_reply(generation: Generation, pieces: Pieces, shape: Shape) -> Reply:
-    """The reply once all choices are complete."""
+async def whole_reply(generation: Generation, pieces: Pieces, shape: Shape) -> bytes:
+    """The reply once all choices are complete, as JSON. What is long is written beside the event loop."""
     answers = [_Answer() for _ in generation.requests]
     async with aclosing(pieces):
         async for piece in pieces:
             if piece is not None:
                 index, chunk = piece
                 answers[index].add(chunk)
+    logprobs = (token for answer in answers for token in (*answer.prompt_logprobs, *answer.logprobs))
+    if sum(1 + len(token.top) for token in logprobs if token is not None) > _MANY_LOGPROBS:
+        return await asyncio.to_thread(_write, generation, answers, shape)
+    return _write(generation, answers, shape)
+
+
+def _write(generation: Generation, answers: Sequence[_Answer], shape: Shape) -> bytes:
+    """A choice at a time: nothing else runs while JSON is written."""
     reply = empty_reply(generation, shape, is_stream=False)
-    reply.choices = [shape.choice(index, answer) for index, answer in enumerate(answers)]
     reply.usage = _usage(generation, answers)
-    return reply
+    choices = (_json(shape.choice(index, answer).model_dump()) for index, answer in enumerate(answers))
+    return f'{_json(reply.model_dump(exclude={"choices"}))[:-1]},"choices":[{",".join(choices)}]}}'.encode()
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 async def event_stream(

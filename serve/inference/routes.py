@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from sqlalchemy import Engine
 
@@ -118,7 +118,7 @@ def inference_routes(
         headers = generation.model.headers
         if not request.stream:
             reply = await whole_reply(generation, pieces, shape)
-            return JSONResponse(reply.model_dump(), headers=headers)
+            return Response(reply, media_type="application/json", headers=headers)
         first = await anext(pieces)  # an error up to here still sets the HTTP status
         events = event_stream(generation, first, pieces, shape, request.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={**headers, **STREAM_HEADERS})

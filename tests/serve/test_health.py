@@ -3,9 +3,10 @@
 import json
 import shutil
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,12 +17,13 @@ from ft_service.model.base import load_tokenizer
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
-from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
+from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
 from serve.http.body import LARGE_BYTES, _values
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
+from serve.inference.replies import CompletionShape
 from serve.inference.tokens import LONG_CHARACTERS, BaseTokens
-from serve.inference.wire import ChatRequest, CompletionRequest, TokenizeRequest
+from serve.inference.wire import ChatRequest, Choice, CompletionRequest, TokenizeRequest
 from serve.settings import BaseSettings, Limits, ServeSettings
 from tests.browser import served
 from tests.worlds import SMALL, made_up_texts, write_base
@@ -30,10 +32,12 @@ WORDS = "a few words, and again "
 
 
 class Idle:
-    """A base whose replicas answer with nothing."""
+    """A base whose replicas answer with nothing, or with very many log-probabilities."""
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        yield GenerationChunk("", (), "stop")
+        top = tuple(TokenLogprob(number, b"x", -1.0) for number in range(20))
+        tokens = 0 if request.logprobs is None else 200
+        yield GenerationChunk("", (5,) * tokens, "stop", (TokenLogprob(5, b"x", -0.5, top),) * tokens)
 
     async def unload(self, adapter_digest: str) -> None: ...
 
@@ -105,10 +109,10 @@ def ask(url: str, prompt: object) -> httpx.Response:
     return httpx.post(f"{url}/tokenize", json={"prompt": prompt}, timeout=60)
 
 
-def answers_meanwhile(url: str, planted: Planted, prompt: str) -> None:
+def answers_meanwhile(url: str, planted: Planted, long_request: Callable[[], httpx.Response]) -> None:
     """Health and a short request are answered while the planted work of a long request goes on."""
     with ThreadPoolExecutor(1) as threads:
-        reply = threads.submit(ask, url, prompt)
+        reply = threads.submit(long_request)
         try:
             assert planted.has_begun.wait(60)
             assert httpx.get(f"{url}/health", timeout=60).status_code == 200
@@ -129,7 +133,7 @@ def test_health_and_short_requests_do_not_wait_while_a_long_text_is_encoded(url,
         return encode(tokens, text)
 
     monkeypatch.setattr(BaseTokens, "prompt_ids", slow)
-    answers_meanwhile(url, planted, "x " * LONG_CHARACTERS)
+    answers_meanwhile(url, planted, lambda: ask(url, "x " * LONG_CHARACTERS))
 
 
 def test_health_and_short_requests_do_not_wait_while_a_large_body_is_parsed(url, monkeypatch):
@@ -142,7 +146,20 @@ def test_health_and_short_requests_do_not_wait_while_a_large_body_is_parsed(url,
         return parse(body)
 
     monkeypatch.setattr(TokenizeRequest, "model_validate_json", slow)
-    answers_meanwhile(url, planted, "x " * LARGE_BYTES)
+    answers_meanwhile(url, planted, lambda: ask(url, "x " * LARGE_BYTES))
+
+
+def test_health_and_short_requests_do_not_wait_while_a_long_reply_is_written(url, monkeypatch):
+    planted = Planted()
+    write = CompletionShape.choice
+
+    def slow(shape: CompletionShape, *arguments: Any) -> Choice:
+        planted.work()
+        return write(shape, *arguments)
+
+    monkeypatch.setattr(CompletionShape, "choice", slow)
+    body = {"model": "tiny", "prompt": [5], "max_tokens": 1, "logprobs": 20}
+    answers_meanwhile(url, planted, lambda: httpx.post(f"{url}/completions", json=body, timeout=60))
 
 
 @pytest.mark.parametrize(
