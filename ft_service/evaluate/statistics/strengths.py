@@ -239,7 +239,8 @@ def _expected_share(
     gradient[two] = -1
     difference = logs[one] - logs[two]
     low, high = special.expit(difference + np.array([-1, 1]) * quantile * error.of(gradient))
-    return ExpectedShare(names[one], names[two], float(special.expit(difference)), Interval(low, high, level))
+    interval = Interval(float(low), float(high), level)
+    return ExpectedShare(names[one], names[two], float(special.expit(difference)), interval)
 
 
 def _average(shares: Floats, model: int) -> float:

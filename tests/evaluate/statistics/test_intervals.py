@@ -74,6 +74,16 @@ def test_copies_of_a_vote_add_no_evidence() -> None:
     assert copied.interval.low <= once.interval.low < once.interval.high <= copied.interval.high
 
 
+def test_few_raters_cannot_show_that_they_agree() -> None:
+    """Five raters of equal taste: no variance between them is seen, but five is few to see one."""
+    votes = np.tile([1.0, 1, 1, 0], 50)
+    few = clustered_share(votes, np.repeat(np.arange(5), 40))
+    many = clustered_share(votes, np.repeat(np.arange(50), 4))
+    exact = stats.t.ppf(0.975, 199)
+    assert few.effective_count == pytest.approx(200 * (exact / stats.t.ppf(0.975, 4)) ** 2)
+    assert many.effective_count == pytest.approx(200 * (exact / stats.t.ppf(0.975, 49)) ** 2)
+
+
 def test_ties_narrow_the_interval_but_never_to_a_point() -> None:
     ties = clustered_share([0.5] * 20)
     coins = clustered_share([0.0, 1.0] * 10)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ft_service.evaluate.statistics.intervals import Verdict, clopper_pearson, clustered_share
+from ft_service.evaluate.statistics.intervals import Verdict, clopper_pearson
 from ft_service.evaluate.statistics.study import summarise
 from ft_service.evaluate.statistics.votes import pair_results, scores_for
 from tests.evaluate.statistics.simulate import CAREFUL, LEFT_ONLY, RANDOM, Design, simulate
@@ -27,13 +27,13 @@ def run(design: Design, seed: int) -> tuple[float, float, int]:
     called = 0
     for _ in range(STUDIES):
         votes = simulate(design, rng)
-        scores = scores_for("adapter", votes)
-        share = clustered_share(scores, [vote.rater for vote in votes], [vote.item for vote in votes])
-        exact = clopper_pearson(scores.sum(), len(scores))
+        (pair,) = pair_results(votes)
+        share = pair.share
+        exact = clopper_pearson(pair.wins + pair.ties / 2, pair.votes)
         covered += share.interval.low <= design.true_share <= share.interval.high
         width += share.interval.high - share.interval.low
         exact_width += exact.high - exact.low
-        called += share.interval.excludes(0.5)
+        called += pair.verdict is not Verdict.NOT_SETTLED
     return covered / STUDIES, width / exact_width, called
 
 

@@ -87,6 +87,14 @@ def test_five_wins_among_many_ties_are_too_few() -> None:
     assert five.verdict is Verdict.NOT_SETTLED
 
 
+def test_a_verdict_needs_the_exact_test_of_the_decisive_votes_too() -> None:
+    (pair,) = pair_results(counted_votes("adapter", "base", wins=34, losses=19, ties=200))
+    assert pair.share.interval.low > 0.5
+    assert pair.p_value == pytest.approx(stats.binomtest(34, 53).pvalue) == pytest.approx(0.053, abs=5e-4)
+    assert pair.verdict is Verdict.NOT_SETTLED
+    assert pair.reason == "too few votes prefer one of the two"
+
+
 def test_raters_who_agree_with_themselves_alone_widen_the_interval() -> None:
     alone = counted_votes("adapter", "base", wins=60, losses=40)
     # Ten raters with ten votes each: six always prefer the adapter, four the base.
