@@ -9,11 +9,11 @@ Sources:
     Agresti and Min (2005), Statistics in Medicine 24: half an item added to each cell of the paired table.
     McNemar (1947), Note on the sampling error of the difference between correlated proportions, Psychometrika 12.
 
-The choice of interval is measured (800 simulated comparisons each; scores of 0 and 1, equal and different models, 20 to
-300 items, clusters of 1 and 5, shares from 0.6 to 0.97). At nominal 95 % the plain percentile interval covers 91 to 97 %.
-BCa covers 87 to 94 %, so it calls equal models different in up to 12 % of comparisons. The one used here covers 93 to
-99 %. Differences with a long tail (log-normal, 15 to 100 clusters) are covered by 91 to 94 %, by plain percentiles 86 to
-90 %. The verdict calls equal models different in at most 3.6 % of 1,000 comparisons each.
+The choice of interval is measured (800 simulated comparisons each; scores of 0 and 1, equal and different models, 20
+to 300 items, clusters of 1 and 5, shares from 0.6 to 0.97). At nominal 95 % the plain percentile interval covers 91
+to 97 %. BCa covers 87 to 94 %, so it calls equal models different in up to 12 % of comparisons. The one used here
+covers 93 to 99 %. Differences with a long tail (log-normal, 15 to 100 clusters) are covered by 91 to 94 %, by plain
+percentiles 86 to 90 %. The verdict calls equal models different in at most 3.6 % of 1,000 comparisons each.
 """
 
 import math

@@ -6,10 +6,10 @@ are called decisive. Repeats, attention items and comparisons of a model with it
 
 What is measured (400 simulated studies each, true shares of 80, 60, 50 and 100 %, nominal 95 %). With 20 raters of 15
 votes, intervals cover the truth in 97 to 100 %: with independent votes (1.13 to 1.16 times as wide as Clopper and
-Pearson's), with raters of whom 30 % press at random or one side, and with items on which raters agree. With 10 raters of
-30 votes they cover 93 to 100 % and are 1.3 times as wide. With 4 or 6 raters they are 1.5 to 2.6 times as wide, since few
-raters cannot show how much raters differ. They still cover too little (77 to 88 %) in one case: all of the few raters
-always prefer one model, and 30 % of the people they stand for press at random. No vote shows that.
+Pearson's), with raters of whom 30 % press at random or one side, and with items on which raters agree. With 10 raters
+of 30 votes they cover 93 to 100 % and are 1.3 times as wide. With 4 or 6 raters they are 1.5 to 2.6 times as wide,
+since few raters cannot show how much raters differ. They still cover too little (77 to 88 %) in one case: all of the
+few raters always prefer one model, and 30 % of the people they stand for press at random. No vote shows that.
 
 Letters in shapes: N votes.
 
