@@ -34,6 +34,8 @@ from typing import Any
 
 _COMPILER = "torch._dynamo"
 _LEFT_OUT = (
+    "scipy.optimize",
+    "sklearn.metrics",
     "torch._dynamo._trace_wrapped_higher_order_op",
     "torch.distributed._composable.fsdp",
     "torch.distributed.fsdp",
@@ -41,7 +43,8 @@ _LEFT_OUT = (
     "torch.distributed.tensor._utils",
     "torch.distributed.tensor.placement_types",
 )
-"""What transformers 5.19 imports names from at its top, or while it loads a model."""
+"""What transformers 5.19 imports names from at its top, or while it loads a model: SciPy for detecting objects,
+scikit-learn (where it is installed) for generating with a second, smaller model."""
 _FAMILIES_FOLDER = os.path.join("transformers", "models")
 _FAMILIES = frozenset({"auto", "bloom", "llama", "mllama"})
 """Those that this service loads, and bloom, whose name peft imports."""

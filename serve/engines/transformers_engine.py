@@ -27,6 +27,7 @@ from serve.engines.batching.forward import Forward
 from serve.engines.batching.grammar import Grammars
 from serve.engines.batching.loop import Answer, Event, ModelLoop
 from serve.engines.batching.lora_layers import install_lora_layers
+from serve.engines.batching.packed_linear import pack_linear_layers
 from serve.engines.batching.scheduler import Scheduler
 from serve.engines.batching.step import Grammar, ScoredToken
 from serve.engines.engine import (
@@ -86,6 +87,7 @@ class TransformersEngine:
         self._grammars_lock = threading.Lock()
 
         adapter_bytes = int(settings.adapter_gib * GIB)
+        pack_linear_layers(model)
         lora = install_lora_layers(model)
         self._adapters = AdapterStore(registry, lora, self.info.base_fingerprint, adapter_bytes, pinned=settings.pinned)
         self._load_pinned(registry, settings.pinned)

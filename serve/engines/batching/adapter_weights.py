@@ -18,6 +18,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from serve.engines.batching.packed_linear import PackedLinear
+
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base weights, so that the adapter means nothing on the base as it was published."""
 UNSUPPORTED = (
@@ -77,7 +79,7 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs) of a linear layer, (V, D) of an embedding."""
-        if isinstance(self.layer, nn.Linear):  # the weight of a 4-bit layer has a shape of its own
+        if isinstance(self.layer, (nn.Linear, PackedLinear)):  # a 4-bit layer's weight has a shape of its own
             return self.layer.out_features, self.layer.in_features
         rows, columns = self.layer.weight.shape  # type: ignore[misc]
         return int(rows), int(columns)
@@ -88,6 +90,8 @@ class Site:
 
     def weight(self) -> torch.Tensor:
         """The base's weight; a 4-bit one is dequantised."""
+        if isinstance(self.layer, PackedLinear):
+            return self.layer.weight.to_dense()
         if not self.is_4bit:
             weight: torch.Tensor = self.layer.weight.data  # type: ignore[assignment]
             return weight

@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter, OwnWeights, Site
+from serve.engines.batching.packed_linear import PackedLinear
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that `LlamaForCausalLM` calls with the same tensor."""
@@ -207,7 +208,7 @@ class BatchedLora:
 
 
 def _kind(layer: nn.Module) -> Any:
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, PackedLinear)):
         return "linear"
     if isinstance(layer, nn.Embedding):
         return "embedding"

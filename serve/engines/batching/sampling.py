@@ -23,8 +23,7 @@ _LIKELY_TOKENS = 1024
 
 def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """The next token of each row, or why there is none. See `serve.engines.batching.step.Sample`."""
-    lowest_L, highest_L = logits_LV.aminmax(dim=-1)  # both are NaN where a row has one
-    is_finite_L = lowest_L.isfinite() & highest_L.isfinite()
+    is_finite_L = _are_finite(logits_LV)
     changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
     drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.sampling)]
     chosen_L = logits_LV.argmax(dim=-1)
@@ -50,6 +49,12 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
         SampledToken(token_id, scored[index], None if choice[index] else _error(rows[index], bool(finite[index])))
         for index, token_id in enumerate(ids)
     ]
+
+
+def _are_finite(logits_LV: torch.Tensor) -> torch.Tensor:
+    """Whether all logits of each row are finite [L]."""
+    # A sum is finite only if its terms are, and is cheaper than a look at each. In double precision it cannot overflow.
+    return logits_LV.sum(dim=-1, dtype=torch.float64).isfinite()
 
 
 def score(logits_LV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
