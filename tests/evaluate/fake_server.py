@@ -36,7 +36,8 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     """What was asked, in order."""
     running: int = 0
-    most_running: int = 0
+    crowds: list[int] = field(default_factory=list)
+    """How many requests were running when each one began, itself included."""
 
     @property
     def endpoint(self) -> Endpoint:
@@ -66,7 +67,7 @@ class FakeServer:
         self.bodies.append(body)
         number = len(self.bodies)
         self.running += 1
-        self.most_running = max(self.most_running, self.running)
+        self.crowds.append(self.running)
         await asyncio.sleep(0)
         self.running -= 1
         fault = self.fault(number)

@@ -44,7 +44,7 @@ def test_every_question_is_answered_once_with_bounded_concurrency(tmp_path):
     outcome, answers = ask(server, tmp_path, questions(50), concurrency=4)
     assert outcome == Outcome()
     assert len(server.bodies) == 50
-    assert server.most_running == 4
+    assert max(server.crowds) == 4
     for number, question in enumerate(questions(50)):
         answer = answers.get(question)
         assert answer is not None and answer.text == f"answer to question {number}"

@@ -184,8 +184,8 @@ SCHEMA = {"type": "object", "required": ["name"], "properties": {"name": {"type"
     ],
 )
 def test_json_is_checked_by_schema_and_values(answer, expected):
-    options = {"schema": SCHEMA, "expected": {"name": ["Tom", "Thomas"], "age": 7}}
-    assert value(answer, "json", **options) == expected
+    wanted = {"name": ["Tom", "Thomas"], "age": 7}
+    assert value(answer, "json", schema=SCHEMA, expected=wanted) == expected
 
 
 def test_rules_are_kept_all_or_the_score_is_0():
@@ -219,7 +219,7 @@ def test_rules_are_kept_all_or_the_score_is_0():
 )
 def test_an_item_whose_metric_does_not_fit_is_refused(metric, reference, options, reason):
     fields = {"id": "x", "skill": "test", "prompt": "?", "language": "en"}
-    unchecked = Item.model_construct(**fields, metric=metric, reference=reference, options=options)
+    unchecked = Item.model_construct(None, **fields, metric=metric, reference=reference, options=options)
     assert reason in (problem_of(unchecked) or "")
     with pytest.raises(ValueError, match=re.escape(reason)):
         Item.model_validate({**fields, "metric": metric, "reference": reference, "options": options})
