@@ -273,7 +273,10 @@ def main() -> None:
     if arguments.before is not None:
         sides = {"before": arguments.before.resolve(), "after": ROOT}
     rounds: dict[str, list[Figures]] = {side: [] for side in sides}
-    with nothing_left_behind(), tempfile.TemporaryDirectory(prefix="ft-start-", ignore_cleanup_errors=True) as temporary:
+    with (
+        nothing_left_behind(),
+        tempfile.TemporaryDirectory(prefix="ft-start-", ignore_cleanup_errors=True) as temporary,
+    ):
         world = Path(temporary)
         write_world(world, sizes=SMALL)
         spec = write_spec(world)

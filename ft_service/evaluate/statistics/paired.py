@@ -65,8 +65,9 @@ class PairedComparison:
 
     `difference` is the mean of other - base, in the unit of the scores. `p_value` is that of the randomisation test,
     which swaps the two models in whole clusters; for scores of 0 and 1 without clusters this is McNemar's exact test.
-    `smallest_effect` is the true difference that these items show with 80 % probability. `verdict` is about `other`,
-    and `reason` says why it is not settled. `table`, `base_share` and `other_share` exist for scores of 0 and 1.
+    `smallest_effect` is the true difference that these items show with 80 % probability, None for a single
+    cluster. `verdict` is about `other`, and `reason` says why it is not settled. `table`, `base_share`
+    and `other_share` exist for scores of 0 and 1.
     """
 
     items: int
@@ -76,7 +77,7 @@ class PairedComparison:
     difference: float
     interval: Interval
     p_value: float
-    smallest_effect: float
+    smallest_effect: float | None
     verdict: Verdict
     reason: str
     table: PairedTable | None = None
@@ -89,6 +90,8 @@ class PairedComparison:
             raise DataError(
                 "effect = 0: no number of items shows a difference of zero. Give the smallest that matters."
             )
+        if self.smallest_effect is None:
+            raise DataError("all items are of one cluster, so nothing shows how much clusters differ. Add other items.")
         return math.ceil(self.items * (self.smallest_effect / effect) ** 2)
 
 
@@ -231,17 +234,17 @@ def randomisation_p(
 
 def smallest_effect(
     differences: Floats, clusters: Integers, *, largest: float, level: float = LEVEL, power: float = POWER
-) -> float:
+) -> float | None:
     """The true mean difference that differences (N,) of clusters (N,) show with probability `power`.
 
     (t quantile at (1 + level) / 2 + t quantile at power) * standard error, at G - 1 degrees of freedom (Miller 2024,
-    section 5). The standard error is that of the cluster means, with Agresti and Min's half item in each cell. Infinite
+    section 5). The standard error is that of the cluster means, with Agresti and Min's half item in each cell. None
     for one cluster.
     """
     groups = effective_clusters(clusters)
     count = int(clusters.max()) + 1
     if count < 2:
-        return math.inf
+        return None
     sums = cluster_sums(differences - differences.mean(), clusters)
     variance = count / (count - 1) * (sums**2).sum() + largest**2
     error = math.sqrt(variance) / (len(differences) + 1)

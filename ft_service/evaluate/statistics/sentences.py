@@ -1,7 +1,5 @@
 """Results in plain words, for pages and terminals."""
 
-import math
-
 from ft_service.evaluate.statistics.agreement import Alpha, RaterReport, RaterVerdict
 from ft_service.evaluate.statistics.flips import FlipResult
 from ft_service.evaluate.statistics.intervals import Interval, Share, Verdict
@@ -48,14 +46,15 @@ def paired_words(
     difference = f"a difference of {number(result.difference, '+')}{unit}, {interval}"
     verdict = verdict_words(result.verdict, other, result.reason)
     words = f"On {counted(result.items, 'item')}{groups} {scores}: {difference}. {verdict}"
-    if result.verdict is Verdict.NOT_SETTLED and math.isfinite(result.smallest_effect):
-        words += f" Items like these show a difference of {number(result.smallest_effect)}{unit} or more."
+    if result.verdict is Verdict.NOT_SETTLED and result.smallest_effect is not None:
+        effect = f"{number(result.smallest_effect)}{unit}"
+        words += f" With such items, a true difference of {effect} shows in 4 of 5 comparisons."
     return words
 
 
 def verdict_words(verdict: Verdict, name: str, reason: str) -> str:
-    """``Not settled: too few items differ.`` or ``adapter is better.``"""
-    return f"Not settled: {reason}." if verdict is Verdict.NOT_SETTLED else f"{name} is {verdict}."
+    """``Not settled: too few items differ.`` or ``Verdict: adapter is better.``"""
+    return f"Not settled: {reason}." if verdict is Verdict.NOT_SETTLED else f"Verdict: {name} is {verdict}."
 
 
 def pair_words(result: PairResult) -> str:

@@ -68,7 +68,7 @@ def test_intervals_cover_the_true_difference(base: float, other: float, clusters
 def test_the_smallest_effect_is_found_in_about_four_of_five_comparisons() -> None:
     rng = np.random.default_rng(14)
     results = [compare_paired(*solved(rng, 0.6, 0.8, 60)[:2], resamples=100) for _ in range(50)]
-    effect = float(np.mean([result.smallest_effect for result in results]))
+    effect = float(np.mean([result.smallest_effect or 0 for result in results]))
     found = 0
     for _ in range(STUDIES):
         base, other, _ = solved(rng, 0.6, 0.6 + effect, 60)
@@ -83,7 +83,7 @@ def test_equal_answers_settle_nothing_and_leave_room_for_a_difference() -> None:
     assert result.reason == "no item differs"
     assert result.p_value == 1
     assert result.interval.low < 0 < result.interval.high
-    assert result.smallest_effect > 0
+    assert result.smallest_effect is not None and result.smallest_effect > 0
 
 
 @pytest.mark.parametrize(("wins", "verdict"), [(5, Verdict.NOT_SETTLED), (6, Verdict.BETTER)])
@@ -106,7 +106,9 @@ def test_few_clusters_settle_nothing_however_many_items_they_hold() -> None:
     single = compare_paired(base, other, np.zeros(500))
     assert single.verdict is Verdict.NOT_SETTLED
     assert (single.interval.low, single.interval.high) == (-1, 1)
-    assert single.smallest_effect == math.inf
+    assert single.smallest_effect is None
+    with pytest.raises(DataError, match="all items are of one cluster"):
+        single.items_to_show(0.1)
 
 
 def test_items_of_one_cluster_count_as_one() -> None:
@@ -187,6 +189,7 @@ def test_more_items_are_asked_for_a_smaller_effect() -> None:
     rng = np.random.default_rng(10)
     base, other, _ = solved(rng, 0.6, 0.7, 100)
     result = compare_paired(base, other)
+    assert result.smallest_effect is not None
     assert result.items_to_show(result.smallest_effect) == 100
     assert result.items_to_show(result.smallest_effect / 2) == 400
     with pytest.raises(DataError, match="effect = 0"):

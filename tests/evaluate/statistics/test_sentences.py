@@ -23,7 +23,7 @@ JARGON = re.compile(
 def test_a_win_share_reads_as_a_sentence() -> None:
     (pair,) = pair_results(counted_votes("adapter", "base", wins=128, losses=72))
     assert sentences.pair_words(pair) == (
-        "adapter wins 64 % of comparisons with base, 57 to 71 % (200 votes of 200 raters). adapter is better."
+        "adapter wins 64 % of comparisons with base, 57 to 71 % (200 votes of 200 raters). Verdict: adapter is better."
     )
 
 
@@ -50,10 +50,10 @@ def test_a_paired_comparison_says_better_only_if_it_is_settled() -> None:
     better = np.where(np.arange(200) < 30, 1, base)
     words = sentences.paired_words(compare_paired(base, better))
     assert words.startswith("On 200 items adapter scores 57.5 % and base 50.0 %: a difference of +7.5 points, +")
-    assert words.endswith("adapter is better.")
+    assert words.endswith("Verdict: adapter is better.")
     equal = sentences.paired_words(compare_paired(base, base), other="adapter 7")
     assert "better" not in equal
-    assert "Not settled: no item differs. Items like these show a difference of " in equal
+    assert "Not settled: no item differs. With such items, a true difference of " in equal
     loss = compare_paired([2.0, 2.1, 2.3, 2.2], [1.9, 2.2, 2.1, 2.0], largest_difference=None, higher_is_better=False)
     assert "adapter scores 2.050 and base 2.150: a difference of -0.100, " in sentences.paired_words(
         loss, percentages=False
