@@ -5,7 +5,6 @@ tests, so their p-values are Holm's: with eight skills and equal models, chance 
 in every third evaluation.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -138,7 +137,7 @@ def _comparison(
         low=found.interval.low,
         high=found.interval.high,
         p_value=found.p_value,
-        smallest_effect=found.smallest_effect if math.isfinite(found.smallest_effect) else None,
+        smallest_effect=found.smallest_effect,
         verdict=found.verdict.value,
         reason=found.reason,
         won=sum(change > 0 for change in changes),

@@ -360,9 +360,7 @@ def test_verdicts_that_cannot_be_read_do_not_count(tmp_path):
 
 def test_a_judge_that_is_away_takes_nothing_else_down(tmp_path):
     server = judge_server(lambda first, second: "A")
-    server.fault = lambda number: (
-        refused(401, "wrong key") if server.bodies[-1]["model"] == "judge" else None  # type: ignore[assignment]
-    )
+    server.fault = lambda number: refused(401, "wrong key") if server.bodies[-1]["model"] == "judge" else None
     evaluation = World(tmp_path, 12, judge=JUDGE).evaluate(server)
     assert evaluation.judge is None
     assert not evaluation.is_complete and evaluation.stopped is None
