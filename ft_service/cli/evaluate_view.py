@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.table import Table
@@ -48,8 +49,10 @@ def show_evaluation(evaluation: Evaluation, place: str) -> None:
         place,
     )
     console.print()
-    if evaluation.comparison.skills:
-        console.print(_table(evaluation))
+    overall = evaluation.comparison.overall
+    rows = [*evaluation.comparison.skills, *([overall] if overall else []), *evaluation.lm_eval]
+    if rows:
+        console.print(_table(rows))
         console.print()
     for line in sentences(evaluation):
         print_text(line)
@@ -97,11 +100,10 @@ def sentences(evaluation: Evaluation) -> list[str]:
     return [*found, *evaluation.left_out]
 
 
-def _table(evaluation: Evaluation) -> Table:
+def _table(rows: Sequence[Comparison]) -> Table:
     table = new_table("skill", "items", "base", "adapter", "difference (95 %)", "verdict")
     for column in ("items", "base", "adapter", "difference (95 %)"):
         next(one for one in table.columns if one.header == column).justify = "right"
-    rows = [*evaluation.comparison.skills, *([evaluation.comparison.overall] if evaluation.comparison.overall else [])]
     for row in rows:
         table.add_row(
             row.name,

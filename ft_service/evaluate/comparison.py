@@ -111,14 +111,15 @@ def compare_values(
     *,
     is_loss: bool = False,
 ) -> Comparison:
-    """Paired values of both models. Of a loss, lower is better, and it has no largest value."""
+    """Paired values of both models. Of a loss, lower is better. Values that are not from 0 to 1 have no largest one."""
+    is_share = not is_loss and all(0 <= value <= 1 for value in (*base, *adapter))
     found = compare_paired(
         base,
         adapter,
         clusters,
         seed=seed,
         higher_is_better=not is_loss,
-        largest_difference=None if is_loss else 1.0,
+        largest_difference=1.0 if is_share else None,
     )
     return _comparison(name, found, base, adapter, -1 if is_loss else 1)
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ft_service.data.read import scan
 from ft_service.errors import UsageError
-from ft_service.evaluate.comparison import Comparisons, ItemResult, Result
+from ft_service.evaluate.comparison import Comparison, Comparisons, ItemResult, Result
 from ft_service.evaluate.forgetting import Forgetting
 from ft_service.evaluate.judge import Judgement
 from ft_service.evaluate.losses import LossComparison
@@ -107,6 +107,7 @@ class Evaluation(StoredFile):
     one_sidedness: OneSidedness
     stability: StabilityReport | None
     judge: Judgement | None
+    lm_eval: list[Comparison] = Field(description="Tasks of lm-eval, one entry a metric.")
 
 
 def asked_of(loaded: LoadedSuite, adapter: ServedModelFacts, base: ServedModelFacts, limit: int | None) -> Asked:

@@ -27,6 +27,7 @@ from ft_service.evaluate.evaluation import (
 from ft_service.evaluate.forgetting import measure_forgetting
 from ft_service.evaluate.items import Item
 from ft_service.evaluate.judge import Judgement, measure_judgement, questions_to
+from ft_service.evaluate.lm_eval_tasks import check_tasks, measure_tasks
 from ft_service.evaluate.losses import LossComparison, compare_losses, loss_of
 from ft_service.evaluate.metrics import score
 from ft_service.evaluate.one_sidedness import measure_one_sidedness
@@ -41,7 +42,7 @@ from ft_service.evaluate.stability import (
     report,
     variations_of,
 )
-from ft_service.evaluate.suite import LoadedSuite, draw, load_suite
+from ft_service.evaluate.suite import LmEval, LoadedSuite, draw, load_suite
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 
@@ -74,6 +75,8 @@ def evaluate(request: Request, endpoint: Endpoint, show: Show = lambda stage, do
     model, or changes its weights meanwhile, `DataError` for held-out data, and `StorageError`.
     """
     loaded = load_suite(request.suite)
+    if loaded.suite.lm_eval is not None:
+        check_tasks(loaded.suite.lm_eval)
     storage = Storage(request.storage)
     server = Server(endpoint)
     adapter = server.model(request.adapter)
@@ -90,6 +93,8 @@ def evaluate(request: Request, endpoint: Endpoint, show: Show = lambda stage, do
         endpoint, request.concurrency, Answers(storage, folder_of(evaluation_id)), show, _identities(adapter, base)
     )
     evaluation, results = _measure(evaluation_id, asked, loaded, plan, asking, server)
+    if loaded.suite.lm_eval is not None and evaluation.stopped is None:
+        evaluation = _with_tasks(evaluation, loaded.suite.lm_eval, asking, storage)
     write_results(storage, evaluation, results)
     update_scorecard(storage, evaluation)
     return evaluation
@@ -155,6 +160,20 @@ class _Asking:
         return [Failure(item=self.names[key][0], model=self.names[key][1], reason=reason) for key, reason in shown]
 
 
+def _with_tasks(evaluation: Evaluation, tasks: LmEval, asking: _Asking, storage: Storage) -> Evaluation:
+    """The evaluation with the tasks of lm-eval. A failure there is recorded, and takes nothing else down."""
+    models = (evaluation.base, evaluation.adapter)
+    folder = folder_of(evaluation.id)
+    try:
+        measured = measure_tasks(
+            tasks, models, asking.endpoint, storage, folder, asking.concurrency, evaluation.suite.seed
+        )
+    except ServingError as error:
+        left_out = [*evaluation.left_out, str(error)]
+        return evaluation.model_copy(update={"is_complete": False, "left_out": left_out})
+    return evaluation.model_copy(update={"lm_eval": measured})
+
+
 def _measure(
     evaluation_id: str, asked: Asked, loaded: LoadedSuite, plan: QuestionPlan, asking: _Asking, server: Server
 ) -> tuple[Evaluation, list[ItemResult]]:
@@ -197,6 +216,7 @@ def _measure(
         one_sidedness=measure_one_sidedness(results, plan.references),
         stability=stability,
         judge=judgement,
+        lm_eval=[],
     )
     return evaluation, results
 

@@ -15,6 +15,7 @@ from ft_service.evaluate.ask import Answer, Answers, Question
 from ft_service.evaluate.comparison import Result
 from ft_service.evaluate.items import Item
 from ft_service.evaluate.metrics import score, token_f1
+from ft_service.evaluate.statistics.flips import count_flips
 from ft_service.evaluate.suite import Stability
 from ft_service.evaluate.text_forms import normalised
 
@@ -58,15 +59,28 @@ class UnstableItem(Result):
     second: str
 
 
+class Flips(Result):
+    """The share of items that are right in one answer and wrong in another one, with its 95 % interval.
+
+    It grows with the number of answers, so only the same number of them compares.
+    """
+
+    share: float
+    low: float
+    high: float
+    items: int
+    answers: int = Field(description="To each item.")
+
+
 class StabilityFigures(Result):
     """Of one model. Shares are of items, from 0 to 1; None where nothing was asked that way."""
 
     items: int
     equal_at_zero: float | None = Field(description="Bitwise the same at temperature 0: repeated, alone, in a crowd.")
     equal_with_seed: float | None = Field(description="Bitwise the same with the same seed.")
-    flips_at_zero: float | None = Field(description="Right in one answer at temperature 0 and wrong in another one.")
-    flips_over_seeds: float | None = Field(description="Right with one seed and wrong with another one.")
-    flips_over_paraphrases: float | None
+    flips_at_zero: Flips | None
+    flips_over_seeds: Flips | None
+    flips_over_paraphrases: Flips | None
     self_agreement: float = Field(description="Overlap of two answers to one question, on average; 1 is the same text.")
     unstable: list[UnstableItem] = Field(description="At most five.")
 
@@ -142,8 +156,11 @@ def report(base: StabilityFigures, adapter: StabilityFigures) -> StabilityReport
     parts = [f"The adapter agrees with itself to {adapter.self_agreement:.0%} (base: {base.self_agreement:.0%})"]
     if adapter.equal_at_zero is not None:
         parts.append(f"repeats {adapter.equal_at_zero:.0%} of its answers bit for bit at temperature 0")
-    if adapter.flips_over_seeds is not None and base.flips_over_seeds is not None:
-        parts.append(f"{adapter.flips_over_seeds:.0%} of the items flip over seeds (base: {base.flips_over_seeds:.0%})")
+    after = adapter.flips_over_seeds
+    before = base.flips_over_seeds
+    if after is not None and before is not None:
+        interval = f"{after.low:.0%} to {after.high:.0%}"
+        parts.append(f"{after.share:.0%} of its items flip over seeds ({interval}; base: {before.share:.0%})")
     return StabilityReport(base=base, adapter=adapter, sentence="; ".join(parts) + ".")
 
 
@@ -161,9 +178,17 @@ def _is_right(item: Item, text: str) -> bool:
     return score(text, item).value >= _RIGHT
 
 
-def _flips(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> float | None:
-    several = [(item, group) for item, group in zip(items, texts, strict=True) if len(group) > 1]
-    return _mean([len({_is_right(item, text) for text in group}) > 1 for item, group in several])
+def _flips(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Flips | None:
+    """Of the items that have all their answers."""
+    count = max(map(len, texts))
+    complete = [(item, group) for item, group in zip(items, texts, strict=True) if len(group) == count > 1]
+    if not complete:
+        return None
+    outcomes = [[_is_right(item, text) for text in group] for item, group in complete]
+    found = count_flips(outcomes, [item.cluster for item, _ in complete]).flipped
+    return Flips(
+        share=found.value, low=found.interval.low, high=found.interval.high, items=len(complete), answers=count
+    )
 
 
 def _flip(item: Item, how: str, texts: Sequence[str]) -> UnstableItem | None:

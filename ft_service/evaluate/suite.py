@@ -163,7 +163,11 @@ def load_suite(suite: str) -> LoadedSuite:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     general_ids = frozenset(item.id for item in general or own)
     held_out = [_from_folder(one, file.parent) for one in settings.held_out]
-    settings = settings.model_copy(update={"held_out": held_out})
+    lm_eval = settings.lm_eval
+    if lm_eval is not None and lm_eval.folder is not None:
+        tasks = (file.parent / Path(lm_eval.folder).expanduser()).absolute()
+        lm_eval = lm_eval.model_copy(update={"folder": str(tasks)})
+    settings = settings.model_copy(update={"held_out": held_out, "lm_eval": lm_eval})
     return LoadedSuite(settings, tuple(everything), general_ids, tuple(texts), digest)
 
 

@@ -280,8 +280,12 @@ def test_a_stable_model_repeats_itself(tmp_path):
     assert stability is not None
     for figures in (stability.base, stability.adapter):
         assert (figures.items, figures.equal_at_zero, figures.equal_with_seed) == (10, 1, 1)
-        assert (figures.flips_at_zero, figures.flips_over_seeds, figures.self_agreement) == (0, 0, 1)
+        assert figures.self_agreement == 1
         assert figures.flips_over_paraphrases is None
+        for flips, answers in ((figures.flips_at_zero, 3), (figures.flips_over_seeds, 3)):
+            assert flips is not None
+            assert (flips.share, flips.low, flips.items, flips.answers) == (0, 0, 10, answers)
+            assert flips.high > 0.1  # ten items show no more
     # 12 items; then 2 repeats, 3 seeds and one seed again, of 10 items.
     asked = [body for body in server.bodies if body["max_tokens"]]
     assert len(asked) == 2 * (12 + 10 * (2 + 3 + 1))
@@ -298,13 +302,31 @@ def test_planted_instability_is_found(tmp_path):
     world = World(tmp_path, 30, stability={"limit": 20})
     stability = world.evaluate(FakeServer({BASE: right, ADAPTER: unstable})).stability
     assert stability is not None
-    assert stability.base.flips_over_seeds == 0
+    assert stability.base.flips_over_seeds is not None and stability.base.flips_over_seeds.share == 0
     adapter = stability.adapter
     assert adapter.equal_at_zero is not None and adapter.equal_at_zero < 0.6
-    assert adapter.flips_over_seeds is not None and adapter.flips_over_seeds > 0.4
+    flips = adapter.flips_over_seeds
+    assert flips is not None and flips.low > 0.2 and flips.share > 0.4
     assert adapter.self_agreement < 0.9
     shown = adapter.unstable[0]
     assert shown.first != shown.second
+
+
+def test_another_wording_that_is_answered_otherwise_is_a_flip(tmp_path):
+    world = World(tmp_path, 12, stability={"limit": 12})
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    for item in items:
+        number = item["reference"]
+        item["paraphrases"] = [f"What is {int(number) // 2} and {int(number) // 2} together?"]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    right = solves(1, 1)
+    server = FakeServer({BASE: right, ADAPTER: lambda body: "1" if "together" in question_in(body) else right(body)})
+    stability = world.evaluate(server).stability
+    assert stability is not None
+    assert stability.base.flips_over_paraphrases is not None and stability.base.flips_over_paraphrases.share == 0
+    found = stability.adapter.flips_over_paraphrases
+    assert found is not None and (found.share, found.answers) == (1, 2)
+    assert stability.adapter.unstable[0].how == "over paraphrases"
 
 
 def test_what_is_repeated_alone_is_asked_alone(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ft_service.data.dataset import open_dataset
+from ft_service.errors import UsageError
 from ft_service.evaluate.ask import Endpoint
 from ft_service.evaluate.evaluation import Evaluation, read_results
 from ft_service.evaluate.run import Request, evaluate
@@ -205,3 +206,74 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, url, tmp_path):
     output, _ = shown.communicate()
     assert shown.returncode == 0
     assert "words" in output and "Not settled" in output and "verdict" in output
+
+
+# -- lm-eval -----------------------------------------------------------------------------------------------------------
+
+TASK = """
+task: ft_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """A folder with a task of this test's own, and a suite that names it."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    items = [
+        {"question": f"Last word of: red {one}", "choices": [" green", f" {one}", " two"], "gold": 1}
+        for one in ("cat", "dog", "house", "tree", "river", "stone", "one", "blue")
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "words.yaml").write_text(TASK.format(data=folder / "items.jsonl"))
+    (tmp_path / "lm.yaml").write_text("name: lm\nlm_eval: {tasks: [ft_words], folder: tasks}\n")
+    return folder
+
+
+def test_tasks_of_lm_eval_are_those_of_the_weights_themselves(world, url, tasks):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    request = Request(world.adapters[0].id, str(tasks.parent / "lm.yaml"), world.storage)
+    evaluation = evaluate(request, Endpoint(url))
+    assert evaluation.is_complete, evaluation.left_out
+    found = {comparison.name: comparison for comparison in evaluation.lm_eval}
+    assert found["ft_words (acc)"].items == 8
+    for arguments, side in (
+        ({}, "base"),
+        ({"peft": str(world.registry.folder(world.adapters[0]))}, "adapter"),
+    ):
+        local = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(world.base), "device": "cpu", "dtype": "float32", **arguments},
+            tasks=["ft_words"],
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            bootstrap_iters=0,
+        )
+        assert local is not None
+        for metric in ("acc", "acc_norm"):
+            assert getattr(found[f"ft_words ({metric})"], side) == local["results"]["ft_words"][f"{metric},none"]
+
+
+def test_a_failing_lm_eval_takes_nothing_else_down(world, url, tasks):
+    (tasks / "items.jsonl").write_text("{broken")
+    suite = write_suite(tasks.parent, f"lm_eval: {{tasks: [ft_words], folder: {tasks}}}\n")
+    evaluation = evaluate(Request(world.adapters[0].id, suite, world.storage), Endpoint(url))
+    assert not evaluation.is_complete
+    assert evaluation.lm_eval == [] and evaluation.items == 6
+    assert any(text.startswith("lm_eval.tasks = ft_words: ") for text in evaluation.left_out)
+
+
+def test_an_unknown_task_is_refused_before_anything_is_asked(world, tmp_path):
+    (tmp_path / "lm.yaml").write_text("name: lm\nlm_eval: {tasks: [no_such_task]}\n")
+    with pytest.raises(UsageError, match="'no_such_task': lm-eval has no such task"):
+        evaluate(
+            Request(world.adapters[0].id, str(tmp_path / "lm.yaml"), world.storage), Endpoint("http://127.0.0.1:9")
+        )
