@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 from pydantic import Field
 
+from ft_service.cluster.processes import end_with_parent
 from ft_service.errors import ServingError, UsageError
 from ft_service.evaluate.ask import Endpoint, Identity, error_text
 from ft_service.evaluate.comparison import Result
@@ -185,6 +186,7 @@ def started_server(storage: str, base: str | None) -> Iterator[str]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C ends the evaluation first, which then stops the server
+            preexec_fn=end_with_parent(),
         )
         url = f"http://127.0.0.1:{port}/{name}/v1"
         try:
