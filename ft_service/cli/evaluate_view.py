@@ -11,6 +11,7 @@ from ft_service.cli.common import console, new_table, print_item, print_text
 from ft_service.evaluate.comparison import Comparison, sentence
 from ft_service.evaluate.evaluation import Evaluation
 from ft_service.evaluate.losses import LossComparison
+from ft_service.evaluate.one_sidedness import FEWEST_ANSWERS
 from ft_service.text import counted
 
 _SHOWN_LOST = 3
@@ -52,7 +53,7 @@ def show_evaluation(evaluation: Evaluation, place: str) -> None:
     overall = evaluation.comparison.overall
     rows = [*evaluation.comparison.skills, *([overall] if overall else []), *evaluation.lm_eval]
     if rows:
-        console.print(_table(rows))
+        console.print(_table(rows, "base" if evaluation.base.digest is None else "other"))
         console.print()
     for line in sentences(evaluation):
         print_text(line)
@@ -83,7 +84,9 @@ def sentences(evaluation: Evaluation) -> list[str]:
             f"Perplexity of {counted(texts.texts, 'general text')}: {texts.base_perplexity:.2f} -> "
             f"{texts.adapter_perplexity:.2f} ({texts.per_text.verdict})."
         )
-    found += evaluation.one_sidedness.findings or ["Nothing one-sided stands out in its answers."]
+    found += evaluation.one_sidedness.findings
+    if evaluation.items >= FEWEST_ANSWERS and not evaluation.one_sidedness.findings:
+        found.append("Nothing one-sided stands out in its answers.")
     if evaluation.stability:
         found.append(evaluation.stability.sentence)
     if evaluation.judge:
@@ -100,10 +103,10 @@ def sentences(evaluation: Evaluation) -> list[str]:
     return [*found, *evaluation.left_out]
 
 
-def _table(rows: Sequence[Comparison]) -> Table:
-    table = new_table("skill", "items", "base", "adapter", "difference (95 %)", "verdict")
-    for column in ("items", "base", "adapter", "difference (95 %)"):
-        next(one for one in table.columns if one.header == column).justify = "right"
+def _table(rows: Sequence[Comparison], against: str) -> Table:
+    table = new_table("skill", "items", against, "adapter", "difference (95 %)", "verdict")
+    for column in table.columns[1:5]:
+        column.justify = "right"
     for row in rows:
         table.add_row(
             row.name,

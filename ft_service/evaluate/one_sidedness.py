@@ -14,7 +14,8 @@ from ft_service.evaluate.comparison import ItemResult, Result
 from ft_service.evaluate.rules import FormRule, language_of
 from ft_service.evaluate.text_forms import JAPANESE_CHARACTER, normalised, tokens
 
-_FEWEST_ANSWERS = 20
+FEWEST_ANSWERS = 20
+"""Of a group that findings are made of."""
 _OPENING_TOKENS = 3
 _OPENING_CHARACTERS = 6
 _LABEL_TOKENS = 3
@@ -66,7 +67,7 @@ def measure_one_sidedness(results: Sequence[ItemResult], references: Sequence[tu
             _distribution(data),
         )
         for group, data in groups
-        if len(group) >= _FEWEST_ANSWERS
+        if len(group) >= FEWEST_ANSWERS
     ]
     findings = [finding for base, adapter, data in measured for finding in _findings(base, adapter, data)]
     everything = list(questions)

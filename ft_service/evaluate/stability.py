@@ -153,9 +153,10 @@ def measure_stability(variations: Sequence[Variations], answers: Answers) -> Sta
 
 def report(base: StabilityFigures, adapter: StabilityFigures) -> StabilityReport:
     """Both models side by side, and in a sentence."""
-    parts = [f"The adapter agrees with itself to {adapter.self_agreement:.0%} (base: {base.self_agreement:.0%})"]
+    overlap = f"{adapter.self_agreement:.0%} (base: {base.self_agreement:.0%})"
+    parts = [f"Two answers of the adapter to the same question overlap by {overlap} on average"]
     if adapter.equal_at_zero is not None:
-        parts.append(f"repeats {adapter.equal_at_zero:.0%} of its answers bit for bit at temperature 0")
+        parts.append(f"it repeats {adapter.equal_at_zero:.0%} of its answers bit for bit at temperature 0")
     after = adapter.flips_over_seeds
     before = base.flips_over_seeds
     if after is not None and before is not None:
