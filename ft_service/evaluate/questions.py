@@ -107,14 +107,19 @@ def _add(
     adapter: AdapterRecord | None,
 ) -> None:
     texts = _texts(records, server, model, adapter)
+    unfit: list[str] = []
     for record in records:
         try:
             items = items_of(record, source, name, texts.get(record.name))
         except DataError as error:
-            plan.left_out.append(str(error))
+            unfit.append(str(error))
             continue
         plan.items += items
         plan.references.append((str(items[0].reference), source.language))
+    if len(unfit) == len(records):
+        raise DataError(f"{name}: no record can be scored ({unfit[0]}). Choose other metrics.")
+    if unfit:
+        plan.left_out.append(f"{name}: {counted(len(unfit), 'record')} cannot be scored ({'; '.join(unfit[:3])})")
     if source.validation_loss:
         try:
             plan.answers += _measured(records, server, model)

@@ -113,7 +113,8 @@ class Suite(_Section):
     items: list[str] = Field(default_factory=list, description="JSONL files, relative to this one; * matches.")
     general: list[str] = Field(
         default_factory=list,
-        description="Items that show what was forgotten: JSONL files, or the name of a suite. Default: `items`.",
+        description="Items that show what was forgotten: JSONL files, or the name of a suite. They are not part of the "
+        "overall result. Default: `items`.",
     )
     texts: str | None = Field(
         default=None, description="A text file, one text a line, for perplexity. Default: prompts of the general items."
@@ -147,8 +148,9 @@ def load_suite(suite: str) -> LoadedSuite:
     own, problems = _items(file, settings.items)
     general, general_problems = _items(file, settings.general)
     problems += general_problems
-    everything = list({item.id: item for item in [*own, *general]}.values())
-    problems += repeated_ids([*own, *(item for item in general if item not in own)])
+    apart = [item.model_copy(update={"counts": False}) for item in general if item not in own]
+    everything = [*own, *apart]
+    problems += repeated_ids(everything)
     texts, text_problems = _texts(file, settings, general or own)
     problems += text_problems
     if not (everything or settings.held_out or settings.lm_eval or problems):

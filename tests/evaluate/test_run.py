@@ -10,7 +10,7 @@ import httpx
 import pytest
 import yaml
 
-from ft_service.errors import ServingError, UsageError
+from ft_service.errors import DataError, ServingError, UsageError
 from ft_service.evaluate.evaluation import Evaluation, find_evaluation, read_results
 from ft_service.evaluate.run import Request, evaluate
 from ft_service.evaluate.scorecard import read_scorecard
@@ -115,7 +115,10 @@ def test_forgetting_is_measured_on_the_general_items_only(tmp_path):
         )
     )
     world = World(tmp_path, 30, general=["general.jsonl"])
-    forgetting = world.evaluate(FakeServer({BASE: solves(1, 1), ADAPTER: solves(0.5, 1)})).forgetting
+    evaluation = world.evaluate(FakeServer({BASE: solves(1, 1), ADAPTER: solves(0.5, 1)}))
+    assert evaluation.comparison.overall is not None and evaluation.comparison.overall.items == 30
+    assert evaluation.items == 60
+    forgetting = evaluation.forgetting
     assert forgetting.overall is not None and forgetting.overall.items == 30
     assert {lost.skill for lost in forgetting.lost} == {"general"}
 
@@ -268,6 +271,19 @@ def test_earlier_turns_of_a_held_out_conversation_are_asked_with_it(tmp_path):
     evaluation = world.evaluate(server)
     assert server.bodies[0]["messages"] == turns[:-1]
     assert evaluation.comparison.overall is not None and evaluation.comparison.overall.difference == -1
+
+
+def test_references_that_a_metric_cannot_score_are_left_out_by_name(tmp_path):
+    lines = [{"instruction": "How many?", "output": answer} for answer in ("five", "7 of them", "8")]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    world = World(tmp_path, 0, held_out=[{"path": "held.jsonl", "metrics": ["number"]}])
+    server = FakeServer({BASE: lambda body: "7", ADAPTER: lambda body: "8"})
+    evaluation = world.evaluate(server)
+    assert [skill.items for skill in evaluation.comparison.skills] == [2]
+    assert any("1 record cannot be scored" in text and "'five' has no number" in text for text in evaluation.left_out)
+    (tmp_path / "held.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(DataError, match=r"no record can be scored .*'five' has no number"):
+        world.evaluate(server)
 
 
 # -- stability and judge -----------------------------------------------------------------------------------------------
