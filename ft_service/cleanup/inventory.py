@@ -5,7 +5,7 @@ One listing of the whole root, and one read of each run's and record's small fil
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -24,6 +24,7 @@ from ft_service.cleanup.needs import (
     ServerFacts,
 )
 from ft_service.errors import FtError, StorageError, UnreachableError
+from ft_service.registry.promotions import Promotions, alias_of
 from ft_service.registry.registry import RECORD_FILE, TOMBSTONES, AdapterRecord, Registry
 from ft_service.registry.servers import SERVERS, server_notices
 from ft_service.runs.folder import RunFolder
@@ -83,10 +84,11 @@ def read_usage(storage: Storage, now: datetime | None = None) -> Usage:
         else:
             files[item].append(file)
     hidden = {PurePosixPath(file.path).stem for file in other.get(TOMBSTONES, ())}
+    aliases = Promotions(Registry(storage)).holders()
     published = []
     unfinished = []
     for item in [item for item in files if item.kind in ("adapter", "model")]:
-        facts = _published(storage, item, _names(files[item]), item.id in hidden)
+        facts = _published(storage, item, _names(files[item]), item.id in hidden, aliases)
         if facts is not None:
             published.append(facts)
         else:
@@ -209,8 +211,13 @@ def _model_on(base: str) -> str | None:
 # -- adapters, models and datasets -----------------------------------------------------------------------------------
 
 
-def _published(storage: Storage, item: Item, names: set[str], hidden: bool) -> PublishedFacts | None:
-    """None for a folder without record and tombstone: an upload that was not completed."""
+def _published(
+    storage: Storage, item: Item, names: set[str], hidden: bool, aliases: Mapping[str, str | None]
+) -> PublishedFacts | None:
+    """None for a folder without record and tombstone: an upload that was not completed.
+
+    `aliases` is from `Promotions.holders`. Of one that cannot be read, any adapter of its run may be the holder.
+    """
     assert item.kind in ("adapter", "model")
     listed = RECORD_FILE in names
     if not listed and not hidden:
@@ -223,6 +230,8 @@ def _published(storage: Storage, item: Item, names: set[str], hidden: bool) -> P
         raise
     except FtError as error:
         return PublishedFacts(item.kind, item.id, "", "", None, listed=listed, unreadable=first_line(error))
+    alias = alias_of(record)
+    is_promoted = aliases.get(alias, "") in (record.id, None)
     return PublishedFacts(
         kind=record.kind,
         id=record.id,
@@ -232,6 +241,7 @@ def _published(storage: Storage, item: Item, names: set[str], hidden: bool) -> P
         base_fingerprint=record.base.fingerprint,
         hidden=tombstone.deleted if tombstone else None,
         listed=listed,
+        alias=alias if is_promoted else "",
     )
 
 

@@ -3,6 +3,7 @@
     running run ──> its dataset, the model it starts from, what it has published
     run that can be resumed ──> its dataset, the model it starts from
     published adapter ──> its dataset, the model it was trained on
+    alias ──> the adapter that is promoted
     published model ──> its dataset
     running server ──> the model it serves, and for a while the files of adapters that were deleted meanwhile
 
@@ -68,6 +69,8 @@ class PublishedFacts:
     listed: bool = True
     """It has its record, so it can be resolved. Also True if its deletion was interrupted at once."""
     unreadable: str = ""
+    alias: str = ""
+    """Under which it is promoted."""
 
     @property
     def item(self) -> Item:
@@ -234,6 +237,8 @@ def _why_unused(dataset: DatasetFacts) -> str:
 
 
 def _needs_published(published: PublishedFacts, inventory: Inventory, now: datetime) -> Iterator[str]:
+    if published.alias and published.hidden is None:
+        yield f"it is promoted as {published.alias}"
     for run in inventory.runs:
         if run.live and run.id == published.run_id:
             yield f"run {run.id}, which published it, is {run.state}"

@@ -45,11 +45,14 @@ def delete_adapter(storage: Storage, adapter_id: str, now: datetime | None = Non
     item = Item(record.kind, record.id)
     usage = read_usage(storage, now)
     if needs := needed_by(item, usage.inventory, now):
-        raise UsageError(f"ID = {adapter_id!r}: cannot be deleted, {'; '.join(needs)}. {_cure(item)}")
+        cure = _cure(item, next((each.alias for each in usage.inventory.published if each.item == item), ""))
+        raise UsageError(f"ID = {adapter_id!r}: cannot be deleted, {'; '.join(needs)}. {cure}")
     return _delete_published(registry, record, usage, now)
 
 
-def _cure(item: Item) -> str:
+def _cure(item: Item, alias: str) -> str:
+    if alias:
+        return f"Promote another adapter (ft adapters promote), or take the alias away: ft adapters demote {alias}"
     if item.kind == "adapter":
         return "Wait until the run has ended, or stop it with ft stop."
     return "Stop or delete these first (ft runs delete, ft adapters delete; a server with Ctrl-C)."

@@ -6,11 +6,12 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from ft_service.cleanup.removal import delete_adapter
 from ft_service.errors import UsageError
+from ft_service.registry.promotions import SUFFIX, Promotions
 from ft_service.registry.registry import AdapterRecord, Listing, Registry, UnreadableRecord
 from serve.http.errors import ApiError
 from serve.inference.bases import ServedBase
@@ -34,6 +35,13 @@ class ServedModel:
     created: datetime
     base: ServedBase
     adapter: AdapterRecord | None
+
+    @property
+    def root(self) -> str:
+        """What the name stands for: an alias for its adapter, any other model for its base."""
+        if self.adapter is not None and self.id != self.adapter.id:
+            return self.adapter.id
+        return self.base.name
 
     @property
     def system_fingerprint(self) -> str:
@@ -62,7 +70,7 @@ class ServedModel:
         return ModelEntry(
             id=self.id,
             created=int(self.created.timestamp()),
-            root=self.base.name,
+            root=self.root,
             parent=self.base.name if self.adapter else None,
             base_fingerprint=self.base.ref.fingerprint,
             base_precision=self.base.precision,
@@ -82,19 +90,24 @@ class ServedModels:
         self._remembered_seconds = 0.0 if registry.storage.is_local else REMEMBERED_SECONDS
         self._found: dict[str, tuple[ServedModel | None, float]] = {}
         started = datetime.now(UTC)
+        self._promotions = Promotions(registry)
+        self._known_aliases: dict[str, str | None] = {}
+        self._aliases_read = -math.inf
         self._bases = {base.name: ServedModel(base.name, started, base, adapter=None) for base in bases}
         self._refreshed = float("-inf")
         self._refreshing = threading.Lock()
         self._logged: frozenset[UnreadableRecord] = frozenset()
 
     def all(self) -> list[ServedModel]:
-        """The bases, then their adapters, oldest first."""
+        """The bases, then their adapters, oldest first, then the aliases of promoted ones."""
         adapters = [
             ServedModel(record.id, record.created, base, record)
             for record in self._listing().records
             if (base := self._base_of(record))
         ]
-        return [*self._bases.values(), *adapters]
+        by_id = {model.id: model for model in adapters}
+        aliases = [replace(by_id[holder], id=alias) for alias, holder in self._aliases().items() if holder in by_id]
+        return [*self._bases.values(), *adapters, *aliases]
 
     def resolve(self, model_id: str) -> ServedModel:
         """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base.
@@ -111,12 +124,24 @@ class ServedModels:
             self._found[model_id] = (model, now)
         return model
 
+    def _aliases(self) -> dict[str, str | None]:
+        now = time.monotonic()
+        if now - self._aliases_read > self._remembered_seconds:
+            self._known_aliases = self._promotions.holders()
+            self._aliases_read = now
+        return self._known_aliases
+
     def forget(self, model_id: str) -> None:
         self._found.pop(model_id, None)
 
     def _resolve(self, model_id: str) -> ServedModel:
         if model_id in self._bases:
             return self._bases[model_id]
+        if model_id.endswith(SUFFIX):
+            promotion = self._promotions.find(model_id)
+            if promotion is None:
+                raise _unknown_model(model_id)
+            return self._resolve(promotion.adapter_id)
         if not _ADAPTER_ID.fullmatch(model_id):
             raise _unknown_model(model_id)
         record = self.registry.find(model_id)

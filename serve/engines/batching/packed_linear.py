@@ -37,13 +37,13 @@ def pack_linear_layers(model: nn.Module) -> None:
     """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if _can_pack(layer):
+            if type(layer) is nn.Linear and _can_pack(layer.weight):  # 4-bit layers are of classes of their own
                 setattr(parent, name, PackedLinear(layer))
 
 
-def _can_pack(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def _can_pack(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if layer.weight.dtype == torch.bfloat16:
+    if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return layer.weight.dtype == torch.float32
+    return weight.dtype == torch.float32

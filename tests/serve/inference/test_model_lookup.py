@@ -2,6 +2,7 @@
 
 import pytest
 
+from ft_service.registry.promotions import Promotions
 from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.http.errors import ApiError
@@ -72,3 +73,19 @@ def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_o
     delete_published(models, adapter.id)
     with pytest.raises(ApiError, match="does not exist"):
         models.resolve(adapter.id)
+
+
+def test_an_alias_answers_with_the_adapter_that_is_promoted(published, tmp_path):
+    registry, publish = published
+    models = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
+    adapter = publish("plain")
+    with pytest.raises(ApiError, match="tiny-plain@promoted"):
+        models.resolve("tiny-plain@promoted")
+    Promotions(registry).promote(adapter)
+    resolved = models.resolve("tiny-plain@promoted")
+    # Replies name what answered: the adapter, not the alias.
+    assert (resolved.id, resolved.adapter.digest) == (adapter.id, adapter.digest)
+    entries = {model.id: model.entry() for model in models.all()}
+    assert set(entries) == {"tiny", adapter.id, "tiny-plain@promoted"}
+    assert entries["tiny-plain@promoted"].root == adapter.id
+    assert entries["tiny-plain@promoted"].parent == entries[adapter.id].root == "tiny"
