@@ -92,9 +92,10 @@ def sentences(evaluation: Evaluation) -> list[str]:
     if evaluation.judge:
         found.append(evaluation.judge.sentence)
     if evaluation.cut_base or evaluation.cut_adapter:
+        names = ", ".join(evaluation.cut_items[:_SHOWN_FAILURES])
         found.append(
-            f"Cut at max_tokens: {counted(evaluation.cut_adapter, 'answer')} of the adapter, "
-            f"{evaluation.cut_base} of the base."
+            f"Cut at max_tokens: {counted(evaluation.cut_adapter, 'answer')} of the adapter, {evaluation.cut_base} of "
+            f"the base ({names}{', ...' if len(evaluation.cut_items) > _SHOWN_FAILURES else ''})."
         )
     if evaluation.adapter.note:
         found.append(f"Note: {evaluation.adapter.note}.")

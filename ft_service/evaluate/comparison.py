@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_service.evaluate.statistics.intervals import LEVEL, Verdict, holm
+from ft_service.evaluate.statistics.intervals import LEVEL, Share, Verdict, holm
 from ft_service.evaluate.statistics.paired import PairedComparison, compare_paired
 
 VerdictName = Literal["better", "worse", "not settled"]
@@ -64,6 +64,10 @@ class Comparison(Result):
     high: float
     p_value: float
     smallest_effect: float | None = Field(description="The difference that these items show with 80 % probability.")
+    base_interval: tuple[float, float] | None = Field(
+        default=None, description="Of `base`, for scores of 0 and 1: Wilson's, or one that respects clusters."
+    )
+    adapter_interval: tuple[float, float] | None = None
     verdict: VerdictName = Field(description="Of the adapter.")
     reason: str = Field(description="Why it is not settled.")
     won: int = Field(description="Items on which the adapter is better.")
@@ -139,11 +143,17 @@ def _comparison(
         high=found.interval.high,
         p_value=found.p_value,
         smallest_effect=found.smallest_effect,
+        base_interval=_interval(found.base_share),
+        adapter_interval=_interval(found.other_share),
         verdict=found.verdict.value,
         reason=found.reason,
         won=sum(change > 0 for change in changes),
         lost=sum(change < 0 for change in changes),
     )
+
+
+def _interval(share: Share | None) -> tuple[float, float] | None:
+    return (share.interval.low, share.interval.high) if share is not None else None
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:

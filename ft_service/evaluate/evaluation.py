@@ -96,6 +96,7 @@ class Evaluation(StoredFile):
     items: int = Field(description="Questions that both models answered.")
     cut_base: int = Field(description="Answers that ended at max_tokens; they are scored as they are.")
     cut_adapter: int
+    cut_items: list[str] = Field(description="Ids of the first fifty items with a cut answer.")
     is_complete: bool = Field(description="Whether every question has an answer.")
     stopped: str | None = Field(description="Why asking ended early.")
     failures: list[Failure] = Field(description="The first fifty.")

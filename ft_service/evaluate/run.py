@@ -49,7 +49,7 @@ from ft_service.storage.storage import Storage
 Show = Callable[[str, int, int], None]
 """Shows progress: the stage, its answers on storage, all its questions."""
 Side = Literal["base", "adapter"]
-_SHOWN_FAILURES = 50
+_SHOWN_NAMES = 50
 _PACKAGES = ("ft-service", "sacrebleu", "rouge-score", "jsonschema", "numpy", "scipy")
 
 
@@ -156,7 +156,7 @@ class _Asking:
             self.stopped = asked.stopped
 
     def first_failures(self) -> list[Failure]:
-        shown = list(self.failures.items())[:_SHOWN_FAILURES]
+        shown = list(self.failures.items())[:_SHOWN_NAMES]
         return [Failure(item=self.names[key][0], model=self.names[key][1], reason=reason) for key, reason in shown]
 
 
@@ -205,6 +205,7 @@ def _measure(
         items=len(_questions(results)),
         cut_base=sum(result.base.is_cut for result in _questions(results)),
         cut_adapter=sum(result.adapter.is_cut for result in _questions(results)),
+        cut_items=[one.id for one in _questions(results) if one.base.is_cut or one.adapter.is_cut][:_SHOWN_NAMES],
         is_complete=not asking.failures and asking.stopped is None,
         stopped=asking.stopped,
         failures=asking.first_failures(),

@@ -20,6 +20,15 @@ from tests.evaluate.fake_server import ADAPTER, BASE, FakeServer, question_in, r
 SKILLS = ("arithmetic", "reading", "code")
 
 
+def proportion_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's by its formula, at 95 %."""
+    z = 1.959964
+    share = successes / trials
+    middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
+    return middle - half, middle + half
+
+
 class World:
     """A suite of made-up items, and a storage root."""
 
@@ -67,6 +76,8 @@ def test_an_adapter_that_is_better_is_called_better_with_its_interval(tmp_path):
     assert {skill.name for skill in evaluation.comparison.skills} == set(SKILLS)
     results = read_results(world.storage, evaluation.id)
     assert overall.difference == pytest.approx(sum(result.change for result in results) / 120)
+    wilson = proportion_interval(sum(result.adapter.value == 1 for result in results), 120)
+    assert overall.adapter_interval == pytest.approx(wilson)
     assert overall.won == sum(result.change > 0 for result in results)
     assert evaluation.is_complete and evaluation.num_failures == 0
 
@@ -213,6 +224,7 @@ def test_answers_that_were_cut_are_counted(tmp_path):
     server = FakeServer({BASE: solves(1, 1), ADAPTER: solves(1, 1)}, finish_reason="length")
     evaluation = World(tmp_path, 12).evaluate(server)
     assert (evaluation.cut_base, evaluation.cut_adapter) == (12, 12)
+    assert evaluation.cut_items == [f"item-{number:03}" for number in range(12)]
     assert sum(skill.cut_adapter for skill in evaluation.comparison.skills) == 12
 
 
