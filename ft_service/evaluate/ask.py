@@ -30,6 +30,7 @@ NO_DIGEST = "none"
 """What the server sends as the adapter digest of a base."""
 
 DEFAULT_CONCURRENCY = 8
+PIECE_SUFFIX = ".jsonl"
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
@@ -158,7 +159,8 @@ class Answers:
         self._pending: list[Answer] = []
         self._written_at = time.monotonic()
         for name in storage.files(self._folder):
-            self._read_piece(name)
+            if name.endswith(PIECE_SUFFIX):  # others were being written when their process was killed
+                self._read_piece(name)
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -180,7 +182,7 @@ class Answers:
         self._written_at = time.monotonic()
         if not piece:
             return
-        name = f"{self._folder}/{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
+        name = f"{self._folder}/{time.time_ns()}-{secrets.token_hex(4)}{PIECE_SUFFIX}"
         content = "".join(answer.model_dump_json(exclude_none=True) + "\n" for answer in piece)
         try:
             await asyncio.to_thread(self._storage.write_bytes, name, content.encode())

@@ -44,6 +44,7 @@ from ft_service.evaluate.stability import (
 )
 from ft_service.evaluate.suite import LmEval, LoadedSuite, draw, load_suite
 from ft_service.registry.registry import Registry
+from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
 
 Show = Callable[[str, int, int], None]
@@ -77,7 +78,7 @@ def evaluate(request: Request, endpoint: Endpoint, show: Show = lambda stage, do
     loaded = load_suite(request.suite)
     if loaded.suite.lm_eval is not None:
         check_tasks(loaded.suite.lm_eval)
-    storage = Storage(request.storage)
+    storage = Storage(request.storage, retry_seconds=RUN_RETRY_SECONDS)
     server = Server(endpoint)
     adapter = server.model(request.adapter)
     base = server.model(_against(request, adapter))

@@ -96,6 +96,24 @@ def test_what_is_on_storage_is_not_asked_again(tmp_path):
     assert shown[0] == (40, 60) and shown[-1] == (60, 60)
 
 
+def test_a_piece_that_was_not_finished_is_no_piece(tmp_path, monkeypatch):
+    """A process that is killed while it writes leaves half a file, under the name that the storage gives it."""
+    ask(echo_server(), tmp_path, questions(3))
+    folder = tmp_path / "evaluations/e/answers"
+    left: dict[str, bytes] = {}
+
+    def replace_after_a_look(source: Path, target: str) -> None:
+        left[source.name] = source.read_bytes()[:-20] + b"\n"
+        source.rename(target)
+
+    monkeypatch.setattr("os.replace", replace_after_a_look)
+    ask(echo_server(), tmp_path, questions(4))
+    assert left
+    for name, content in left.items():
+        (folder / name).write_bytes(content)
+    assert len(stored(tmp_path)) == 4
+
+
 def test_a_damaged_piece_is_named(tmp_path):
     ask(echo_server(), tmp_path, questions(3))
     piece = next((tmp_path / "evaluations/e/answers").iterdir())
@@ -217,3 +235,21 @@ def test_the_key_is_sent_and_never_stored(tmp_path):
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(UsageError, match="is no address"):
         Endpoint("http://[::1").client()
+
+
+def test_a_storage_that_is_away_loses_no_answer(tmp_path, monkeypatch):
+    """What could not be written stays, and is written once the storage is back."""
+    answers = stored(tmp_path)
+    write = Storage.write_bytes
+    fails = iter([True])
+
+    def sometimes(self: Storage, path: str, content: bytes) -> None:
+        if next(fails, False):
+            raise StorageError("the disk is away")
+        write(self, path, content)
+
+    monkeypatch.setattr(Storage, "write_bytes", sometimes)
+    with pytest.raises(StorageError, match="the disk is away"):
+        ask_now(echo_server().endpoint, questions(5), answers, {}, sleep=Waits())
+    asyncio.run(answers.flush())
+    assert len(stored(tmp_path)) == len(answers) == 5

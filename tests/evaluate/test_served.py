@@ -171,6 +171,10 @@ def test_the_loss_of_a_file_is_that_of_the_answers_it_has(world, url, tmp_path):
     assert found.adapter == pytest.approx(stock_loss(world, ids, count, adapter=True) / count, abs=1e-4)
 
 
+PIECES = "*.jsonl"
+"""Others were being written when their process was killed."""
+
+
 def ft_evaluate(world: World, url: str, suite: str, *options: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "ft_service.cli.app", "evaluate", world.adapters[0].id, "--suite", suite]
     return subprocess.Popen(
@@ -187,19 +191,19 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, url, tmp_path):
     suite = write_suite(tmp_path, "", num_items=400)
     answers = Path(world.storage) / "evaluations/killed/answers"
     killed = ft_evaluate(world, url, suite, "--concurrency", "4")
-    while not (answers.is_dir() and len(list(answers.iterdir())) >= 2):
+    while not (answers.is_dir() and len(list(answers.glob(PIECES))) >= 2):
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    kept = sum(len(piece.read_text().splitlines()) for piece in answers.iterdir())
+    kept = sum(len(piece.read_text().splitlines()) for piece in answers.glob(PIECES))
     assert 0 < kept < 1600
     resumed = ft_evaluate(world, url, suite, "--json")
     output, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     result = json.loads(output)
     assert result["is_complete"] and result["items"] == 400
-    pieces = [line for piece in answers.iterdir() for line in piece.read_text().splitlines()]
+    pieces = [line for piece in answers.glob(PIECES) for line in piece.read_text().splitlines()]
     assert len(pieces) == 1600  # items and texts of both models, each answered once
     assert f"{kept:,} of 1,600" in errors
     shown = ft_evaluate(world, url, suite)
