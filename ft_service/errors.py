@@ -11,6 +11,7 @@
     │   ├── NewerFormatError     a file that a newer version of this software wrote
     │   └── UnreachableError     the storage does not respond; a retry may help
     ├── ExportError              a hub does not accept what is exported to it
+    ├── PromotionError           an adapter does not pass the thresholds of its suite
     ├── ClusterError             Ray does not respond, rejects the token, or lacks resources
     ├── TrainingError            training cannot continue (for example: non-finite loss)
     ├── RunStopped               exit code 3   a run was stopped on purpose, and can be resumed
@@ -107,6 +108,21 @@ class UnreachableError(StorageError):
 
 class ExportError(FtError):
     """A hub does not accept an export, or does not respond."""
+
+
+class PromotionError(FtError):
+    """An adapter does not pass the thresholds of its suite, so it is not promoted."""
+
+    def __init__(self, adapter_id: str, failed: Sequence[str], first: str) -> None:
+        super().__init__(adapter_id, failed, first)
+        self.adapter_id = adapter_id
+        self.failed = tuple(failed)
+        self.first = first
+
+    def __str__(self) -> str:
+        head = f"{self.adapter_id} is not promoted: {counted(len(self.failed), 'check')} failed"
+        advice = f"A check that does not matter here can be waived by name: --waive {self.first}=REASON"
+        return "\n".join([head, *(f"  - {failure}" for failure in self.failed), advice])
 
 
 class ClusterError(FtError):

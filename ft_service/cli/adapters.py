@@ -1,4 +1,4 @@
-"""`ft adapters`: list, verify, merge, export and delete what runs have published."""
+"""`ft adapters`: list, verify, merge, export, promote and delete what runs have published."""
 
 import contextlib
 import dataclasses
@@ -164,3 +164,42 @@ def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, yes: Yes = F
         console.print("Delete its files later with: ft prune --yes", highlight=False)
     if root.exists(f"runs/{run_id}"):
         console.print(f"Its run keeps weights of its own. Delete them with: ft runs delete {run_id}", highlight=False)
+
+
+@adapters_app.command()
+def promote(
+    adapter_id: str,
+    suite: Annotated[
+        str | None, typer.Option(help="The suite that decides, if there are evaluations by several.")
+    ] = None,
+    waive: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CHECK=REASON", help="Promote although this check fails; the reason is recorded."),
+    ] = None,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Promote an adapter: BASE-RUN@promoted answers with it from now on, if it passes the thresholds of its suite."""
+    from ft_service.evaluate.promotion import parse_waivers
+    from ft_service.evaluate.promotion import promote as promote_adapter
+
+    promotion = promote_adapter(Storage(storage), adapter_id, suite, parse_waivers(waive or []))
+    if as_json:
+        print_json(promotion.model_dump(mode="json"))
+        return
+    print_item(f"{promotion.alias} answers with {promotion.adapter_id}")
+    for check in promotion.checks:
+        state = "ok" if check.passed else f"waived ({check.waived})"
+        print_item(f"  {check.name}: {state}", f"  {check.detail}")
+
+
+@adapters_app.command()
+def demote(alias: str, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """Take an alias (BASE-RUN@promoted) away: it answers nothing from now on. The adapter stays."""
+    from ft_service.registry.promotions import Promotions
+
+    promotion = Promotions(Registry(Storage(storage))).demote(alias)
+    if as_json:
+        print_json(promotion.model_dump(mode="json"))
+    else:
+        console.print(f"{alias} is gone; {promotion.adapter_id} stays.", highlight=False, soft_wrap=True)

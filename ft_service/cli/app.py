@@ -13,6 +13,7 @@ from ft_service.cli.adapters import adapters_app
 from ft_service.cli.cleanup import du, prune
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
+from ft_service.cli.evaluate import evaluate
 from ft_service.cli.keys import keys_app
 from ft_service.cli.plan import plan
 from ft_service.cli.runs import logs, runs_app, show
@@ -56,6 +57,7 @@ app.command()(stop)
 app.command()(resume)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
+app.command()(evaluate)
 app.command()(prune)
 app.command()(du)
 app.command()(serve)

@@ -9,17 +9,15 @@ A worker may be killed while it compiles. So the kernel sends ninja a SIGTERM wh
 compilers.
 """
 
-import ctypes
 import fcntl
 import os
-import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import ninja
 import torch.utils.cpp_extension
+
+from ft_service.cluster.processes import end_with_parent
 
 
 class FlockBaton:
@@ -89,28 +87,10 @@ def _run_ninja(build_directory: str, verbose: bool, error_prefix: str) -> None:
         stdout=None if verbose else subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=_end_with_parent(),
+        preexec_fn=end_with_parent(),
     )
     if built.returncode != 0:
         raise RuntimeError(f"{error_prefix}: {built.stdout}")
-
-
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child calls before its program runs, so that the kernel ends it with the thread that started it."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)  # loaded here: after the fork, another thread may hold the loader's lock
-    parent = os.getpid()
-
-    def ask_kernel() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it has ended already
-            os._exit(1)
-
-    return ask_kernel
 
 
 def compile_with_installed_ninja() -> None:
