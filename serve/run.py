@@ -86,6 +86,9 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             load_base(one)  # a base that cannot be loaded fails here instead of in a replica
     with ExitStack() as started:
         try:
+            if not ray_address:
+                # From the HTTP proxy to the gateway, too. Every process of this Ray inherits it.
+                os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
             connect(ray_address)
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
