@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 from sqlalchemy import Engine
@@ -221,18 +222,18 @@ class _Server:
     def text(self, model: str, ids: list[int]) -> str:
         return str(self._ask("POST", "/detokenize", {"model": model, "tokens": ids})["prompt"])
 
-    def _ask(self, method: str, path: str, body: object = None) -> dict:  # type: ignore[type-arg]
+    def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         try:
             response = httpx.request(method, self._url + path, json=body, headers=self._headers, timeout=60)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServingError(f"--server = {self._url!r}: does not answer ({type(error).__name__}).") from None
         if not response.is_success:
             raise ServingError(f"--server = {self._url!r}: {error_text(response)}")
-        reply: dict = response.json()  # type: ignore[type-arg]
+        reply: dict[str, Any] = response.json()
         return reply
 
 
-def _study_model(entry: dict) -> StudyModel:  # type: ignore[type-arg]
+def _study_model(entry: dict[str, Any]) -> StudyModel:
     return StudyModel(
         id=entry["id"],
         adapter_digest=entry.get("digest"),

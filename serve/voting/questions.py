@@ -71,7 +71,7 @@ def held_out_questions(storage: Storage, run_id: str, detokenize: Detokenize) ->
         raise DataError(
             f"--questions = {HELD_OUT!r}: the run {run_id} had no validation data. Name a file of questions."
         )
-    questions = []
+    questions: list[Question] = []
     for index in range(len(dataset.validation)):
         row = dataset.validation[index]
         ends = np.cumsum(row.document_lengths)

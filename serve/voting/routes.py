@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
 from sqlalchemy import Engine
 
 from ft_service.errors import DatabaseError, StorageError
@@ -19,7 +20,7 @@ from serve.voting.ballots import Ballot, Ballots, OfAssignment, Revealed, State
 from serve.voting.links import VOTE_PATH, Rater, TokenCheck
 
 PAGE = Path(__file__).with_name("page.html")
-BODIES = [Ballot, OfAssignment]
+BODIES: list[type[BaseModel]] = [Ballot, OfAssignment]
 _MOST_MIB = 0.0625
 _RETRY_SECONDS = 5
 

@@ -177,7 +177,8 @@ def delete_rater(engine: Engine, storage: Storage, name: str, rater_name: str, b
     now = datetime.now(UTC)
     with changing(engine) as opened:
         _study(opened, name)
-        rater = opened.scalar(select(RaterRow).where(RaterRow.study == name, RaterRow.name == rater_name))
+        wanted = select(RaterRow).where(RaterRow.study == name, RaterRow.name == rater_name)
+        rater = opened.scalar(wanted.with_for_update())  # a vote that is being written ends first, and goes too
         if rater is None:
             raise UsageError(f"RATER = {rater_name!r}: the study {name} has no such rater. ft study show names them.")
         number = opened.scalar(select(func.count()).select_from(VoteRow).where(VoteRow.rater == rater.id)) or 0

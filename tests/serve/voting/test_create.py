@@ -239,9 +239,12 @@ def test_questions_from_the_validation_split_of_the_adapters_run(world, request_
     asked: list[str] = []
     monkeypatch.setattr(questions, "open_dataset", lambda storage, digest: dataset)
     plan = SimpleNamespace(dataset=SimpleNamespace(digest="d" * 64))
-    monkeypatch.setattr(
-        questions, "RunFolder", lambda storage, run: asked.append(run) or SimpleNamespace(plan=lambda: plan)
-    )
+
+    def run_folder(storage: Storage, run: str) -> SimpleNamespace:
+        asked.append(run)
+        return SimpleNamespace(plan=lambda: plan)
+
+    monkeypatch.setattr(questions, "RunFolder", run_folder)
     created = world.create(replace(request_, questions="held-out"))
     assert asked == ["run-1"]
     assert created.study.settings.questions_digest == "d" * 64
