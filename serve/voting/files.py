@@ -204,9 +204,9 @@ class StudyFolder:
     def write_rater(self, rater: RaterFile) -> None:
         self._write(f"raters/{rater.id}.json", rater)
 
-    def raters(self) -> list[RaterFile]:
-        folder = f"{self.path}/raters"
-        return [self._read(f"raters/{name}", RaterFile) for name in self.storage.files(folder)]
+    def raters(self, study: StudyFile) -> list[RaterFile]:
+        """The raters of the study; files that an interrupted command has left are not among them."""
+        return [self._read(f"raters/{rater}.json", RaterFile) for rater in study.raters]
 
     def write_vote(self, vote: VoteFile) -> None:
         """Again for the same assignment and round replaces it, so that a vote that got no reply is not kept twice."""

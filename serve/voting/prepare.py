@@ -12,6 +12,7 @@ import random
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import httpx
 from sqlalchemy import Engine
 
-from ft_service.errors import ServingError, UsageError
+from ft_service.errors import ServingError, StorageError, UsageError
 from ft_service.evaluate.ask import Answer, Answers, Endpoint, Identity, ask_now, error_text
 from ft_service.evaluate.ask import Question as Asked
 from ft_service.storage.storage import Storage
@@ -175,7 +176,8 @@ def create_study(
     )
     folder.write(study, raters)
     open_study(engine, storage, request.name, action="create")
-    storage.delete(folder.draft)
+    with suppress(StorageError):  # the study is open; what is left there is only answers that it has, too
+        storage.delete(folder.draft)
     real = [one for one in comparisons if one.kind == "real"]
     return Created(
         study=study,

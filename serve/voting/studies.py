@@ -88,9 +88,7 @@ def open_study(engine: Engine, storage: Storage, name: str, *, by: str = COMMAND
     """
     folder = StudyFolder(storage, name)
     study, digest = folder.read()
-    raters = folder.raters()
-    if {rater.id for rater in raters} != set(study.raters):
-        raise StorageError(f"{storage.uri(folder.path)}: raters/ does not fit study.json. Restore the missing files.")
+    raters = folder.raters(study)
     secret = voting_secret(engine)
     closed = folder.closed()
     with changing(engine) as opened:

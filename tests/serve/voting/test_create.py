@@ -188,6 +188,17 @@ def test_an_interrupted_study_is_not_there_and_asks_only_the_rest(world, request
     assert study_names_in(open_database(world.database)) == ["desk"]
 
 
+def test_what_an_interrupted_command_has_left_is_in_no_study(world, request_):
+    world.storage.write_bytes("studies/desk/raters/feedfeedfeedfeed.json", b"{")
+    created = world.create(request_)
+    assert len(created.study.raters) == 3
+    assert {rater.name for rater in StudyFolder(world.storage, "desk").raters(created.study)} == {
+        "anna",
+        "bert",
+        "cleo",
+    }
+
+
 def test_weights_that_change_in_between_are_an_error_and_no_study(world, request_):
     world.server.fail_after = 3
     with pytest.raises(ServingError):

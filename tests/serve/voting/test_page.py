@@ -200,6 +200,19 @@ def test_a_database_that_is_away_is_said_and_the_vote_can_be_sent_again(world, o
     progress(page, 1, 2)
 
 
+def test_a_study_that_cannot_be_opened_now_can_be_opened_later(world, open_page):
+    made, link = study_at(world, "later", questions=2)
+    with made.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE study_votes RENAME TO away"))
+    page = open_page(link)
+    page.get_by_role("alert").get_by_text("cannot be opened at this moment").wait_for()
+    assert not page.get_by_role("button", name="A is better").is_visible()
+    with made.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE away RENAME TO study_votes"))
+    page.keyboard.press("Enter")
+    progress(page, 0, 2)
+
+
 def test_links_that_open_nothing_say_why(world, open_page):
     url, _, _ = world
     made, link = study_at(world, "links", questions=2)
