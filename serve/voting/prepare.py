@@ -11,7 +11,7 @@ import math
 import random
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -201,6 +201,7 @@ class _Server:
         missing = [model for model in wanted if model not in entries]
         if missing:
             raise UsageError(f"--adapters: the server has no {', '.join(missing)}. It has {', '.join(entries)}.")
+        wanted = list(dict.fromkeys(_behind_alias(entries, model) for model in wanted))
         if request.base:
             bases = {entries[model].get("parent") or model for model in wanted} or {
                 entry["id"] for entry in entries.values() if not entry.get("parent")
@@ -233,6 +234,12 @@ class _Server:
             raise ServingError(f"--server = {self._url!r}: {error_text(response)}")
         reply: dict[str, Any] = response.json()
         return reply
+
+
+def _behind_alias(entries: Mapping[str, dict[str, Any]], model: str) -> str:
+    """The adapter that an alias stands for, which is its root; else the model itself: an adapter's root is its base."""
+    root = entries[model].get("root")
+    return root if root and entries.get(root, {}).get("parent") else model
 
 
 def _study_model(entry: dict[str, Any]) -> StudyModel:

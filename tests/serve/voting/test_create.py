@@ -27,6 +27,7 @@ from tests.serve.voting.voting_world import Rater, voting_api
 
 ADAPTERS = {"tiny-desk-0a1b2c3d": "a" * 64, "tiny-shop-4e5f6a7b": "c" * 64}
 BASE = "b" * 64
+ALIAS = "tiny-desk@promoted"
 
 
 @dataclass
@@ -44,14 +45,23 @@ class FakeServer:
         digest = self.digests.get(model)
         record = {"run_id": "run-1", "chat_template_digest": "t" * 8} if digest else None
         parent = "tiny" if digest else None
-        return {"id": model, "parent": parent, "digest": digest, "base_fingerprint": BASE, "record": record}
+        if model == ALIAS:
+            return {**self.entry(next(iter(ADAPTERS))), "id": ALIAS, "root": next(iter(ADAPTERS))}
+        return {
+            "id": model,
+            "root": "tiny",
+            "parent": parent,
+            "digest": digest,
+            "base_fingerprint": BASE,
+            "record": record,
+        }
 
     def api(self) -> FastAPI:
         api = FastAPI()
 
         @api.get("/v1/models")
         def models() -> dict[str, Any]:
-            return {"data": [self.entry(model) for model in ("tiny", *self.digests)]}
+            return {"data": [self.entry(model) for model in ("tiny", *self.digests, ALIAS)]}
 
         @api.get("/v1/models/{model}")
         def model(model: str) -> dict[str, Any]:
@@ -227,6 +237,13 @@ def test_three_models_are_compared_in_pairs(world, request_):
     first, second = ADAPTERS
     assert pairs == {(first, second), (first, "tiny"), (second, "tiny")}
     assert len(created.study.comparisons) == 12 and len(created.study.assignments) == 24
+
+
+def test_a_promoted_adapter_is_compared_under_its_own_id(world, request_):
+    created = world.create(replace(request_, adapters=(ALIAS,)))
+    assert created.study.model_ids == ["tiny-desk-0a1b2c3d", "tiny"]
+    with pytest.raises(UsageError, match="at least two models"):
+        world.create(replace(request_, name="other", adapters=(ALIAS, "tiny-desk-0a1b2c3d"), base=False))
 
 
 def test_attention_items_show_answers_of_nobody(world, request_, tmp_path):
