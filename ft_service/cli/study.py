@@ -245,6 +245,23 @@ def close(name: Name, storage: StorageRoot = DEFAULT_STORAGE, database: Database
     console.print(f"{name} is closed. Its votes are kept.", highlight=False)
 
 
+@study_app.command("add-rater")
+def add_rater(
+    name: Name,
+    rater: Annotated[str, typer.Argument(metavar="RATER")],
+    server: Server = _SERVER,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    database: Database = None,
+) -> None:
+    """Let somebody join for a rater who left: they get the comparisons with the fewest votes."""
+    from serve.voting import studies
+
+    engine = open_service_database(database)
+    number = studies.add_rater(engine, Storage(storage), name, rater)
+    console.print(f"{rater} gets {counted(number, 'comparison')}:", highlight=False)
+    _print_links({rater: studies.study_links(engine, name, server)[rater]})
+
+
 @study_app.command("delete-rater")
 def delete_rater(
     name: Name,

@@ -21,11 +21,10 @@ from serve.database.tables import AssignmentRow, ComparisonRow, QuestionRow, Rat
 from serve.http.errors import ApiError
 from serve.voting.files import MOST_SCORE, Outcome, RevealedFile, StudyFolder, VoteFile, WithdrawnFile
 from serve.voting.links import Rater
-from serve.voting.studies import changing
+from serve.voting.studies import REVEALED, changing
 
 LONGEST_NOTE = 2000
 _LONGEST_SECONDS = 86_400.0
-REVEALED = "models revealed"
 
 
 class _Wire(BaseModel):

@@ -2,6 +2,7 @@
 
 <storage>/studies/<name>/study.json                    what never changes: models, questions, answers, assignments
                          raters/<rater>.json           a rater's name, or when the rater's data were deleted
+                         added/<rater>.json            assignments of a rater who joined later
                          votes/<rater>/<assignment>-<round>.json            a vote
                                        <assignment>-<round>.withdrawn.json  that vote was withdrawn
                                        <assignment>.revealed.json           the rater learnt which models these are
@@ -127,6 +128,14 @@ class RaterFile(StoredFile):
     deleted: datetime | None = None
 
 
+class AddedFile(StoredFile):
+    """added/<rater>.json"""
+
+    rater: str
+    time: datetime
+    assignments: list[Assignment]
+
+
 class VoteFile(StoredFile):
     """votes/<rater>/<assignment>-<round>.json"""
 
@@ -205,8 +214,17 @@ class StudyFolder:
         self._write(f"raters/{rater.id}.json", rater)
 
     def raters(self, study: StudyFile) -> list[RaterFile]:
-        """The raters of the study; files that an interrupted command has left are not among them."""
-        return [self._read(f"raters/{rater}.json", RaterFile) for rater in study.raters]
+        """Raters from the start and later ones; files that an interrupted command has left are not among them."""
+        ids = [*study.raters, *(one.rater for one in self.added())]
+        return [self._read(f"raters/{rater}.json", RaterFile) for rater in ids]
+
+    def write_added(self, added: AddedFile) -> None:
+        self._write(f"added/{added.rater}.json", added)
+
+    def added(self) -> list[AddedFile]:
+        """The raters who joined later, with their assignments."""
+        names = self.storage.files(f"{self.path}/added")
+        return [self._read(f"added/{name}", AddedFile) for name in names if name.endswith(".json")]
 
     def write_vote(self, vote: VoteFile) -> None:
         """Again for the same assignment and round replaces it, so that a vote that got no reply is not kept twice."""

@@ -1,8 +1,10 @@
 """Studies in the database: opened whole, rebuilt from storage, listed, closed; a rater's data deleted."""
 
+import math
+import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,11 +26,14 @@ from serve.database.tables import (
     VoteRow,
     with_utc,
 )
-from serve.voting.files import RaterFile, StudyFile, StudyFolder
+from serve.voting.draw import draw_assignments
+from serve.voting.files import AddedFile, Assignment, RaterFile, StudyFile, StudyFolder
 from serve.voting.links import link, token_digest, token_of, voting_secret
 
 _TABLES = (VoteRow, AssignmentRow, RaterRow, ComparisonRow, QuestionRow)
 """Of one study, in an order in which they can be deleted."""
+REVEALED = "models revealed"
+"""Why an assignment is void."""
 _writing = threading.Lock()
 
 
@@ -89,6 +94,7 @@ def open_study(engine: Engine, storage: Storage, name: str, *, by: str = COMMAND
     folder = StudyFolder(storage, name)
     study, digest = folder.read()
     raters = folder.raters(study)
+    assignments = [*study.assignments, *(one for added in folder.added() for one in added.assignments)]
     secret = voting_secret(engine)
     closed = folder.closed()
     with changing(engine) as opened:
@@ -116,7 +122,8 @@ def open_study(engine: Engine, storage: Storage, name: str, *, by: str = COMMAND
         opened.flush()
         number = 0
         for rater in raters:
-            number += _add_rater_rows(opened, folder, study, digest, rater)
+            own = [one for one in assignments if one.rater == rater.id]
+            number += _add_rater_rows(opened, folder, own, digest, rater)
         audit(opened, by, f"studies.{action}", name, {"votes": number})
         opened.commit()
     return number
@@ -164,6 +171,49 @@ def close_study(engine: Engine, storage: Storage, name: str, by: str = COMMAND_L
         opened.flush()
         StudyFolder(storage, name).write_closed(now)
         opened.commit()
+
+
+def add_rater(engine: Engine, storage: Storage, name: str, rater_name: str, by: str = COMMAND_LINE) -> int:
+    """A rater who joins later, for one who left. Returns the number of their assignments.
+
+    They get the comparisons with the fewest votes, at most as many as a rater had at the start, and hidden checks like
+    everybody. Raises `UsageError` if the name is taken, the study is closed, or every comparison has its votes.
+    """
+    folder = StudyFolder(storage, name)
+    study, digest = folder.read()
+    secret = voting_secret(engine)
+    with changing(engine) as opened:
+        row = _study(opened, name)
+        if row.closed is not None:
+            raise UsageError(f"NAME = {name!r}: is closed, so nobody can join it.")
+        if not rater_name.strip() or rater_name in opened.scalars(select(RaterRow.name).where(RaterRow.study == name)):
+            raise UsageError(f"RATER = {rater_name!r}: is empty, or the study has a rater of this name.")
+        votes = _reviews(opened, name)
+        real = [one for one in study.comparisons if one.kind == "real"]
+        wanted = study.settings.votes_per_item
+        few = sorted((one for one in real if votes.get(one.id, 0) < wanted), key=lambda one: votes.get(one.id, 0))
+        if not few:
+            raise UsageError(f"NAME = {name!r}: every comparison has its {wanted} votes, so nobody else is needed.")
+        few = few[: math.ceil(len(real) * wanted / len(study.raters))]
+        rater = RaterFile(id=secrets.token_hex(8), name=rater_name)
+        assignments = draw_assignments(
+            [*few, *(one for one in study.comparisons if one.kind != "real")],
+            [rater.id],
+            votes_per_item=1,
+            repeats=study.settings.repeats,
+            controls=study.settings.controls,
+            seed=secrets.randbits(32),
+        )
+        token = token_of(secret, name, rater.id)
+        opened.add(RaterRow(id=rater.id, study=name, name=rater_name, token_digest=token_digest(token)))
+        opened.flush()
+        _add_rater_rows(opened, folder, assignments, digest, rater)
+        audit(opened, by, "studies.add_rater", name, {"rater": rater.id})
+        opened.flush()
+        folder.write_rater(rater)
+        folder.write_added(AddedFile(rater=rater.id, time=datetime.now(UTC), assignments=assignments))
+        opened.commit()
+    return len(assignments)
 
 
 def delete_rater(engine: Engine, storage: Storage, name: str, rater_name: str, by: str = COMMAND_LINE) -> int:
@@ -232,18 +282,21 @@ def _comparison_rows(study: StudyFile) -> list[ComparisonRow]:
     ]
 
 
-def _add_rater_rows(opened: Session, folder: StudyFolder, study: StudyFile, digest: str, rater: RaterFile) -> int:
+def _add_rater_rows(
+    opened: Session, folder: StudyFolder, assignments: Sequence[Assignment], digest: str, rater: RaterFile
+) -> int:
+    """The rater's assignments and votes. Returns the number of votes that count."""
     if rater.deleted:
         return 0
     votes, withdrawn, revealed = folder.votes_of(rater.id)
     rounds = Counter(one.assignment for one in withdrawn)
     void = {assignment for one in revealed for assignment in one.void}
     revealed_at = {one.assignment: one.time for one in revealed}
-    own = {one.id: one for one in study.assignments if one.rater == rater.id}
+    own = {one.id for one in assignments}
     opened.add_all(
         AssignmentRow(
             id=one.id,
-            study=study.name,
+            study=folder.name,
             rater=rater.id,
             comparison=one.comparison,
             kind=one.kind,
@@ -251,9 +304,9 @@ def _add_rater_rows(opened: Session, folder: StudyFolder, study: StudyFile, dige
             first_is_left=one.first_is_left,
             round=rounds[one.id],
             revealed=revealed_at.get(one.id),
-            void="models revealed" if one.id in void else None,
+            void=REVEALED if one.id in void else None,
         )
-        for one in own.values()
+        for one in assignments
     )
     opened.flush()
     counted = [vote for vote in votes if vote.round == rounds[vote.assignment] and vote.assignment not in void]
@@ -266,7 +319,7 @@ def _add_rater_rows(opened: Session, folder: StudyFolder, study: StudyFile, dige
     opened.add_all(
         VoteRow(
             assignment=vote.assignment,
-            study=study.name,
+            study=folder.name,
             rater=rater.id,
             round=vote.round,
             outcome=vote.outcome,
@@ -291,13 +344,7 @@ def _summary(opened: Session, name: str) -> StudySummary:
     )
     done = _counts(opened, select(VoteRow.rater, func.count()).where(VoteRow.study == name).group_by(VoteRow.rater))
     real = select(ComparisonRow.id).where(ComparisonRow.study == name, ComparisonRow.kind == "real")
-    reviews = _counts(
-        opened,
-        select(AssignmentRow.comparison, func.count())
-        .join(VoteRow, VoteRow.assignment == AssignmentRow.id)
-        .where(AssignmentRow.study == name, AssignmentRow.kind == "real")
-        .group_by(AssignmentRow.comparison),
-    )
+    reviews = _reviews(opened, name)
     comparisons = list(opened.scalars(real))
     raters = opened.scalars(select(RaterRow).where(RaterRow.study == name).order_by(RaterRow.name))
     return StudySummary(
@@ -322,6 +369,17 @@ def _summary(opened: Session, name: str) -> StudySummary:
             for row in raters
         ],
     )
+
+
+def _reviews(opened: Session, name: str) -> dict[str, int]:
+    """Comparison -> its votes, without those of repeats."""
+    query = (
+        select(AssignmentRow.comparison, func.count())
+        .join(VoteRow, VoteRow.assignment == AssignmentRow.id)
+        .where(AssignmentRow.study == name, AssignmentRow.kind == "real")
+        .group_by(AssignmentRow.comparison)
+    )
+    return _counts(opened, query)
 
 
 def _counts(opened: Session, query: Any) -> dict[str, int]:

@@ -11,11 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select, text
 
+from ft_service.errors import UsageError
 from serve.database.audit import audit_log
 from serve.database.database import open_database, session
 from serve.database.tables import AssignmentRow, VoteRow, with_utc
 from serve.voting.links import token_of, voting_secret
-from serve.voting.studies import close_study, delete_rater, open_study, study_summary
+from serve.voting.studies import add_rater, close_study, delete_rater, open_study, study_summary
 from tests.serve.voting.voting_world import MODELS, Rater, Voting, make_study, voting_api
 
 
@@ -230,6 +231,32 @@ def test_deleting_a_rater_deletes_name_votes_and_notes_everywhere_and_the_link(t
     assert code(anna.state()) == (410, "link_deleted")
     assert len(votes_in(database)) == 1 and bert.state().status_code == 200
     assert "studies.delete_rater" in [entry.action for entry in audit_log(made.engine)]
+
+
+def test_somebody_who_joins_gets_what_has_the_fewest_votes_and_survives_a_rebuild(tmp_path, database):
+    made, client = voting(tmp_path, database, questions=8, repeats=0.2, attention=1, controls=1)
+    anna = Rater(client, made.token("anna"))
+    bert = Rater(client, made.token("bert"))
+    anna.vote_all()
+    for _ in range(3):
+        bert.vote(bert.state().json()["comparison"])
+    delete_rater(made.engine, made.storage, "desk", "bert")
+    assert study_summary(made.engine, "desk").reviews == {1: 8}
+    number = add_rater(made.engine, made.storage, "desk", "cleo")
+    with pytest.raises(UsageError, match="a rater of this name"):
+        add_rater(made.engine, made.storage, "desk", "cleo")
+    cleo = Rater(client, made.token("cleo"))
+    first = cleo.state().json()["comparison"]
+    cleo.vote(first)
+    open_study(made.engine, made.storage, "desk")
+    assert cleo.state().json()["total"] == number == 8 + 2 + 1 + 1
+    cleo.vote_all()
+    assert study_summary(made.engine, "desk").reviews == {2: 8}
+    with pytest.raises(UsageError, match="nobody else is needed"):
+        add_rater(made.engine, made.storage, "desk", "dora")
+    close_study(made.engine, made.storage, "desk")
+    with pytest.raises(UsageError, match="is closed"):
+        add_rater(made.engine, made.storage, "desk", "dora")
 
 
 def test_the_tables_are_the_same_after_a_rebuild_into_a_new_database(tmp_path, database):
