@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.result import add_smoke_option, print_result, shrink
+from benchmarks.serving import soak
 from benchmarks.serving.server import our_server, transformers_server
-from benchmarks.serving.soak import soak
 from benchmarks.serving.work import Round, World, to_line
 from benchmarks.serving.world import SIZES, SMALLEST, write_world
 
@@ -305,9 +305,8 @@ def main() -> None:
         sizes = SMALLEST if arguments.smoke else SIZES
         world = write_world(folder, sizes, arguments.adapters, arguments.dtype)
         if arguments.soak:
-            figures = soak(world, folder, arguments)
-            goal = {"failed": 0}
-            print_result(arguments, "serve", figures=figures, goal=goal, holds=figures["failed"] == 0)
+            figures = soak.soak(world, folder, arguments)
+            print_result(arguments, "serve", figures=figures, goal=soak.GOAL, holds=soak.holds(figures))
             return
         found: Figures = {}
         missing: dict[str, str] = {}

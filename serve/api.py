@@ -12,6 +12,7 @@ from serve.database.database import open_database
 from serve.database.keys import find_key
 from serve.http.access import AccessLog
 from serve.http.errors import ApiError, answer_errors_in_openai_shape
+from serve.http.in_flight import CountInFlight, InFlight, stopping
 from serve.http.keys import HEALTH_PATH, READY_PATH, RequireKey
 from serve.http.openapi import describe
 from serve.inference.models import ServedModels
@@ -31,15 +32,18 @@ def create_api(
     backends: Mapping[str, Backend],
     settings: ServeSettings,
     missing: Callable[[], Awaitable[Collection[str]]] = _none_missing,
+    in_flight: InFlight | None = None,
 ) -> FastAPI:
     """The application over the engines of each base, by the base's name.
 
-    `missing` names the bases that cannot answer yet; readiness depends on it.
+    `missing` names the bases that cannot answer yet; readiness depends on it. `in_flight` counts requests, and stops
+    the server.
     """
+    in_flight = in_flight or InFlight()
     database = open_database(settings.database) if settings.database else None
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
-    api.include_router(inference_routes(models, backends, settings, database))
+    api.include_router(inference_routes(models, backends, settings, database, in_flight))
     api.include_router(playground_routes())
     if database is not None and settings.storage:
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
@@ -54,12 +58,15 @@ def create_api(
     @api.head(READY_PATH, include_in_schema=False)
     async def ready() -> dict[str, object]:
         """For load balancers: whether every base has a replica, or starts one when it is asked for."""
+        if in_flight.is_stopping:
+            raise stopping()
         if names := ", ".join(await missing()):
             raise ApiError(503, f"No replica runs yet: {names}.", "not_ready", retry_after=2)
         return {"status": "ready"}
 
     root_key = settings.api_key.get_secret_value() if settings.api_key else None
     api.add_middleware(RequireKey, root_key=root_key, find_key=partial(find_key, database) if database else None)
+    api.add_middleware(CountInFlight, in_flight=in_flight)
     api.add_middleware(AccessLog)  # around the check of keys, so that refused requests are in the log too
     if settings.allowed_origins:
         api.add_middleware(

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import (
     BackPressureError,
@@ -23,6 +23,7 @@ from ft_service.storage.storage import Storage
 from serve.api import create_api
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.http.errors import ApiError
+from serve.http.in_flight import InFlight
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.log import log_with_serve
@@ -33,6 +34,9 @@ RETRY_SECONDS = 2
 BROADCAST_SECONDS = 5.0
 READINESS_SECONDS = 2.0
 """So old an answer about readiness may be: load balancers ask often, and the controller has other work."""
+
+_REPLICA_IS_GONE = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
+"""`ObjectLostError`: a large chunk lay in the memory of a node that is gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +68,7 @@ class Replicas:
             except BackPressureError:
                 message = f"Too many requests wait for {self._name}. Try again in a moment."
                 raise ApiError(429, message, "overloaded", retry_after=RETRY_SECONDS) from None
-            except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+            except _REPLICA_IS_GONE as error:
                 logger.warning("request %s: a replica of %s is gone (%s)", request.id, self._name, type(error).__name__)
                 if has_answered or attempt == ATTEMPTS:
                     raise ServingError(f"The replica of {self._name} that was answering has died. Ask again.") from None
@@ -133,7 +137,16 @@ class Gateway:
         backends = {name: Replicas(name, handle) for name, handle in handles.items()}
         always_on = [base.model_name for base in settings.bases if not base.may_scale_to_zero]
         readiness = Readiness(serve.get_replica_context().app_name, always_on)
-        self._api = create_api(models, backends, settings, readiness.missing)
+        self._in_flight = InFlight()
+        self._api = create_api(models, backends, settings, readiness.missing, self._in_flight)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api
+
+    async def refuse_new(self) -> int:
+        """See `serve.http.in_flight.InFlight.refuse_new`."""
+        return self._in_flight.refuse_new()
+
+    async def cut(self) -> int:
+        """See `serve.http.in_flight.InFlight.cut`."""
+        return self._in_flight.cut()

@@ -14,7 +14,11 @@ from typing import NoReturn
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaState
 from ray.serve.context import _get_global_client, _set_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from ft_service.cluster.ray_cluster import connect
@@ -23,7 +27,7 @@ from ft_service.registry.registry import Registry
 from ft_service.spec.schema import RUN_NAME_PATTERN
 from ft_service.storage.storage import Storage
 from ft_service.text import last_line
-from serve.app import build_app, complete
+from serve.app import GATEWAY, build_app, complete
 from serve.http.keys import is_loopback
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
@@ -38,6 +42,11 @@ _WILDCARDS = ("0.0.0.0", "::")
 _LISTEN_SECONDS = 300
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 5.0
+_ASK_SECONDS = 5.0
+_CUT_SECONDS = 5.0
+"""So long the errors of answers that are cut may take to reach their clients."""
+_DELETE_SECONDS = 60.0
+"""So long replicas may take to end once no request is in flight."""
 
 
 def run_server(
@@ -81,14 +90,14 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
             _check_running_serve(host, port, name)
-            started.callback(_stop_serving, name, local=not ray_address)
+            started.callback(_stop_serving, name, not ray_address, settings.limits.stop_seconds)
             serve.start(http_options={"host": host, "port": port})
             _deploy(settings, name)
             _wait_until_listening(host, port, local=not ray_address)
             _announce(settings, host, port, name, local=not ray_address)
             Event().wait()
         except KeyboardInterrupt:
-            print("Stopping: waiting for answers that have begun; again to stop at once.", flush=True)
+            print("Stopping: no new requests are accepted. Again to stop at once.", flush=True)
 
 
 def _check_name(name: str) -> None:
@@ -148,24 +157,72 @@ def _check_running_serve(host: str, port: int, name: str) -> None:
         )
 
 
-def _stop_serving(name: str, local: bool) -> None:
-    """Delete this application once its answers are complete; shut Ray Serve down only if no other one is left.
+def _stop_serving(name: str, local: bool, stop_seconds: float) -> None:
+    """End the requests in flight, then delete this application; shut Ray Serve down only if no other one is left.
 
-    However long the answers take: `serve.delete` itself gives up after a minute. A Ray of this process ends with it,
-    and Serve with Ray. Trap: when Serve shuts down, Ray prints that a task failed and is tried again without end.
+    A Ray of this process ends with it, and Serve with Ray. Trap: when Serve shuts down, Ray prints that a task failed
+    and is tried again without end.
     """
     try:
         if name in serve.status().applications:
-            serve.delete(name, _blocking=False)
-            while name in serve.status().applications:
-                time.sleep(_POLL_SECONDS)
+            _end_requests(name, stop_seconds)
+            _delete(name)
         if not local and not serve.status().applications:
             serve.shutdown()
     except KeyboardInterrupt:
         print("Stopping at once.", flush=True)
+        if not local and name in serve.status().applications:
+            serve.delete(name, _blocking=False)
     finally:
         if local:
             _set_global_client(None)  # it would be used again with the next Ray of this process
+
+
+def _end_requests(name: str, stop_seconds: float) -> None:
+    """Refuse new requests, wait until those in flight are answered, and cut what takes longer than `stop_seconds`.
+
+    Deleting the application alone is not enough: Serve stops gateways and engines together, and a request that waits in
+    a gateway's queue finds no engine any more.
+    """
+    gateways = serve.get_deployment_handle(GATEWAY, name)
+    if left := _wait_for_requests(gateways, "refuse_new", stop_seconds):
+        print(f"Cutting {left} requests that were not answered within {stop_seconds:g} s.", flush=True)
+        _wait_for_requests(gateways, "cut", _CUT_SECONDS)
+
+
+def _wait_for_requests(gateways: DeploymentHandle, method: str, seconds: float) -> int:
+    """Call `method` of all gateways until no request is in flight, for `seconds` at most. Returns how many are left."""
+    deadline = time.monotonic() + seconds
+    shown = False
+    while (left := _requests_in_flight(gateways, method)) and time.monotonic() < deadline:
+        if not shown:
+            print(f"Waiting at most {seconds:g} s for requests in flight: {left}.", flush=True)
+            shown = True
+        time.sleep(_POLL_SECONDS)
+    return left
+
+
+def _requests_in_flight(gateways: DeploymentHandle, method: str) -> int:
+    """On all gateways, as `method` of each returns it. A gateway that runs and does not answer counts as one."""
+    application = serve.status().applications.get(gateways.app_name)  # somebody else may have deleted it
+    deployment = application.deployments.get(GATEWAY) if application else None
+    running = deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
+    if not running:
+        return 0
+    try:
+        answers = gateways.broadcast(method).results(timeout_s=_ASK_SECONDS, return_exceptions=True)
+    except (TimeoutError, RayError, RayServeException):  # a new handle does not know its replicas yet
+        return running
+    known = [answer for answer in answers if isinstance(answer, int)]
+    return sum(known) + max(0, running - len(known))
+
+
+def _delete(name: str) -> None:
+    """`serve.delete` itself gives up after a minute, with a traceback."""
+    serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + _DELETE_SECONDS
+    while name in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _deploy(settings: ServeSettings, name: str) -> None:

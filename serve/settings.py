@@ -88,6 +88,9 @@ class Limits(_Settings):
     max_queue: int = Field(default=256, ge=1, description="Requests that wait for a base; more get 429.")
     queue_seconds: float = Field(default=120, gt=0, description="How long a request waits for its first token.")
     request_seconds: float = Field(default=1800, gt=0, description="How long a request may take in all.")
+    stop_seconds: float = Field(
+        default=60, ge=0, description="How long `ft serve` lets answers go on after Ctrl-C or SIGTERM."
+    )
     max_choices: int = Field(default=128, ge=1, description="Answers of one request: prompts times `n`.")
 
 

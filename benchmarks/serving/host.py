@@ -21,7 +21,7 @@ def main() -> None:
     from serve.settings import ServeSettings
 
     settings = ServeSettings.model_validate_json(Path(sys.argv[1]).read_bytes())
-    ray.init(
+    context = ray.init(
         address="local",
         num_cpus=len(settings.bases) * settings.bases[0].replicas,
         include_dashboard=False,
@@ -32,7 +32,8 @@ def main() -> None:
     serve.run(build_app(settings), name="ft", logging_config=LOGGING)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())  # after ray.init, which installs its own
-    print("Serving", flush=True)
+    session = context.address_info["session_dir"]  # type: ignore[attr-defined]  # its base class lacks it
+    print(f"Serving, logs in {session}", flush=True)
     ended.wait()
     ray.shutdown()
 

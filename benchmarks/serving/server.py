@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,10 +34,18 @@ class FailedRequestError(Exception):
 class Server:
     """A server's processes, and how to ask it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, body: Callable[[Ask], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        port: int,
+        body: Callable[[Ask], dict[str, Any]],
+        logs: Path | None = None,
+    ) -> None:
+        """`logs` is Ray's session folder."""
         self._process = psutil.Process(process.pid)
         self.port = port
         self._body = body
+        self._logs = logs
 
     def measure(self, work: Round) -> dict[str, Any]:
         """As a side's process does, with the CPU-seconds of the engine's process and of all others apart."""
@@ -68,6 +77,17 @@ class Server:
         """The processes that hold an engine."""
         return [process for process in self.processes() if f":{BASE_NAME}" in _title(process)]
 
+    def requests_ended_on_replicas(self) -> set[str]:
+        """Ids of the requests that an engine's log has a line about. A killed engine writes none for its last ones."""
+        assert self._logs
+        found = set()
+        for file in self._logs.glob("logs/serve/replica_*.log*"):
+            for line in file.read_text(errors="replace").splitlines():
+                fields = json.loads(line).get("ft") or {}
+                if "adapter" in fields:  # a gateway's lines have none
+                    found.add(fields["request"])
+        return found
+
     def hold_engine_to_core(self, engine_core: int, other_core: int) -> None:
         replicas = self.replicas()
         for process in self.processes():
@@ -78,11 +98,16 @@ class Server:
                         os.sched_setaffinity(int(thread), {core})
 
 
-async def stream(port: int, body: dict[str, Any]) -> AsyncGenerator[int, None]:
+async def stream(port: int, body: dict[str, Any], request_id: str = "") -> AsyncGenerator[int, None]:
     """Ask for a streamed completion. Raises `FailedRequestError` unless the answer comes to its end."""
     content = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    except OSError as error:
+        raise FailedRequestError(repr(error)) from error
     head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+    if request_id:
+        head += f"x-request-id: {request_id}\r\n"
     writer.write(f"{head}connection: close\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
     received = []
     begun = False
@@ -137,8 +162,9 @@ def our_server(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
-    with _running(command, settings, folder / "server.log", b"Serving") as process:
-        yield Server(process, port, lambda ask: _body(world, ask))
+    with _running(command, settings, folder / "server.log", b"Serving, logs in ") as process:
+        logs = Path(re.findall("Serving, logs in (.*)\n", (folder / "server.log").read_text())[0])
+        yield Server(process, port, lambda ask: _body(world, ask), logs)
 
 
 def _body(world: World, ask: Ask) -> dict[str, Any]:

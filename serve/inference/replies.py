@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
 from serve.http.errors import ApiError, as_api_error
+from serve.http.in_flight import InFlight
 from serve.inference.tools import may_become_call, parse_call
 from serve.inference.translate import Generation
 from serve.inference.wire import (
@@ -34,6 +35,8 @@ COMMENT = ": waiting\n\n"
 FIRST_QUIET_SECONDS = 1.0
 """So long an error can still set the status of a stream. Then its headers go out, whether there is a token or not."""
 QUIET_SECONDS = 10.0
+_MANY_LOGPROBS = 2000
+"""Of a reply. Writing so many takes some 10 ms."""
 
 
 class Backend(Protocol):
@@ -58,11 +61,13 @@ Pieces = AsyncGenerator[tuple[int, GenerationChunk] | None, None]
 """Chunks in the order of their arrival, each with the index of its choice. None where nothing came for a while."""
 
 
-async def pieces_of(engine: Backend, requests: Sequence[GenerationRequest], limits: Limits) -> Pieces:
+async def pieces_of(
+    engine: Backend, requests: Sequence[GenerationRequest], limits: Limits, in_flight: InFlight
+) -> Pieces:
     """All choices at once, so that the engine answers them in one batch.
 
-    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds`, 504 if the answers
-    take longer than `request_seconds`.
+    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds` or the server stops,
+    504 if the answers take longer than `request_seconds`.
     """
     chunks: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue()
 
@@ -82,25 +87,26 @@ async def pieces_of(engine: Backend, requests: Sequence[GenerationRequest], limi
     has_begun = False
     quiet_seconds = FIRST_QUIET_SECONDS
     try:
-        while unfinished:
-            allowed = limits.request_seconds if has_begun else min(limits.queue_seconds, limits.request_seconds)
-            left = began + allowed - loop.time()
-            try:
-                async with asyncio.timeout(min(quiet_seconds, left)):
-                    index, chunk = await chunks.get()
-            except TimeoutError:
-                if left <= quiet_seconds:
-                    raise _took_too_long(has_begun, allowed) from None
-                quiet_seconds = QUIET_SECONDS
-                yield None
-                continue
-            if chunk is None:
-                unfinished -= 1
-            elif isinstance(chunk, Exception):
-                raise chunk
-            else:
-                has_begun = True
-                yield index, chunk
+        with in_flight.answering(lambda error: chunks.put_nowait((0, error))):
+            while unfinished:
+                allowed = limits.request_seconds if has_begun else min(limits.queue_seconds, limits.request_seconds)
+                left = began + allowed - loop.time()
+                try:
+                    async with asyncio.timeout(min(quiet_seconds, left)):
+                        index, chunk = await chunks.get()
+                except TimeoutError:
+                    if left <= quiet_seconds:
+                        raise _took_too_long(has_begun, allowed) from None
+                    quiet_seconds = QUIET_SECONDS
+                    yield None
+                    continue
+                if chunk is None:
+                    unfinished -= 1
+                elif isinstance(chunk, Exception):
+                    raise chunk
+                else:
+                    has_begun = True
+                    yield index, chunk
     finally:
         for task in tasks:
             task.cancel()
@@ -310,18 +316,30 @@ def empty_reply(generation: Generation, shape: Shape, is_stream: bool) -> Reply:
     )
 
 
-async def whole_reply(generation: Generation, pieces: Pieces, shape: Shape) -> Reply:
-    """The reply once all choices are complete."""
+async def whole_reply(generation: Generation, pieces: Pieces, shape: Shape) -> bytes:
+    """The reply once all choices are complete, as JSON. What is long is written beside the event loop."""
     answers = [_Answer() for _ in generation.requests]
     async with aclosing(pieces):
         async for piece in pieces:
             if piece is not None:
                 index, chunk = piece
                 answers[index].add(chunk)
+    logprobs = (token for answer in answers for token in (*answer.prompt_logprobs, *answer.logprobs))
+    if sum(1 + len(token.top) for token in logprobs if token is not None) > _MANY_LOGPROBS:
+        return await asyncio.to_thread(_write, generation, answers, shape)
+    return _write(generation, answers, shape)
+
+
+def _write(generation: Generation, answers: Sequence[_Answer], shape: Shape) -> bytes:
+    """A choice at a time: nothing else runs while JSON is written."""
     reply = empty_reply(generation, shape, is_stream=False)
-    reply.choices = [shape.choice(index, answer) for index, answer in enumerate(answers)]
     reply.usage = _usage(generation, answers)
-    return reply
+    choices = (_json(shape.choice(index, answer).model_dump()) for index, answer in enumerate(answers))
+    return f'{_json(reply.model_dump(exclude={"choices"}))[:-1]},"choices":[{",".join(choices)}]}}'.encode()
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 async def event_stream(

@@ -1,11 +1,11 @@
 """The routes of the inference API: read a request, ask the engine of its base, answer in OpenAI's shapes."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from sqlalchemy import Engine
 
@@ -14,6 +14,7 @@ from serve.database.database import session
 from serve.engines.engine import EngineStats
 from serve.http.body import read_json
 from serve.http.errors import ApiError
+from serve.http.in_flight import InFlight
 from serve.http.keys import client_of
 from serve.http.openapi import reads
 from serve.inference.meter import measured
@@ -48,11 +49,19 @@ from serve.settings import ServeSettings
 
 BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+MAX_TOKENIZED_CHARACTERS = 2**20
+"""Making and writing the list of a million ids stops all other threads for about 0.1 s."""
+_TOKENIZED_CONTEXTS = 8
+"""Characters for each token of a context that is longer."""
 Result = TypeVar("Result")
 
 
 def inference_routes(
-    models: ServedModels, backends: Mapping[str, Backend], settings: ServeSettings, database: Engine | None
+    models: ServedModels,
+    backends: Mapping[str, Backend],
+    settings: ServeSettings,
+    database: Engine | None,
+    in_flight: InFlight,
 ) -> APIRouter:
     """The routes over the engines of each base, by the base's name. `database` keeps the audit log."""
     api = APIRouter()
@@ -91,7 +100,7 @@ def inference_routes(
     async def chat_completions(http: Request) -> Response:
         request = await read_json(http, ChatRequest, limits.max_body_mib)
         client_of(http).check_may_use(request.model)
-        characters = sum(len(str(message.get("content"))) for message in request.messages)
+        characters = _characters(request.messages)
         generation = await _encode(characters, lambda: translate.chat(request, request_id(http)))
         return await respond(http, generation, request, ChatShape(generation))
 
@@ -104,12 +113,12 @@ def inference_routes(
         return await respond(http, generation, request, CompletionShape(generation))
 
     async def respond(http: Request, generation: Generation, request: GenerationParameters, shape: Shape) -> Response:
-        pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits)
+        pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits, in_flight)
         pieces = measured(pieces, generation, http, metrics, log_prompts=settings.log_prompts)
         headers = generation.model.headers
         if not request.stream:
             reply = await whole_reply(generation, pieces, shape)
-            return JSONResponse(reply.model_dump(), headers=headers)
+            return Response(reply, media_type="application/json", headers=headers)
         first = await anext(pieces)  # an error up to here still sets the HTTP status
         events = event_stream(generation, first, pieces, shape, request.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={**headers, **STREAM_HEADERS})
@@ -122,7 +131,12 @@ def inference_routes(
         request = await read_json(http, TokenizeRequest, limits.max_body_mib)
         model = _model_or_only_base(models, request.model)
         tokens = translate.tokens(model)
-        characters = len(request.prompt or "") + sum(len(str(turn.get("content"))) for turn in request.messages or ())
+        characters = len(request.prompt or "") + _characters(request.messages or ())
+
+        most = max(MAX_TOKENIZED_CHARACTERS, _TOKENIZED_CONTEXTS * model.base.context_length)
+        if characters > most:
+            message = f"The text has {characters:,} characters; at most {most:,} are encoded at once. Send it in parts."
+            raise ApiError(413, message, "request_too_large", "prompt" if request.prompt else "messages")
 
         def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
             ids = _token_ids(request, model, tokens)
@@ -175,6 +189,14 @@ def _note_deletion(database: Engine, key: str, model_id: str) -> None:
 
 async def _encode(characters: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(executor_for(characters), work)
+
+
+def _characters(messages: Iterable[Mapping[str, object]]) -> int:
+    """About how long a conversation is, at little cost."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    texts = [*contents, *(part.get("text") for part in parts if isinstance(part, dict))]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _model_or_only_base(models: ServedModels, model_id: str | None) -> ServedModel:

@@ -6,10 +6,9 @@ never change: in chat, special tokens within a text are plain text; in a complet
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ft_service.chat.format import ChatFormat, Message
 from ft_service.errors import ModelError
@@ -17,6 +16,8 @@ from ft_service.model.base import load_tokenizer
 from serve.inference.bases import ServedBase
 
 LONG_CHARACTERS = 32_768
+_LIKELY_CHARACTERS = 4
+"""Of a token. A text with more of them than fit is measured in pieces before it is encoded as a whole."""
 _SHORT_TEXTS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 _LONG_TEXTS = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode-long")
 
@@ -31,7 +32,9 @@ class BaseTokens:
 
     def __init__(self, base: ServedBase) -> None:
         self.base = base
-        self._with_special_tokens = load_tokenizer(base.folder)
+        self._with_special_tokens = _whole_texts(load_tokenizer(base.folder))
+        self.max_token_characters = max(len(token) for token in self.tokenizer.get_vocab())
+        """No token stands for more characters; so a text has at least its length divided by this many tokens."""
         self._chat: ChatFormat | ModelError
         try:
             self._chat = ChatFormat(load_tokenizer(base.folder))
@@ -50,19 +53,42 @@ class BaseTokens:
             raise self._chat
         return self._chat
 
-    @cached_property
-    def max_token_characters(self) -> int:
-        """No token stands for more characters; so a text has at least its length divided by this many tokens."""
-        return max(len(token) for token in self.tokenizer.get_vocab())
+    def exceeds(self, texts: Sequence[str], max_tokens: int) -> bool:
+        """Whether texts certainly have more tokens, found out without encoding more than about twice as many.
+
+        Encoding a text of megabytes as a whole takes hundreds of bytes a token. Cut into pieces it may have other
+        tokens, a few for each cut, and never half as many.
+        """
+        characters = sum(len(text) for text in texts)
+        if characters // self.max_token_characters > max_tokens:
+            return True
+        if characters <= _LIKELY_CHARACTERS * max_tokens:
+            return False
+        counted = 0
+        for text in texts:
+            for start in range(0, len(text), LONG_CHARACTERS):
+                counted += len(self.ids_without_begin(text[start : start + LONG_CHARACTERS]))
+                if counted > 2 * max_tokens:
+                    return True
+        return False
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a completion's prompt. Special tokens in it count; it has one begin-of-text token, not two."""
-        ids = cast(list[int], self._with_special_tokens(text, verbose=False)["input_ids"])
+        ids = self._ids(text, add_special_tokens=True)
         begin = self.tokenizer.bos_token_id
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == begin else ids
 
     def ids_without_begin(self, text: str) -> list[int]:
-        return cast(list[int], self._with_special_tokens(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._with_special_tokens
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return cast(list[int], tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        # The tokenizer's own call also notes where each token is in the text. Freeing that of a million tokens takes
+        # 0.1 s, in which the process stands still.
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoded[0].ids
 
     def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         return self.chat.encode_prompt(messages) if add_generation_prompt else self.chat.encode(messages).input_ids
@@ -74,3 +100,11 @@ class BaseTokens:
     def strings(self, ids: Sequence[int]) -> list[str]:
         """The tokens as the tokenizer writes them."""
         return cast(list[str], self._with_special_tokens.convert_ids_to_tokens(list(ids)))
+
+
+def _whole_texts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """`tokenizer.json` may ask for truncation or padding, as training left them."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer

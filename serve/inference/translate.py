@@ -54,7 +54,7 @@ class Translator:
         tools = _offered_tools(request)
         messages = read_messages(request.messages, tools)
         chat = chat_format(model, tokens, with_tools=any(message.uses_tools for message in messages))
-        _check_length(sum(len(message.content) for message in messages), tokens, "messages")
+        _check_length([message.content for message in messages], tokens, "messages")
         prompt_ids = tokens.chat_ids(messages)
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else chat.end_of_turn_ids)
         generation = self._generation(
@@ -125,7 +125,7 @@ class Translator:
 
     def _prompt_ids(self, prompt: str | list[int], tokens: BaseTokens) -> list[int]:
         if isinstance(prompt, str):
-            _check_length(len(prompt), tokens, "prompt")
+            _check_length([prompt], tokens, "prompt")
             return tokens.prompt_ids(prompt)
         _check_ids(prompt, tokens, "prompt")
         return prompt
@@ -247,12 +247,12 @@ def _sampling(request: GenerationParameters) -> Sampling:
     )
 
 
-def _check_length(characters: int, tokens: BaseTokens, param: str) -> None:
+def _check_length(texts: Sequence[str], tokens: BaseTokens, param: str) -> None:
     """Refuse before encoding what cannot fit, however well it is encoded."""
     context = tokens.base.context_length
-    least = characters // tokens.max_token_characters
-    if least > context:
-        raise _too_long(f"has {characters} characters in the {param}, at least {least} tokens", context, param)
+    if tokens.exceeds(texts, context):
+        characters = sum(len(text) for text in texts)
+        raise _too_long(f"has {characters} characters in the {param}, which are more tokens", context, param)
 
 
 def _too_long(what: str, context: int, param: str) -> ApiError:

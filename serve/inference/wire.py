@@ -6,10 +6,11 @@ refused by name; what cannot change an answer, or asks for the default, is accep
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -23,7 +24,19 @@ from serve.http.errors import ApiError
 MAX_STOP_TEXTS = 32
 MAX_TOP_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "tool_calls"]
-TokenIds = list[Annotated[int, Field(ge=0)]]
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that reports its first wrong item only. An error for each of a million items takes seconds, in which the whole
+process stands still."""
+MAX_BIASED_TOKENS = 1024
+TokenIds = Items[Annotated[int, Field(ge=0)]]
+
+
+def _few_tokens(bias: object) -> object:
+    """Checked before the items: each wrong one is an error of its own (see `Items`)."""
+    if isinstance(bias, dict) and len(bias) > MAX_BIASED_TOKENS:
+        raise ValueError(f"has {len(bias)} tokens, and at most {MAX_BIASED_TOKENS} are allowed")
+    return bias
 
 
 class _FromClient(BaseModel):
@@ -128,12 +141,14 @@ class GenerationParameters(_FromClient):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
-        Annotated[dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        Annotated[
+            dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_tokens)
+        ]
         | None
     ) = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(max_length=1024)] | list[Annotated[str, Field(max_length=1024)]] | None = None
+    stop: Annotated[str, Field(max_length=1024)] | Items[Annotated[str, Field(max_length=1024)]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -211,12 +226,12 @@ class ChatRequest(GenerationParameters):
         "echo": (False,),
     }
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Items[dict[str, Any]] = Field(min_length=1)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     """Either value is right: Llama 3.1 calls one function in a turn."""
@@ -238,7 +253,7 @@ class CompletionRequest(GenerationParameters):
         "add_special_tokens": (True,),
     }
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Items[str] | Items[TokenIds]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -398,8 +413,8 @@ class TokenizeRequest(_FromClient):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
+    messages: Items[dict[str, Any]] | None = None
+    tools: Items[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None

@@ -245,6 +245,29 @@ def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(server):
     assert all(ended(stream) for stream in spared)
 
 
+def test_new_requests_do_not_wait_for_the_replacement_of_one_of_two_replicas(server):
+    all_of(server, lambda found: all(replica["running"] == 0 for replica in found))
+    streams = [begun(Stream(server)) for _ in range(2)]
+    victim, other = (stream.pid for stream in streams)
+    assert victim != other
+    os.kill(victim, signal.SIGKILL)
+    # The other one answers all of them: a replacement takes seconds to start.
+    assert {pid(server.ask([WHO, 1])) for _ in range(3)} == {other}
+    release(server.base)
+    assert not ended(streams[0]) and ended(streams[1])
+
+
+def test_requests_wait_for_the_replacement_of_an_only_replica_that_dies(server):
+    stream = begun(Stream(server, "rare"))
+    waiting = [server.start([WHO, 1], "rare") for _ in range(3)]
+    os.kill(stream.pid, signal.SIGKILL)
+    asked_later = [server.start([WHO, 1], "rare") for _ in range(2)]
+    stream.done.result(SECONDS)
+    assert "has died" in json.loads(stream.lines[-1])["error"]["message"]
+    for one in [*waiting, *asked_later]:
+        assert pid(one.result(SECONDS)) != stream.pid
+
+
 def test_a_rolling_update_costs_no_request(server):
     all_of(server, lambda found: True)
     stream = begun(Stream(server))

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import yaml
+from ray.serve._private.common import DeploymentID, ReplicaState
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 
 from ft_service.errors import ClusterError, FtError, ModelError, ServingError, UsageError
-from serve.run import _report_waiting, _stop_serving, run_config, run_server
+from serve.run import _report_waiting, _requests_in_flight, _stop_serving, run_config, run_server
 from serve.settings import ServeSettings
 from tests.serve.serving_world import World, draft_record, make_world, write_adapter
 
@@ -211,19 +213,21 @@ def test_a_name_that_would_hide_other_routes_is_refused(world, name):
 def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left, shuts_down):
     applications = {"ft", *left}
     shutdowns = []
+    monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: None)
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
     monkeypatch.setattr("ray.serve.shutdown", lambda: shutdowns.append(1))
-    _stop_serving("ft", local=False)
+    _stop_serving("ft", local=False, stop_seconds=1)
     assert applications == left and bool(shutdowns) == shuts_down
 
 
 def test_a_server_with_a_ray_of_its_own_leaves_the_end_of_serve_to_ray(monkeypatch):
     applications = {"ft"}
+    monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: None)
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
     monkeypatch.setattr("ray.serve.shutdown", lambda: pytest.fail("Ray would print that a task failed"))
-    _stop_serving("ft", local=True)
+    _stop_serving("ft", local=True, stop_seconds=1)
     assert applications == set()
 
 
@@ -263,3 +267,43 @@ def test_it_serves_until_terminated_and_frees_the_port(world, free_port):
     assert "a-secret-key" not in text
     with socket.create_server(("127.0.0.1", free_port)):
         pass
+
+
+class Gateways:
+    """A handle of two gateways, each with what it answers."""
+
+    app_name = "ft"
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = answers
+
+    def broadcast(self, method: str) -> "Gateways":
+        return self
+
+    def results(self, **options: object) -> list[object]:
+        if not self.answers:
+            raise DeploymentUnavailableError(DeploymentID("gateway", "ft"))
+        return list(self.answers)
+
+
+@pytest.mark.parametrize(
+    ("running", "answers", "in_flight"),
+    [
+        (2, (0, 0), 0),
+        (2, (3, 1), 4),
+        (2, (3, TimeoutError()), 4),
+        (2, (3,), 4),
+        (2, (), 2),  # a new handle does not know its replicas yet
+        (0, (), 0),
+    ],
+)
+def test_a_gateway_that_does_not_answer_counts_as_one_request(monkeypatch, running, answers, in_flight):
+    gateway = SimpleNamespace(replica_states={ReplicaState.RUNNING: running})
+    applications = {"ft": SimpleNamespace(deployments={"gateway": gateway})}
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
+    assert _requests_in_flight(Gateways(*answers), "refuse_new") == in_flight
+
+
+def test_no_request_is_in_flight_on_an_application_that_is_gone(monkeypatch):
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
+    assert _requests_in_flight(Gateways(1), "refuse_new") == 0

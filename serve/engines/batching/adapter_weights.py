@@ -274,7 +274,7 @@ def _check_names_and_shapes(
     expected: _Expected, tensors: Mapping[str, torch.Tensor], sites: Mapping[str, Site]
 ) -> None:
     mismatches = [f"no tensor {name}" for name in expected.shapes if name not in tensors]
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if name in expected.shapes:
             if tuple(tensor.shape) != expected.shapes[name]:
                 mismatches.append(f"{name} has shape {tuple(tensor.shape)} instead of {expected.shapes[name]}")

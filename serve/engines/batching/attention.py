@@ -36,7 +36,7 @@ class DecodeGroup:
     rows: slice | torch.Tensor
     """Their rows in the flattened batch, int64 [D] if they are not neighbours."""
     panels: torch.Tensor
-    """int64 [D * K * blocks of the longest context]: see `KeyValueStore`; unused entries are block 0."""
+    """int64 [D * K * blocks of the longest context]: see `KeyValueStore`; unused entries repeat the first block."""
     hidden: torch.Tensor
     """What is added to attention scores, [D, 1, 1, C]: 0, or -inf for slots without context."""
 
@@ -111,7 +111,8 @@ class KeyValueStore:
     [D, K, C, E], which matrix products take without another copy.
 
     Trap: content that is masked still takes part in the weighted sum, with weight 0. So everything here must be finite:
-    it starts as zeros, and `clear` overwrites what may not be finite before another sequence gets the block.
+    it starts as zeros, `clear` overwrites what may not be finite before another sequence gets the block, and padding
+    repeats a block of the sequence itself.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class KeyValueStore:
         table: np.ndarray = np.zeros((len(pieces), max(counts)), dtype)
         for index, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
             table[index, :count] = piece.sequence.blocks[:count]
+            table[index, count:] = piece.sequence.blocks[0]  # its own: another sequence's may not be finite
         return table
 
     def _group(self, pieces: Rows[Piece[Any]], rows: list[int]) -> DecodeGroup:

@@ -57,7 +57,7 @@ class JsonGrammar:
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: Iterable[int]) -> None:
         self._matcher = matcher
-        self._end_ids = torch.tensor(sorted(end_ids))
+        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64)
         self._bits = torch.zeros((1, -(-vocab_size // _BITS)), dtype=torch.int32)
         self._places = torch.arange(_BITS, dtype=torch.int32)
         self._vocab_size = vocab_size

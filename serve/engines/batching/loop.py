@@ -147,6 +147,7 @@ class ModelLoop:
                 except Exception:  # a thread that has ended would leave every client waiting
                     logger.exception("the model thread goes on after an error")
                     self._fail([], ServingError("internal error"))
+                    self._send()  # now: the next turn may wait for a message first
 
     def _receive(self) -> None:
         """Take all messages; wait for one if there is nothing else to do."""

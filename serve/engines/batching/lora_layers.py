@@ -71,7 +71,8 @@ class BatchedLora:
         self._launch = _LAUNCH / model.config.hidden_size
         self._padded = _PaddedStack(self._groups)
         self._dense: dict[tuple[str, ...], _DenseStack] = {}
-        self._vectors: tuple[LoadedAdapter, ...] = ()
+        # What the layers hold at the moment; None if that is not known.
+        self._vectors: tuple[LoadedAdapter, ...] | None = ()
         self._key: object = None
         self._bound: object = None
         self._wrap(model)
@@ -95,7 +96,17 @@ class BatchedLora:
         key = (*adapters, *token_rows, *logit_rows)
         if key == self._key:
             return
+        try:
+            self._set_rows(adapters, token_rows, logit_rows)
+        except BaseException:
+            # Half of the layers may hold what the step before left there, and the same rows will be asked for again.
+            self._forget()
+            raise
         self._key = key
+
+    def _set_rows(
+        self, adapters: Sequence[LoadedAdapter | None], token_rows: Sequence[int], logit_rows: Sequence[int]
+    ) -> None:
         used = [adapter for adapter in dict.fromkeys(adapters) if adapter is not None]
         body: list[Run] = list(zip(adapters, token_rows, strict=True))
         head: list[Run] = list(zip(adapters, logit_rows, strict=True))
@@ -115,10 +126,17 @@ class BatchedLora:
         for rows, runs, active in ((self._body, body, True), (self._head, head, changes_head)):
             rows.active = active
             if active:
-                rows.arrange(runs, stack, places, self._padded, vectors, self.dtype)
+                rows.arrange(runs, stack, places, self._padded, vectors)
         with_own = [adapter for adapter in used if adapter.own or adapter.embeddings]
         for layer in self._layers.values():
             layer.set_own(with_own)
+
+    def _forget(self) -> None:
+        self._key = None
+        self._bound = None
+        self._vectors = None
+        self._padded.clear()
+        self._dense.clear()
 
     # -- installing ------------------------------------------------------------------------------------------------
 
@@ -390,12 +408,11 @@ class _Rows:
         places: Mapping[LoadedAdapter, int],
         padded: _PaddedStack,
         vectors: Sequence[LoadedAdapter],
-        dtype: torch.dtype,
     ) -> None:
         self._on.clear()
         self.by_adapter = _rows_by_adapter(runs)
         layout = _Layout(runs, dense, places, padded.num_used, vectors)
-        self._make = lambda device: _RowTensors(layout, dtype, device)
+        self._make = lambda device: _RowTensors(layout, device)
 
 
 class _Layout:
@@ -441,11 +458,10 @@ class _Layout:
 
 
 class _RowTensors:
-    def __init__(self, layout: _Layout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: _Layout, device: torch.device) -> None:
         self._layout = layout
-        self._dtype = dtype
         self._device = device
-        self._masks: dict[int, torch.Tensor | None] = {}
+        self._of_others: dict[int, torch.Tensor | None] = {}
         self.shape = (layout.num_places, layout.most_rows)
         self.sources = self._indices(layout.sources)
         self.targets = self._indices(layout.targets)
@@ -456,19 +472,21 @@ class _RowTensors:
     def _indices(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(self._device, non_blocking=True)
 
-    def mask(self, num_members: int) -> torch.Tensor | None:
-        """What the columns of x A are multiplied by, [N, 1] or [N, R]; None if all rows use all columns."""
-        if num_members not in self._masks:
-            self._masks[num_members] = self._mask(num_members)
-        return self._masks[num_members]
+    def of_others(self, num_members: int) -> torch.Tensor | None:
+        """Which columns of x A belong to other rows' adapters, bool [N, 1] or [N, R]; None if none do."""
+        if num_members not in self._of_others:
+            self._of_others[num_members] = self._find_others(num_members)
+        return self._of_others[num_members]
 
-    def _mask(self, num_members: int) -> torch.Tensor | None:
+    def _find_others(self, num_members: int) -> torch.Tensor | None:
         layout = self._layout
         if layout.num_dense == 1 and all(number == 0 for number in layout.dense_numbers):
             return None
         numbers = self._indices(layout.dense_numbers)
-        mask = (numbers[:, None] == torch.arange(layout.num_dense, device=self._device)).to(self._dtype)
-        return mask if layout.num_dense == 1 else mask.repeat_interleave(layout.dense_rank, 1).repeat(1, num_members)
+        others = numbers[:, None] != torch.arange(layout.num_dense, device=self._device)
+        if layout.num_dense == 1:
+            return others
+        return others.repeat_interleave(layout.dense_rank, 1).repeat(1, num_members)
 
 
 def _rows_by_adapter(runs: Sequence[Run]) -> dict[LoadedAdapter, torch.Tensor]:
@@ -525,9 +543,10 @@ class _Group:
             rows = self.rows.on(x.device)
             if self._dense_a is not None:
                 self.dense = x_NI @ self._dense_a
-                mask = rows.mask(len(self.members))
-                if mask is not None:
-                    self.dense *= mask
+                others = rows.of_others(len(self.members))
+                if others is not None:
+                    # Not a product with 0: what overflows in one adapter would make the rows of all others NaN.
+                    self.dense.masked_fill_(others, 0)
             if self._padded_a is not None:
                 x_SGI = x_NI.index_select(0, rows.sources).view(*rows.shape, -1)
                 self.padded = torch.bmm(x_SGI, self._padded_a)

@@ -28,12 +28,17 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
     drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.sampling)]
     chosen_L = logits_LV.argmax(dim=-1)
     has_choice_L = is_finite_L
+    failed: dict[int, str] = {}
     if changed or drawn:
         touched = sorted({*changed, *drawn})
         of_touched = torch.tensor(touched, device=logits_LV.device)
         values_RV = logits_LV[of_touched].float()
         for at, index in enumerate(touched):
-            _change(values_RV[at], rows[index])
+            try:
+                _change(values_RV[at], rows[index])
+            except Exception as error:  # of a grammar, say: the other rows go on
+                failed[index] = f"the engine failed to constrain the answer ({type(error).__name__}: {error})."
+                values_RV[at] = -torch.inf
         tokens_R = values_RV.argmax(dim=-1)
         possible_R = values_RV.amax(dim=-1) > -torch.inf
         if drawn:
@@ -46,7 +51,11 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
     ids, finite, choice = torch.stack([chosen_L, is_finite_L.long(), has_choice_L.long()]).tolist()
     scored = _scored(logits_LV, ids, rows)
     return [
-        SampledToken(token_id, scored[index], None if choice[index] else _error(rows[index], bool(finite[index])))
+        SampledToken(
+            token_id,
+            scored[index],
+            None if choice[index] else failed.get(index) or _error(rows[index], bool(finite[index])),
+        )
         for index, token_id in enumerate(ids)
     ]
 

@@ -1,13 +1,16 @@
 """Which tokens go into the next step. Pure Python: knows no tensors, no text and no threads.
 
 A step has one token of every decoding sequence, and pieces of prompts within a budget of tokens, so that a long prompt
-delays the others by no more than that budget. Sequences are admitted first come, first served, with room for their
-whole prompt. When a decoding sequence needs a block and there is none, the youngest sequence gives all of its own back:
-it waits at the head of the queue with the answer it has, and computes its keys and values again later.
+delays the others by no more than that budget. Of the budget the oldest prompt gets at least half, and the shortest of
+the others the rest: no prompt waits for a longer one to end, and none for ever.
+
+Sequences are admitted first come, first served, with room for their whole prompt. When a decoding sequence needs a
+block and there is none, the youngest sequence gives all of its own back: it waits at the head of the queue with the
+answer it has, and computes its keys and values again later.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -126,17 +129,9 @@ class Scheduler(Generic[Owner]):
         decoding = [sequence for sequence in self.running if sequence.num_computed == len(sequence.token_ids) - 1]
         # Oldest first: making room takes blocks of younger ones only, which then have none.
         pieces = [self._piece(sequence, 1, 1) for sequence in decoding if self._has_room(sequence)]
-        tokens_left = max(self._tokens_per_step - len(pieces), self.block_size)
-        scores_left = self._scores_per_step
         in_step = set(decoding)
-        for sequence in self.running:
-            if sequence in in_step or tokens_left == 0:
-                continue
-            piece = self._piece(sequence, tokens_left, scores_left)
-            if piece.num_tokens:
-                pieces.append(piece)
-                tokens_left -= piece.num_tokens
-                scores_left -= piece.num_scores
+        prompts = [sequence for sequence in self.running if sequence not in in_step]
+        pieces += self._prompt_pieces(prompts, max(self._tokens_per_step - len(pieces), self.block_size))
         # Neighbours with one adapter are one run of rows.
         pieces.sort(key=lambda piece: (piece.num_tokens > 1, piece.sequence.adapter_digest or ""))
         return pieces
@@ -228,6 +223,27 @@ class Scheduler(Generic[Owner]):
             num_scores = max(min(end, sequence.num_prompt - 1) - first, 0)
         samples = sequence.max_tokens > 0 and end == len(sequence.token_ids)
         return Piece(sequence, start, max(end - start, 0), num_scores, samples and end > start)
+
+    def _prompt_pieces(self, prompts: list[Sequence[Owner]], tokens: int) -> Iterator[Piece[Owner]]:
+        """Pieces of at most `tokens` tokens in all; `prompts` are in the order of their arrival."""
+        if not prompts:
+            return
+        oldest, *others = prompts
+        scores = self._scores_per_step
+        needed = oldest.num_wanted - oldest.num_computed
+        for_others = max(tokens // 2, tokens - needed)
+        scores_for_others = scores // 2 if oldest.is_scoring else scores
+        for sequence in sorted(others, key=lambda each: each.num_wanted - each.num_computed):
+            piece = self._piece(sequence, for_others, scores_for_others)
+            if piece.num_tokens:
+                yield piece
+                tokens -= piece.num_tokens
+                for_others -= piece.num_tokens
+                scores -= piece.num_scores
+                scores_for_others -= piece.num_scores
+        piece = self._piece(oldest, tokens, scores)
+        if piece.num_tokens:
+            yield piece
 
     def _extend_keys(self, sequence: Sequence[Owner], count: int) -> None:
         keys = sequence.keys

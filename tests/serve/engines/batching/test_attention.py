@@ -96,6 +96,21 @@ def test_blocks_that_are_cleared_poison_nobody():
     torch.testing.assert_close(torch.cat(out), contexts.expected(1, 0, 3), atol=1e-5, rtol=1e-5)
 
 
+def test_padding_reads_no_other_sequence():
+    """Block 0 may be of a sequence whose keys and values are not finite."""
+    store = make_store(num_blocks=12)
+    contexts = Contexts([3, 3, 14])
+    contexts.sequences[0].blocks = [0]
+    contexts.sequences[1].blocks = [1]
+    contexts.sequences[2].blocks = [2, 3, 4, 5]
+    contexts.keys[0][:] = float("nan")
+    contexts.values[0][:] = float("inf")
+    contexts.run(store, [(0, 0, 3), (1, 0, 2), (2, 0, 13)])
+    out = contexts.run(store, [(1, 2, 3), (2, 13, 14)])  # one padded batch
+    torch.testing.assert_close(out[0], contexts.expected(1, 2, 3), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[1], contexts.expected(2, 13, 14), atol=1e-5, rtol=1e-5)
+
+
 def test_a_block_takes_the_bytes_that_the_bound_counts():
     store = make_store(num_blocks=10, block_size=16, dtype=torch.bfloat16)
     assert store.num_bytes == 10 * bytes_per_block(CONFIG, torch.bfloat16, 16)

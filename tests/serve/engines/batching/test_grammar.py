@@ -92,3 +92,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars, schema):
     with pytest.raises(RefusedRequestError) as error:
         grammars.json(schema, [0])
     assert error.value.param == "response_format"
+
+
+def test_a_base_without_end_tokens_answers_in_json_too(grammars):
+    assert grammars.json('{"const": 1}', []).allowed_V().any()

@@ -88,6 +88,54 @@ def test_adapters_that_come_and_go_keep_the_others_right(world: LoraWorld, force
     assert_like_stock(world, [(kind, PROMPT[:2]) for kind in kinds[:2]])
 
 
+def test_a_step_that_failed_half_way_leaves_nothing_for_the_next_one(
+    world: LoraWorld, forced_split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients ask again after a failure, so the same rows come back."""
+    rows: Rows = [("all-linear", PROMPT), ("rank 8, rsLoRA", PROMPT), ("DoRA", PROMPT[:2])]
+    world.batched_logits([(None, PROMPT), ("patterns", PROMPT)])
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    places = [(lora_layers._Group, "bind"), (lora_layers._Rows, "arrange")]
+    if forced_split != "dense":
+        places.append((lora_layers._PaddedStack, "_write"))
+    for owner, name in places:
+        world.batched_logits([(None, PROMPT)])
+        world.lora._padded.clear()
+        with monkeypatch.context() as planted:
+            planted.setattr(owner, name, out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                world.batched_logits(rows)
+        assert_like_stock(world, rows)
+
+
+def test_what_overflows_in_one_adapter_stays_in_its_rows(world: LoraWorld, forced_split: str) -> None:
+    kinds: list[str | None] = [None, "all-linear", "DoRA", "patterns"]
+    layer = world.model.model.layers[0].self_attn.q_proj
+    weights = world.adapters["all-linear"].groups[layer.site.group]
+    kept = weights.a_IR.clone()
+    x_1NI = 100 * torch.randn(1, 2 * len(kinds), 32, generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def compute() -> torch.Tensor:
+        world.lora._forget()
+        world.set_rows([(kind, 2) for kind in kinds])
+        return layer(x_1NI.clone())[0].view(len(kinds), -1)  # the layers of a group compute x A once for each tensor
+
+    expected = compute()
+    try:
+        weights.a_IR.fill_(3e38)
+        got = compute()
+    finally:
+        weights.a_IR.copy_(kept)
+        world.lora._forget()
+    assert not got[1].isfinite().all()
+    others = [0, 2, 3]
+    assert torch.equal(got[others], expected[others])
+
+
 def test_a_prefill_chunk_goes_beside_decoding_rows(world: LoraWorld) -> None:
     """The head sees fewer rows than the layers below it."""
     runs: Rows = [

@@ -154,6 +154,19 @@ def test_logits_that_are_not_finite_fail_their_own_row_by_name(bad, temperature)
     assert "'b-1'" in str(tokens[1].error)
 
 
+class BrokenGrammar:
+    def allowed_V(self) -> torch.Tensor:
+        raise IndexError("planted")
+
+
+def test_a_grammar_that_fails_ends_its_own_row_only():
+    values = logits(0, 2)
+    rows = [row(Sampling(temperature=0), grammar=BrokenGrammar()), row(Sampling(temperature=0))]
+    broken, other = sample(values, rows)
+    assert broken.error and "IndexError: planted" in broken.error
+    assert other.error is None and other.token_id == int(values[1].argmax())
+
+
 def test_logprobs_are_those_of_the_model_itself():
     values = logits(6)
     expected = torch.log_softmax(values.double(), -1)[0]

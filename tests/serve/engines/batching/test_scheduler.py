@@ -53,6 +53,22 @@ def test_a_long_prompt_does_not_stop_others():
     assert scheduler.running[-1].num_computed == 7 * 13
 
 
+def test_short_prompts_wait_for_no_long_one_and_starve_none():
+    scheduler = make_scheduler(max_sequences=30)
+    long = make_sequence(100, 1, "long")
+    scheduler.add(long)
+    scheduler.add(make_sequence(60, 1, "longish"))
+    scheduler.add(make_sequence(3, 1, "short"))
+    run_step(scheduler)
+    assert [sequence.owner for sequence in scheduler.running] == ["long", "longish"]  # the short one has its answer
+    for _ in range(12):  # short ones keep coming
+        before = long.num_computed
+        scheduler.add(make_sequence(8, 1, "another"))
+        assert sum(piece.num_tokens for piece in run_step(scheduler)) == 16
+        assert long.num_computed - before >= 8 or long not in scheduler.running
+    assert long not in scheduler.running
+
+
 def test_requests_are_admitted_first_come_first_served():
     scheduler = make_scheduler(num_blocks=10, max_sequences=8)
     for name, num_prompt in (("first", 20), ("large", 30), ("small", 2)):
