@@ -259,7 +259,10 @@ def _questions(
     if kind != HELD_OUT:
         return read_questions(Path(request.questions))
     first = models[0].id
-    return held_out_questions(storage, run_id or server.run_of(first), lambda ids: server.text(first, ids))
+    run_id = run_id or server.run_of(first)
+    return held_out_questions(
+        storage, run_id, lambda ids: server.text(first, ids), limit=request.limit, seed=request.seed
+    )
 
 
 def _draw_controls(

@@ -10,7 +10,7 @@ import json
 import random
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START
-from ft_service.data.dataset import open_dataset
+from ft_service.data.dataset import RowTable, open_dataset
 from ft_service.errors import DataError
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
@@ -61,31 +61,42 @@ def read_attention(file: Path) -> tuple[list[AttentionItem], str]:
     return _parse(lines, file, "--attention", _attention_item), digest
 
 
-def held_out_questions(storage: Storage, run_id: str, detokenize: Detokenize) -> QuestionSource:
-    """What comes before the first answer of each record of a run's validation split.
+def held_out_questions(
+    storage: Storage, run_id: str, detokenize: Detokenize, limit: int | None, seed: int
+) -> QuestionSource:
+    """What comes before the first answer of each record of a run's validation split; at most `limit`, by the seed.
 
     Raises `DataError` if the run has no validation data, or records of another form, and `StorageError` if it is gone.
     """
     dataset = open_dataset(storage, RunFolder(storage, run_id).plan().dataset.digest)
     if dataset.validation is None:
-        raise DataError(
-            f"--questions = {HELD_OUT!r}: the run {run_id} had no validation data. Name a file of questions."
-        )
-    questions: list[Question] = []
-    for index in range(len(dataset.validation)):
-        row = dataset.validation[index]
-        ends = np.cumsum(row.document_lengths)
-        for start, end in zip(ends - row.document_lengths, ends, strict=True):
-            prompt_length = int(np.argmax(row.loss_mask[start:end]))
-            if prompt_length == 0:
-                continue
-            text = detokenize(row.input_ids[start : start + prompt_length].tolist())
-            turns = [Turn.model_validate({"role": role, "content": content}) for role, content in _TURN.findall(text)]
-            if turns and turns[-1].role == "user":
-                questions.append(Question(id=_new_id(), name=f"{run_id}:{len(questions) + 1}", turns=turns))
+        raise DataError(f"--questions = {HELD_OUT!r}: the run {run_id} had no validation data. Name a file.")
+    prompts = list(dict.fromkeys(_prompts(dataset.validation)))
+    questions: dict[int, Question] = {}
+    for place in random.Random(f"held-out {seed}").sample(range(len(prompts)), len(prompts)):
+        if len(questions) == limit:
+            break
+        turns = _turns(detokenize(list(prompts[place])))
+        if turns and turns[-1].role == "user":
+            questions[place] = Question(id=_new_id(), name=f"{run_id}:{place + 1}", turns=turns)
     if not questions:
         raise DataError(f"--questions = {HELD_OUT!r}: no validation record of {run_id} asks anything. Name a file.")
-    return QuestionSource(_distinct(questions), dataset.digest)
+    return QuestionSource(_distinct([questions[place] for place in sorted(questions)]), dataset.digest)
+
+
+def _prompts(rows: RowTable) -> Iterator[tuple[int, ...]]:
+    """The token ids of each document before its first answer."""
+    for index in range(len(rows)):
+        row = rows[index]
+        ends = np.cumsum(row.document_lengths)
+        for start, end in zip(ends - row.document_lengths, ends, strict=True):
+            length = int(np.argmax(row.loss_mask[start:end]))
+            if length:
+                yield tuple(row.input_ids[start : start + length].tolist())
+
+
+def _turns(text: str) -> list[Turn]:
+    return [Turn.model_validate({"role": role, "content": content}) for role, content in _TURN.findall(text)]
 
 
 def sample(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:

@@ -36,6 +36,7 @@ class FakeServer:
 
     asked: list[dict[str, Any]] = field(default_factory=list)
     fail_after: int | None = None
+    texts_asked: int = 0
     at_once: int = 0
     most_at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,6 +71,7 @@ class FakeServer:
         @api.post("/v1/detokenize")
         async def detokenize(request: Request) -> dict[str, Any]:
             ids = (await request.json())["tokens"]
+            self.texts_asked += 1
             text = "".join(f"<|start_header_id|>user<|end_header_id|>\n\nheld out {one}<|eot_id|>" for one in ids)
             return {"prompt": text}
 
@@ -280,6 +282,9 @@ def test_questions_from_the_validation_split_of_the_adapters_run(world, request_
         ["held out 7", "held out 9"],
         ["held out 8"],
     ]
+    few = world.create(replace(request_, name="few", questions="held-out", limit=1, seed=3))
+    assert len(few.study.questions) == 1
+    assert world.server.texts_asked == 2 + 1, "texts are asked for only as many as needed"
     dataset.validation = None
     with pytest.raises(DataError, match="had no validation data"):
         world.create(replace(request_, name="other", questions="held-out:run-2"))

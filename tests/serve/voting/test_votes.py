@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 
 from ft_service.errors import UsageError
@@ -350,6 +352,39 @@ def test_a_vote_that_is_none_is_refused_and_not_kept(tmp_path, database, body):
     assert client.post("/vote/votes", json=given, headers=headers).status_code == 400
     assert votes_in(database) == {}
     assert rater.vote(first, scores={"correctness": -2}).status_code == 200
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+@given(data=st.data())
+def test_no_body_is_answered_by_a_5xx(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    database = f"sqlite:///{folder}/service.db"
+    if not folder.exists():
+        make_study(open_database(database), folder / "storage", axes=("tone",), questions=200)
+        CLIENTS["fuzz"] = TestClient(voting_api(database, str(folder / "storage")), raise_server_exceptions=False)
+    token = token_of(voting_secret(open_database(database)), "desk", "desk-r0")
+    rater = Rater(CLIENTS["fuzz"], token)
+    comparison = rater.state().json()["comparison"]
+    fields = ("assignment", "round", "outcome", "scores", "note", "seconds")
+    body = {"assignment": comparison["id"], "round": 0, "outcome": "left"}
+    body |= data.draw(st.dictionaries(st.sampled_from(fields), VALUES, max_size=2))
+    path = data.draw(st.sampled_from(["votes", "withdrawals", "reveals"]))
+    headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
+    content = data.draw(st.just(json.dumps(body).encode()) | st.binary(max_size=30))
+    response = CLIENTS["fuzz"].post(f"/vote/{path}", content=content, headers=headers)
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+CLIENTS: dict[str, TestClient] = {}
 
 
 def test_the_page_needs_no_key_and_holds_no_data(tmp_path, database):
