@@ -37,7 +37,7 @@ APP_NAME = "ft"
 LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
 """The gateway writes one line a request itself."""
 # Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
-_RESERVED_NAMES = ("v1", "docs", "redoc", "health", "default")
+_RESERVED_NAMES = ("v1", "vote", "docs", "redoc", "health", "default")
 _WILDCARDS = ("0.0.0.0", "::")
 _LISTEN_SECONDS = 300
 _POLL_SECONDS = 0.1
