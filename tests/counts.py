@@ -41,7 +41,7 @@ class Traffic(TorchDispatchMode):
     An operation reads each of its tensors once and writes its results once; a broadcast tensor counts with the elements
     that it has. Launches of attention and wide matrix products are counted separately: `attention`, `products`.
     A product with a dimension of at most `NARROW`, such as an adapter's, moves bytes instead of computing: it counts
-    like any other operation.
+    like any other operation. What a wide product adds to is read within it: `bytes_added_to`, not part of `bytes`.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,7 @@ class Traffic(TorchDispatchMode):
         self.bytes = 0
         self.launches = 0
         self.products = 0
+        self.bytes_added_to = 0
         self.attention = 0
         self.bytes_by_operation: Counter[str] = Counter()
         self.launches_by_operation: Counter[str] = Counter()
@@ -80,6 +81,8 @@ class Traffic(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if name in _PRODUCTS and min(size for tensor in inputs for size in tensor.shape) > NARROW:
             self.products += 1
+            if name in ("addmm", "addmm_") and (kwargs or {}).get("beta", 1):
+                self.bytes_added_to += _real_bytes(args[0])
         elif "attn" in name or "attention" in name:
             self.attention += 1
         else:

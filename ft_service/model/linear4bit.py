@@ -52,3 +52,15 @@ class MemoryEfficientLinear4bit(Linear4bit):
         weight: Any = self.weight
         output = _Linear4bit.apply(x.to(dtype), weight, bias, weight.quant_state)
         return output.to(x.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T [..., out], computed in the type of x and outside autograd."""
+        weight: Any = self.weight
+        output: torch.Tensor = matmul_4bit(x, weight, weight.quant_state)
+        return output
+
+    def dequantised(self) -> torch.Tensor:
+        """W [out, in], in a new tensor."""
+        weight: Any = self.weight
+        whole: torch.Tensor = dequantize_4bit(weight.view(-1, 1), weight.quant_state)
+        return whole.to(self.compute_dtype)

@@ -75,6 +75,12 @@ def is_packed(parameter: nn.Parameter) -> bool:
     return library is not None and isinstance(parameter, library.nn.Params4bit)
 
 
+def is_4bit_linear(module: Any) -> bool:
+    """Whether `module` is a layer that `make_linears_4bit` made."""
+    ours = sys.modules.get("ft_service.model.linear4bit")
+    return ours is not None and type(module) is ours.MemoryEfficientLinear4bit
+
+
 def quantise(weights: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise whole blocks: n flat `weights` -> packed [n / 2 / storage.itemsize], and scales [n / 64] in fp32."""
     packed, scales = torch.ops.bitsandbytes.quantize_4bit.default(weights, NF4_BLOCK, _TYPE, storage)

@@ -3,8 +3,9 @@
 Stock layers convert activations to fp32 and back, scale and add LoRA's output in passes of its own, and keep the
 intermediate results. The functions here give the same values with fewer passes over memory, and save only what the
 backward pass reads. They replace the `forward` of single modules; transformers' and peft's classes stay as they are.
+Linear layers with the same input run as one: see `ft_service.model.linear_group`.
 
-Legend: T tokens, D width of an input, O of an output, R rank of an adapter, H heads, E head width.
+Legend: T tokens, H heads, E head width.
 """
 
 from collections.abc import Callable
@@ -17,21 +18,32 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from ft_service.model.linear_group import LinearGroup
+
 _CPU_CHUNK_ELEMENTS = 128 * 1024
 """Elements of a chunk of rows whose fp32 copies stay in a CPU's cache."""
 
 
 def use_training_layers(model: nn.Module) -> None:
     """Replace the forward pass of norms, attention, MLPs and LoRA layers in `model`, a Llama with or without peft."""
+    module: Any
     for module in model.modules():
-        if type(module) is LlamaRMSNorm:
-            module.forward = MethodType(_norm_forward, module)  # type: ignore[method-assign]
-        elif type(module) is LlamaAttention:
-            module.forward = MethodType(_attention_forward, module)  # type: ignore[method-assign]
-        elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
-            module.forward = MethodType(_mlp_forward, module)  # type: ignore[method-assign]
-        elif isinstance(module, LoraLayer) and isinstance(module, nn.Module) and _is_plain_lora(module):
-            _replace_lora_forward(module)
+        kind = type(module)
+        forward: Callable[..., Any] | None = None
+        if kind is LlamaRMSNorm:
+            forward = _norm_forward
+        elif kind is LlamaAttention:
+            module.inputs = LinearGroup([module.q_proj, module.k_proj, module.v_proj])
+            forward = _attention_forward
+        elif kind is LlamaMLP and module.config.hidden_act == "silu":
+            module.inputs = LinearGroup([module.gate_proj, module.up_proj])
+            forward = _mlp_forward
+        elif issubclass(kind, LoraLayer):
+            module.alone = LinearGroup([module])
+            if module.alone.is_plain:
+                forward = _lora_forward
+        if forward is not None:
+            module.forward = MethodType(forward, module)
 
 
 # -- RMS norm --------------------------------------------------------------------------------------------------------
@@ -118,9 +130,8 @@ def _attention_forward(
         return stock
     by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
     cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)
-    query = rotate(self.q_proj(hidden_states).view(by_head).transpose(1, 2), cos, sin)
-    key = rotate(self.k_proj(hidden_states).view(by_head).transpose(1, 2), cos, sin)
-    value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+    query, key, value = (product.view(by_head).transpose(1, 2) for product in self.inputs(hidden_states))
+    query, key = rotate(query, key, cos, sin)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _no_eager_attention)
     dropout = self.attention_dropout if self.training else 0.0
     output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -131,25 +142,30 @@ def _no_eager_attention(*_: Any, **__: Any) -> Any:
     raise NotImplementedError("models are trained with packed attention, not with transformers' eager one")
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary positions: x cos + rotate_half(x) sin, with x [1, H, T, E] and angles [1, 1, T, E].
 
     As transformers computes them, but the last product and the sum are rounded once.
     """
-    result: torch.Tensor = _Rotary.apply(x, cos, sin)
-    return result
+    rotated: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(query, key, cos, sin)
+    return rotated
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        return _rotated(query, cos, sin, 1), _rotated(key, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, sin, -1), None, None  # the transpose of a rotation turns back
+        query, key = (_rotated(gradient, cos, sin, -1) for gradient in gradients)  # the transpose turns back
+        return query, key, None, None
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
@@ -165,7 +181,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: i
 
 
 def _mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    result: torch.Tensor = self.down_proj(swiglu(*self.inputs(x)))
     return result
 
 
@@ -191,105 +207,12 @@ class _Swiglu(torch.autograd.Function):
 # -- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def _is_plain_lora(layer: Any) -> bool:
-    """One adapter on a linear layer, as in the paper: no DoRA, no bias."""
-    if list(layer.lora_A) != list(layer.active_adapters) or len(layer.lora_A) != 1 or layer.lora_variant:
-        return False
-    (name,) = layer.lora_A
-    parts = [layer.lora_A[name], layer.lora_B[name]]
-    return all(type(part) is nn.Linear and part.bias is None for part in parts)
-
-
-def _replace_lora_forward(layer: Any) -> None:
-    (name,) = layer.lora_A
-    layer.forward = MethodType(_lora_forward, layer)
-    # The adapter's own modules run, because ZeRO-3 gathers their weights when they do.
-    layer.lora_A[name].forward = MethodType(_lora_a_forward, layer.lora_A[name])
-    layer.lora_B[name].forward = MethodType(_lora_b_forward, layer.lora_B[name])
-
-
 def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    (name,) = self.lora_A
-    weight = self.lora_A[name].weight
-    if args or kwargs or self.disable_adapters or self.merged or x.dtype != weight.dtype:
+    """Of a layer that is called by itself: no other reads its input, or its group cannot be computed as one."""
+    group: LinearGroup = self.alone
+    if args or kwargs or not group.can_compute(x):
         stock: Callable[..., torch.Tensor] = type(self).forward
         return stock(self, x, *args, **kwargs)
-    dropout = self.lora_dropout[name]
-    if isinstance(dropout, nn.Identity) or not self.training:
-        x, low = self.lora_A[name](x, and_input=True)
-    else:
-        low = self.lora_A[name](dropout(x))
-    base_output = self.base_layer(x)
-    if base_output.dtype != low.dtype:
-        low = low.to(base_output.dtype)
-    result: torch.Tensor = self.lora_B[name](low, base_output, self.scaling[name])
-    return result
-
-
-def _lora_a_forward(self: Any, x: torch.Tensor, and_input: bool = False) -> Any:
-    if not and_input:
-        return F.linear(x, self.weight)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x, F.linear(x, self.weight)
-    return _LoraDown.apply(x, self.weight)
-
-
-def _lora_b_forward(
-    self: Any, low: torch.Tensor, base_output: torch.Tensor | None = None, scaling: float = 1.0
-) -> torch.Tensor:
-    if base_output is None:
-        return F.linear(low, self.weight)
-    result: torch.Tensor = _LoraUp.apply(base_output, low, self.weight, scaling)
-    return result
-
-
-class _LoraDown(torch.autograd.Function):
-    """x [.., D] and A [R, D] -> x for the base layer, and x A^T [.., R].
-
-    The base layer's gradient comes back through the first output, so that the adapter's share can be added to it within
-    one matrix product. Trap: that product overwrites the gradient. Nothing else holds it, for only the base layer reads
-    this output.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(x, weight)
-        return x, F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_low = gradients
-        low_rows = grad_low.reshape(-1, weight.shape[0])
-        total = grad_x.reshape(-1, weight.shape[1]).addmm_(low_rows, weight).view_as(x)
-        grad_weight = low_rows.T @ x.reshape(-1, weight.shape[1]) if ctx.needs_input_grad[1] else None
-        return total, grad_weight
-
-
-class _LoraUp(torch.autograd.Function):
-    """base output [.., O] + scaling low B^T, with low [.., R] and B [O, R]. Trap: overwrites the base output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, base_output: torch.Tensor, low: torch.Tensor, weight: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        ctx.save_for_backward(low, weight)
-        ctx.scaling = scaling
-        output = base_output.detach()
-        output.view(-1, weight.shape[0]).addmm_(low.reshape(-1, weight.shape[1]), weight.T, alpha=scaling)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        low, weight = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, weight.shape[0])
-        low_rows = low.reshape(-1, weight.shape[1])
-        needs_low, needs_weight = ctx.needs_input_grad[1:3]
-        grad_low = _scaled_product(gradient, weight, ctx.scaling).view_as(low) if needs_low else None
-        grad_weight = _scaled_product(gradient.T, low_rows, ctx.scaling) if needs_weight else None
-        return gradients[0], grad_low, grad_weight, None
-
-
-def _scaled_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`scaling` a b, in one matrix product."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+    (adapter,) = group.adapters
+    (output,) = group.compute(x, adapter.dropout(x) if adapter.drops else None)
+    return output

@@ -72,14 +72,15 @@ def test_rms_norm(dtype: torch.dtype, rows: int) -> None:
 def test_rotary_positions(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     angles = torch.outer(torch.arange(50.0), 10000 ** -torch.linspace(0, 1, 8)).repeat(1, 2)[None].double()
-    x = torch.randn(1, 50, 3, 16).transpose(1, 2)
+    x = torch.randn(1, 50, 5, 16).transpose(1, 2)
 
     def ours(x: torch.Tensor) -> torch.Tensor:
-        return rotate(x, angles.cos().to(x.dtype).unsqueeze(1), angles.sin().to(x.dtype).unsqueeze(1))
+        cos, sin = (values.to(x.dtype).unsqueeze(1) for values in (angles.cos(), angles.sin()))
+        return torch.cat(rotate(*x.split((3, 2), dim=1), cos, sin), dim=1)
 
     def stock(x: torch.Tensor) -> torch.Tensor:
-        rotated, _ = apply_rotary_pos_emb(x, x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        return rotated
+        query, key = x.split((3, 2), dim=1)
+        return torch.cat(apply_rotary_pos_emb(query, key, angles.cos().to(x.dtype), angles.sin().to(x.dtype)), dim=1)
 
     compare(ours, stock, dtype, x.bfloat16().float())
 
@@ -97,8 +98,8 @@ def test_swiglu_has_stock_values_bit_for_bit(dtype: torch.dtype) -> None:
 # -- whole models ----------------------------------------------------------------------------------------------------
 
 
-def adapted(dtype: torch.dtype, **settings: Any) -> Any:
-    """A small Llama with an adapter that is not zero, the same on every call."""
+def llama(dtype: torch.dtype) -> Any:
+    """A small one, the same on every call."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": 64,
@@ -110,9 +111,14 @@ def adapted(dtype: torch.dtype, **settings: Any) -> Any:
         "initializer_range": 0.1,
         "attn_implementation": "sdpa",
     }
-    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype=dtype)  # type: ignore[call-arg]
-    lora = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules="all-linear", **settings)
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    return LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype=dtype).train()  # type: ignore[call-arg]
+
+
+def adapted(dtype: torch.dtype, **settings: Any) -> Any:
+    """A small Llama with an adapter that is not zero, the same on every call."""
+    settings = {"target_modules": "all-linear"} | settings
+    lora = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings)
+    return get_peft_model(llama(dtype), lora, autocast_adapter_dtype=False).train()
 
 
 def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -127,28 +133,49 @@ def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 @DTYPES
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}],
-    ids=lambda settings: "".join(settings) or "lora",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_dropout": 0.3},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"k_proj": 2, "up_proj": 9}, "alpha_pattern": {"v_proj": 3}},
+        {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
+    ],
+    ids=lambda settings: " ".join(settings) or "lora",
 )
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 def test_loss_and_gradients_are_those_of_stock_peft(
     dtype: torch.dtype, settings: dict[str, Any], checkpointing: bool
 ) -> None:
-    exact = loss_and_gradients(adapted(dtype, **settings).double())
-    stock = adapted(dtype, **settings)
-    ours = adapted(dtype, **settings)
+    compare_models(dtype, lambda: adapted(dtype, **settings), checkpointing, scatters="lora_dropout" in settings)
+
+
+@DTYPES
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_loss_and_gradients_of_full_training_are_those_of_stock_transformers(
+    dtype: torch.dtype, checkpointing: bool
+) -> None:
+    compare_models(dtype, lambda: llama(dtype), checkpointing)
+
+
+def compare_models(dtype: torch.dtype, build: Callable[[], Any], checkpointing: bool, scatters: bool = False) -> None:
+    """`scatters` says that a double-precision model drops other elements."""
+    exact = loss_and_gradients(build().double())
+    stock = build()
+    ours = build()
     use_training_layers(ours)
     if checkpointing:
         ours.enable_input_require_grads()
         ours.gradient_checkpointing_enable()
     expected = loss_and_gradients(stock)
     found = loss_and_gradients(ours)
-    assert found.keys() == expected.keys() and len(found) > 2 * 7 * 3
+    assert found.keys() == expected.keys() and len(found) > 7 * 3
     for name in found:
         if dtype == torch.float32:
             scale = expected[name].abs().max()
             torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=2e-5)
-    if dtype == torch.bfloat16 and "lora_dropout" not in settings:  # the exact model drops other elements
+    if dtype == torch.bfloat16 and not scatters:
         # Rounding errors of a whole model scatter: compare their mean over all gradients.
         mean = {
             which: sum(error(values[name], exact[name]) for name in exact) / len(exact)
@@ -192,4 +219,4 @@ def test_traffic_and_launches_of_an_8b_layer() -> None:
     ours = layer_traffic(stock=False)
     assert stock.bytes == pytest.approx(26.1e9, rel=0.01) and stock.launches > 150
     assert (ours.products, ours.attention) == (stock.products, stock.attention)
-    assert ours.bytes < 12.1e9 and ours.launches <= 73
+    assert ours.bytes <= 10e9 and ours.launches <= 70
