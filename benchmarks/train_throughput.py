@@ -1,11 +1,12 @@
 """Training throughput of our loop against TRL's SFTTrainer: same model, data, row length, threads and precision.
 
-python benchmarks/train_throughput.py [--workers 2] [--device cuda] [--rounds 3] [--smoke]
+python benchmarks/train_throughput.py [--workers 2] [--device cuda] [--rounds 3] [--before PATH] [--smoke]
 
 A 23 M-parameter Llama with LoRA rank 8 on all linear layers, rows of 512 tokens, bf16. Each side runs in processes of
 its own, alternating; a figure is the median over rounds. TRL's `bfd` packing keeps documents apart, as ours does; its
 `wrapped` packing cuts documents anywhere and lets them see each other. All sides train on every token, so that nobody
-gains by skipping some; a last line trains on answers only, as instruction tuning does.
+gains by skipping some; a last line trains on answers only, as instruction tuning does. `--before` is another checkout
+of this project, with a `.venv` of its own, whose benchmark takes part as one more side.
 """
 
 import argparse
@@ -32,6 +33,7 @@ TRL_MICRO_BATCH_ROWS = 2
 WARMUP_STEPS = 2
 GOAL_AGAINST_BFD = 1.5
 GOAL_AGAINST_WRAPPED = 1.0
+GOAL_AGAINST_BEFORE = 1.5
 SIDES = ("ours", "trl-bfd", "trl-wrapped")
 
 
@@ -238,13 +240,14 @@ def run_side(side: str, model: Path, steps: int, device: str) -> None:
 
 def measure(side: str, model: Path, arguments: argparse.Namespace) -> dict[str, float]:
     threads = max(1, (os.cpu_count() or 1) // arguments.workers)
-    command = [sys.executable]
+    is_before = side == "before"
+    command = [str(arguments.before / ".venv/bin/python") if is_before else sys.executable]
     if arguments.workers > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.workers)]
     command += [
-        __file__,
+        str(arguments.before / "benchmarks/train_throughput.py") if is_before else __file__,
         "--side",
-        side,
+        "ours" if is_before else side,
         "--model",
         str(model),
         "--steps",
@@ -274,16 +277,20 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
+    parser.add_argument("--before", type=Path, metavar="PATH", help="another checkout to compare with")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     add_smoke_option(parser)
     arguments = parser.parse_args()
-    shrink(arguments, workers=1, device="cpu", rounds=1, steps=1)
+    shrink(arguments, workers=1, device="cpu", rounds=1, steps=1, before=None)
     if arguments.side:
         run_side(arguments.side, arguments.model, arguments.steps, arguments.device)
         return
 
     sides = list(SIDES[:2]) if arguments.smoke else [*SIDES, "ours-answers"]
+    if arguments.before:
+        arguments.before = arguments.before.resolve()
+        sides.append("before")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary, "model")
@@ -306,9 +313,9 @@ def main() -> None:
             f"{figures['peak_memory_gib']:9.2f} {figures['loss']:7.3f}"
         )
     ours = median["ours"]["tokens_per_second"]
-    ratios = {side: ours / median[side]["tokens_per_second"] for side in sides if side in SIDES[1:]}
+    goal = {"trl-bfd": GOAL_AGAINST_BFD, "trl-wrapped": GOAL_AGAINST_WRAPPED, "before": GOAL_AGAINST_BEFORE}
+    ratios = {side: ours / median[side]["tokens_per_second"] for side in sides if side in goal}
     print("\n" + ", ".join(f"ours / {side} = {ratio:.2f}" for side, ratio in ratios.items()))
-    goal = {"trl-bfd": GOAL_AGAINST_BFD, "trl-wrapped": GOAL_AGAINST_WRAPPED}
     print_result(
         arguments,
         "train_throughput",

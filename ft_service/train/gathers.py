@@ -9,6 +9,7 @@ hooks also run once a layer, and not once for each of the modules inside it.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,6 +32,8 @@ def gather_whole_layers(model: nn.Module, persistence_threshold: int) -> dict[st
     for layer in layers:
         layer._z3_leaf = True  # type: ignore[assignment]  # what deepspeed.utils.set_z3_leaf_modules does
         _list_parameters_once(layer)
+    _list_parameters_once(model)
+    _list_modules_once(model)
     is_full = all(parameter.requires_grad for parameter in model.parameters())
     counted = (p for p in model.parameters() if is_full or not p.requires_grad)
     sizes = {p: _numel(p) for p in counted if _numel(p) > persistence_threshold}
@@ -45,16 +48,48 @@ def gather_whole_layers(model: nn.Module, persistence_threshold: int) -> dict[st
     }
 
 
-def _list_parameters_once(layer: nn.Module) -> None:
-    """Let `layer` remember its parameters: DeepSpeed's hooks list them about ten times a micro-step."""
-    every = tuple(layer.named_parameters())
+def _list_parameters_once(module: nn.Module) -> None:
+    """Let `module` remember its parameters.
+
+    DeepSpeed lists those of a layer about ten times a micro-step, and those of the model three times a step.
+    """
+    every = tuple(module.named_parameters())
 
     def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
         if prefix or not recurse or not remove_duplicate:
-            return nn.Module.named_parameters(layer, prefix, recurse, remove_duplicate)
+            return nn.Module.named_parameters(module, prefix, recurse, remove_duplicate)
         return iter(every)
 
-    layer.named_parameters = named_parameters  # type: ignore[method-assign]
+    module.named_parameters = named_parameters  # type: ignore[method-assign]
+
+
+def _list_modules_once(model: nn.Module) -> None:
+    """Let `model` remember its modules: DeepSpeed lists them twice a micro-step."""
+    every = tuple(model.modules())
+
+    def modules(remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        return iter(every) if remove_duplicate else nn.Module.modules(model, remove_duplicate)
+
+    model.modules = modules  # type: ignore[method-assign]
+
+
+def trace_nothing() -> None:
+    """Stop DeepSpeed's marks for NVIDIA's profiler, from now on, in this process, and make silent messages cheap.
+
+    It marks every function of ZeRO-3, and asks for the rank before it decides not to print a message.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
+    for module in (parameter_offload, partition_parameters, partitioned_param_coordinator, stage3):
+        module.print_rank_0 = _print_rank_0
+
+
+def _print_rank_0(message: object, debug: bool = False, force: bool = False) -> None:
+    """A replacement for DeepSpeed's function of the same parameters."""
+    if (debug or force) and dist.get_rank() == 0:
+        print(message)
 
 
 def keep_gathered(optimizer: Any, parameters: Iterable[Any]) -> None:

@@ -26,7 +26,13 @@ from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja, end_compilers_with_process
 from ft_service.train.environment import allocator_environment
-from ft_service.train.gathers import gather_whole_layers, keep_gathered, release_by_current_prefetches, release_weights
+from ft_service.train.gathers import (
+    gather_whole_layers,
+    keep_gathered,
+    release_by_current_prefetches,
+    release_weights,
+    trace_nothing,
+)
 from ft_service.train.optimizer_state import OptimizerState
 from ft_service.train.protocol import Update
 
@@ -190,6 +196,7 @@ class Parallel:
             zero = config["zero_optimization"]
             threshold = zero.setdefault("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
             config["zero_optimization"] = gather_whole_layers(model, threshold) | zero
+            trace_nothing()
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=config, dist_init_required=False
         )
