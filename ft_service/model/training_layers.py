@@ -78,13 +78,15 @@ class _RmsNormOnCpu(torch.autograd.Function):
             norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             inverse[chunk] = norm.square_().div_(wide.shape[-1]).add_(epsilon).rsqrt_()
             result[chunk] = (wide * inverse[chunk]).mul_(scale)
-        ctx.save_for_backward(x, weight, inverse)
+        ctx.weight = weight
+        ctx.save_for_backward(x, inverse)
         return result.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         # With n = x inverse:  dL/dn = g weight,  dL/dx = inverse (dL/dn - n mean(n dL/dn)),  dL/dweight = sum(g n).
-        x, weight, inverse = ctx.saved_tensors
+        x, inverse = ctx.saved_tensors
+        weight = ctx.weight
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         rows = x.reshape(-1, x.shape[-1])
         gradient = gradients[0].reshape(rows.shape)
@@ -158,12 +160,12 @@ class _Rotary(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(cos, sin)
+        ctx.angles = cos, sin  # all layers share them
         return _rotated(query, cos, sin, 1), _rotated(key, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin = ctx.angles
         query, key = (_rotated(gradient, cos, sin, -1) for gradient in gradients)  # the transpose turns back
         return query, key, None, None
 

@@ -33,7 +33,7 @@ def gather_whole_layers(model: nn.Module, persistence_threshold: int) -> dict[st
         layer._z3_leaf = True  # type: ignore[assignment]  # what deepspeed.utils.set_z3_leaf_modules does
         _list_parameters_once(layer)
     _list_parameters_once(model)
-    _list_modules_once(model)
+    _hide_modules_of(layers, model)
     is_full = all(parameter.requires_grad for parameter in model.parameters())
     counted = (p for p in model.parameters() if is_full or not p.requires_grad)
     sizes = {p: _numel(p) for p in counted if _numel(p) > persistence_threshold}
@@ -63,12 +63,17 @@ def _list_parameters_once(module: nn.Module) -> None:
     module.named_parameters = named_parameters  # type: ignore[method-assign]
 
 
-def _list_modules_once(model: nn.Module) -> None:
-    """Let `model` remember its modules: DeepSpeed lists them twice a micro-step."""
-    every = tuple(model.modules())
+def _hide_modules_of(layers: list[GradientCheckpointingLayer], model: nn.Module) -> None:
+    """Let `model.modules()` end at `layers`, and list them once.
+
+    DeepSpeed goes through all modules twice a micro-step, and makes each check, whenever it reads a weight, that the
+    weight is gathered. Within a layer, which is gathered as one, it always is.
+    """
+    hidden = {module for layer in layers for module in layer.modules() if module is not layer}
+    visible = tuple(module for module in model.modules() if module not in hidden)
 
     def modules(remove_duplicate: bool = True) -> Iterator[nn.Module]:
-        return iter(every) if remove_duplicate else nn.Module.modules(model, remove_duplicate)
+        return iter(visible) if remove_duplicate else nn.Module.modules(model, remove_duplicate)
 
     model.modules = modules  # type: ignore[method-assign]
 

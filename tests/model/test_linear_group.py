@@ -211,6 +211,7 @@ def test_weights_can_be_freed_after_forward_and_put_back_for_backward(four_bit: 
     make_linears_memory_efficient(module)
     assert four_bit or type(module.get_submodule("k")) is MemoryEfficientLinear
     group = LinearGroup(module.layers)
+    assert group.can_compute(inputs(torch.float32))
 
     def run(x: torch.Tensor) -> torch.Tensor:
         outputs = checkpoint(group, x, use_reentrant=False) if recomputed else group(x)

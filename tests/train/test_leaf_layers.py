@@ -1,0 +1,59 @@
+"""What DeepSpeed sees of a model whose decoder layers are gathered as one."""
+
+import pytest
+import torch
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.utils import nvtx
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ft_service.train import gathers
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))  # type: ignore[arg-type]
+    gathers.gather_whole_layers(model, persistence_threshold=0)
+    return model
+
+
+def test_no_module_inside_a_layer_is_listed(model: LlamaForCausalLM) -> None:
+    listed = list(model.modules())
+    assert set(listed) >= {model, model.lm_head, model.model.embed_tokens, *model.model.layers}
+    assert not any(module is model.model.layers[0].mlp for module in listed)
+    every = set(nn.Module.modules(model))
+    inside = {inner for layer in model.model.layers for inner in nn.Module.modules(layer)} - {*model.model.layers}
+    assert set(listed) == every - inside
+    assert set(model.modules(remove_duplicate=False)) == every
+
+
+def test_all_parameters_are_listed_and_only_once_looked_for(model: LlamaForCausalLM) -> None:
+    for module in (model, *model.model.layers):
+        stock = list(nn.Module.named_parameters(module))
+        found = list(module.named_parameters())
+        assert [name for name, _ in found] == [name for name, _ in stock]
+        assert all(one is other for (_, one), (_, other) in zip(found, stock, strict=True))
+        assert dict(module.named_parameters(prefix="a")).keys() == {f"a.{name}" for name, _ in stock}
+        assert dict(module.named_parameters(recurse=False)) == {}
+    model.model.layers[0].register_parameter("late", nn.Parameter(torch.empty(1)))
+    assert "model.layers.0.late" not in dict(model.named_parameters())
+
+
+def test_messages_that_are_not_printed_do_not_ask_for_the_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nvtx, "enable_nvtx", True)
+    modules = (partition_parameters, partitioned_param_coordinator, stage3)
+    for module in modules:
+        monkeypatch.setattr(module, "print_rank_0", module.print_rank_0)
+    gathers.trace_nothing()
+    assert not nvtx.enable_nvtx
+    ranks = iter([0, 1])
+    monkeypatch.setattr(gathers.dist, "get_rank", lambda: next(ranks))
+    for module in modules:
+        module.print_rank_0("silent", force=False)
+    stage3.print_rank_0("from the first rank", force=True)
+    stage3.print_rank_0("from the second rank", force=True)
+    assert capsys.readouterr().out == "from the first rank\n"
