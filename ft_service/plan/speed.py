@@ -26,6 +26,14 @@ EXPOSED_FRACTION = 0.5
 """Fraction of the transfers that could overlap with the computation but do not: prefetching is never perfect."""
 OVERHEAD_SECONDS_PER_LAYER = 0.5e-3
 """Per micro-step: kernels too small to fill the GPU, launches, synchronisation."""
+HOST_SECONDS_PER_LAYER = {
+    ("adapter", 3): (0.009, 0.004),
+    ("adapter", 1): (0.004, 0.003),
+    ("full", 3): (0.007, 0.002),
+    ("full", 1): (0.003, 0.001),
+}
+"""CPU time of Python per micro-step, and how much more if the layer is recomputed: by what is trained, and whether the
+stage is 3. As benchmarks/host_time.py measures it on one core of an AMD EPYC, without a GPU."""
 HOST_BANDWIDTH = 100.0
 """GB/s of main memory that AdamW reaches on the CPUs of one node."""
 NVME_BANDWIDTH = 6.0
@@ -40,6 +48,7 @@ class StepTime:
     """Seconds of one optimizer step. Communication and offloading count only what does not overlap with compute."""
 
     compute: float
+    """Of the GPU or, where that is longer, of the Python that launches its kernels."""
     communication: float
     offload: float
 
@@ -92,12 +101,19 @@ def step_time(shape: ModelShape, layout: Layout, accumulation: int, gpu: Gpu) ->
     if layout.method == "qlora":  # each pass over the weights reads 4 bits, writes 16 and reads them again
         passes = 2 + recomputed_share(shape, layout)
         per_micro_step += passes * _linear_parameters(shape) * (NF4_BYTES_PER_WEIGHT + 4) / (gpu.memory_bandwidth * _GB)
-    compute = accumulation * per_micro_step
+    compute = accumulation * max(per_micro_step, host_seconds(shape, layout))
     communication = _communication(shape, layout, accumulation, gpu)
     streamed, update = _offloading(shape, layout, accumulation, gpu)
     return StepTime(
         compute=compute, communication=_exposed(communication, compute), offload=_exposed(streamed, compute) + update
     )
+
+
+def host_seconds(shape: ModelShape, layout: Layout) -> float:
+    """CPU time of Python in a micro-step. It runs ahead of the GPU, so it matters only where it takes longer."""
+    trains = "full" if layout.method == "full" else "adapter"
+    once, recomputed = HOST_SECONDS_PER_LAYER[trains, 3 if layout.zero_stage == 3 else 1]
+    return shape.num_layers * (once + recomputed_share(shape, layout) * recomputed)
 
 
 def _linear_parameters(shape: ModelShape) -> int:

@@ -8,7 +8,7 @@ from ft_service.catalog import models
 from ft_service.catalog.gpus import GPUS, Gpu, find_gpu
 from ft_service.catalog.models import ModelShape
 from ft_service.plan.memory import Layout
-from ft_service.plan.speed import StepTime, flops_per_token, matmul_parameters, step_time
+from ft_service.plan.speed import StepTime, flops_per_token, host_seconds, matmul_parameters, step_time
 
 H100 = GPUS["H100"]
 FULL_NODE = Layout("full", num_workers=8, workers_per_node=8, zero_stage=3, max_seq_len=8192)
@@ -80,6 +80,25 @@ def test_attention_flops_grow_with_the_row_length() -> None:
 def test_one_gpu_needs_no_communication() -> None:
     time = time_of(Layout("full"))
     assert time.communication == time.offload == 0.0 and time.compute == time.seconds
+
+
+def test_short_micro_batches_take_as_long_as_python_needs_to_launch_them() -> None:
+    short = Layout("lora", 8, 8, zero_stage=3, max_seq_len=256)
+    host = 4 * host_seconds(shape_of("Llama-3.1-8B"), short)
+    assert time_of(short).compute == host
+    assert time_of(short, gpu=replace(H100, bf16_tflops=2 * H100.bf16_tflops)).compute == host
+    assert time_of(replace(short, max_seq_len=8192)).compute > 1.5 * host
+
+
+def test_python_needs_longer_for_recomputed_layers_and_under_zero_3() -> None:
+    shape = shape_of("Llama-3.1-8B")
+    for method in ("full", "lora", "qlora"):
+        whole = Layout(method, activation_checkpointing=False)
+        half = replace(whole, activation_checkpointing=True, kept_layers=shape.num_layers // 2)
+        every = replace(whole, activation_checkpointing=True)
+        once, some, twice = (host_seconds(shape, layout) for layout in (whole, half, every))
+        assert some == pytest.approx((once + twice) / 2)
+        assert once < twice < host_seconds(shape, replace(every, zero_stage=3))
 
 
 def test_zero_3_communicates_more_than_zero_2() -> None:
