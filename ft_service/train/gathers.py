@@ -6,9 +6,10 @@ module" a layer is gathered once for its forward pass, and once for its recomput
 hooks also run once a layer, and not once for each of the modules inside it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -48,12 +49,12 @@ def gather_whole_layers(model: nn.Module, persistence_threshold: int) -> dict[st
     }
 
 
-def _list_parameters_once(module: nn.Module) -> None:
-    """Let `module` remember its parameters.
+def _list_parameters_once(module: nn.Module, without: Collection[nn.Parameter] = ()) -> None:
+    """Let `module` remember its parameters, and list those of `without` no more.
 
     DeepSpeed lists those of a layer about ten times a micro-step, and those of the model three times a step.
     """
-    every = tuple(module.named_parameters())
+    every = tuple(pair for pair in nn.Module.named_parameters(module) if pair[1] not in without)
 
     def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
         if prefix or not recurse or not remove_duplicate:
@@ -81,7 +82,8 @@ def _hide_modules_of(layers: list[GradientCheckpointingLayer], model: nn.Module)
 def trace_nothing() -> None:
     """Stop DeepSpeed's marks for NVIDIA's profiler, from now on, in this process, and make silent messages cheap.
 
-    It marks every function of ZeRO-3, and asks for the rank before it decides not to print a message.
+    It marks every function of ZeRO-3. Before it decides not to print a message, it describes a weight and asks for the
+    rank.
     """
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
     from deepspeed.utils import nvtx
@@ -89,6 +91,12 @@ def trace_nothing() -> None:
     nvtx.enable_nvtx = False
     for module in (parameter_offload, partition_parameters, partitioned_param_coordinator, stage3):
         module.print_rank_0 = _print_rank_0
+    partition_parameters.debug_param2name_id_shape_device = _not_described
+    partition_parameters.debug_param2name_id_shape_status = _not_described
+
+
+def _not_described(parameter: nn.Parameter) -> str:
+    return ""
 
 
 def _print_rank_0(message: object, debug: bool = False, force: bool = False) -> None:
@@ -97,16 +105,31 @@ def _print_rank_0(message: object, debug: bool = False, force: bool = False) -> 
         print(message)
 
 
-def keep_gathered(optimizer: Any, parameters: Iterable[Any]) -> None:
+def keep_gathered(optimizer: Any, model: nn.Module, parameters: Iterable[Any]) -> None:
     """Keep `parameters` whole on every rank between steps. `optimizer` is DeepSpeed's, of ZeRO-3.
 
     DeepSpeed does so with parameters below ``stage3_param_persistence_threshold``. Many adapter tensors are above it,
-    and a threshold above them would also keep small weights of the base.
+    and a threshold above them would also keep small weights of the base. The hooks of a layer do not see them any more.
+    Whatever partitions them, as `GatheredParameters` does at its end, the next forward pass of `model` gathers them.
     """
-    for parameter in parameters:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    kept = list(parameters)
+    for parameter in kept:
         if not parameter.ds_persist:
             parameter.ds_persist = True
             optimizer.persistent_parameters.append(parameter)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            _list_parameters_once(layer, without=set(kept))
+
+    def gather(*_: object) -> None:
+        missing = [parameter for parameter in kept if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            with torch.no_grad():
+                missing[0].all_gather(missing)
+
+    model.register_forward_pre_hook(gather)
 
 
 def release_by_current_prefetches(optimizer: Any) -> None:

@@ -203,7 +203,7 @@ class Parallel:
         if self.gathers_whole_layers:
             release_by_current_prefetches(self._engine.optimizer)
             if self.plan.spec.method.type != "full":
-                keep_gathered(self._engine.optimizer, [parameter for _, parameter in self._trained()])
+                keep_gathered(self._engine.optimizer, model, [parameter for _, parameter in self._trained()])
         if self.plan.zero_stage > 0:
             self._read_norm_once()
         self._extend_group_timeouts()  # of the groups that DeepSpeed has just created: NCCL's default is ten minutes

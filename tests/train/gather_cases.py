@@ -12,6 +12,7 @@ from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import z3_leaf_module
+from torch import nn
 
 from ft_service.plan.plan import RunPlan
 from ft_service.train.batches import Batches
@@ -78,7 +79,9 @@ def counted(base: list[Any]) -> Iterator[Gathers]:
     def counting_fetch(coordinator: Any, module: Any, forward: bool, is_leaf: bool) -> Any:
         parameters = set(iter_params(module, recurse=z3_leaf_module(module)))
         counts.on_demand += sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in parameters)
-        counts.adapters += sum(p.ds_status != ZeroParamStatus.AVAILABLE for p in parameters - gathered)
+        # DeepSpeed's hooks of a layer do not see adapters.
+        used: set[Any] = {p for _, p in nn.Module.named_parameters(module, recurse=z3_leaf_module(module))}
+        counts.adapters += sum(p.ds_status != ZeroParamStatus.AVAILABLE for p in used - gathered)
         fetch(coordinator, module, forward, is_leaf)
         alive = sum(p.ds_numel for p in base if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
         counts.peak_elements = max(counts.peak_elements, alive)

@@ -1,8 +1,12 @@
 """What DeepSpeed sees of a model whose decoder layers are gathered as one."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import nvtx
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,6 +43,35 @@ def test_all_parameters_are_listed_and_only_once_looked_for(model: LlamaForCausa
         assert dict(module.named_parameters(recurse=False)) == {}
     model.model.layers[0].register_parameter("late", nn.Parameter(torch.empty(1)))
     assert "model.layers.0.late" not in dict(model.named_parameters())
+
+
+def test_hooks_of_a_layer_see_no_adapter_and_a_forward_pass_gathers_those_that_are_missing(
+    model: LlamaForCausalLM,
+) -> None:
+    adapters: list[Any] = [layer.mlp.gate_proj.weight for layer in model.model.layers]
+    gathered: list[Any] = []
+
+    def all_gather(parameters: list[Any]) -> None:
+        gathered.extend(parameters)
+        for parameter in parameters:
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    for adapter in adapters:
+        adapter.ds_persist = False
+        adapter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        adapter.all_gather = all_gather
+    optimizer = SimpleNamespace(persistent_parameters=[])
+    gathers.keep_gathered(optimizer, model, adapters)
+    assert optimizer.persistent_parameters == adapters and all(adapter.ds_persist for adapter in adapters)
+    listed = {id(parameter) for layer in model.model.layers for parameter in layer.parameters()}
+    assert len(listed) == 2 * (9 - 1) and not listed & {id(adapter) for adapter in adapters}
+    assert {id(parameter) for parameter in model.parameters()} >= {id(adapter) for adapter in adapters}
+    ids = torch.zeros(1, 3, dtype=torch.long, device="meta")
+    model(ids)
+    assert [id(adapter) for adapter in gathered] == [id(adapter) for adapter in adapters]
+    adapters[1].ds_status = ZeroParamStatus.NOT_AVAILABLE
+    model(ids)
+    assert len(gathered) == 3 and gathered[-1] is adapters[1]
 
 
 def test_messages_that_are_not_printed_do_not_ask_for_the_rank(
