@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.database.keys import find_key
 from serve.http.access import AccessLog
@@ -19,6 +20,7 @@ from serve.inference.replies import Backend
 from serve.inference.routes import BODIES, inference_routes
 from serve.playground.routes import playground_routes
 from serve.settings import ServeSettings
+from serve.voting import routes as voting
 
 
 async def _none_missing() -> Collection[str]:
@@ -43,7 +45,9 @@ def create_api(
     answer_errors_in_openai_shape(api)
     api.include_router(inference_routes(models, backends, settings, database, in_flight))
     api.include_router(playground_routes())
-    describe(api, "ft_service", version("ft-service"), BODIES)
+    if database is not None and settings.storage:
+        api.include_router(voting.voting_routes(database, Storage(settings.storage)))
+    describe(api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES])
 
     @api.get(HEALTH_PATH)
     @api.head(HEALTH_PATH, include_in_schema=False)

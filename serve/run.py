@@ -37,7 +37,7 @@ APP_NAME = "ft"
 LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
 """The gateway writes one line a request itself."""
 # Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
-_RESERVED_NAMES = ("v1", "docs", "redoc", "health", "default")
+_RESERVED_NAMES = ("v1", "vote", "docs", "redoc", "health", "default")
 _WILDCARDS = ("0.0.0.0", "::")
 _LISTEN_SECONDS = 300
 _POLL_SECONDS = 0.1
@@ -86,6 +86,9 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             load_base(one)  # a base that cannot be loaded fails here instead of in a replica
     with ExitStack() as started:
         try:
+            if not ray_address:
+                # From the HTTP proxy to the gateway, too. Every process of this Ray inherits it.
+                os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
             connect(ray_address)
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own

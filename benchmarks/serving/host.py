@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
+    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")  # as `ft serve` does
     import ray
     from ray import serve
 

@@ -19,6 +19,7 @@ from ft_service.cli.plan import plan
 from ft_service.cli.runs import logs, runs_app, show
 from ft_service.cli.serve import serve, top
 from ft_service.cli.spec import spec
+from ft_service.cli.study import study_app
 from ft_service.cli.train import resume, stop, submit, train
 from ft_service.errors import exit_on_error
 
@@ -63,6 +64,7 @@ app.command()(du)
 app.command()(serve)
 app.command()(top)
 app.add_typer(keys_app, name="keys")
+app.add_typer(study_app, name="study")
 app.command()(doctor)
 
 

@@ -39,7 +39,7 @@ def create(
 
     expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
     key, record = create_key(
-        _open(database),
+        open_service_database(database),
         name,
         is_admin=admin,
         expires=expires,
@@ -59,7 +59,7 @@ def list_all(database: Database = None, as_json: AsJson = False) -> None:
     """List all keys, without the keys themselves."""
     from serve.database.keys import list_keys
 
-    keys = list_keys(_open(database))
+    keys = list_keys(open_service_database(database))
     if as_json:
         print_json([dataclasses.asdict(key) for key in keys])
         return
@@ -83,7 +83,7 @@ def revoke(name: str, database: Database = None) -> None:
     """Revoke a key for good. Servers refuse it within seconds."""
     from serve.database.keys import revoke_key
 
-    revoke_key(_open(database), name)
+    revoke_key(open_service_database(database), name)
     console.print(f"Revoked {name}: servers refuse it from now on, at most 5 seconds later.", highlight=False)
 
 
@@ -96,7 +96,7 @@ def log(
     """Show the audit log: what was changed, and by which key."""
     from serve.database.audit import audit_log
 
-    entries = audit_log(_open(database), last)
+    entries = audit_log(open_service_database(database), last)
     if as_json:
         print_json([dataclasses.asdict(entry) for entry in entries])
         return
@@ -106,13 +106,14 @@ def log(
     console.print(table)
 
 
-def _open(url: str | None) -> "Engine":
+def open_service_database(url: str | None) -> "Engine":
+    """The service's database at `url` or FT_DATABASE_URL. Raises `UsageError` if neither is given."""
     from serve.database.database import open_database
 
     url = url or os.environ.get("FT_DATABASE_URL")
     if not url:
         raise UsageError(
-            "FT_DATABASE_URL is not set: keys are stored in a database. For one server, use a file on a local disk: "
-            "export FT_DATABASE_URL=sqlite:////var/lib/ft/service.db"
+            "FT_DATABASE_URL is not set: keys and studies are in a database. For one server, use a file on a local "
+            "disk: export FT_DATABASE_URL=sqlite:////var/lib/ft/service.db"
         )
     return open_database(url)

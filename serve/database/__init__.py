@@ -1,1 +1,1 @@
-"""The service's one database: keys and the audit log; votes and jobs join it. SQLite on a local disk, or Postgres."""
+"""The service's one database: keys, the audit log, studies and votes. SQLite on a local disk, or Postgres."""

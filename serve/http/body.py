@@ -14,8 +14,8 @@ READ_SECONDS = 60.0
 LARGE_BYTES = 64 * 1024
 MAX_VALUES = 2**20
 """Of a body's values. Parsing stops all other threads, for about 0.1 s with so many."""
-_TEXT_VALUES = 16
-_NESTED_VALUES = 40
+_TEXT_VALUES = 4
+_NESTED_VALUES = 10
 """So many numbers cost as much as a text or a key, and as a list or an object."""
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 """A JSON text. The end is optional: a search that fails at every quote of a broken body would take hours."""

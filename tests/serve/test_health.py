@@ -205,16 +205,16 @@ def test_a_text_that_cannot_fit_is_refused_after_a_few_pieces_of_it_are_encoded(
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b'["a, [b]", "c"]', 2 * 16 + 1 + 40),
-        (rb'{"a\"b": [1, 2]}', 16 + 1 + 2 * 40),
+        (b'["a, [b]", "c"]', 2 * 4 + 1 + 10),
+        (rb'{"a\"b": [1, 2]}', 4 + 1 + 2 * 10),
         (b"[" * 1000, 0),  # refused as soon as it is parsed
-        (b'"never closed, ' + rb"\"" * 1000, 16),
+        (b'"never closed, ' + rb"\"" * 1000, 4),
     ],
 )
 def test_a_body_is_weighed_by_what_parsing_it_costs(monkeypatch, body, expected):
     monkeypatch.setattr("serve.http.body.MAX_VALUES", 100)
     padded = body + b'"' + b"," * 200 + b'"'  # a text with commas, so that the exact count is needed
-    assert _values(body) == expected or _values(padded) == expected + 16
+    assert _values(body) == expected or _values(padded) == expected + 4
 
 
 def test_a_tokenizer_that_truncates_or_pads_still_gives_whole_texts(folder, tmp_path):

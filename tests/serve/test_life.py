@@ -27,6 +27,7 @@ from serve.settings import Autoscaling, BaseSettings, Limits, ServeSettings
 from tests.hosts import Cluster, wait_for
 from tests.serve.scripted import HELD, LATE, WHO, CountingEngine, hold, release
 from tests.serve.serving_world import publish_adapter
+from tests.serve.voting.voting_world import Rater, make_study
 from tests.shared_cluster import joined
 from tests.worlds import SMALL, write_base
 
@@ -353,3 +354,15 @@ def test_a_base_that_nobody_asks_scales_to_zero(server):
 
     wait_for(lambda: replicas() == 0, SECONDS)
     assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_people_vote_through_the_gateway_without_an_api_key(server):
+    assert server.settings.database and server.settings.storage
+    study = make_study(open_database(server.settings.database), server.settings.storage, questions=2)
+    with httpx.Client(base_url=server.url.removesuffix("/v1"), timeout=SECONDS) as client:
+        page = client.get("/vote")
+        assert page.status_code == 200 and "content-security-policy" in page.headers
+        assert client.get("/vote/state").json()["error"]["code"] == "invalid_link"
+        done = Rater(client, study.token("anna")).vote_all("tie")
+    assert len(done) == 2
+    assert [vote.outcome for vote in study.folder.votes_of("desk-r0")[0]] == ["tie", "tie"]

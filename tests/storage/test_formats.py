@@ -21,6 +21,7 @@ from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints.manifest import Checkpoints, Manifest
 from ft_service.train.checkpoints.resume import resume
 from ft_service.train.parallel import Parallel
+from serve.voting.files import AddedFile, ClosedFile, RaterFile, RevealedFile, StudyFile, VoteFile, WithdrawnFile
 
 FORMATS = Path(__file__).resolve().parents[1] / "formats"
 """A file of each kind, in the folder of the first format that it had."""
@@ -42,6 +43,13 @@ KINDS: dict[str, type[StoredFile]] = {
     "tombstone": Tombstone,
     "server-notice": ServerNotice,
     "index-header": IndexHeader,
+    "study": StudyFile,
+    "study-rater": RaterFile,
+    "study-added": AddedFile,
+    "study-vote": VoteFile,
+    "study-withdrawn": WithdrawnFile,
+    "study-revealed": RevealedFile,
+    "study-closed": ClosedFile,
 }
 LATER_FILES = {(2, "plan"), (2, "checkpoint-manifest"), (3, "plan"), (3, "checkpoint-manifest")}
 """Files of kinds that have changed since, in the folders of their formats."""
