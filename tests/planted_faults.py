@@ -1,4 +1,4 @@
-"""Planted faults: thirty small ways to break the product, and the tests that must notice each of them.
+"""Planted faults: thirty-six small ways to break the product, and the tests that must notice each of them.
 
     python -m tests.planted_faults --list           what there is
     python -m tests.planted_faults                  plant all of them, one after the other (about an hour on 2 cores)
@@ -306,6 +306,55 @@ FAULTS: tuple[Fault, ...] = (
         new="        if record is None:\n            return next(iter(self._bases.values()))",
         breaks="A request for an adapter that is not published is answered by the base, instead of a 404.",
         tests=("tests/serve/inference/test_routes.py::test_an_unknown_model_is_a_404_and_never_the_base",),
+    ),
+    # -- evaluation --------------------------------------------------------------------------------------------------
+    Fault(
+        name="answers-counted-unwritten",
+        file="ft_service/evaluate/ask.py",
+        old="await asyncio.to_thread(self._storage.write_bytes, name, content.encode())",
+        new="await asyncio.to_thread(len, (name, content))",
+        breaks="Answers count before they are on storage, so a killed evaluation has lost them.",
+        tests=("tests/evaluate/test_ask.py::test_answers_count_once_they_are_on_storage",),
+    ),
+    Fault(
+        name="other-weights-unnoticed",
+        file="ft_service/evaluate/ask.py",
+        old="if found != expected:",
+        new="if found.base_fingerprint != expected.base_fingerprint:",
+        breaks="An adapter that is replaced during its evaluation is judged by the answers of both.",
+        tests=("tests/evaluate/test_ask.py::test_other_weights_under_the_same_name_stop_everything",),
+    ),
+    Fault(
+        name="passages-count-as-many",
+        file="ft_service/evaluate/comparison.py",
+        old="[result.cluster for result in results],",
+        new="[result.id for result in results],",
+        breaks="Questions about one passage count as independent, and an adapter is called better on two passages.",
+        tests=("tests/evaluate/test_comparison.py::test_items_of_one_passage_count_as_one_group",),
+    ),
+    Fault(
+        name="skills-without-correction",
+        file="ft_service/evaluate/comparison.py",
+        old="or p_value <= 1 - LEVEL",
+        new="or p_value <= 1",
+        breaks="With eight skills, chance alone makes an adapter better at one of them in every third evaluation.",
+        tests=("tests/evaluate/test_comparison.py::test_a_skill_among_many_needs_more_evidence",),
+    ),
+    Fault(
+        name="judge-believed-once",
+        file="ft_service/evaluate/judge.py",
+        old='winner: Winner = winners[0] if agreed else "tie"',
+        new="winner: Winner = winners[0]",
+        breaks="A judge that prefers whatever it reads first decides comparisons.",
+        tests=("tests/evaluate/test_run.py::test_a_judge_that_takes_the_first_answer_gives_only_ties",),
+    ),
+    Fault(
+        name="promoted-unsettled",
+        file="ft_service/evaluate/promotion.py",
+        old='passed=forgetting.verdict == "within the limit"',
+        new='passed=forgetting.verdict != "forgot"',
+        breaks="An adapter is promoted although nobody knows whether it forgot.",
+        tests=("tests/evaluate/test_promotion.py::test_what_is_not_settled_does_not_pass",),
     ),
 )
 

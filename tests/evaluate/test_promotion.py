@@ -178,3 +178,18 @@ def test_the_commands_promote_and_demote(desk):
         ft("demote", alias)
     with pytest.raises(UsageError, match="has no reason"):
         ft("promote", desk.adapter.id, "--waive", "forgetting")
+
+
+def test_the_command_counts_the_votes_of_all_studies(desk, monkeypatch):
+    desk.evaluate(0.9, thresholds={**ENOUGH, "min_votes": 30})
+    asked = []
+
+    def votes(storage: Storage, digest: str) -> int:
+        asked.append(digest)
+        return 31
+
+    monkeypatch.setattr("serve.voting.evidence.num_votes_about", votes)
+    given = ["adapters", "promote", desk.adapter.id, "--storage", desk.storage.root]
+    done = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert asked == [desk.adapter.digest]
+    assert "31 votes of people; the suite asks for 30" in done.stdout
