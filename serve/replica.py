@@ -97,6 +97,10 @@ class BaseReplica:
             }
             log_fields(logger, fields)
 
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose engine has ended."""
+        self._engine.stats()
+
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 

@@ -70,6 +70,9 @@ class BaseSettings(_Settings):
         description="Keys and values of a replica. Default: what its device has left.",
     )
     adapter_gib: float = Field(default=4.0, gt=0, description="Loaded adapters of a replica.")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        default=64, description="vllm: the largest rank of an adapter. Every adapter takes the memory of that rank."
+    )
     pinned: tuple[str, ...] = Field(default=(), description="Adapter ids that are loaded at the start and stay.")
 
     @property

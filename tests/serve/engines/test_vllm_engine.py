@@ -1,0 +1,103 @@
+"""Our settings and requests in vLLM's terms. What the engine answers is in test_engines.py, with the other engine's."""
+
+from pathlib import Path
+
+import pytest
+
+from ft_service.errors import ServingError
+from serve.engines.engine import GenerationRequest, RefusedRequestError, Sampling
+from serve.settings import BaseSettings
+from tests.worlds import SMALL, write_base
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: docs/serving.md, Engines")
+
+from serve.engines.vllm_adapters import base_sites, bytes_of_slot
+from serve.engines.vllm_engine import BNB_PLUGIN, GIB, engine_args, sampling_params
+
+SLOT_BYTES = GIB // 4
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder, ["the quick brown fox"], VOCAB_SIZE, SMALL)
+    return folder
+
+
+def settings_of(base: Path, **settings) -> BaseSettings:
+    return BaseSettings(base=str(base), engine="vllm", **settings)
+
+
+def test_settings_become_arguments(base):
+    settings = settings_of(
+        base, gpus=2, cache_gib=3, max_batch=6, max_context=128, adapter_gib=2.1, max_lora_rank=16, dtype="bfloat16"
+    )
+    args = engine_args(base, settings, SLOT_BYTES)
+    assert args.tensor_parallel_size == 2
+    assert args.distributed_executor_backend == "mp"
+    assert args.kv_cache_memory_bytes == 3 * GIB // 2  # vLLM's is that of one GPU
+    assert (args.max_num_seqs, args.max_model_len, args.dtype) == (6, 128, "bfloat16")
+    assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank) == (6, 8, 16)
+    assert not args.enable_log_requests
+
+
+def test_without_settings_the_checkpoint_decides(base):
+    args = engine_args(base, settings_of(base), SLOT_BYTES)
+    assert args.dtype == "float32"  # as stored; vLLM's own `auto` computes in another
+    assert args.tensor_parallel_size == 1
+    assert args.max_model_len == -1  # what fits
+
+
+def test_four_bits_need_the_plugin(base, monkeypatch):
+    monkeypatch.setattr("serve.engines.vllm_engine.BNB_PLUGIN", "no-such-distribution")
+    with pytest.raises(ServingError, match=r"precision = 'nf4'.*no-such-distribution"):
+        engine_args(base, settings_of(base, precision="nf4"), SLOT_BYTES)
+    assert BNB_PLUGIN == "vllm-bnb-plugin"
+
+
+def test_a_slot_holds_the_largest_rank_of_every_layer(base):
+    width, inner, num_layers = SMALL["hidden_size"], SMALL["intermediate_size"], SMALL["num_layers"]
+    kv_width = width * SMALL["num_kv_heads"] // SMALL["num_heads"]
+    per_layer = 2 * (width + width) + 2 * (width + kv_width) + 3 * (width + inner)
+    sites = base_sites(base)
+    vocab_size = sites["lm_head"].shape[0]
+    assert bytes_of_slot(sites, 8, 2) == 2 * 8 * (num_layers * per_layer + 2 * (vocab_size + width))
+
+
+def request_of(**changes) -> GenerationRequest:
+    fields = {"id": "r", "prompt_ids": (1, 2), "adapter": None, "max_tokens": 5, "end_ids": frozenset({3, 999})}
+    return GenerationRequest(**{**fields, **changes})
+
+
+def test_sampling_is_translated_field_by_field():
+    sampling = Sampling({7: -3.0}, 1.2, 0.3, 0.4, 0.8, 40, 0.9, 0.05, 11)
+    params = sampling_params(request_of(sampling=sampling, logprobs=2, prompt_logprobs=1), VOCAB_SIZE, eos_id=4)
+    assert params.logit_bias == {7: -3.0}
+    assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.2, 0.3, 0.4)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p, params.seed) == (0.8, 40, 0.9, 0.05, 11)
+    assert (params.logprobs, params.prompt_logprobs, params.max_tokens) == (2, 1, 5)
+    assert params.stop_token_ids == [3] and params.ignore_eos  # an id beyond the vocabulary never comes
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=2, top_p=0)])
+def test_the_likeliest_token_is_greedy(sampling):
+    assert sampling_params(request_of(sampling=sampling), VOCAB_SIZE, eos_id=4).temperature == 0
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+def test_every_seed_is_a_seed(seed):
+    params = sampling_params(request_of(sampling=Sampling(seed=seed)), VOCAB_SIZE, eos_id=4)
+    assert params.seed is not None and 0 <= params.seed < 2**63
+
+
+def test_json_may_end_with_the_end_of_text_of_the_tokenizer():
+    params = sampling_params(request_of(json_schema="{}"), VOCAB_SIZE, eos_id=4)
+    assert params.stop_token_ids == [3, 4]
+    assert params.structured_outputs.json["type"] == "object"
+    assert params.structured_outputs.json["x-guidance"]["item_separator"] == ", "
+
+
+def test_a_schema_that_is_none_is_refused():
+    with pytest.raises(RefusedRequestError, match="response_format"):
+        sampling_params(request_of(json_schema="{"), VOCAB_SIZE, eos_id=4)
