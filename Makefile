@@ -37,13 +37,12 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not cluster and not multiprocess and not slow"
 
-# Without the extra vllm, which is for another environment: see pyproject.toml.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@for extra in $$($(BIN)/python -c 'import tomllib; \
-		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"].keys() - {"vllm"})'); do \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])'); do \
 		echo "Resolving .[$$extra] with constraints.txt"; \
 		$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt ".[$$extra]" || exit 1; \
 	done

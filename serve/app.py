@@ -86,11 +86,14 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
 
 
 def resources(base: BaseSettings, gpus: int) -> Mapping[str, Any]:
-    """What Ray reserves for a replica.
+    """What Ray reserves for a replica, and the interpreter that runs it.
 
     vLLM's workers are processes of the replica and share its GPUs, so all of them are one bundle: one node.
     """
-    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": base.cpus, "num_gpus": gpus}}
+    actor: dict[str, Any] = {"num_cpus": base.cpus, "num_gpus": gpus}
+    if base.python is not None:
+        actor["runtime_env"] = {"py_executable": base.python}
+    options: dict[str, Any] = {"ray_actor_options": actor}
     if base.engine == "vllm" and gpus > 1:
         # Ray refuses bundles with an entry of 0.
         bundle = {name: amount for name, amount in (("CPU", base.cpus), ("GPU", gpus)) if amount}

@@ -7,14 +7,15 @@ loops of callers only wait.
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -45,6 +46,7 @@ from ft_service.model.base import fingerprint, load_tokenizer, read_config
 from ft_service.registry.registry import Registry
 from ft_service.text import first_line
 from serve.engines.batching.grammar import json_grammar
+from serve.engines.batching.sampling import is_greedy, name_of, nonfinite_error
 from serve.engines.engine import (
     EngineInfo,
     EngineStats,
@@ -64,11 +66,11 @@ CPU_CACHE_GIB = 1.0
 """Keys and values on a CPU, unless `cache_gib` says otherwise; vLLM would take a share of the whole memory."""
 BNB_PLUGIN = "vllm-bnb-plugin"
 """vLLM has no bitsandbytes of its own since 0.28."""
-GREEDY_BELOW_TEMPERATURE = 1e-5
+LOWEST_TEMPERATURE = 0.01
+"""vLLM raises lower ones to this, without an error."""
 _SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 T = TypeVar("T")
-Output = RequestOutput | FtError
 
 
 class VllmEngine:
@@ -83,7 +85,7 @@ class VllmEngine:
         self._token_bytes = TokenBytes.of(self._tokenizer)
         self._recorder = _Recorder()
         self._numbers = count(1)
-        self._in_flight = 0
+        self._in_flight: set[str] = set()
         self._preparing = 0
         self._counters = Counter(prompt_tokens=0, cached_tokens=0)
         self._closed = False
@@ -103,17 +105,15 @@ class VllmEngine:
         request = self._with_max_tokens(request)
         self._check(request)
         params = sampling_params(request, self.info.vocab_size, self._tokenizer.eos_token_id)
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
-        self._in_flight += 1
+        outputs = _Outputs()
+        name = f"{request.id}-{next(self._numbers)}"  # several answers may belong to one HTTP request
+        self._in_flight.add(name)
         self._counters["prompt_tokens"] += len(request.prompt_ids)
-        producing = self._thread.begin(
-            self._produce(request, params, lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output))
-        )
+        producing = self._thread.begin(self._produce(name, request, params, outputs))
         answer = _Answer(request, self._tokenizer, self._token_bytes)
         try:
             while answer.finish_reason is None:
-                output = await outputs.get()
+                output = await outputs.take()
                 if isinstance(output, FtError):
                     raise output
                 chunk = answer.chunk(output)
@@ -121,7 +121,7 @@ class VllmEngine:
                 yield chunk
         finally:
             producing.cancel()  # vLLM's generator aborts its request
-            self._in_flight -= 1
+            self._in_flight.discard(name)
 
     async def unload(self, adapter_digest: str) -> None:
         """See `serve.engines.engine.Engine.unload`."""
@@ -134,9 +134,9 @@ class VllmEngine:
         adapters = self._adapters.stats()
         recorder = self._recorder
         # vLLM counts in its steps, and after the last request there is none.
-        waiting = min(recorder.waiting + self._preparing, self._in_flight)
+        waiting = min(recorder.waiting + self._preparing, len(self._in_flight))
         return EngineStats(
-            running=self._in_flight - waiting,
+            running=len(self._in_flight) - waiting,
             waiting=waiting,
             cache_used=recorder.cache_used if self._in_flight else 0.0,
             loaded_adapters=adapters.loaded,
@@ -162,26 +162,30 @@ class VllmEngine:
 
     # -- a request -----------------------------------------------------------------------------------------------------
 
-    async def _produce(self, request: GenerationRequest, params: SamplingParams, put: Callable[[Output], Any]) -> None:
+    async def _produce(
+        self, name: str, request: GenerationRequest, params: SamplingParams, outputs: "_Outputs"
+    ) -> None:
         """Runs on vLLM's loop. Every end but a cancellation puts an error, or an output that is the last one."""
         try:
-            await self._run(request, params, put)
+            await self._run(name, request, params, outputs)
         except FtError as error:
-            put(error)
+            outputs.put(error)
         except VLLMClientError as error:
-            put(RefusedRequestError(f"vLLM refuses the request: {first_line(error)}", _param_of(error)))
+            outputs.put(RefusedRequestError(f"vLLM refuses the request: {first_line(error)}", _param_of(error)))
         except EngineDeadError:
-            put(ServingError("vLLM's engine has ended. Try again."))
+            outputs.put(ServingError("vLLM's engine has ended. Try again."))
         except EngineGenerateError as error:
-            put(ServingError(f"vLLM failed ({first_line(error.__cause__ or error)}). Try again."))
+            outputs.put(ServingError(f"vLLM failed ({first_line(error.__cause__ or error)}). Try again."))
         except asyncio.CancelledError:
             if self._closed:
-                put(ServingError("the engine is closed."))
+                outputs.put(ServingError("the engine is closed."))
             raise
         except Exception as error:
-            put(ServingError(f"the engine failed ({type(error).__name__}: {first_line(error)}). Try again."))
+            outputs.put(ServingError(f"the engine failed ({type(error).__name__}: {first_line(error)}). Try again."))
+        finally:
+            self._in_flight.discard(name)
 
-    async def _run(self, request: GenerationRequest, params: SamplingParams, put: Callable[[Output], Any]) -> None:
+    async def _run(self, name: str, request: GenerationRequest, params: SamplingParams, outputs: "_Outputs") -> None:
         lora = None
         if request.adapter is not None:
             self._preparing += 1
@@ -191,23 +195,26 @@ class VllmEngine:
                 self._preparing -= 1
         try:
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-            name = f"{request.id}-{next(self._numbers)}"  # several answers may belong to one HTTP request
-            async with aclosing(self._llm.generate(prompt, params, name, lora_request=lora)) as outputs:
-                async for output in outputs:
-                    put(self._error_of(request, output) or output)
+            async with aclosing(self._llm.generate(prompt, params, name, lora_request=lora)) as answers:
+                async for output in answers:
+                    outputs.put(self._error_of(request, output) or output)
+                    if outputs.is_abandoned:
+                        break
         finally:
             if request.adapter is not None:
                 await asyncio.shield(self._adapters.release(self._llm, request.adapter.digest))
 
     def _error_of(self, request: GenerationRequest, output: RequestOutput) -> ServingError | None:
-        of_whom = "the base" if request.adapter is None else f"adapter = {request.adapter.id!r}"
-        if output.metrics is not None and output.metrics.is_corrupted:
+        adapter_id = request.adapter.id if request.adapter else None
+        completion = output.outputs[0]
+        scores = [*(completion.logprobs or ()), *(scores for scores in output.prompt_logprobs or () if scores)]
+        logprobs = (each.logprob for of_token in scores for each in of_token.values())
+        if (output.metrics is not None and output.metrics.is_corrupted) or not all(map(math.isfinite, logprobs)):
+            return ServingError(nonfinite_error(adapter_id))
+        if output.finished and completion.finish_reason not in ("stop", "length"):
             return ServingError(
-                f"{of_whom}: its logits are not finite, so that it cannot answer. "
-                "Check its weights: ft adapters verify."
+                "the engine is closed." if self._closed else f"{name_of(adapter_id)}: vLLM ended the answer. Try again."
             )
-        if output.finished and output.outputs[0].finish_reason not in ("stop", "length"):
-            return ServingError("the engine is closed." if self._closed else f"{of_whom}: vLLM ended the answer.")
         return None
 
     def _with_max_tokens(self, request: GenerationRequest) -> GenerationRequest:
@@ -233,6 +240,25 @@ class VllmEngine:
             # They would be those of the tokens that the schema allows, not the model's own.
             message = "logprobs: vLLM cannot give them beside response_format. Leave one of the two out."
             raise RefusedRequestError(message, "logprobs")
+
+
+class _Outputs:
+    """What vLLM's loop hands to the loop of a caller."""
+
+    def __init__(self) -> None:
+        self.is_abandoned = False
+        """The caller's loop is gone, and nobody takes anything any more."""
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[RequestOutput | FtError] = asyncio.Queue()
+
+    def put(self, output: RequestOutput | FtError) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
+        except RuntimeError:  # the loop is closed
+            self.is_abandoned = True
+
+    async def take(self) -> RequestOutput | FtError:
+        return await self._queue.get()
 
 
 class _Answer:
@@ -319,8 +345,8 @@ def engine_args(folder: Path, settings: BaseSettings, slot_bytes: int) -> AsyncE
         dtype=str(dtype_of(folder, settings)).removeprefix("torch."),
         seed=secrets.randbits(31),  # of requests without a seed
         tensor_parallel_size=num_gpus,
-        # Its GPUs are of one node: workers are processes of the replica, and end with it.
-        distributed_executor_backend="mp",
+        # Several GPUs are of one node: workers are processes of the replica, and end with it.
+        distributed_executor_backend="mp" if num_gpus > 1 else "uni",
         max_model_len=settings.max_context or -1,  # -1: the model's, or what the cache has room for
         max_num_seqs=settings.max_batch,
         kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * GIB) // num_gpus,
@@ -341,7 +367,9 @@ def engine_args(folder: Path, settings: BaseSettings, slot_bytes: int) -> AsyncE
 def sampling_params(request: GenerationRequest, vocab_size: int, eos_id: int | None) -> SamplingParams:
     """A request in vLLM's terms. `eos_id` is the tokenizer's end of text. Raises `RefusedRequestError`."""
     sampling = request.sampling
-    is_greedy = sampling.temperature < GREEDY_BELOW_TEMPERATURE or sampling.top_p == 0
+    greedy = is_greedy(sampling)
+    if not greedy:
+        _raise_on_other_draws(sampling)
     end_ids = {token_id for token_id in request.end_ids if token_id < vocab_size}
     structured = None
     if request.json_schema is not None:
@@ -349,10 +377,10 @@ def sampling_params(request: GenerationRequest, vocab_size: int, eos_id: int | N
         end_ids |= {eos_id} if eos_id is not None else set()  # the only end that vLLM's grammars know
     try:
         return SamplingParams(
-            temperature=0.0 if is_greedy else sampling.temperature,
-            top_p=1.0 if is_greedy else sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
+            temperature=0.0 if greedy else sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            top_k=0 if greedy else sampling.top_k,
+            min_p=0.0 if greedy else sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
@@ -369,6 +397,16 @@ def sampling_params(request: GenerationRequest, vocab_size: int, eos_id: int | N
         )
     except (VLLMClientError, ValueError) as error:
         raise RefusedRequestError(f"vLLM refuses the request: {first_line(error)}", _param_of(error)) from None
+
+
+def _raise_on_other_draws(sampling: Sampling) -> None:
+    """Refuse what vLLM takes, but would draw from another distribution than `Sampling` defines."""
+    if sampling.temperature < LOWEST_TEMPERATURE:
+        message = f"temperature: vLLM takes 0, or at least {LOWEST_TEMPERATURE}. Use 0 for the likeliest token."
+        raise RefusedRequestError(message, "temperature")
+    if sampling.min_p > 0 and sampling.top_p < 1:
+        message = "min_p: vLLM applies it before top_p, not after it. Leave one of the two out."
+        raise RefusedRequestError(message, "min_p")
 
 
 def dtype_of(folder: Path, settings: BaseSettings) -> torch.dtype:
@@ -398,11 +436,14 @@ def _seed(sampling: Sampling) -> int | None:
 
 
 def _param_of(error: Exception) -> str:
+    """What an error of vLLM is about; most of them only say it in their text."""
     text = str(error)
-    named = getattr(error, "parameter", None)
     if "grammar" in text or "schema" in text.lower():
         return "response_format"
-    return named if isinstance(named, str) else "prompt"
+    named = getattr(error, "parameter", None)
+    if isinstance(named, str):
+        return named
+    return next((each.name for each in fields(Sampling) if text.startswith(each.name)), "prompt")
 
 
 def _is_four_bit(folder: Path, settings: BaseSettings) -> bool:

@@ -1,10 +1,16 @@
 """Our settings and requests in vLLM's terms. What the engine answers is in test_engines.py, with the other engine's."""
 
+import asyncio
+import os
+import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from ft_service.errors import ServingError
+from ft_service.registry.registry import Registry
+from ft_service.storage.storage import Storage
 from serve.engines.engine import GenerationRequest, RefusedRequestError, Sampling
 from serve.settings import BaseSettings
 from tests.worlds import SMALL, write_base
@@ -12,7 +18,7 @@ from tests.worlds import SMALL, write_base
 pytest.importorskip("vllm", reason="vLLM is not installed here: docs/serving.md, Engines")
 
 from serve.engines.vllm_adapters import base_sites, bytes_of_slot
-from serve.engines.vllm_engine import BNB_PLUGIN, GIB, engine_args, sampling_params
+from serve.engines.vllm_engine import BNB_PLUGIN, GIB, VllmEngine, engine_args, sampling_params
 
 SLOT_BYTES = GIB // 4
 VOCAB_SIZE = 300
@@ -45,7 +51,7 @@ def test_settings_become_arguments(base):
 def test_without_settings_the_checkpoint_decides(base):
     args = engine_args(base, settings_of(base), SLOT_BYTES)
     assert args.dtype == "float32"  # as stored; vLLM's own `auto` computes in another
-    assert args.tensor_parallel_size == 1
+    assert (args.tensor_parallel_size, args.distributed_executor_backend) == (1, "uni")
     assert args.max_model_len == -1  # what fits
 
 
@@ -71,18 +77,60 @@ def request_of(**changes) -> GenerationRequest:
 
 
 def test_sampling_is_translated_field_by_field():
-    sampling = Sampling({7: -3.0}, 1.2, 0.3, 0.4, 0.8, 40, 0.9, 0.05, 11)
+    sampling = Sampling({7: -3.0}, 1.2, 0.3, 0.4, 0.8, 40, 0.9, 0.0, 11)
     params = sampling_params(request_of(sampling=sampling, logprobs=2, prompt_logprobs=1), VOCAB_SIZE, eos_id=4)
     assert params.logit_bias == {7: -3.0}
     assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.2, 0.3, 0.4)
-    assert (params.temperature, params.top_k, params.top_p, params.min_p, params.seed) == (0.8, 40, 0.9, 0.05, 11)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p, params.seed) == (0.8, 40, 0.9, 0, 11)
     assert (params.logprobs, params.prompt_logprobs, params.max_tokens) == (2, 1, 5)
     assert params.stop_token_ids == [3] and params.ignore_eos  # an id beyond the vocabulary never comes
+    params = sampling_params(request_of(sampling=Sampling(top_k=40, min_p=0.05)), VOCAB_SIZE, eos_id=4)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p, params.seed) == (1, 40, 1, 0.05, None)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=2, top_p=0)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0, min_p=0.5, top_p=0.5),
+        Sampling(temperature=2, top_p=0),
+        Sampling(temperature=2, top_k=1),
+        Sampling(temperature=1e-6),
+    ],
+)
 def test_the_likeliest_token_is_greedy(sampling):
     assert sampling_params(request_of(sampling=sampling), VOCAB_SIZE, eos_id=4).temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param"),
+    [
+        (Sampling(temperature=0.005), "temperature"),  # vLLM would draw with 0.01
+        (Sampling(temperature=2.5), "temperature"),
+        (Sampling(min_p=0.1, top_p=0.9), "min_p"),  # vLLM would apply them the other way round
+        (Sampling(presence_penalty=3), "presence_penalty"),
+        (Sampling(frequency_penalty=-3), "frequency_penalty"),
+        (Sampling(repetition_penalty=0), "repetition_penalty"),
+    ],
+)
+def test_a_distribution_that_vllm_cannot_draw_from_is_refused_by_name(sampling, param):
+    with pytest.raises(RefusedRequestError, match=param) as error:
+        sampling_params(request_of(sampling=sampling), VOCAB_SIZE, eos_id=4)
+    assert error.value.param == param
+
+
+def test_no_field_of_a_request_is_left_out():
+    """A new field needs a place in `sampling_params`, or a refusal."""
+    assert [field.name for field in fields(Sampling)] == [
+        "logit_bias",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+    ]
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
@@ -101,3 +149,26 @@ def test_json_may_end_with_the_end_of_text_of_the_tokenizer():
 def test_a_schema_that_is_none_is_refused():
     with pytest.raises(RefusedRequestError, match="response_format"):
         sampling_params(request_of(json_schema="{"), VOCAB_SIZE, eos_id=4)
+
+
+def test_an_engine_whose_process_has_died_says_so(tmp_path):
+    sizes = {**SMALL, "num_heads": 2, "num_kv_heads": 1}
+    write_base(tmp_path, ["the quick brown fox"], VOCAB_SIZE, sizes)
+    engine = VllmEngine(tmp_path, Registry(Storage(str(tmp_path))), settings_of(tmp_path, cache_gib=0.05))
+
+    async def die_in_between() -> None:
+        answer = engine.generate(request_of(max_tokens=1000, end_ids=frozenset()))
+        await anext(answer)
+        for process in engine._llm.engine_core.resources.engine_manager.processes:
+            os.kill(process.pid, signal.SIGKILL)
+        async for _ in answer:
+            pass
+
+    try:
+        engine.stats()
+        with pytest.raises(ServingError, match="engine has ended"):
+            asyncio.run(die_in_between())
+        with pytest.raises(ServingError, match="engine has ended"):
+            engine.stats()  # what the replica's health check calls
+    finally:
+        asyncio.run(engine.close())
