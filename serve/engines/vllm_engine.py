@@ -33,6 +33,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
 from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -59,6 +60,7 @@ from serve.engines.engine import (
 )
 from serve.engines.text_stream import TextStream, TokenBytes
 from serve.engines.vllm_adapters import VllmAdapters, base_sites, bytes_of_slot
+from serve.engines.vllm_worker import CacheCleaner
 from serve.settings import BaseSettings
 
 GIB = 2**30
@@ -95,6 +97,7 @@ class VllmEngine:
         self._adapters = VllmAdapters(
             registry, self.info.base_fingerprint, sites, settings.max_lora_rank, args.max_cpu_loras
         )
+        self._clearing = asyncio.Lock()
         self._thread = _LoopThread()
         self._thread.call(self._adapters.pin(self._llm, settings.pinned))
 
@@ -171,7 +174,7 @@ class VllmEngine:
         except FtError as error:
             outputs.put(error)
         except VLLMClientError as error:
-            outputs.put(RefusedRequestError(f"vLLM refuses the request: {first_line(error)}", _param_of(error)))
+            outputs.put(_refusal(error))
         except EngineDeadError:
             outputs.put(ServingError("vLLM's engine has ended. Try again."))
         except EngineGenerateError as error:
@@ -194,28 +197,53 @@ class VllmEngine:
             finally:
                 self._preparing -= 1
         try:
-            prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-            async with aclosing(self._llm.generate(prompt, params, name, lora_request=lora)) as answers:
-                async for output in answers:
-                    outputs.put(self._error_of(request, output) or output)
-                    if outputs.is_abandoned:
-                        break
+            passed_on = await self._pass_on(name, request, params, lora, outputs)
+            if passed_on == 0:  # the values may be those of another request, whose blocks this one got
+                passed_on = await self._pass_on(f"{name}-again", request, params, lora, outputs)
+            if passed_on is not None:
+                outputs.put(ServingError(nonfinite_error(request.adapter.id if request.adapter else None)))
         finally:
             if request.adapter is not None:
                 await asyncio.shield(self._adapters.release(self._llm, request.adapter.digest))
 
-    def _error_of(self, request: GenerationRequest, output: RequestOutput) -> ServingError | None:
-        adapter_id = request.adapter.id if request.adapter else None
-        completion = output.outputs[0]
-        scores = [*(completion.logprobs or ()), *(scores for scores in output.prompt_logprobs or () if scores)]
-        logprobs = (each.logprob for of_token in scores for each in of_token.values())
-        if (output.metrics is not None and output.metrics.is_corrupted) or not all(map(math.isfinite, logprobs)):
-            return ServingError(nonfinite_error(adapter_id))
-        if output.finished and completion.finish_reason not in ("stop", "length"):
-            return ServingError(
-                "the engine is closed." if self._closed else f"{name_of(adapter_id)}: vLLM ended the answer. Try again."
-            )
+    async def _pass_on(
+        self,
+        name: str,
+        request: GenerationRequest,
+        params: SamplingParams,
+        lora: LoRARequest | None,
+        outputs: "_Outputs",
+    ) -> int | None:
+        """Returns None at the end of the answer, or how many outputs there were before a logit that is not finite."""
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        async with aclosing(self._llm.generate(prompt, params, name, lora_request=lora)) as answer:
+            passed_on = 0
+            async for output in answer:
+                if _has_nonfinite(output):
+                    await asyncio.shield(self._clear_cache())
+                    return passed_on
+                outputs.put(self._error_of(request, output) or output)
+                if outputs.is_abandoned:
+                    break
+                passed_on += 1
         return None
+
+    async def _clear_cache(self) -> None:
+        """Let no other request meet the values. What is in the batch is computed again from its tokens."""
+        async with self._clearing:
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            try:
+                await self._llm.collective_rpc("clear_keys_and_values")
+            finally:
+                await self._llm.resume_generation()
+
+    def _error_of(self, request: GenerationRequest, output: RequestOutput) -> ServingError | None:
+        if not output.finished or output.outputs[0].finish_reason in ("stop", "length"):
+            return None
+        if self._closed:
+            return ServingError("the engine is closed.")
+        of_whom = name_of(request.adapter.id if request.adapter else None)
+        return ServingError(f"{of_whom}: vLLM ended the answer. Try again.")
 
     def _with_max_tokens(self, request: GenerationRequest) -> GenerationRequest:
         if request.max_tokens is not None:
@@ -240,6 +268,14 @@ class VllmEngine:
             # They would be those of the tokens that the schema allows, not the model's own.
             message = "logprobs: vLLM cannot give them beside response_format. Leave one of the two out."
             raise RefusedRequestError(message, "logprobs")
+
+
+def _has_nonfinite(output: RequestOutput) -> bool:
+    """vLLM counts NaN among logits; infinities are seen in log-probabilities."""
+    places = [*(output.outputs[0].logprobs or ()), *(output.prompt_logprobs or ())]
+    logprobs = (each.logprob for scores in places if scores for each in scores.values())
+    is_corrupted = output.metrics is not None and output.metrics.is_corrupted
+    return is_corrupted or not all(map(math.isfinite, logprobs))
 
 
 class _Outputs:
@@ -358,6 +394,7 @@ def engine_args(folder: Path, settings: BaseSettings, slot_bytes: int) -> AsyncE
         max_logprobs=-1,  # the gateway bounds them
         structured_outputs_config=StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True),
         enforce_eager=is_cpu,
+        worker_extension_cls=f"{CacheCleaner.__module__}.{CacheCleaner.__qualname__}",
         disable_log_stats=True,  # a recorder of ours gets them
         enable_log_requests=False,
         **options,
@@ -396,7 +433,7 @@ def sampling_params(request: GenerationRequest, vocab_size: int, eos_id: int | N
             output_kind=RequestOutputKind.DELTA,
         )
     except (VLLMClientError, ValueError) as error:
-        raise RefusedRequestError(f"vLLM refuses the request: {first_line(error)}", _param_of(error)) from None
+        raise _refusal(error) from None
 
 
 def _raise_on_other_draws(sampling: Sampling) -> None:
@@ -424,8 +461,7 @@ def _schema(schema: str) -> dict[str, Any]:
     try:
         grammar = json.loads(json_grammar(schema))
     except (ValueError, TypeError) as error:
-        message = f"response_format: the JSON schema cannot be followed ({first_line(error)[:300]}). Simplify it."
-        raise RefusedRequestError(message, "response_format") from None
+        raise _schema_refusal(error) from None
     with_separators: dict[str, Any] = grammar["grammars"][0]["json_schema"]
     return with_separators
 
@@ -435,15 +471,20 @@ def _seed(sampling: Sampling) -> int | None:
     return None if sampling.seed is None else sampling.seed % 2**63
 
 
-def _param_of(error: Exception) -> str:
-    """What an error of vLLM is about; most of them only say it in their text."""
+def _refusal(error: Exception) -> RefusedRequestError:
+    """An error of vLLM about a request; most of them name the parameter in their text only."""
     text = str(error)
-    if "grammar" in text or "schema" in text.lower():
-        return "response_format"
+    if "grammar" in text.lower() or "schema" in text.lower():
+        return _schema_refusal(error)
     named = getattr(error, "parameter", None)
-    if isinstance(named, str):
-        return named
-    return next((each.name for each in fields(Sampling) if text.startswith(each.name)), "prompt")
+    if not isinstance(named, str):
+        named = next((each.name for each in fields(Sampling) if text.startswith(each.name)), "prompt")
+    return RefusedRequestError(f"vLLM refuses the request: {first_line(error)}", named)
+
+
+def _schema_refusal(error: Exception) -> RefusedRequestError:
+    message = f"response_format: the JSON schema cannot be followed ({first_line(error)[:300]}). Simplify it."
+    return RefusedRequestError(message, "response_format")
 
 
 def _is_four_bit(folder: Path, settings: BaseSettings) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from ft_service.errors import ServingError
 from ft_service.registry.registry import Registry
@@ -16,6 +17,10 @@ from serve.settings import BaseSettings
 from tests.worlds import SMALL, write_base
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: docs/serving.md, Engines")
+
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
+from vllm.platforms import current_platform
 
 from serve.engines.vllm_adapters import base_sites, bytes_of_slot
 from serve.engines.vllm_engine import BNB_PLUGIN, GIB, VllmEngine, engine_args, sampling_params
@@ -149,6 +154,15 @@ def test_json_may_end_with_the_end_of_text_of_the_tokenizer():
 def test_a_schema_that_is_none_is_refused():
     with pytest.raises(RefusedRequestError, match="response_format"):
         sampling_params(request_of(json_schema="{"), VOCAB_SIZE, eos_id=4)
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the kernels for GPUs are others")
+def test_rows_of_the_base_get_nothing_from_the_adapter_of_the_last_slot():
+    slots = torch.tensor([-1, 0])
+    output = torch.zeros(2, 5)
+    punica_cpu.bgmv_expand(torch.ones(2, 3), torch.ones(1, 1, 5, 3), output, slots, True)
+    lora_ops.bgmv_expand_slice(torch.ones(2, 3), torch.ones(1, 1, 2, 3), output, slots, 0, 2, True)
+    assert output.tolist() == [[0] * 5, [6, 6, 3, 3, 3]]
 
 
 def test_an_engine_whose_process_has_died_says_so(tmp_path):
