@@ -43,9 +43,14 @@ def keep_adapters_from_the_base() -> None:
 def _without_base_rows(expand: Callable[..., None]) -> Callable[..., None]:
     @wraps(expand)
     def expand_rows_of_adapters(
-        inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, slots: torch.Tensor, *options: Any
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        slots: torch.Tensor,
+        *options: Any,
+        **named_options: Any,
     ) -> None:
-        expand(inputs.masked_fill(slots.lt(0)[:, None], 0), weights, output, slots, *options)
+        expand(inputs.masked_fill(slots.lt(0)[:, None], 0), weights, output, slots, *options, **named_options)
 
     return expand_rows_of_adapters
 

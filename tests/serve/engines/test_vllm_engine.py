@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_a_schema_that_is_none_is_refused():
 def test_rows_of_the_base_get_nothing_from_the_adapter_of_the_last_slot():
     slots = torch.tensor([-1, 0])
     output = torch.zeros(2, 5)
-    punica_cpu.bgmv_expand(torch.ones(2, 3), torch.ones(1, 1, 5, 3), output, slots, True)
+    punica_cpu.bgmv_expand(torch.ones(2, 3), torch.ones(1, 1, 5, 3), output, slots, add_inputs=True)
     lora_ops.bgmv_expand_slice(torch.ones(2, 3), torch.ones(1, 1, 2, 3), output, slots, 0, 2, True)
     assert output.tolist() == [[0] * 5, [6, 6, 3, 3, 3]]
 
@@ -169,10 +170,12 @@ def test_an_engine_whose_process_has_died_says_so(tmp_path):
     sizes = {**SMALL, "num_heads": 2, "num_kv_heads": 1}
     write_base(tmp_path, ["the quick brown fox"], VOCAB_SIZE, sizes)
     engine = VllmEngine(tmp_path, Registry(Storage(str(tmp_path))), settings_of(tmp_path, cache_gib=0.05))
+    has_begun = threading.Event()
 
     async def die_in_between() -> None:
         answer = engine.generate(request_of(max_tokens=1000, end_ids=frozenset()))
-        await anext(answer)
+        assert (await anext(answer)).token_ids
+        has_begun.set()
         for process in engine._llm.engine_core.resources.engine_manager.processes:
             os.kill(process.pid, signal.SIGKILL)
         async for _ in answer:
@@ -182,6 +185,7 @@ def test_an_engine_whose_process_has_died_says_so(tmp_path):
         engine.stats()
         with pytest.raises(ServingError, match="engine has ended"):
             asyncio.run(die_in_between())
+        assert has_begun.is_set()
         with pytest.raises(ServingError, match="engine has ended"):
             engine.stats()  # what the replica's health check calls
     finally:
