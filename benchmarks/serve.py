@@ -298,7 +298,7 @@ def main() -> None:
         alone=2,
         loads=2,
         threads=1,
-        skip=["transformers-serve"],  # a comparison only, and the slowest to start
+        skip=[*arguments.skip, "transformers-serve"],  # a comparison only, and the slowest to start
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -74,7 +74,7 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
         "graceful_shutdown_timeout_s": settings.limits.request_seconds,
         "health_check_period_s": HEALTH_CHECK_SECONDS,
         "max_constructor_retry_count": 2,
-        "ray_actor_options": {"num_cpus": base.cpus, "num_gpus": gpus},
+        **resources(base, gpus),
         "request_router_config": RequestRouterConfig(
             request_router_class=_ROUTER,  # type: ignore[arg-type]  # its annotation is wrong in Ray 2.60
             request_router_kwargs={"busy_requests": max(1, base.max_batch // 2)},
@@ -83,6 +83,22 @@ def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngi
         **_number_of_replicas(base),
     }
     return BaseReplica.options(**options).bind(settings, base, make_engine)  # type: ignore[attr-defined]
+
+
+def resources(base: BaseSettings, gpus: int) -> Mapping[str, Any]:
+    """What Ray reserves for a replica, and the interpreter that runs it.
+
+    vLLM's workers are processes of the replica and share its GPUs, so all of them are one bundle: one node.
+    """
+    actor: dict[str, Any] = {"num_cpus": base.cpus, "num_gpus": gpus}
+    if base.python is not None:
+        actor["runtime_env"] = {"py_executable": base.python}
+    options: dict[str, Any] = {"ray_actor_options": actor}
+    if base.engine == "vllm" and gpus > 1:
+        # Ray refuses bundles with an entry of 0.
+        bundle = {name: amount for name, amount in (("CPU", base.cpus), ("GPU", gpus)) if amount}
+        options |= {"placement_group_bundles": [bundle], "placement_group_strategy": "STRICT_PACK"}
+    return options
 
 
 def _number_of_replicas(base: BaseSettings) -> Mapping[str, Any]:

@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from importlib.util import find_spec
+from pathlib import Path
 
 from ray import serve
 
-from ft_service.errors import FtError, StorageError
+from ft_service.errors import FtError, ServingError, StorageError
 from ft_service.model.base import read_config, resolve_base
 from ft_service.model.light_imports import light_imports
 from ft_service.registry.registry import BaseModelRef, Registry
@@ -34,12 +37,25 @@ MakeEngine = Callable[[BaseSettings, Registry], Engine]
 def make_engine(base: BaseSettings, registry: Registry) -> Engine:
     """Load the base. Imports the engine's libraries here: Serve's controller and `ft serve` need none of them."""
     folder = resolve_base(base.base, base.revision)
+    if base.engine == "vllm":
+        return _vllm_engine(folder, registry, base)
     four_bit = base.precision == "nf4" or "quantization_config" in read_config(folder)
     # Loading belongs inside: transformers asks of each weight whether it is a distributed tensor.
     with light_imports(four_bit=four_bit):
         from serve.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(folder, registry, base)
+
+
+def _vllm_engine(folder: Path, registry: Registry, base: BaseSettings) -> Engine:
+    if find_spec("vllm") is None:
+        raise ServingError(
+            f"engine = 'vllm': vllm is not installed in the environment of {sys.executable}. Set `python` to the "
+            "interpreter of an environment that has it (docs/serving.md, Engines), or use engine: transformers."
+        )
+    from serve.engines.vllm_engine import VllmEngine
+
+    return VllmEngine(folder, registry, base)
 
 
 @serve.deployment
@@ -96,6 +112,10 @@ class BaseReplica:
                 "seconds": round(time.perf_counter() - began, 4),
             }
             log_fields(logger, fields)
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose engine has ended."""
+        self._engine.stats()
 
     async def stats(self) -> EngineStats:
         return self._engine.stats()

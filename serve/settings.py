@@ -47,7 +47,14 @@ class BaseSettings(_Settings):
         pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
         description="The base's model name over HTTP. Default: the last part of `base`, lower case.",
     )
-    engine: Literal["transformers"] = Field(default="transformers", description="What runs the base, on CPU or GPU.")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What runs the base. transformers: CPU and GPU. vllm: GPUs in production; it must be installed.",
+    )
+    python: str | None = Field(
+        default=None,
+        description="Interpreter of the replicas, where their engine has its own environment. Default: the cluster's.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="What the base computes in; auto is the checkpoint's own."
     )
@@ -70,6 +77,9 @@ class BaseSettings(_Settings):
         description="Keys and values of a replica. Default: what its device has left.",
     )
     adapter_gib: float = Field(default=4.0, gt=0, description="Loaded adapters of a replica.")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        default=64, description="vllm: the largest rank of an adapter. Every adapter takes the memory of that rank."
+    )
     pinned: tuple[str, ...] = Field(default=(), description="Adapter ids that are loaded at the start and stay.")
 
     @property
@@ -114,7 +124,7 @@ class ServeSettings(_Settings):
         """`base=...` (or FT_BASE) is short for one entry of `bases`, so that `serve run` can name a base."""
         if not isinstance(data, dict) or data.get("bases"):
             return data
-        short = {key: data[key] for key in ("base", "revision", "replicas", "gpus", "engine") if key in data}
+        short = {key: data[key] for key in ("base", "revision", "replicas", "gpus", "engine", "python") if key in data}
         if "base" not in short and (base := os.environ.get("FT_BASE")):
             short = {"base": base, "revision": os.environ.get("FT_BASE_REVISION") or None, **short}
         rest = {key: value for key, value in data.items() if key not in short}

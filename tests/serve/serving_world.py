@@ -1,6 +1,7 @@
 """A small Llama that has learnt one Japanese sentence, adapters that say other things, and what stock code answers."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,11 @@ class World:
             return logits[0].log_softmax(-1)
 
 
-def make_world(folder: Path) -> World:
+def make_world(folder: Path, sizes: Mapping[str, int] = SMALL) -> World:
     """Write a base that continues PROMPT with SENTENCE, and publish two adapters for it."""
     base = folder / "Tiny-Llama"
     # Too few merges for the Japanese: most of its characters, and the emoji, are spread over two to four tokens.
-    write_base(base, [PROMPT * 4 + "the quick brown fox. " * 4], 300, SMALL)
+    write_base(base, [PROMPT * 4 + "the quick brown fox. " * 4], 300, sizes)
     _teach(base)
     registry = Registry(Storage(str(folder / "storage")))
     adapters = [publish_adapter(registry, base, folder / f"adapter-{seed}", seed) for seed in (1, 2)]

@@ -202,14 +202,14 @@ def load_weights(
     `sites` are all layers of the base by name; the result is on their devices, in `dtype`. Raises `MisfitError`,
     `NonFiniteError`, and `UnsupportedAdapterError`.
     """
-    expected = _expected(config, sites)
-    by_name = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    _check_names_and_shapes(expected, by_name, sites)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise NonFiniteError(name)
+    expected, by_name = _checked(config, tensors, sites)
     loading = _Loading(config, by_name, sites, dtype)
     return loading.adapter(adapter_id, digest, expected)
+
+
+def check_weights(config: LoraConfig, tensors: Mapping[str, torch.Tensor], sites: Mapping[str, Site]) -> None:
+    """The checks of `load_weights` alone, for an engine that loads the files by itself."""
+    _checked(config, tensors, sites)
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,19 @@ class _Expected:
     """Sites with weights of their own."""
     shapes: dict[str, tuple[int, ...]]
     """Name of each tensor -> its shape."""
+
+
+def _checked(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], sites: Mapping[str, Site]
+) -> tuple[_Expected, dict[str, torch.Tensor]]:
+    """What the adapter must bring, and its tensors by the name of their layer."""
+    expected = _expected(config, sites)
+    by_name = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    _check_names_and_shapes(expected, by_name, sites)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(name)
+    return expected, by_name
 
 
 def _expected(config: LoraConfig, sites: Mapping[str, Site]) -> _Expected:

@@ -9,11 +9,13 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
@@ -195,64 +197,12 @@ class AdapterStore:
 
     def _read(self, record: AdapterRecord) -> LoadedAdapter:
         """The adapter from the registry's folder. The bytes that are checked are the bytes that are used."""
-        files = self._verified_files(record)
-        if record.base.fingerprint != self._base_fingerprint:
-            raise ServingError(
-                f"adapter = {record.id!r}: was trained on another base ({record.base.id}, fingerprint "
-                f"{record.base.fingerprint[:12]}; this base has {self._base_fingerprint[:12]}). Serve it on that base."
-            )
-        try:
-            config = parse_config(files[CONFIG_FILE])
-            if changes_base(config):
-                raise ServingError(
-                    f"adapter = {record.id!r}: changes its base when loaded (init_lora_weights "
-                    f"{config.init_lora_weights}). Convert it to plain LoRA and publish that."
-                )
+        files = verified_files(self._registry, record, self._base_fingerprint)
+        with naming(record):
+            config = plain_config(record, files[CONFIG_FILE])
             tensors = load(files.pop(WEIGHTS_FILE))
             with torch.inference_mode():
                 return load_weights(record.id, record.digest, config, tensors, self._lora.sites, self._lora.dtype)
-        except UnsupportedAdapterError as error:
-            raise ServingError(
-                f"adapter = {record.id!r}: does more than plain LoRA ({error}), which cannot be batched with others. "
-                f"Merge it into its base (ft adapters merge {record.id}), and serve the result."
-            ) from None
-        except (MisfitError, SafetensorError) as error:
-            mismatches = error.mismatches if isinstance(error, MisfitError) else [str(error)]
-            raise ServingError(
-                f"adapter = {record.id!r}: does not fit the base ({len(mismatches)} mismatches: {mismatches[0]}). "
-                f"It was trained on {record.base.id}; serve it on that base."
-            ) from None
-        except NonFiniteError as error:
-            raise ServingError(
-                f"adapter = {record.id!r}: {error} has values that are not finite. "
-                "Train it again with a lower learning rate, and publish that."
-            ) from None
-
-    def _verified_files(self, record: AdapterRecord) -> dict[str, bytes]:
-        """Content of the files to load. Raises `ServingError` if any file of the record is not as it was published."""
-        try:
-            folder = self._registry.folder(record)
-        except StorageError as error:
-            raise ServingError(f"adapter = {record.id!r}: {error}") from None
-        files = {}
-        damaged = []
-        for name, digest in record.files.items():
-            try:
-                content = (folder / name).read_bytes()
-            except OSError:
-                damaged.append(name)
-                continue
-            if hashlib.sha256(content).hexdigest() != digest:
-                damaged.append(name)
-            elif name in (WEIGHTS_FILE, CONFIG_FILE):
-                files[name] = content
-        damaged += [name for name in (WEIGHTS_FILE, CONFIG_FILE) if name not in record.files]  # a pickle file, perhaps
-        if damaged:
-            raise ServingError(
-                f"adapter = {record.id!r}: {', '.join(damaged)} missing or changed since "
-                f"publishing (in {folder}). Restore the files, or publish the run again."
-            )
-        return files
 
     # -- room ------------------------------------------------------------------------------------------------------
 
@@ -312,3 +262,78 @@ class AdapterStore:
     def _release_unclaimed(self, future: "Future[LoadedAdapter]") -> None:
         if not future.cancelled() and future.exception() is None:
             self.release(future.result())
+
+
+# -- checks, of any engine ---------------------------------------------------------------------------------------------
+
+
+def verified_files(registry: Registry, record: AdapterRecord, base_fingerprint: str) -> dict[str, bytes]:
+    """Content of the files to load: configuration and weights.
+
+    Raises `ServingError` if any file of the record is not as it was published, or the adapter is one of another base.
+    """
+    try:
+        folder = registry.folder(record)
+    except StorageError as error:
+        raise ServingError(f"adapter = {record.id!r}: {error}") from None
+    files = {}
+    damaged = []
+    for name, digest in record.files.items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError:
+            damaged.append(name)
+            continue
+        if hashlib.sha256(content).hexdigest() != digest:
+            damaged.append(name)
+        elif name in (WEIGHTS_FILE, CONFIG_FILE):
+            files[name] = content
+    damaged += [name for name in (WEIGHTS_FILE, CONFIG_FILE) if name not in record.files]  # a pickle file, perhaps
+    if damaged:
+        raise ServingError(
+            f"adapter = {record.id!r}: {', '.join(damaged)} missing or changed since "
+            f"publishing (in {folder}). Restore the files, or publish the run again."
+        )
+    if record.base.fingerprint != base_fingerprint:
+        raise ServingError(
+            f"adapter = {record.id!r}: was trained on another base ({record.base.id}, fingerprint "
+            f"{record.base.fingerprint[:12]}; this base has {base_fingerprint[:12]}). Serve it on that base."
+        )
+    return files
+
+
+def plain_config(record: AdapterRecord, content: bytes) -> LoraConfig:
+    """The configuration of an adapter that means something on the base as it is.
+
+    Raises `ServingError`, and `UnsupportedAdapterError`.
+    """
+    config = parse_config(content)
+    if changes_base(config):
+        raise ServingError(
+            f"adapter = {record.id!r}: changes its base when loaded (init_lora_weights "
+            f"{config.init_lora_weights}). Convert it to plain LoRA and publish that."
+        )
+    return config
+
+
+@contextmanager
+def naming(record: AdapterRecord) -> Iterator[None]:
+    """Turn what a check of the adapter's weights raises into a `ServingError` that names it."""
+    try:
+        yield
+    except UnsupportedAdapterError as error:
+        raise ServingError(
+            f"adapter = {record.id!r}: does more than plain LoRA ({error}), which cannot be batched with others. "
+            f"Merge it into its base (ft adapters merge {record.id}), and serve the result."
+        ) from None
+    except (MisfitError, SafetensorError) as error:
+        mismatches = error.mismatches if isinstance(error, MisfitError) else [str(error)]
+        raise ServingError(
+            f"adapter = {record.id!r}: does not fit the base ({len(mismatches)} mismatches: {mismatches[0]}). "
+            f"It was trained on {record.base.id}; serve it on that base."
+        ) from None
+    except NonFiniteError as error:
+        raise ServingError(
+            f"adapter = {record.id!r}: {error} has values that are not finite. "
+            "Train it again with a lower learning rate, and publish that."
+        ) from None

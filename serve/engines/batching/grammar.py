@@ -38,10 +38,8 @@ class Grammars:
 
         Raises `RefusedRequestError` for a schema that is invalid, or cannot be followed.
         """
-        if schema == ANY_OBJECT:
-            schema = '{"type": "object"}'
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_LIKE_JSON_DUMPS)
+            grammar = json_grammar(schema)
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
             error = matcher.get_error()
         except (ValueError, TypeError, json.JSONDecodeError) as raised:
@@ -50,6 +48,13 @@ class Grammars:
             message = f"response_format: the JSON schema cannot be followed ({first_line(error)[:300]}). Simplify it."
             raise RefusedRequestError(message, "response_format")
         return JsonGrammar(matcher, self._vocab_size, end_ids)
+
+
+def json_grammar(schema: str) -> str:
+    """The grammar of a JSON schema in llguidance's own form. Raises `ValueError` for an invalid schema."""
+    if schema == ANY_OBJECT:
+        schema = '{"type": "object"}'
+    return LLMatcher.grammar_from_json_schema(schema, defaults=_LIKE_JSON_DUMPS)
 
 
 class JsonGrammar:

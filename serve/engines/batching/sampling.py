@@ -25,7 +25,7 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
     """The next token of each row, or why there is none. See `serve.engines.batching.step.Sample`."""
     is_finite_L = _are_finite(logits_LV)
     changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
-    drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.sampling)]
+    drawn = [index for index, row in enumerate(rows) if not is_greedy(row.sampling)]
     chosen_L = logits_LV.argmax(dim=-1)
     has_choice_L = is_finite_L
     failed: dict[int, str] = {}
@@ -94,16 +94,25 @@ def _scored(logits_LV: torch.Tensor, ids: list[int], rows: Sequence[SamplingRow]
 
 
 def _error(row: SamplingRow, is_finite: bool) -> str:
-    of_whom = "the base" if row.adapter_id is None else f"adapter = {row.adapter_id!r}"
     if is_finite:
-        return f"{of_whom}: no token may come next: logit_bias and the JSON schema leave none."
+        return f"{name_of(row.adapter_id)}: no token may come next: logit_bias and the JSON schema leave none."
+    return nonfinite_error(row.adapter_id)
+
+
+def nonfinite_error(adapter_id: str | None) -> str:
+    of_whom = name_of(adapter_id)
     return f"{of_whom}: its logits are not finite, so that it cannot answer. Check its weights: ft adapters verify."
+
+
+def name_of(adapter_id: str | None) -> str:
+    return "the base" if adapter_id is None else f"adapter = {adapter_id!r}"
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
 
 
-def _is_greedy(sampling: Sampling) -> bool:
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether only the likeliest token can be chosen."""
     return sampling.temperature < GREEDY_BELOW_TEMPERATURE or sampling.top_k == 1 or sampling.top_p == 0
 
 
