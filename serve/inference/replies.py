@@ -162,6 +162,8 @@ class ChatShape:
         self._end_ids = generation.requests[0].end_ids
         self._held: dict[int, str] = {}
         """Of each choice, the text that may be the start of a call."""
+        self._decided: set[int] = set()
+        """Choices that are text for certain: nothing of them is held back any more."""
 
     def choice(self, index: int, answer: _Answer) -> Choice:
         call = parse_call(answer.text, self._tools) if self._tools else None
@@ -179,14 +181,14 @@ class ChatShape:
     def events(self, index: int, chunk: GenerationChunk) -> list[EventChoice]:
         text = chunk.text
         call = None
-        if self._tools and (index not in self._held or self._held[index]):
+        if self._tools and index not in self._decided:
             text = self._held.get(index, "") + text
             call = parse_call(text, self._tools) if chunk.finish_reason else None
             if call is None and not chunk.finish_reason and may_become_call(text):
                 self._held[index] = text
                 text = ""
             else:
-                self._held[index] = ""  # decided: nothing is held back from here on
+                self._decided.add(index)
         delta: dict[str, Any] = {"content": text} if text and not call else {}
         if call:
             delta = {"tool_calls": [{"index": 0, **call.model_dump()}]}

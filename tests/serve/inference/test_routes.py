@@ -630,6 +630,14 @@ def test_a_call_is_parsed_and_ends_with_tool_calls(base):
     assert last["delta"]["tool_calls"][0]["index"] == 0
 
 
+def test_a_call_that_begins_with_a_token_without_text_is_streamed_as_a_call(base):
+    engine = ScriptedEngine(GenerationChunk("", (9,)), *ADDING)  # <|python_tag|> is no text
+    streamed = events_of(roomy_call(engine, base, {**CHAT, "tools": [ADD], "stream": True}))
+    last = streamed[-1]["choices"][0]
+    assert last["finish_reason"] == "tool_calls"
+    assert last["delta"]["tool_calls"][0]["function"]["name"] == "add"
+
+
 @pytest.mark.parametrize(
     "text", ["Hello", '{"name": "rm", "parameters": {}}', '{"name": "add"', '{"name": "add", "parameters": 5}', "{}"]
 )
