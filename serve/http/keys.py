@@ -54,6 +54,12 @@ class Client:
             message = f"The key {self.name!r} may not use the model {model_id!r}. Ask for a key that may."
             raise ApiError(403, message, "model_not_allowed", "model")
 
+    def check_may_use_all(self) -> None:
+        """Raises `ApiError` 403 for a key that is limited to some models, unless it is an admin's."""
+        if self.key is not None and self.key.models is not None and not self.key.is_admin:
+            message = f"The key {self.name!r} may use some models only, and this covers all. Use an admin key."
+            raise ApiError(403, message, "admin_required")
+
     def check_is_admin(self) -> None:
         """Raises `ApiError` 403."""
         if self.key is not None and not self.key.is_admin:

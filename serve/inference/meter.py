@@ -6,10 +6,14 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
+from serve.engines.engine import RefusedRequestError
 from serve.http.keys import client_of
 from serve.inference.replies import Pieces
 from serve.inference.translate import Generation
 from serve.metrics import EndedRequest, Metrics
+
+_SCHEMA_PARAM = "response_format"
+"""What an engine names when it cannot follow a JSON schema; it does not know of tools."""
 
 
 async def measured(
@@ -34,6 +38,10 @@ async def measured(
                         answers[index] += chunk.text
                 yield piece
         outcome = "ok"
+    except RefusedRequestError as error:
+        if generation.forces_call and error.param == _SCHEMA_PARAM:
+            raise RefusedRequestError(f"tools{error.message.removeprefix(_SCHEMA_PARAM)}", "tools") from None
+        raise
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "cancelled"
         raise

@@ -1,7 +1,7 @@
 """The routes of the inference API: read a request, ask the engine of its base, answer in OpenAI's shapes."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,7 +15,7 @@ from serve.engines.engine import EngineStats
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
-from serve.http.keys import client_of
+from serve.http.keys import Client, client_of
 from serve.http.openapi import reads
 from serve.inference.meter import measured
 from serve.inference.models import ServedModel, ServedModels, delete_published
@@ -28,7 +28,7 @@ from serve.inference.replies import (
     pieces_of,
     whole_reply,
 )
-from serve.inference.tokens import BaseTokens, executor_for
+from serve.inference.tokens import LONG_CHARACTERS, BaseTokens, executor_for
 from serve.inference.translate import Generation, Translator, chat_format, read_messages
 from serve.inference.wire import (
     ChatRequest,
@@ -43,6 +43,7 @@ from serve.inference.wire import (
     TokenizeReply,
     TokenizeRequest,
     TokenizerInfo,
+    Tool,
 )
 from serve.metrics import Metrics
 from serve.settings import ServeSettings
@@ -53,6 +54,8 @@ MAX_TOKENIZED_CHARACTERS = 2**20
 """Making and writing the list of a million ids stops all other threads for about 0.1 s."""
 _TOKENIZED_CONTEXTS = 8
 """Characters for each token of a context that is longer."""
+_INDENT = 4
+"""Blanks for each level of a tool's JSON, as the chat template writes it."""
 Result = TypeVar("Result")
 
 
@@ -92,15 +95,16 @@ def inference_routes(
         return DeletedModel(id=model_id)
 
     @api.get("/v1/stats")
-    async def stats() -> dict[str, list[EngineStats]]:
-        """What every replica of each base does at this moment; `ft top` shows it."""
+    async def stats(http: Request) -> dict[str, list[EngineStats]]:
+        """What every replica of each base does at this moment; `ft top` shows it. It covers every model."""
+        client_of(http).check_may_use_all()
         return {name: await backend.all_stats() for name, backend in backends.items()}
 
     @api.post("/v1/chat/completions", openapi_extra=reads(ChatRequest), response_model=Reply)
     async def chat_completions(http: Request) -> Response:
         request = await read_json(http, ChatRequest, limits.max_body_mib)
         client_of(http).check_may_use(request.model)
-        characters = _characters(request.messages)
+        characters = _characters(request.messages, request.tools, at_most=LONG_CHARACTERS)
         generation = await _encode(characters, lambda: translate.chat(request, request_id(http)))
         return await respond(http, generation, request, ChatShape(generation))
 
@@ -129,13 +133,12 @@ def inference_routes(
     @api.post("/tokenize", include_in_schema=False)
     async def tokenize(http: Request) -> Response:
         request = await read_json(http, TokenizeRequest, limits.max_body_mib)
-        model = _model_or_only_base(models, request.model)
+        model = await asyncio.to_thread(_model_or_only_base, models, request.model, client_of(http))
         tokens = translate.tokens(model)
-        characters = len(request.prompt or "") + _characters(request.messages or ())
-
         most = max(MAX_TOKENIZED_CHARACTERS, _TOKENIZED_CONTEXTS * model.base.context_length)
+        characters = len(request.prompt or "") + _characters(request.messages, request.tools, at_most=most)
         if characters > most:
-            message = f"The text has {characters:,} characters; at most {most:,} are encoded at once. Send it in parts."
+            message = f"The text has more than {most:,} characters, which is the limit. Send it in parts."
             raise ApiError(413, message, "request_too_large", "prompt" if request.prompt else "messages")
 
         def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
@@ -150,7 +153,7 @@ def inference_routes(
     @api.post("/detokenize", include_in_schema=False)
     async def detokenize(http: Request) -> DetokenizeReply:
         request = await read_json(http, DetokenizeRequest, limits.max_body_mib)
-        model = _model_or_only_base(models, request.model)
+        model = await asyncio.to_thread(_model_or_only_base, models, request.model, client_of(http))
         size = model.base.vocab_size
         if (largest := max(request.tokens, default=0)) >= size:
             message = f"tokens contains the id {largest}; this model has ids 0 to {size - 1}."
@@ -160,8 +163,8 @@ def inference_routes(
 
     @api.get("/v1/tokenizer_info")
     @api.get("/tokenizer_info", include_in_schema=False)
-    def tokenizer_info(model: str | None = None) -> TokenizerInfo:
-        served = _model_or_only_base(models, model)
+    def tokenizer_info(http: Request, model: str | None = None) -> TokenizerInfo:
+        served = _model_or_only_base(models, model, client_of(http))
         tokenizer = translate.tokens(served).tokenizer
         return TokenizerInfo(
             tokenizer_class=type(tokenizer).__name__,
@@ -191,21 +194,31 @@ async def _encode(characters: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(executor_for(characters), work)
 
 
-def _characters(messages: Iterable[Mapping[str, object]]) -> int:
-    """About how long a conversation is, at little cost."""
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    texts = [*contents, *(part.get("text") for part in parts if isinstance(part, dict))]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _characters(messages: Sequence[object] | None, tools: Sequence[Tool] | None, at_most: int) -> int:
+    """About how long a conversation is, its calls and tools included. Stops counting above `at_most`."""
+    counted = 0
+    unread: list[tuple[object, int]] = [(list(messages or ()), 0), ([tool.given for tool in tools or ()], 0)]
+    while unread and counted <= at_most:
+        value, depth = unread.pop()
+        counted += len(value) if isinstance(value, str) else 1 + _INDENT * depth
+        if isinstance(value, dict):
+            counted += sum(map(len, value))
+            unread += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, list):
+            unread += [(item, depth + 1) for item in value]
+    return counted
 
 
-def _model_or_only_base(models: ServedModels, model_id: str | None) -> ServedModel:
-    if model_id is not None:
-        return models.resolve(model_id)
-    if len(models.bases) > 1:
-        names = ", ".join(base.name for base in models.bases)
-        raise ApiError(400, f"model is missing, and this server has several bases: {names}.", "invalid_value", "model")
-    return models.resolve(models.bases[0].name)
+def _model_or_only_base(models: ServedModels, model_id: str | None, client: Client) -> ServedModel:
+    """Raises `ApiError`: 403 for a model that the client may not use, 404 for an unknown one."""
+    if model_id is None:
+        if len(models.bases) > 1:
+            names = ", ".join(base.name for base in models.bases if client.may_use(base.name))
+            message = f"model is missing, and this server has several bases: {names}."
+            raise ApiError(400, message, "invalid_value", "model")
+        model_id = models.bases[0].name
+    client.check_may_use(model_id)
+    return models.resolve(model_id)
 
 
 def _token_ids(request: TokenizeRequest, model: ServedModel, tokens: BaseTokens) -> list[int]:

@@ -33,6 +33,8 @@ class Generation:
     choices_per_prompt: int = 1
     tools: tuple[Tool, ...] = ()
     """Functions that an answer may call."""
+    forces_call: bool = False
+    """Whether the JSON schema of the requests comes from `tools`, and not from `response_format`."""
     echoed: tuple[str, ...] = ()
     """With `echo`, the text of each choice's prompt."""
 
@@ -54,7 +56,9 @@ class Translator:
         tools = _offered_tools(request)
         messages = read_messages(request.messages, tools)
         chat = chat_format(model, tokens, with_tools=any(message.uses_tools for message in messages))
-        _check_length([message.content for message in messages], tokens, "messages")
+        _check_length([text for message in messages for text in message.functions], tokens, "tools")
+        texts = [text for message in messages for text in (message.content, *message.functions)]
+        _check_length(texts, tokens, "messages")
         prompt_ids = tokens.chat_ids(messages)
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else chat.end_of_turn_ids)
         generation = self._generation(
@@ -68,13 +72,22 @@ class Translator:
         )
         if request.logprobs:
             generation = replace(generation, logprobs=request.top_logprobs or 0)
-        if schema := forced_call_schema(tools, request.tool_choice):
+        schema = forced_call_schema(tools, request.tool_choice)
+        if schema is not None:
             if generation.json_schema is not None:
                 message = "tool_choice asks for a call and response_format for another answer. Leave one of them out."
                 raise ApiError(400, message, "invalid_value", "tool_choice")
             generation = replace(generation, json_schema=schema)
         requests = self._choices([generation], request)
-        return Generation(model, tokens, requests, len(prompt_ids), request.n or 1, tools=tuple(tools))
+        return Generation(
+            model,
+            tokens,
+            requests,
+            len(prompt_ids),
+            request.n or 1,
+            tools=tuple(tools),
+            forces_call=schema is not None,
+        )
 
     def completion(self, request: CompletionRequest, request_id: str) -> Generation:
         model = self._models.resolve(request.model)

@@ -23,11 +23,13 @@ from ft_service.storage.storage import Storage
 from serve.api import create_api
 from serve.database.database import open_database
 from serve.database.keys import ApiKey, create_key, revoke_key
-from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
+from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, RefusedRequestError, TokenLogprob
 from serve.http.errors import ApiError
 from serve.http.rates import Rates
+from serve.inference import routes
 from serve.inference.bases import ServedBase
 from serve.inference.models import ServedModels
+from serve.inference.tokens import LONG_CHARACTERS
 from serve.settings import ServeSettings
 
 CONTEXT = 256
@@ -546,6 +548,50 @@ def test_echo_with_logprobs_has_the_prompt_first_as_lm_eval_reads_it(call):
     ]
 
 
+def test_every_token_of_an_echo_has_its_name_and_its_place_in_the_text(call, base):
+    tokenizer = load_tokenizer(base.folder)
+    ids = tokenizer("日 a", add_special_tokens=False)["input_ids"]
+    texts = ["日"[:1].encode()[at : at + 1] for at in range(3)] + [b" ", b"a"]
+    assert len(ids) == len(texts)  # this small vocabulary has a token for each byte of the character
+    prompt = (None, *(scored(one, text, -1.0, {text: -1.0}) for one, text in zip(ids[1:], texts[1:], strict=True)))
+    answer = (
+        scored(20, b"\xe6", -0.5, {b"\xe6": -0.5, b"\xe7": -0.7}),
+        *[scored(21, b"\x9c\xac", -0.5, {}), scored(22, b"!", -0.5, {})],
+    )
+    engine = ScriptedEngine(
+        GenerationChunk("", (20,), None, answer[:1], prompt), GenerationChunk("本!", (21, 22), "length", answer[1:])
+    )
+    body = {"model": "tiny", "max_tokens": 3, "logprobs": 2, "echo": True}
+    choice = call(engine, "/v1/completions", {**body, "prompt": ids}).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == "日 a本!"
+    assert logprobs["tokens"] == [
+        *[r"bytes:\xe6", r"bytes:\x97", r"bytes:\xa5", " ", "a"],
+        *[r"bytes:\xe6", r"bytes:\x9c\xac", "!"],
+    ]
+    assert logprobs["text_offset"] == [0, 0, 0, 1, 2, 3, 3, 4]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][5] == {r"bytes:\xe6": -0.5, r"bytes:\xe7": -0.7}
+    streamed = events_of(call(engine, "/v1/completions", {**body, "prompt": ids, "stream": True}))
+    parts = [event["choices"][0]["logprobs"] for event in streamed]
+    for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs"):
+        assert [value for part in parts for value in part[name]] == logprobs[name]
+
+
+def test_a_begin_of_text_token_that_is_not_in_the_echoed_text_takes_no_place_in_it(call, base):
+    tokenizer = load_tokenizer(base.folder)
+    begin, *ids = tokenizer(tokenizer.bos_token + "hello", add_special_tokens=False)["input_ids"]
+    prompt = (None, *(scored(one, tokenizer.decode([one]).encode(), -1.0, {}) for one in ids))
+    engine = ScriptedEngine(GenerationChunk("", (1,), "stop", (scored(1, b"", -1.0, {}),), prompt))
+    body = {"model": "tiny", "max_tokens": 1, "logprobs": 0, "echo": True}
+    for given, starts in (("hello", [0, 0]), ([begin, *ids], [0, len(tokenizer.bos_token)])):
+        choice = call(engine, "/v1/completions", {**body, "prompt": given}).json()["choices"][0]
+        assert engine.requests[-1].prompt_ids == (begin, *ids)
+        assert choice["logprobs"]["tokens"][0] == tokenizer.bos_token
+        assert choice["logprobs"]["text_offset"][:2] == starts
+        assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+
+
 def test_text_that_begins_with_begin_of_text_gets_no_second_one(call, base):
     tokenizer = load_tokenizer(base.folder)
     engine = ScriptedEngine(*HELLO)
@@ -660,6 +706,68 @@ def test_tool_choice_forces_a_call_by_its_schema_and_none_offers_nothing(base):
     engine = ScriptedEngine(*HELLO)
     roomy_call(engine, base, {**CHAT, "tools": [ADD], "tool_choice": "none"})
     assert engine.requests[0].prompt_ids == chat_ids(base, [Message(role="user", content="Hi")])
+
+
+NESTED = {
+    "type": "object",
+    "$defs": {"Place": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Place"}}}},
+    "properties": {
+        "place": {"$ref": "#/$defs/Place"},
+        "$ref": {"type": "string"},
+        "fixed": {"const": {"$ref": "#/$defs/Place"}},
+    },
+    "required": ["place"],
+    "additionalProperties": False,
+}
+
+
+def at_pointer(schema: dict, pointer: str) -> dict:
+    value: object = schema
+    for part in pointer.removeprefix("#/").split("/"):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
+@pytest.mark.parametrize("others", [[], [ADD]])
+def test_references_in_parameters_lead_to_their_definitions(base, others):
+    engine = ScriptedEngine(*ADDING)
+    go = {"type": "function", "function": {"name": "go", "parameters": NESTED}}
+    roomy_call(engine, base, {**CHAT, "tools": [*others, go], "tool_choice": "required"})
+    schema = json.loads(engine.requests[0].json_schema)
+    nested = (schema["anyOf"][-1] if others else schema)["properties"]["parameters"]
+    for reference in (nested["properties"]["place"], nested["$defs"]["Place"]["properties"]["next"]):
+        assert at_pointer(schema, reference["$ref"]) == nested["$defs"]["Place"]
+    assert nested["properties"]["$ref"] == {"type": "string"}
+    assert nested["properties"]["fixed"] == NESTED["properties"]["fixed"]  # a value, not a schema
+
+
+def test_a_schema_that_cannot_be_followed_is_an_error_of_tools_if_it_is_a_tools(base):
+    failure = RefusedRequestError("response_format: the JSON schema cannot be followed (x).", "response_format")
+    body = {**CHAT, "tools": [ADD], "tool_choice": "required"}
+    error = roomy_call(ScriptedEngine(failure=failure), base, body).json()["error"]
+    assert error["param"] == "tools" and error["message"].startswith("tools: the JSON schema")
+    body = {**CHAT, "response_format": {"type": "json_object"}}
+    error = roomy_call(ScriptedEngine(failure=failure), base, body).json()["error"]
+    assert error["param"] == "response_format"
+
+
+def test_tools_and_calls_count_towards_the_length(base, monkeypatch):
+    encoded_at: list[int] = []
+    monkeypatch.setattr(routes, "executor_for", lambda characters: encoded_at.append(characters))
+    long = "y" * 40_000
+    described = {"type": "function", "function": {**ADD["function"], "description": long}}
+    called = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": json.dumps({"a": long})}}
+    asked = CHAT["messages"][0]
+    bodies = [
+        ({**CHAT, "tools": [described]}, "tools"),
+        ({**CHAT, "messages": [asked, {"role": "assistant", "content": None, "tool_calls": [called]}]}, "messages"),
+    ]
+    for body, param in bodies:
+        refused = roomy_call(ScriptedEngine(*HELLO), base, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert refused.json()["error"]["param"] == param
+        assert "40" in refused.json()["error"]["message"]  # characters: it was refused before it was encoded
+        assert encoded_at.pop() > LONG_CHARACTERS
 
 
 @pytest.mark.parametrize(
@@ -793,6 +901,22 @@ def test_a_key_uses_and_sees_only_its_models(call, database):
     for path, body in [("/v1/models/tiny", None), ("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)]:
         response = call(ScriptedEngine(*HELLO), path, body, **options)
         assert (response.status_code, response.json()["error"]["code"]) == (403, "model_not_allowed")
+
+
+def test_a_keys_models_cover_the_tokenizer_and_the_statistics(call, database):
+    engine = open_database(database)
+    limited, _ = create_key(engine, "limited", models=("other",))
+    admin, _ = create_key(engine, "boss", models=("other",), is_admin=True)
+    text = {"prompt": "hello"}
+    calls = [
+        *[("/v1/tokenize", text), ("/v1/tokenize", {**text, "model": "tiny"}), ("/tokenize", text)],
+        *[("/v1/detokenize", {"tokens": [5]}), ("/v1/tokenizer_info", None), ("/tokenizer_info?model=tiny", None)],
+        ("/v1/stats", None),
+    ]
+    for path, body in calls:
+        response = call(ScriptedEngine(), path, body, database=database, headers=bearer(limited))
+        assert response.status_code == 403, path
+    assert call(ScriptedEngine(), "/v1/stats", database=database, headers=bearer(admin)).status_code == 200
 
 
 def test_only_an_admin_key_deletes(call, database):
