@@ -67,8 +67,8 @@ async def pieces_of(
 ) -> Pieces:
     """All choices at once, so that the engine answers them in one batch.
 
-    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds` or the server stops,
-    504 if the answers take longer than `request_seconds`.
+    Closing it closes all of them. Raises `ApiError` 429 if no token comes within `queue_seconds`, 503 if the
+    server stops, 504 if the answers take longer than `request_seconds`.
     """
     chunks: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue()
 
@@ -119,7 +119,7 @@ def _took_too_long(has_begun: bool, seconds: float) -> ApiError:
         message = f"The answer was not complete within {seconds:g} seconds. Ask for fewer tokens."
         return ApiError(504, message, "request_timeout")
     message = f"No answer began within {seconds:g} seconds: too many requests wait. Try again later."
-    return ApiError(503, message, "queue_timeout", retry_after=30)
+    return ApiError(429, message, "queue_timeout", retry_after=30)
 
 
 EventChoice = dict[str, Any]
