@@ -10,12 +10,12 @@ from starlette.middleware.cors import CORSMiddleware
 from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.database.keys import find_key
-from serve.http.access import AccessLog
+from serve.http.access import REQUEST_ID_HEADER, AccessLog
 from serve.http.errors import ApiError, answer_errors_in_openai_shape
 from serve.http.in_flight import CountInFlight, InFlight, stopping
 from serve.http.keys import HEALTH_PATH, READY_PATH, RequireKey
 from serve.http.openapi import describe
-from serve.inference.models import ServedModels
+from serve.inference.models import BASE_HEADER, DIGEST_HEADER, ServedModels
 from serve.inference.replies import Backend
 from serve.inference.routes import BODIES, inference_routes
 from serve.playground.routes import playground_routes
@@ -65,7 +65,12 @@ def create_api(
         return {"status": "ready"}
 
     root_key = settings.api_key.get_secret_value() if settings.api_key else None
-    api.add_middleware(RequireKey, root_key=root_key, find_key=partial(find_key, database) if database else None)
+    api.add_middleware(
+        RequireKey,
+        root_key=root_key,
+        find_key=partial(find_key, database) if database else None,
+        allowed_origins=settings.allowed_origins,
+    )
     api.add_middleware(CountInFlight, in_flight=in_flight)
     api.add_middleware(AccessLog)  # around the check of keys, so that refused requests are in the log too
     if settings.allowed_origins:
@@ -73,6 +78,7 @@ def create_api(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client in a page sends a dozen `x-stainless-*`, and new ones come
+            expose_headers=[REQUEST_ID_HEADER, DIGEST_HEADER, BASE_HEADER, "retry-after"],
         )
     return api

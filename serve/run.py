@@ -56,10 +56,12 @@ def run_server(
     port: int = 8000,
     ray_address: str | None = None,
     name: str = APP_NAME,
+    dtype: str | None = None,
 ) -> None:
     """Serve `base` and its adapters on `storage` until SIGINT or SIGTERM.
 
-    `base` None uses the one base that all adapters share. Joins Ray at `ray_address` or RAY_ADDRESS, or starts it on
+    `base` None uses the one base that all adapters share; `dtype` is what it computes in, by default the checkpoint's
+    own. Joins Ray at `ray_address` or RAY_ADDRESS, or starts it on
     this machine. Where Ray Serve already runs, the application called `name` joins it at a route of its own, and only
     that application is deleted at the end.
 
@@ -67,7 +69,12 @@ def run_server(
     start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
     """
     given = {"storage": storage, **({"base": base} if base else {})}
-    _run(read_settings(given, "FT_"), host, port, ray_address, name)
+    settings = read_settings(given, "FT_")
+    if dtype is not None:
+        settings = complete(settings)  # the base may be the one that all adapters share
+        bases = [{**one.model_dump(), "dtype": dtype} for one in settings.bases]
+        settings = read_settings({"storage": settings.storage, "bases": bases}, "--")
+    _run(settings, host, port, ray_address, name)
 
 
 def run_config(file: Path, name: str = APP_NAME) -> None:

@@ -124,7 +124,8 @@ class ServeSettings(_Settings):
         """`base=...` (or FT_BASE) is short for one entry of `bases`, so that `serve run` can name a base."""
         if not isinstance(data, dict) or data.get("bases"):
             return data
-        short = {key: data[key] for key in ("base", "revision", "replicas", "gpus", "engine", "python") if key in data}
+        names = ("base", "revision", "replicas", "gpus", "engine", "python", "dtype")
+        short = {key: data[key] for key in names if key in data}
         if "base" not in short and (base := os.environ.get("FT_BASE")):
             short = {"base": base, "revision": os.environ.get("FT_BASE_REVISION") or None, **short}
         rest = {key: value for key, value in data.items() if key not in short}

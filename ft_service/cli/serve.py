@@ -3,12 +3,12 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ft_service.cli.common import DEFAULT_STORAGE, AsJson, StorageRoot, console, new_table, print_json
-from ft_service.errors import ServingError
+from ft_service.errors import ServingError, UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _MIB = 2**20
@@ -18,6 +18,10 @@ def serve(
     storage: StorageRoot = DEFAULT_STORAGE,
     base: Annotated[
         str | None, typer.Option(help="Hub id or folder (default: the base of all published adapters).")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"] | None,
+        typer.Option(help="What the base computes in (default: the checkpoint's own)."),
     ] = None,
     host: Annotated[str, typer.Option(help="Any address except loopback requires FT_API_KEY.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -33,9 +37,11 @@ def serve(
     from serve.run import run_config, run_server
 
     if config is not None:
+        if dtype is not None:
+            raise UsageError("--dtype: conflicts with --config. Set dtype of each base in the file.")
         run_config(config, name)
     else:
-        run_server(storage, base, host, port, name=name)
+        run_server(storage, base, host, port, name=name, dtype=dtype)
 
 
 def top(

@@ -52,9 +52,12 @@ def read_turns(messages: object, functions: object = None) -> Conversation:
     return conversation
 
 
-def read_any_turns(messages: object, functions: object = None) -> Conversation:
-    """Like `read_turns`, but turns may be empty. Raises `BadRecord`."""
+def read_any_turns(messages: object, functions: object = None, *, allow_image_marks: bool = False) -> Conversation:
+    """Like `read_turns`, but turns may be empty, and texts may have ``<image>`` in them. Raises `BadRecord`."""
     conversation = tuple(_message(number, message) for number, message in enumerate(_listed(messages), 1))
+    if not allow_image_marks:
+        for number, turn in enumerate(conversation, 1):
+            check_images(turn.content, _content_of(number))
     return _with_functions(conversation, read_functions(functions))
 
 
@@ -133,7 +136,7 @@ def _message(number: int, message: object) -> Message:
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise BadRecord(f"message {number} has weight {weight!r} (allowed: 0 and 1)")
-    name = f"the content of message {number}"
+    name = _content_of(number)
     is_json = False
     if calls:
         text = _call(number, role, content, calls)
@@ -144,8 +147,11 @@ def _message(number: int, message: object) -> Message:
     else:
         text = _text(content, name)
     check_unicode(text, name)
-    check_images(text, name)
     return Message(role, text, weight, is_json)
+
+
+def _content_of(number: int) -> str:
+    return f"the content of message {number}"
 
 
 def _is_sharegpt(message: Mapping[Any, Any]) -> bool:

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """ASGI middleware. Puts `request_id` and `log` (fields that routes add to) into the request's state."""
+    """ASGI middleware. Puts into the request's state its `request_id`, `log` (fields that routes add to) and `headers`
+    (which every reply gets from then on, errors too)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,6 +34,8 @@ class AccessLog:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["log"] = fields
+        added: dict[str, str] = {}
+        state["headers"] = added
         status = 0
         began = time.perf_counter()
 
@@ -41,6 +44,7 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers.update(added)
                 if not given:
                     headers.append(REQUEST_ID_HEADER, request_id)
             await send(message)

@@ -1,7 +1,8 @@
 """Who may ask: clients with a key on every route except health and the shells of pages.
 
 A server without any key answers only its own machine, and only under a loopback name: a web page of another site can
-make a browser on this machine ask any address, but not under a name of its choice (DNS rebinding).
+make a browser on this machine ask any address, but not under a name of its choice (DNS rebinding). Nor does it take
+anything but reading requests from such a page, which a browser sends without asking the server first.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -31,6 +33,7 @@ OPEN_PATHS = frozenset({HEALTH_PATH, READY_PATH, "/"}) | VOTE_PATHS
 CACHED_SECONDS = 5.0
 """So long a revoked key may still be accepted."""
 _MAX_CACHED = 10_000
+_READING = frozenset({"GET", "HEAD"})
 
 
 class FindKey(Protocol):
@@ -55,6 +58,12 @@ class Client:
         if not self.may_use(model_id):
             message = f"The key {self.name!r} may not use the model {model_id!r}. Ask for a key that may."
             raise ApiError(403, message, "model_not_allowed", "model")
+
+    def check_may_use_all(self) -> None:
+        """Raises `ApiError` 403 for a key that is limited to some models, unless it is an admin's."""
+        if self.key is not None and self.key.models is not None and not self.key.is_admin:
+            message = f"The key {self.name!r} may use some models only, and this covers all. Use an admin key."
+            raise ApiError(403, message, "admin_required")
 
     def check_is_admin(self) -> None:
         """Raises `ApiError` 403."""
@@ -81,11 +90,19 @@ def is_loopback(host: str) -> bool:
 class RequireKey:
     """ASGI middleware around the whole application, so that it covers every route, known or unknown.
 
-    `root_key` is the one of FT_API_KEY; `find_key` looks others up in the database.
+    `root_key` is the one of FT_API_KEY; `find_key` looks others up in the database. Without both, only pages of
+    `allowed_origins` and the server's own may send anything.
     """
 
-    def __init__(self, app: ASGIApp, root_key: str | None, find_key: FindKey | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        root_key: str | None,
+        find_key: FindKey | None = None,
+        allowed_origins: Collection[str] = (),
+    ) -> None:
         self._app = app
+        self._allowed_origins = allowed_origins
         self._root = _digest(root_key.strip()) if root_key and root_key.strip() else None
         self._find_key = find_key
         self._found: dict[bytes, tuple[float, ApiKey | None]] = {}
@@ -111,6 +128,8 @@ class RequireKey:
         headers = Headers(scope=scope)
         if self._root is None and self._find_key is None:
             _check_is_this_machine(scope, headers)
+            if scope["method"] not in _READING:
+                _check_is_no_foreign_page(headers, self._allowed_origins)
             return Client(None)
         key = await self._key(_bearer(headers))
         if key is None:
@@ -160,3 +179,19 @@ def _check_is_this_machine(scope: Scope, headers: Headers) -> None:
     if not is_loopback(name):
         message = f"This server has no API key, so it answers only as localhost, not as {name[:100]!r}."
         raise ApiError(403, message, "host_not_allowed")
+
+
+def _check_is_no_foreign_page(headers: Headers, allowed_origins: Collection[str]) -> None:
+    """Trap: a body without content type is sent by any page's script, as by a form; no preflight comes before it."""
+    origin = headers.get("origin")
+    if origin is None:
+        is_foreign = headers.get("sec-fetch-site") == "cross-site"
+    else:
+        is_own = origin.partition("://")[2] == headers.get("host")
+        is_foreign = not is_own and origin not in allowed_origins and "*" not in allowed_origins
+    if is_foreign:
+        message = (
+            f"This server has no API key, so it answers no page of another address ({(origin or 'unknown')[:100]}). "
+            "Add the address to allowed_origins, or set FT_API_KEY."
+        )
+        raise ApiError(403, message, "origin_not_allowed")

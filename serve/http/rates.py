@@ -28,17 +28,25 @@ class Rates:
         self._buckets: dict[tuple[str, str], _Bucket] = {}
 
     def check_request(self, key: ApiKey) -> None:
-        """Count a request. Tokens are counted once they are known (`add_tokens`), so a key may go into debt by one
-        request."""
+        """Count a request. Its tokens are counted by `reserve_tokens`, once they are known."""
         now = time.monotonic()
         if key.tokens_per_minute is not None:
             self._check(key, "tokens", key.tokens_per_minute, now)
         if key.requests_per_minute is not None:
             self._check(key, "requests", key.requests_per_minute, now).left -= 1
 
-    def add_tokens(self, key: ApiKey | None, tokens: int) -> None:
+    def reserve_tokens(self, key: ApiKey | None, at_most: int) -> None:
+        """Count all tokens that a request may take, before it is answered: so requests at once cannot exceed the rate.
+
+        A key may go into debt by one request, as that may be larger than the rate.
+        """
         if key is not None and key.tokens_per_minute is not None:
-            self._bucket(key, "tokens", key.tokens_per_minute, time.monotonic()).left -= tokens
+            self._check(key, "tokens", key.tokens_per_minute, time.monotonic()).left -= at_most
+
+    def settle_tokens(self, key: ApiKey | None, reserved: int, used: int) -> None:
+        """Give back what a request has reserved and not used."""
+        if key is not None and key.tokens_per_minute is not None:
+            self._bucket(key, "tokens", key.tokens_per_minute, time.monotonic()).left += reserved - used
 
     def _check(self, key: ApiKey, what: str, per_minute: int, now: float) -> _Bucket:
         bucket = self._bucket(key, what, per_minute, now)

@@ -6,19 +6,29 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
+from serve.engines.engine import RefusedRequestError
 from serve.http.keys import client_of
 from serve.inference.replies import Pieces
 from serve.inference.translate import Generation
 from serve.metrics import EndedRequest, Metrics
 
+_SCHEMA_PARAM = "response_format"
+"""What an engine names when it cannot follow a JSON schema; it does not know of tools."""
+
 
 async def measured(
     pieces: Pieces, generation: Generation, http: Request, metrics: Metrics, *, log_prompts: bool
 ) -> Pieces:
-    """The same pieces; whatever ends them is counted, once. Prompts and answers are in the log only if asked for."""
+    """The same pieces; whatever ends them is counted, once. Prompts and answers are in the log only if asked for.
+
+    Raises `ApiError` 429 before anything is asked if the key has no tokens left.
+    """
     now = time.perf_counter
     answers = [""] * len(generation.requests)
     base = generation.model.base.name
+    key = client_of(http).key
+    reserved = generation.most_tokens
+    http.state.rates.reserve_tokens(key, reserved)
     began = metrics.begin(base)
     first: float | None = None
     generated = 0
@@ -34,6 +44,10 @@ async def measured(
                         answers[index] += chunk.text
                 yield piece
         outcome = "ok"
+    except RefusedRequestError as error:
+        if generation.forces_call and error.param == _SCHEMA_PARAM:
+            raise RefusedRequestError(f"tools{error.message.removeprefix(_SCHEMA_PARAM)}", "tools") from None
+        raise
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "cancelled"
         raise
@@ -48,7 +62,7 @@ async def measured(
             seconds_to_first=None if first is None else first - began,
         )
         metrics.end(ended)
-        http.state.rates.add_tokens(client_of(http).key, ended.prompt_tokens + generated)
+        http.state.rates.settle_tokens(key, reserved, ended.prompt_tokens + generated)
         http.state.log.update(
             key=client_of(http).name,
             model=ended.model,

@@ -183,18 +183,24 @@ class ServedModels:
         return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
 
 
-def delete_published(models: ServedModels, model_id: str) -> ServedModel:
+def deletable(model: ServedModel) -> AdapterRecord:
+    """The adapter of a model. Raises `ApiError` 400 for a base."""
+    if model.adapter is None:
+        message = f"{model.id!r} is a base of this server. Take it out of the server's settings."
+        raise ApiError(400, message, "not_deletable", "model")
+    return model.adapter
+
+
+def delete_published(models: ServedModels, model: ServedModel) -> None:
     """Hide an adapter from now on; its files go once no request can be answering with it.
 
-    Raises `ApiError`: 404 for an unknown model, 400 for a base.
+    Raises `UsageError` if something needs it, `StorageError`; it may be hidden by then.
     """
-    model = models.resolve(model_id)
-    if model.adapter is None:
-        message = f"{model_id!r} is a base of this server. Take it out of the server's settings."
-        raise ApiError(400, message, "not_deletable", "model")
-    delete_adapter(models.registry.storage, model_id)
-    models.forget(model_id)
-    return model
+    deletable(model)
+    try:
+        delete_adapter(models.registry.storage, model.id)
+    finally:
+        models.forget(model.id)
 
 
 def _unknown_model(model_id: str) -> ApiError:

@@ -1,6 +1,7 @@
 """From the engine to the wire: chunks of all choices become one reply, or the events of a stream."""
 
 import asyncio
+import codecs
 import json
 import time
 import uuid
@@ -66,8 +67,8 @@ async def pieces_of(
 ) -> Pieces:
     """All choices at once, so that the engine answers them in one batch.
 
-    Closing it closes all of them. Raises `ApiError` 503 if no token comes within `queue_seconds` or the server stops,
-    504 if the answers take longer than `request_seconds`.
+    Closing it closes all of them. Raises `ApiError` 429 if no token comes within `queue_seconds`, 503 if the
+    server stops, 504 if the answers take longer than `request_seconds`.
     """
     chunks: asyncio.Queue[tuple[int, GenerationChunk | Exception | None]] = asyncio.Queue()
 
@@ -118,7 +119,7 @@ def _took_too_long(has_begun: bool, seconds: float) -> ApiError:
         message = f"The answer was not complete within {seconds:g} seconds. Ask for fewer tokens."
         return ApiError(504, message, "request_timeout")
     message = f"No answer began within {seconds:g} seconds: too many requests wait. Try again later."
-    return ApiError(503, message, "queue_timeout", retry_after=30)
+    return ApiError(429, message, "queue_timeout", retry_after=30)
 
 
 EventChoice = dict[str, Any]
@@ -162,6 +163,8 @@ class ChatShape:
         self._end_ids = generation.requests[0].end_ids
         self._held: dict[int, str] = {}
         """Of each choice, the text that may be the start of a call."""
+        self._decided: set[int] = set()
+        """Choices that are text for certain: nothing of them is held back any more."""
 
     def choice(self, index: int, answer: _Answer) -> Choice:
         call = parse_call(answer.text, self._tools) if self._tools else None
@@ -179,14 +182,14 @@ class ChatShape:
     def events(self, index: int, chunk: GenerationChunk) -> list[EventChoice]:
         text = chunk.text
         call = None
-        if self._tools and (index not in self._held or self._held[index]):
+        if self._tools and index not in self._decided:
             text = self._held.get(index, "") + text
             call = parse_call(text, self._tools) if chunk.finish_reason else None
             if call is None and not chunk.finish_reason and may_become_call(text):
                 self._held[index] = text
                 text = ""
             else:
-                self._held[index] = ""  # decided: nothing is held back from here on
+                self._decided.add(index)
         delta: dict[str, Any] = {"content": text} if text and not call else {}
         if call:
             delta = {"tool_calls": [{"index": 0, **call.model_dump()}]}
@@ -226,11 +229,7 @@ def _reason(reason: FinishReason | None, call: ToolCall | None) -> FinishReason 
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.text)}
-
-
-def _text(token: TokenLogprob) -> str:
-    return token.text.decode(errors="replace")
+    return {"token": token.text.decode(errors="replace"), "logprob": token.logprob, "bytes": list(token.text)}
 
 
 class CompletionShape:
@@ -243,11 +242,13 @@ class CompletionShape:
     def __init__(self, generation: Generation) -> None:
         self._wants_logprobs = generation.requests[0].logprobs is not None
         self._echoed = generation.echoed
-        self._offsets: dict[int, int] = {}
+        self._prompts = [request.prompt_ids for request in generation.requests]
+        self._tokens = generation.tokens
+        self._places: dict[int, _TextPlace] = {}
         """Of each choice, where its next token begins in the text."""
 
     def choice(self, index: int, answer: _Answer) -> Choice:
-        logprobs = self._logprobs(index, [*answer.prompt_logprobs, *answer.logprobs])
+        logprobs = self._logprobs(index, answer.prompt_logprobs, answer.logprobs)
         text = self._echo(index) + answer.text
         return CompletionChoice(index=index, text=text, finish_reason=answer.finish_reason, logprobs=logprobs)
 
@@ -258,9 +259,9 @@ class CompletionShape:
 
     def events(self, index: int, chunk: GenerationChunk) -> list[EventChoice]:
         logprobs: Sequence[TokenLogprob | None] = [*chunk.prompt_logprobs, *chunk.logprobs]
-        is_first = index not in self._offsets
+        is_first = index not in self._places
         text = (self._echo(index) if is_first and self._wants_logprobs else "") + chunk.text
-        values = self._logprobs(index, logprobs) if logprobs or is_first else None
+        values = self._logprobs(index, chunk.prompt_logprobs, chunk.logprobs) if logprobs or is_first else None
         if not (text or chunk.finish_reason or logprobs):
             return []
         return [self._choice(index, text, chunk.finish_reason, values)]
@@ -273,29 +274,64 @@ class CompletionShape:
         values = None if logprobs is None else logprobs.model_dump()
         return {"index": index, "finish_reason": reason, "text": text, "logprobs": values}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | None]) -> CompletionLogprobs | None:
+    def _logprobs(
+        self, index: int, prompt: Sequence[TokenLogprob | None], answer: Sequence[TokenLogprob]
+    ) -> CompletionLogprobs | None:
         if not self._wants_logprobs:
             return None
-        texts = ["" if token is None else _text(token) for token in tokens]
-        offset = self._offsets.get(index, 0)
+        echo = self._echo(index)
+        if index not in self._places:
+            self._places[index] = _TextPlace(0 if prompt else len(echo))
+        names = []
         offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
+        for token in prompt:
+            text = self._tokens.token_bytes(self._prompts[index][0]) if token is None else token.text
+            # The begin-of-text token that encoding puts before a prompt is not in the prompt's own text.
+            is_added = token is None and not echo.encode().startswith(text)
+            names.append(_name(text))
+            offsets.append(self._places[index].push(b"" if is_added else text))
+        if prompt:
+            self._places[index] = _TextPlace(len(echo))
+        for token in answer:
+            is_special = token.token_id in self._tokens.special_ids  # they are not in the answer's text
+            names.append(_name(token.text))
+            offsets.append(self._places[index].push(b"" if is_special else token.text))
+        tokens = [*prompt, *answer]
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=names,
             token_logprobs=[None if token is None else token.logprob for token in tokens],
-            top_logprobs=[None if token is None else _by_text(token) for token in tokens],
+            top_logprobs=[None if token is None else _by_name(token) for token in tokens],
             text_offset=offsets,
         )
 
 
-def _by_text(token: TokenLogprob) -> dict[str, float]:
-    """The most likely tokens and the chosen one, by text. Of tokens with the same text the most likely one stays."""
+class _TextPlace:
+    """Counts the characters of a text that grows by the bytes of tokens."""
+
+    def __init__(self, characters: int) -> None:
+        self._characters = characters
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: bytes) -> int:
+        """Add a token. Returns the index of its first character, which may have begun in the token before."""
+        begin = self._characters
+        self._characters += len(self._decoder.decode(token))
+        return begin
+
+
+def _name(text: bytes) -> str:
+    """A token as OpenAI's completions name it: its text, or its bytes if they are part of a character."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in text)
+
+
+def _by_name(token: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens and the chosen one, by name. Of tokens with the same name the most likely one stays."""
     values: dict[str, float] = {}
     for one in sorted((*token.top, token), key=lambda one: -one.logprob):
-        values.setdefault(_text(one), one.logprob)
+        values.setdefault(_name(one.text), one.logprob)
     return values
 
 

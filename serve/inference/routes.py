@@ -1,7 +1,7 @@
 """The routes of the inference API: read a request, ask the engine of its base, answer in OpenAI's shapes."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,10 +15,10 @@ from serve.engines.engine import EngineStats
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
-from serve.http.keys import client_of
+from serve.http.keys import Client, client_of
 from serve.http.openapi import reads
 from serve.inference.meter import measured
-from serve.inference.models import ServedModel, ServedModels, delete_published
+from serve.inference.models import ServedModel, ServedModels, deletable, delete_published
 from serve.inference.replies import (
     Backend,
     ChatShape,
@@ -28,7 +28,7 @@ from serve.inference.replies import (
     pieces_of,
     whole_reply,
 )
-from serve.inference.tokens import BaseTokens, executor_for
+from serve.inference.tokens import LONG_CHARACTERS, BaseTokens, executor_for
 from serve.inference.translate import Generation, Translator, chat_format, read_messages
 from serve.inference.wire import (
     ChatRequest,
@@ -43,6 +43,7 @@ from serve.inference.wire import (
     TokenizeReply,
     TokenizeRequest,
     TokenizerInfo,
+    Tool,
 )
 from serve.metrics import Metrics
 from serve.settings import ServeSettings
@@ -53,6 +54,8 @@ MAX_TOKENIZED_CHARACTERS = 2**20
 """Making and writing the list of a million ids stops all other threads for about 0.1 s."""
 _TOKENIZED_CONTEXTS = 8
 """Characters for each token of a context that is longer."""
+_INDENT = 4
+"""Blanks for each level of a tool's JSON, as the chat template writes it."""
 Result = TypeVar("Result")
 
 
@@ -69,6 +72,15 @@ def inference_routes(
     metrics = Metrics()
     translate = Translator(models, limits)
 
+    def resolve(http: Request, model_id: str | None) -> ServedModel:
+        """The model that was asked for; from here on the reply names its weights, whatever it is.
+
+        Reads the registry, so never on the event loop. Raises `ApiError` 403 or 404.
+        """
+        model = _allowed_model(models, model_id, client_of(http))
+        http.state.headers.update(model.headers)
+        return model
+
     @api.get("/v1/models")
     @api.head("/v1/models", include_in_schema=False)
     def list_models(http: Request) -> ModelList:
@@ -76,32 +88,44 @@ def inference_routes(
         return ModelList(data=[model.entry() for model in models.all() if client.may_use(model.id)])
 
     @api.get("/v1/models/{model_id:path}")
+    @api.head("/v1/models/{model_id:path}", include_in_schema=False)
     def retrieve_model(http: Request, model_id: str) -> ModelEntry:
-        client_of(http).check_may_use(model_id)
-        return models.resolve(model_id).entry()
+        return resolve(http, model_id).entry()
 
     @api.delete("/v1/models/{model_id:path}")
     async def delete_model(http: Request, model_id: str) -> DeletedModel:
         client = client_of(http)
         client.check_is_admin()
-        model = await asyncio.to_thread(delete_published, models, model_id)
-        if database is not None:
-            await asyncio.to_thread(_note_deletion, database, client.name, model_id)
-        assert model.adapter is not None
-        await backends[model.base.name].unload(model.adapter.digest)
+        model = await asyncio.to_thread(resolve, http, model_id)
+        adapter = deletable(model)
+        # The entry comes first: there is never a change without one. Nothing is deleted if it cannot be written.
+        await note(client, "models.delete", model_id, {"digest": adapter.digest})
+        try:
+            await asyncio.to_thread(delete_published, models, model)
+        except Exception as error:
+            await note(client, "models.delete.failed", model_id, {"error": type(error).__name__})
+            raise
+        finally:  # it may be hidden already, and a replica that still needs it loads it again
+            await backends[model.base.name].unload(adapter.digest)
         return DeletedModel(id=model_id)
 
+    async def note(client: Client, action: str, target: str, details: Mapping[str, object]) -> None:
+        if database is not None:
+            await asyncio.to_thread(_note, database, client.name, action, target, details)
+
     @api.get("/v1/stats")
-    async def stats() -> dict[str, list[EngineStats]]:
-        """What every replica of each base does at this moment; `ft top` shows it."""
+    async def stats(http: Request) -> dict[str, list[EngineStats]]:
+        """What every replica of each base does at this moment; `ft top` shows it. It covers every model."""
+        client_of(http).check_may_use_all()
         return {name: await backend.all_stats() for name, backend in backends.items()}
 
     @api.post("/v1/chat/completions", openapi_extra=reads(ChatRequest), response_model=Reply)
     async def chat_completions(http: Request) -> Response:
         request = await read_json(http, ChatRequest, limits.max_body_mib)
         client_of(http).check_may_use(request.model)
-        characters = _characters(request.messages)
-        generation = await _encode(characters, lambda: translate.chat(request, request_id(http)))
+        characters = _characters(request.messages, request.tools, at_most=LONG_CHARACTERS)
+        id_ = request_id(http)
+        generation = await _encode(characters, lambda: translate.chat(request, resolve(http, request.model), id_))
         return await respond(http, generation, request, ChatShape(generation))
 
     @api.post("/v1/completions", openapi_extra=reads(CompletionRequest), response_model=Reply)
@@ -109,19 +133,19 @@ def inference_routes(
         request = await read_json(http, CompletionRequest, limits.max_body_mib)
         client_of(http).check_may_use(request.model)
         characters = sum(len(prompt) for prompt in request.prompts)
-        generation = await _encode(characters, lambda: translate.completion(request, request_id(http)))
+        id_ = request_id(http)
+        generation = await _encode(characters, lambda: translate.completion(request, resolve(http, request.model), id_))
         return await respond(http, generation, request, CompletionShape(generation))
 
     async def respond(http: Request, generation: Generation, request: GenerationParameters, shape: Shape) -> Response:
         pieces = pieces_of(backends[generation.model.base.name], generation.requests, limits, in_flight)
         pieces = measured(pieces, generation, http, metrics, log_prompts=settings.log_prompts)
-        headers = generation.model.headers
         if not request.stream:
             reply = await whole_reply(generation, pieces, shape)
-            return Response(reply, media_type="application/json", headers=headers)
+            return Response(reply, media_type="application/json")
         first = await anext(pieces)  # an error up to here still sets the HTTP status
         events = event_stream(generation, first, pieces, shape, request.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={**headers, **STREAM_HEADERS})
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     # lm-eval and others ask for these without /v1.
 
@@ -129,13 +153,12 @@ def inference_routes(
     @api.post("/tokenize", include_in_schema=False)
     async def tokenize(http: Request) -> Response:
         request = await read_json(http, TokenizeRequest, limits.max_body_mib)
-        model = _model_or_only_base(models, request.model)
+        model = await asyncio.to_thread(resolve, http, request.model)
         tokens = translate.tokens(model)
-        characters = len(request.prompt or "") + _characters(request.messages or ())
-
         most = max(MAX_TOKENIZED_CHARACTERS, _TOKENIZED_CONTEXTS * model.base.context_length)
+        characters = len(request.prompt or "") + _characters(request.messages, request.tools, at_most=most)
         if characters > most:
-            message = f"The text has {characters:,} characters; at most {most:,} are encoded at once. Send it in parts."
+            message = f"The text has more than {most:,} characters, which is the limit. Send it in parts."
             raise ApiError(413, message, "request_too_large", "prompt" if request.prompt else "messages")
 
         def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
@@ -150,7 +173,7 @@ def inference_routes(
     @api.post("/detokenize", include_in_schema=False)
     async def detokenize(http: Request) -> DetokenizeReply:
         request = await read_json(http, DetokenizeRequest, limits.max_body_mib)
-        model = _model_or_only_base(models, request.model)
+        model = await asyncio.to_thread(resolve, http, request.model)
         size = model.base.vocab_size
         if (largest := max(request.tokens, default=0)) >= size:
             message = f"tokens contains the id {largest}; this model has ids 0 to {size - 1}."
@@ -160,8 +183,8 @@ def inference_routes(
 
     @api.get("/v1/tokenizer_info")
     @api.get("/tokenizer_info", include_in_schema=False)
-    def tokenizer_info(model: str | None = None) -> TokenizerInfo:
-        served = _model_or_only_base(models, model)
+    def tokenizer_info(http: Request, model: str | None = None) -> TokenizerInfo:
+        served = resolve(http, model)
         tokenizer = translate.tokens(served).tokenizer
         return TokenizerInfo(
             tokenizer_class=type(tokenizer).__name__,
@@ -181,9 +204,9 @@ def request_id(http: Request) -> str:
     return str(http.state.request_id)
 
 
-def _note_deletion(database: Engine, key: str, model_id: str) -> None:
+def _note(database: Engine, key: str, action: str, target: str, details: Mapping[str, object]) -> None:
     with session(database) as opened:
-        audit(opened, key, "models.delete", model_id)
+        audit(opened, key, action, target, details)
         opened.commit()
 
 
@@ -191,21 +214,31 @@ async def _encode(characters: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(executor_for(characters), work)
 
 
-def _characters(messages: Iterable[Mapping[str, object]]) -> int:
-    """About how long a conversation is, at little cost."""
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    texts = [*contents, *(part.get("text") for part in parts if isinstance(part, dict))]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _characters(messages: Sequence[object] | None, tools: Sequence[Tool] | None, at_most: int) -> int:
+    """About how long a conversation is, its calls and tools included. Stops counting above `at_most`."""
+    counted = 0
+    unread: list[tuple[object, int]] = [(list(messages or ()), 0), ([tool.given for tool in tools or ()], 0)]
+    while unread and counted <= at_most:
+        value, depth = unread.pop()
+        counted += len(value) if isinstance(value, str) else 1 + _INDENT * depth
+        if isinstance(value, dict):
+            counted += sum(map(len, value))
+            unread += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, list):
+            unread += [(item, depth + 1) for item in value]
+    return counted
 
 
-def _model_or_only_base(models: ServedModels, model_id: str | None) -> ServedModel:
-    if model_id is not None:
-        return models.resolve(model_id)
-    if len(models.bases) > 1:
-        names = ", ".join(base.name for base in models.bases)
-        raise ApiError(400, f"model is missing, and this server has several bases: {names}.", "invalid_value", "model")
-    return models.resolve(models.bases[0].name)
+def _allowed_model(models: ServedModels, model_id: str | None, client: Client) -> ServedModel:
+    """The model of that name, or the only base. Raises `ApiError`: 403 if the client may not use it, 404 if unknown."""
+    if model_id is None:
+        if len(models.bases) > 1:
+            names = ", ".join(base.name for base in models.bases if client.may_use(base.name))
+            message = f"model is missing, and this server has several bases: {names}."
+            raise ApiError(400, message, "invalid_value", "model")
+        model_id = models.bases[0].name
+    client.check_may_use(model_id)
+    return models.resolve(model_id)
 
 
 def _token_ids(request: TokenizeRequest, model: ServedModel, tokens: BaseTokens) -> list[int]:

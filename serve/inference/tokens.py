@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ft_service.chat.format import ChatFormat, Message
 from ft_service.errors import ModelError
 from ft_service.model.base import load_tokenizer
 from serve.inference.bases import ServedBase
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONG_CHARACTERS = 32_768
 _LIKELY_CHARACTERS = 4
 """Of a token. A text with more of them than fit is measured in pieces before it is encoded as a whole."""
@@ -35,6 +37,9 @@ class BaseTokens:
         self._with_special_tokens = _whole_texts(load_tokenizer(base.folder))
         self.max_token_characters = max(len(token) for token in self.tokenizer.get_vocab())
         """No token stands for more characters; so a text has at least its length divided by this many tokens."""
+        self.special_ids = frozenset(self.tokenizer.all_special_ids) | {
+            token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
         self._chat: ChatFormat | ModelError
         try:
             self._chat = ChatFormat(load_tokenizer(base.folder))
@@ -96,6 +101,17 @@ class BaseTokens:
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return cast(str, self._with_special_tokens.decode(list(ids), skip_special_tokens=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token, which may be part of a character. Special tokens are written out."""
+        text = self.text([token_id])
+        if _REPLACEMENT not in text:
+            return text.encode()
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        try:
+            return bytes(byte_of[character] for character in self.strings([token_id])[0])
+        except KeyError:  # not a byte-level vocabulary
+            return text.encode()
 
     def strings(self, ids: Sequence[int]) -> list[str]:
         """The tokens as the tokenizer writes them."""

@@ -39,17 +39,44 @@ def forced_call_schema(tools: Sequence[Tool], choice: object) -> str | None:
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
     elif choice != "required":
         return None
-    calls = [_call_schema(tool) for tool in tools]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    if len(tools) == 1:
+        return json.dumps(_call_schema(tools[0], "#"))
+    return json.dumps({"anyOf": [_call_schema(tool, f"#/anyOf/{number}") for number, tool in enumerate(tools)]})
 
 
-def _call_schema(tool: Tool) -> dict[str, object]:
+def _call_schema(tool: Tool, place: str) -> dict[str, object]:
+    """`place` is the JSON pointer at which the schema is nested."""
+    parameters = _moved(tool.function.parameters or {"type": "object"}, f"{place}/properties/parameters")
     return {
         "type": "object",
         "properties": {
             "name": {"const": tool.function.name},
-            "parameters": tool.function.parameters or {"type": "object"},
+            "parameters": parameters,
         },
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
+
+
+_REFERENCES = ("$ref", "$dynamicRef")
+_VALUES = frozenset({"const", "enum", "default", "example", "examples"})
+"""Keywords of JSON Schema that hold values, which may look like schemas."""
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose value is an object of schemas, by names that are no keywords."""
+
+
+def _moved(schema: object, place: str) -> object:
+    """The schema with its local references (``#/$defs/A``) as they read once it is nested at `place`."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict) or "$id" in schema:  # a schema with an id is the root of its own references
+        return schema
+    moved: dict[str, object] = {}
+    for keyword, value in schema.items():
+        if keyword in _REFERENCES and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[keyword] = place + value[1:]
+        elif keyword in _NAMED_SCHEMAS and isinstance(value, dict):
+            moved[keyword] = {name: _moved(item, place) for name, item in value.items()}
+        else:
+            moved[keyword] = value if keyword in _VALUES else _moved(value, place)
+    return moved

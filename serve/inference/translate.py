@@ -33,28 +33,40 @@ class Generation:
     choices_per_prompt: int = 1
     tools: tuple[Tool, ...] = ()
     """Functions that an answer may call."""
+    forces_call: bool = False
+    """Whether the JSON schema of the requests comes from `tools`, and not from `response_format`."""
     echoed: tuple[str, ...] = ()
     """With `echo`, the text of each choice's prompt."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of prompts and answers, if every answer is as long as it may be."""
+        context = self.model.base.context_length
+        answers = (
+            context - len(request.prompt_ids) if request.max_tokens is None else request.max_tokens
+            for request in self.requests
+        )
+        return self.prompt_tokens + sum(answers)
 
 
 class Translator:
     """Translates requests for all models of a server."""
 
     def __init__(self, models: ServedModels, limits: Limits) -> None:
-        self._models = models
         self._limits = limits
         self._tokens = {base.name: BaseTokens(base) for base in models.bases}
 
     def tokens(self, model: ServedModel) -> BaseTokens:
         return self._tokens[model.base.name]
 
-    def chat(self, request: ChatRequest, request_id: str) -> Generation:
-        model = self._models.resolve(request.model)
+    def chat(self, request: ChatRequest, model: ServedModel, request_id: str) -> Generation:
         tokens = self.tokens(model)
         tools = _offered_tools(request)
         messages = read_messages(request.messages, tools)
         chat = chat_format(model, tokens, with_tools=any(message.uses_tools for message in messages))
-        _check_length([message.content for message in messages], tokens, "messages")
+        _check_length([text for message in messages for text in message.functions], tokens, "tools")
+        texts = [text for message in messages for text in (message.content, *message.functions)]
+        _check_length(texts, tokens, "messages")
         prompt_ids = tokens.chat_ids(messages)
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else chat.end_of_turn_ids)
         generation = self._generation(
@@ -68,16 +80,24 @@ class Translator:
         )
         if request.logprobs:
             generation = replace(generation, logprobs=request.top_logprobs or 0)
-        if schema := forced_call_schema(tools, request.tool_choice):
+        schema = forced_call_schema(tools, request.tool_choice)
+        if schema is not None:
             if generation.json_schema is not None:
                 message = "tool_choice asks for a call and response_format for another answer. Leave one of them out."
                 raise ApiError(400, message, "invalid_value", "tool_choice")
             generation = replace(generation, json_schema=schema)
         requests = self._choices([generation], request)
-        return Generation(model, tokens, requests, len(prompt_ids), request.n or 1, tools=tuple(tools))
+        return Generation(
+            model,
+            tokens,
+            requests,
+            len(prompt_ids),
+            request.n or 1,
+            tools=tuple(tools),
+            forces_call=schema is not None,
+        )
 
-    def completion(self, request: CompletionRequest, request_id: str) -> Generation:
-        model = self._models.resolve(request.model)
+    def completion(self, request: CompletionRequest, model: ServedModel, request_id: str) -> Generation:
         tokens = self.tokens(model)
         end_ids = frozenset(model.adapter.end_of_turn_ids if model.adapter else ())
         max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
@@ -171,6 +191,7 @@ def read_messages(messages: list[dict[str, object]], tools: Sequence[Tool]) -> t
         return read_any_turns(
             [_answer_fields_removed(turn) for turn in turns],
             [tool.given for tool in tools],
+            allow_image_marks=True,  # a question about HTML or a prompt format is text
         )
     except BadRecord as error:
         raise ApiError(400, f"messages: {error}.", "invalid_value", "messages") from None
@@ -225,6 +246,12 @@ def _offered_tools(request: ChatRequest) -> list[Tool]:
             missing = f"the function {named!r}" if named else "at least one function"
             message = f"tool_choice needs {missing} in tools."
             raise ApiError(400, message, "invalid_value", "tool_choice")
+    if request.tool_choice in (None, "auto") and (strict := [tool for tool in tools if tool.function.strict]):
+        message = (
+            f"tools: strict = true of {strict[0].function.name!r} needs tool_choice = required or a named function: "
+            "only then is a call held to its schema. Send strict = false to let the model choose."
+        )
+        raise ApiError(400, message, "unsupported_parameter", "tools")
     return [] if request.tool_choice == "none" else tools
 
 

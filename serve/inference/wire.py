@@ -42,12 +42,14 @@ def _few_tokens(bias: object) -> object:
 class _FromClient(BaseModel):
     """What clients send. Any parameter that is not a field is rejected, unless it cannot change the answer.
 
-    Parameters in `without_effect` may have any value; those in `neutral` only the values given there.
+    Parameters in `without_effect` may have any value; those in `neutral` only the values given there. Errors name an
+    object within a body by its `parent`, the parameter that it belongs to.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     without_effect: ClassVar[frozenset[str]] = frozenset()
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+    parent: ClassVar[str | None] = None
 
     @model_validator(mode="after")
     def _reject_unsupported_parameters(self) -> Self:
@@ -55,29 +57,37 @@ class _FromClient(BaseModel):
             if name in self.without_effect or value is None:
                 continue
             if name not in self.neutral:
-                message = f"Unknown parameter: {name[:100]!r}. Leave it out."
-                raise ApiError(400, message, "unknown_parameter", name[:100])
+                message = f"Unknown parameter: {name[:100]!r}{f' in {self.parent}' * bool(self.parent)}. Leave it out."
+                raise ApiError(400, message, "unknown_parameter", self.parent or name[:100])
             if not any(value == default and type(value) is type(default) for default in self.neutral[name]):
                 defaults = " or ".join(json.dumps(default) for default in self.neutral[name])
-                message = f"{name} = {json.dumps(value)[:200]} is not supported. Leave it out, or send {defaults}."
-                raise ApiError(400, message, "unsupported_parameter", name)
+                path = f"{self.parent}.{name}" if self.parent else name
+                message = f"{path} = {json.dumps(value)[:200]} is not supported. Leave it out, or send {defaults}."
+                raise ApiError(400, message, "unsupported_parameter", self.parent or name)
         return self
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_FromClient):
+    parent = "stream_options"
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {"continuous_usage_stats": (False,)}
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(_FromClient):
+    parent = "response_format"
+
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
+    """Either value is right: every answer follows the schema."""
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_FromClient):
+    parent = "response_format"
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -170,14 +180,20 @@ class GenerationParameters(_FromClient):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Function(BaseModel):
+class Function(_FromClient):
+    parent = "tools"
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    """True needs a `tool_choice` that forces a call: only then does a call follow its schema for certain."""
 
 
-class Tool(BaseModel):
+class Tool(_FromClient):
+    parent = "tools"
+    without_effect = frozenset({"cache_control"})
+
     type: Literal["function"]
     function: Function
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -195,11 +211,15 @@ class Tool(BaseModel):
         return self._given
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(_FromClient):
+    parent = "tool_choice"
+
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(_FromClient):
+    parent = "tool_choice"
+
     type: Literal["function"]
     function: NamedFunction
 

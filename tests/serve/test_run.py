@@ -94,6 +94,17 @@ def test_adapters_of_two_bases_require_a_choice(tmp_path, free_port):
     assert str(world.base) in message and str(other) in message
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_the_dtype_is_that_of_the_one_base_named_or_shared(world, free_port, monkeypatch, given):
+    started: list[ServeSettings] = []
+    monkeypatch.setattr("serve.run._run", lambda settings, *_: started.append(settings))
+    run_server(world.storage, str(world.base) if given else None, port=free_port, dtype="float32")
+    [base] = started[0].bases
+    assert (base.base, base.dtype) == (str(world.base), "float32")
+    message = refused(UsageError, world.storage, str(world.base), port=free_port, dtype="int3")
+    assert "dtype" in message and "int3" in message
+
+
 def test_an_incomplete_base_fails_before_ray_starts(world, tmp_path, free_port):
     base = tmp_path / "base"
     shutil.copytree(world.base, base)

@@ -70,7 +70,7 @@ def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_o
     for _ in range(5):
         models.resolve(adapter.id)
     assert reads == [adapter.id]
-    delete_published(models, adapter.id)
+    delete_published(models, models.resolve(adapter.id))
     with pytest.raises(ApiError, match="does not exist"):
         models.resolve(adapter.id)
 

@@ -15,19 +15,22 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, CHAT_TEMPLATE, ChatFormat, Message
-from ft_service.errors import ServingError
+from ft_service.errors import DatabaseError, ServingError, StorageError
 from ft_service.model.base import load_tokenizer
 from ft_service.model.scratch import train_tokenizer
-from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
+from serve.database.audit import audit_log
 from serve.database.database import open_database
 from serve.database.keys import ApiKey, create_key, revoke_key
-from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, TokenLogprob
+from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, RefusedRequestError, TokenLogprob
 from serve.http.errors import ApiError
 from serve.http.rates import Rates
+from serve.inference import routes
 from serve.inference.bases import ServedBase
 from serve.inference.models import ServedModels
+from serve.inference.tokens import LONG_CHARACTERS
 from serve.settings import ServeSettings
 
 CONTEXT = 256
@@ -319,24 +322,79 @@ def test_a_base_without_chat_tokens_rejects_only_chat(tmp_path):
     assert send(engine, "/v1/completions", COMPLETION, base=base, storage=tmp_path).status_code == 200
 
 
-@pytest.mark.parametrize(("earlier", "status"), [(True, 200), (False, 400)])
-def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(call, tmp_path, earlier, status):
-    digest = next(iter(_DIGESTS_WITHOUT_TOOLS)) if earlier else "0" * 64
+def publish(storage: Path, chat_template_digest: str = "0" * 64) -> AdapterRecord:
     base = {"id": "hub/Tiny", "revision": None, "short_name": "tiny", "fingerprint": FINGERPRINT}
-    work = tmp_path / "work"
+    work = storage / "work"
     work.mkdir()
     (work / "adapter_config.json").write_text("{}")
     draft = {
         **{"kind": "adapter", "run_id": "r-1", "run_name": "r", "plan_digest": "0" * 64, "base": base},
         **{"method": {"type": "lora"}, "datasets": [], "dataset_digest": "0" * 64, "data_verdict": "pass"},
         **{"waivers": [], "steps": 1, "final_loss": 1.0, "validation_loss": None, "packages": {}},
-        **{"chat_template_digest": digest, "end_of_turn_ids": []},
+        **{"chat_template_digest": chat_template_digest, "end_of_turn_ids": []},
     }
-    record = Registry(Storage(str(tmp_path))).publish(work, draft, "tiny", "# {id}\n")
+    return Registry(Storage(str(storage))).publish(work, draft, "tiny", "# {id}\n")
+
+
+@pytest.mark.parametrize(("earlier", "status"), [(True, 200), (False, 400)])
+def test_an_adapter_of_an_earlier_template_chats_and_one_of_an_unknown_does_not(call, tmp_path, earlier, status):
+    record = publish(tmp_path, next(iter(_DIGESTS_WITHOUT_TOOLS)) if earlier else "0" * 64)
     response = call(ScriptedEngine(*HELLO), "/v1/chat/completions", {**CHAT, "model": record.id})
     assert response.status_code == status
     if not earlier:
         assert response.json()["error"]["code"] == "chat_template_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", {"prompt": "hello"}, 200),
+        ("/v1/completions", {"prompt": "hello", "stream": True}, 200),
+        ("/v1/completions", {"prompt": [10**6]}, 400),
+        ("/v1/chat/completions", {"messages": CHAT["messages"]}, 400),  # of another chat template
+        ("/tokenize", {"prompt": "hello"}, 200),
+        ("/detokenize", {"tokens": [5]}, 200),
+        ("/detokenize", {"tokens": [10**6]}, 400),
+    ],
+)
+def test_every_reply_about_a_model_names_its_weights_errors_too(call, tmp_path, path, body, status):
+    record = publish(tmp_path)
+    response = call(ScriptedEngine(*HELLO), path, {"model": record.id, **body})
+    assert response.status_code == status
+    names = [response.headers[name] for name in ("x-adapter-digest", "x-base-fingerprint")]
+    assert names == [record.digest, FINGERPRINT]
+
+
+def test_a_model_can_be_asked_for_by_head(call, tmp_path):
+    record = publish(tmp_path)
+    response = call(ScriptedEngine(), f"/v1/models/{record.id}", method="HEAD")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["x-adapter-digest"] == record.digest
+    assert call(ScriptedEngine(), "/v1/models/other", method="HEAD").status_code == 404
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})])
+def test_the_registry_is_never_read_on_the_event_loop(call, tmp_path, monkeypatch, path, body):
+    record = publish(tmp_path)
+    find = Registry.find
+    in_loop = []
+
+    def noted(registry: Registry, name: str) -> AdapterRecord | None:
+        in_loop.append(asyncio._get_running_loop() is not None)
+        return find(registry, name)
+
+    monkeypatch.setattr(Registry, "find", noted)
+    assert call(ScriptedEngine(), path, {"model": record.id, **body}).status_code == 200
+    assert in_loop and not any(in_loop)
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<|image|>"])
+def test_a_chat_about_image_marks_is_text(call, base, mark):
+    engine = ScriptedEngine(*HELLO)
+    text = f"What is {mark}?"
+    body = {**CHAT, "messages": [{"role": "user", "content": text}]}
+    assert call(engine, "/v1/chat/completions", body).status_code == 200
+    assert engine.requests[0].prompt_ids == chat_ids(base, [Message(role="user", content=text)])
 
 
 def _without_chat_tokens() -> PreTrainedTokenizerBase:
@@ -436,10 +494,10 @@ class StuckEngine(ScriptedEngine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_waits_too_long_in_the_queue_is_a_503_to_try_again(call, stream):
+def test_a_request_that_waits_too_long_in_the_queue_is_a_429_to_try_again(call, stream):
     limits = {"queue_seconds": 0.05}
     response = call(StuckEngine(), "/v1/completions", {**COMPLETION, "stream": stream}, limits=limits)
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_timeout")
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_timeout")
     assert int(response.headers["retry-after"]) > 0
 
 
@@ -546,6 +604,50 @@ def test_echo_with_logprobs_has_the_prompt_first_as_lm_eval_reads_it(call):
     ]
 
 
+def test_every_token_of_an_echo_has_its_name_and_its_place_in_the_text(call, base):
+    tokenizer = load_tokenizer(base.folder)
+    ids = tokenizer("日 a", add_special_tokens=False)["input_ids"]
+    texts = ["日"[:1].encode()[at : at + 1] for at in range(3)] + [b" ", b"a"]
+    assert len(ids) == len(texts)  # this small vocabulary has a token for each byte of the character
+    prompt = (None, *(scored(one, text, -1.0, {text: -1.0}) for one, text in zip(ids[1:], texts[1:], strict=True)))
+    answer = (
+        scored(20, b"\xe6", -0.5, {b"\xe6": -0.5, b"\xe7": -0.7}),
+        *[scored(21, b"\x9c\xac", -0.5, {}), scored(22, b"!", -0.5, {})],
+    )
+    engine = ScriptedEngine(
+        GenerationChunk("", (20,), None, answer[:1], prompt), GenerationChunk("本!", (21, 22), "length", answer[1:])
+    )
+    body = {"model": "tiny", "max_tokens": 3, "logprobs": 2, "echo": True}
+    choice = call(engine, "/v1/completions", {**body, "prompt": ids}).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == "日 a本!"
+    assert logprobs["tokens"] == [
+        *[r"bytes:\xe6", r"bytes:\x97", r"bytes:\xa5", " ", "a"],
+        *[r"bytes:\xe6", r"bytes:\x9c\xac", "!"],
+    ]
+    assert logprobs["text_offset"] == [0, 0, 0, 1, 2, 3, 3, 4]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][5] == {r"bytes:\xe6": -0.5, r"bytes:\xe7": -0.7}
+    streamed = events_of(call(engine, "/v1/completions", {**body, "prompt": ids, "stream": True}))
+    parts = [event["choices"][0]["logprobs"] for event in streamed]
+    for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs"):
+        assert [value for part in parts for value in part[name]] == logprobs[name]
+
+
+def test_a_begin_of_text_token_that_is_not_in_the_echoed_text_takes_no_place_in_it(call, base):
+    tokenizer = load_tokenizer(base.folder)
+    begin, *ids = tokenizer(tokenizer.bos_token + "hello", add_special_tokens=False)["input_ids"]
+    prompt = (None, *(scored(one, tokenizer.decode([one]).encode(), -1.0, {}) for one in ids))
+    engine = ScriptedEngine(GenerationChunk("", (1,), "stop", (scored(1, b"", -1.0, {}),), prompt))
+    body = {"model": "tiny", "max_tokens": 1, "logprobs": 0, "echo": True}
+    for given, starts in (("hello", [0, 0]), ([begin, *ids], [0, len(tokenizer.bos_token)])):
+        choice = call(engine, "/v1/completions", {**body, "prompt": given}).json()["choices"][0]
+        assert engine.requests[-1].prompt_ids == (begin, *ids)
+        assert choice["logprobs"]["tokens"][0] == tokenizer.bos_token
+        assert choice["logprobs"]["text_offset"][:2] == starts
+        assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+
+
 def test_text_that_begins_with_begin_of_text_gets_no_second_one(call, base):
     tokenizer = load_tokenizer(base.folder)
     engine = ScriptedEngine(*HELLO)
@@ -630,6 +732,14 @@ def test_a_call_is_parsed_and_ends_with_tool_calls(base):
     assert last["delta"]["tool_calls"][0]["index"] == 0
 
 
+def test_a_call_that_begins_with_a_token_without_text_is_streamed_as_a_call(base):
+    engine = ScriptedEngine(GenerationChunk("", (9,)), *ADDING)  # <|python_tag|> is no text
+    streamed = events_of(roomy_call(engine, base, {**CHAT, "tools": [ADD], "stream": True}))
+    last = streamed[-1]["choices"][0]
+    assert last["finish_reason"] == "tool_calls"
+    assert last["delta"]["tool_calls"][0]["function"]["name"] == "add"
+
+
 @pytest.mark.parametrize(
     "text", ["Hello", '{"name": "rm", "parameters": {}}', '{"name": "add"', '{"name": "add", "parameters": 5}', "{}"]
 )
@@ -652,6 +762,110 @@ def test_tool_choice_forces_a_call_by_its_schema_and_none_offers_nothing(base):
     engine = ScriptedEngine(*HELLO)
     roomy_call(engine, base, {**CHAT, "tools": [ADD], "tool_choice": "none"})
     assert engine.requests[0].prompt_ids == chat_ids(base, [Message(role="user", content="Hi")])
+
+
+NESTED = {
+    "type": "object",
+    "$defs": {"Place": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Place"}}}},
+    "properties": {
+        "place": {"$ref": "#/$defs/Place"},
+        "$ref": {"type": "string"},
+        "fixed": {"const": {"$ref": "#/$defs/Place"}},
+    },
+    "required": ["place"],
+    "additionalProperties": False,
+}
+
+
+def at_pointer(schema: dict, pointer: str) -> dict:
+    value: object = schema
+    for part in pointer.removeprefix("#/").split("/"):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
+@pytest.mark.parametrize("others", [[], [ADD]])
+def test_references_in_parameters_lead_to_their_definitions(base, others):
+    engine = ScriptedEngine(*ADDING)
+    go = {"type": "function", "function": {"name": "go", "parameters": NESTED}}
+    roomy_call(engine, base, {**CHAT, "tools": [*others, go], "tool_choice": "required"})
+    schema = json.loads(engine.requests[0].json_schema)
+    nested = (schema["anyOf"][-1] if others else schema)["properties"]["parameters"]
+    for reference in (nested["properties"]["place"], nested["$defs"]["Place"]["properties"]["next"]):
+        assert at_pointer(schema, reference["$ref"]) == nested["$defs"]["Place"]
+    assert nested["properties"]["$ref"] == {"type": "string"}
+    assert nested["properties"]["fixed"] == NESTED["properties"]["fixed"]  # a value, not a schema
+
+
+def test_a_schema_that_cannot_be_followed_is_an_error_of_tools_if_it_is_a_tools(base):
+    failure = RefusedRequestError("response_format: the JSON schema cannot be followed (x).", "response_format")
+    body = {**CHAT, "tools": [ADD], "tool_choice": "required"}
+    error = roomy_call(ScriptedEngine(failure=failure), base, body).json()["error"]
+    assert error["param"] == "tools" and error["message"].startswith("tools: the JSON schema")
+    body = {**CHAT, "response_format": {"type": "json_object"}}
+    error = roomy_call(ScriptedEngine(failure=failure), base, body).json()["error"]
+    assert error["param"] == "response_format"
+
+
+def test_tools_and_calls_count_towards_the_length(base, monkeypatch):
+    encoded_at: list[int] = []
+    monkeypatch.setattr(routes, "executor_for", lambda characters: encoded_at.append(characters))
+    long = "y" * 40_000
+    described = {"type": "function", "function": {**ADD["function"], "description": long}}
+    called = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": json.dumps({"a": long})}}
+    asked = CHAT["messages"][0]
+    bodies = [
+        ({**CHAT, "tools": [described]}, "tools"),
+        ({**CHAT, "messages": [asked, {"role": "assistant", "content": None, "tool_calls": [called]}]}, "messages"),
+    ]
+    for body, param in bodies:
+        refused = roomy_call(ScriptedEngine(*HELLO), base, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert refused.json()["error"]["param"] == param
+        assert "40" in refused.json()["error"]["message"]  # characters: it was refused before it was encoded
+        assert encoded_at.pop() > LONG_CHARACTERS
+
+
+def with_function(**changes: object) -> dict[str, object]:
+    return {"tools": [{**ADD, "function": {**ADD["function"], **changes}}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "name"),
+    [
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options", "continuous_usage_stats"),
+        ({"stream_options": {"mood": 1}}, "stream_options", "mood"),
+        ({"response_format": {"type": "text", "grammar": "x"}}, "response_format", "grammar"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "mode": "x"}}},
+            "response_format",
+            "mode",
+        ),
+        ({"tools": [{**ADD, "mood": 1}]}, "tools", "mood"),
+        (with_function(examples=["x"]), "tools", "examples"),
+        (with_function(strict=True), "tools", "strict"),
+        ({**with_function(strict=True), "tool_choice": "auto"}, "tools", "strict"),
+    ],
+)
+def test_what_is_within_a_parameter_is_not_ignored_either(base, changes, param, name):
+    response = roomy_call(ScriptedEngine(*HELLO), base, {**CHAT, "stream": True, **changes})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param) and name in error["message"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stream_options": {"continuous_usage_stats": False, "include_obfuscation": False, "other": None}},
+        with_function(strict=False),
+        with_function(strict=None),
+        {**with_function(strict=True), "tool_choice": "required"},
+        {**with_function(strict=True), "tool_choice": {"type": "function", "function": {"name": "add"}}},
+        {**with_function(strict=True), "tool_choice": "none"},
+    ],
+)
+def test_neutral_values_within_a_parameter_are_accepted(base, changes):
+    assert roomy_call(ScriptedEngine(*HELLO), base, {**CHAT, **changes}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -787,6 +1001,22 @@ def test_a_key_uses_and_sees_only_its_models(call, database):
         assert (response.status_code, response.json()["error"]["code"]) == (403, "model_not_allowed")
 
 
+def test_a_keys_models_cover_the_tokenizer_and_the_statistics(call, database):
+    engine = open_database(database)
+    limited, _ = create_key(engine, "limited", models=("other",))
+    admin, _ = create_key(engine, "boss", models=("other",), is_admin=True)
+    text = {"prompt": "hello"}
+    calls = [
+        *[("/v1/tokenize", text), ("/v1/tokenize", {**text, "model": "tiny"}), ("/tokenize", text)],
+        *[("/v1/detokenize", {"tokens": [5]}), ("/v1/tokenizer_info", None), ("/tokenizer_info?model=tiny", None)],
+        ("/v1/stats", None),
+    ]
+    for path, body in calls:
+        response = call(ScriptedEngine(), path, body, database=database, headers=bearer(limited))
+        assert response.status_code == 403, path
+    assert call(ScriptedEngine(), "/v1/stats", database=database, headers=bearer(admin)).status_code == 200
+
+
 def test_only_an_admin_key_deletes(call, database):
     engine = open_database(database)
     key, _ = create_key(engine, "ci")
@@ -795,6 +1025,85 @@ def test_only_an_admin_key_deletes(call, database):
     assert call(ScriptedEngine(), model, method="DELETE", database=database, headers=bearer(key)).status_code == 403
     response = call(ScriptedEngine(), model, method="DELETE", database=database, headers=bearer(admin))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "not_deletable")  # it is a base
+
+
+def test_a_deletion_is_in_the_audit_log_before_it_happens_and_so_is_its_failure(call, tmp_path, database, monkeypatch):
+    engine = open_database(database)
+    admin, _ = create_key(engine, "boss", is_admin=True)
+    record = publish(tmp_path)
+    options = {"method": "DELETE", "database": database, "headers": bearer(admin)}
+    before: list[str] = []
+
+    def fails(storage: Storage, adapter_id: str) -> None:
+        before.append(audit_log(engine)[-1].action)
+        raise StorageError(f"{adapter_id}: the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.inference.models.delete_adapter", fails)
+        backend = ScriptedEngine()
+        assert call(backend, f"/v1/models/{record.id}", **options).status_code == 503
+    assert before == ["models.delete"]
+    assert backend.unloaded == [record.digest]
+    last = audit_log(engine)[-1]
+    assert (last.key, last.action, last.target) == ("boss", "models.delete.failed", record.id)
+    assert last.details == {"error": "StorageError"}
+
+    response = call(ScriptedEngine(), f"/v1/models/{record.id}", **options)
+    assert response.json() == {"id": record.id, "object": "model", "deleted": True}
+    last = audit_log(engine)[-1]
+    assert (last.action, last.details) == ("models.delete", {"digest": record.digest})
+    assert call(ScriptedEngine(), f"/v1/models/{record.id}", **{**options, "method": "GET"}).status_code == 404
+
+
+def test_nothing_is_deleted_if_the_audit_log_cannot_be_written(call, tmp_path, database, monkeypatch):
+    admin, _ = create_key(open_database(database), "boss", is_admin=True)
+    record = publish(tmp_path)
+    options = {"database": database, "headers": bearer(admin)}
+
+    def fails(*_: object) -> None:
+        raise DatabaseError("the database is read-only.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(routes, "audit", fails)
+        assert call(ScriptedEngine(), f"/v1/models/{record.id}", method="DELETE", **options).status_code == 503
+    assert call(ScriptedEngine(), f"/v1/models/{record.id}", **options).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # no browser
+        ({"origin": "http://localhost"}, 200),  # the server's own page
+        ({"origin": "http://localhost", "sec-fetch-site": "same-origin"}, 200),
+        ({"origin": "https://allowed.example", "sec-fetch-site": "cross-site"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "http://localhost:3000", "sec-fetch-site": "same-site"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+    ],
+)
+def test_a_server_without_a_key_answers_no_page_of_another_address(call, headers, status):
+    engine = ScriptedEngine(*HELLO)
+    options = {"headers": headers, "allowed_origins": ["https://allowed.example"]}
+    assert call(engine, "/v1/completions", COMPLETION, **options).status_code == status
+    assert len(engine.requests) == (status == 200)
+    key = {"authorization": "Bearer s3cret"}
+    with_key = {**options, "headers": {**headers, **key}, "api_key": "s3cret"}
+    assert call(engine, "/v1/completions", COMPLETION, **with_key).status_code == 200
+
+
+def test_an_allowed_page_may_use_openais_client_and_read_what_replies_name(call):
+    origin = {"origin": "https://allowed.example"}
+    options = {"allowed_origins": ["https://allowed.example"]}
+    wanted = "authorization,content-type,x-stainless-os,x-stainless-retry-count"
+    asked = {**origin, "access-control-request-method": "POST", "access-control-request-headers": wanted}
+    preflight = call(ScriptedEngine(), "/v1/completions", method="OPTIONS", headers=asked, **options)
+    assert preflight.status_code == 200
+    allowed = {name.strip() for name in preflight.headers["access-control-allow-headers"].split(",")}
+    assert allowed >= set(wanted.split(","))
+    reply = call(ScriptedEngine(*HELLO), "/v1/completions", COMPLETION, headers=origin, **options)
+    exposed = {name.strip() for name in reply.headers["access-control-expose-headers"].split(",")}
+    assert exposed == {"x-request-id", "x-adapter-digest", "x-base-fingerprint", "retry-after"}
 
 
 def test_a_key_may_ask_as_often_as_it_may():
@@ -807,6 +1116,43 @@ def test_a_key_may_ask_as_often_as_it_may():
     assert refused.value.status == 429 and 1 <= refused.value.retry_after <= 30
     other = ApiKey("y", "other", datetime.now(UTC), tokens_per_minute=100)
     rates.check_request(other)
-    rates.add_tokens(other, 150)
+    rates.reserve_tokens(other, 150)
     with pytest.raises(ApiError, match="tokens a minute"):
         rates.check_request(other)
+    rates.settle_tokens(other, 150, 20)
+    rates.check_request(other)
+
+
+def test_requests_at_once_do_not_exceed_the_tokens_of_their_key(base, tmp_path, database):
+    key, _ = create_key(open_database(database), "ci", tokens_per_minute=30)
+    models = ServedModels(Registry(Storage(str(tmp_path))), [base])
+    engine = WaitingEngine(*HELLO)
+    api = create_api(models, {"tiny": engine}, ServeSettings(storage=str(tmp_path), database=database))
+    body = {**COMPLETION, "max_tokens": 27}  # with its prompt, all that the key has
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
+            first = asyncio.create_task(http.post("/v1/completions", json=body, headers=bearer(key)))
+            await engine.asked.wait()
+            second = await http.post("/v1/completions", json=body, headers=bearer(key))
+            assert int(second.headers["retry-after"]) > 0
+            engine.released.set()
+            third = (await first, await http.post("/v1/completions", json=body, headers=bearer(key)))
+            return [response.status_code for response in (third[0], second, third[1])]
+
+    assert asyncio.run(ask()) == [200, 429, 200]  # four of 27 tokens came, so the rest was given back
+
+
+class WaitingEngine(ScriptedEngine):
+    """Answers once it is released."""
+
+    def __init__(self, *chunks: GenerationChunk) -> None:
+        super().__init__(*chunks)
+        self.asked = asyncio.Event()
+        self.released = asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        self.asked.set()
+        await self.released.wait()
+        async for chunk in super().generate(request):
+            yield chunk

@@ -12,6 +12,8 @@ from serve.engines.batching.grammar import Grammars, JsonGrammar
 from serve.engines.batching.sampling import sample
 from serve.engines.batching.step import SamplingRow
 from serve.engines.engine import RefusedRequestError, Sampling
+from serve.inference.tools import forced_call_schema
+from serve.inference.wire import Tool
 from tests.worlds import made_up_texts
 
 PERSON = {
@@ -35,6 +37,21 @@ CALL = {
         for name in ("add", "subtract")
     ]
 }
+
+
+_PLACE = {
+    "type": "object",
+    "properties": {"city": {"enum": ["東京", "Oslo"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+_GO = {"type": "object", "$defs": {"Place": _PLACE}, "properties": {"to": {"$ref": "#/$defs/Place"}}}
+_GO |= {"required": ["to"], "additionalProperties": False}
+_TOOLS = [
+    Tool.model_validate({"type": "function", "function": {"name": name, "parameters": _GO}}) for name in ("stop", "go")
+]
+NESTED_CALLS = json.loads(forced_call_schema(_TOOLS, "required") or "")
+NESTED_CALL = json.loads(forced_call_schema(_TOOLS[:1], "required") or "")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +80,7 @@ def answer(tokenizer, grammar: JsonGrammar, end_id: int, seed: int) -> str:
     raise AssertionError(f"no end: {tokenizer.decode(ids)}")
 
 
-@pytest.mark.parametrize("schema", [PERSON, CALL])
+@pytest.mark.parametrize("schema", [PERSON, CALL, NESTED_CALL, NESTED_CALLS])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_answer_is_valid_whatever_the_logits_are(tokenizer, grammars, schema, seed):
     end_id = random.Random(seed).choice(tokenizer.all_special_ids)
