@@ -15,13 +15,14 @@ import argparse
 import json
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ class Side:
         }
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, **pipes)
+            # A session of its own, so that vLLM's processes end with it.
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stderr=log, start_new_session=True, **pipes
+            )
         self._read("READY", START_SECONDS)
 
     def measure(self, work: Round) -> dict[str, Any]:
@@ -80,7 +84,8 @@ class Side:
         return result
 
     def close(self) -> None:
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def _read(self, start: str, seconds: float) -> str:
