@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -156,18 +157,20 @@ def inference_routes(
         model = await asyncio.to_thread(resolve, http, request.model)
         tokens = translate.tokens(model)
         most = max(MAX_TOKENIZED_CHARACTERS, _TOKENIZED_CONTEXTS * model.base.context_length)
-        characters = len(request.prompt or "") + _characters(request.messages, request.tools, at_most=most)
-        if characters > most:
-            message = f"The text has more than {most:,} characters, which is the limit. Send it in parts."
-            raise ApiError(413, message, "request_too_large", "prompt" if request.prompt else "messages")
+
+        def length(at_most: int) -> int:
+            return len(request.prompt or "") + _characters(request.messages, request.tools, at_most)
 
         def reply() -> str:  # writing a million ids takes as long as making them, so not on the event loop either
+            if length(most) > most:
+                message = f"The text has more than {most:,} characters, which is the limit. Send it in parts."
+                raise ApiError(413, message, "request_too_large", "prompt" if request.prompt else "messages")
             ids = _token_ids(request, model, tokens)
             strings = tokens.strings(ids) if request.return_token_strs else None
             size = model.base.context_length
             return TokenizeReply(count=len(ids), max_model_len=size, tokens=ids, token_strs=strings).model_dump_json()
 
-        return Response(await _encode(characters, reply), media_type="application/json")
+        return Response(await _encode(length(LONG_CHARACTERS), reply), media_type="application/json")
 
     @api.post("/v1/detokenize", openapi_extra=reads(DetokenizeRequest))
     @api.post("/detokenize", include_in_schema=False)
@@ -215,17 +218,21 @@ async def _encode(characters: int, work: Callable[[], Result]) -> Result:
 
 
 def _characters(messages: Sequence[object] | None, tools: Sequence[Tool] | None, at_most: int) -> int:
-    """About how long a conversation is, its calls and tools included. Stops counting above `at_most`."""
+    """About how long a conversation is, its calls and tools included.
+
+    Stops counting above `at_most`; each value counts, so no more of them are looked at.
+    """
     counted = 0
-    unread: list[tuple[object, int]] = [(list(messages or ()), 0), ([tool.given for tool in tools or ()], 0)]
+    unread: list[tuple[object, int]] = [(messages or [], 0)]
+    unread += [(tool.given, 1) for tool in islice(tools or (), at_most + 1)]
     while unread and counted <= at_most:
         value, depth = unread.pop()
         counted += len(value) if isinstance(value, str) else 1 + _INDENT * depth
         if isinstance(value, dict):
-            counted += sum(map(len, value))
-            unread += [(item, depth + 1) for item in value.values()]
+            counted += sum(map(len, islice(value, at_most + 1)))
+            unread += [(item, depth + 1) for item in islice(value.values(), at_most + 1)]
         elif isinstance(value, list):
-            unread += [(item, depth + 1) for item in value]
+            unread += [(item, depth + 1) for item in islice(value, at_most + 1)]
     return counted
 
 

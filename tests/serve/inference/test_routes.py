@@ -898,6 +898,12 @@ def test_text_and_chats_become_the_ids_that_are_generated_from(call, base):
     assert call(engine, "/detokenize", {"tokens": [10**6]}).status_code == 400
 
 
+def test_tools_count_towards_what_is_tokenized_at_once(call):
+    tool = {**ADD, "function": {**ADD["function"], "description": "y" * 2**20}}
+    response = call(ScriptedEngine(), "/tokenize", {"messages": CHAT["messages"], "tools": [tool]})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
 def test_tokenizer_info_has_what_lm_eval_reads(call, base):
     info = call(ScriptedEngine(), "/tokenizer_info").json()
     assert info["eos_token"] == load_tokenizer(base.folder).eos_token
