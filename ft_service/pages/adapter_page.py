@@ -385,7 +385,7 @@ def _lineage(contents: AdapterContents) -> list[list[Box]]:
     """Columns of boxes, from the data to the alias."""
     record = contents.record
     data = [Box("data", source.path.rsplit("/", 1)[-1], f"{source.records:,} records") for source in record.datasets]
-    base = Box("base", record.base.short_name, record.base.fingerprint[:8])
+    base = Box("base", record.base.short_name, record.base.fingerprint[:8], is_origin=True)
     evaluations = [
         Box("evaluation", one.evaluation.suite.name, one.evaluation.comparison.overall.verdict)
         if one.evaluation.comparison.overall
@@ -394,10 +394,10 @@ def _lineage(contents: AdapterContents) -> list[list[Box]]:
     ]
     studies = [Box("votes", study.name, counted(study.votes, "vote")) for study in contents.studies]
     promotion = contents.promotion
-    waived = f", {len(record.waivers)} waived" if record.waivers else ""
+    waived = f" ({len(record.waivers)} waived)" if record.waivers else ""
     return [
-        [*(data or [Box("data", "not recorded", is_missing=True)]), base],
-        [Box("data check", f"{record.data_verdict}{waived}", f"prepared {record.dataset_digest[:8]}")],
+        data or [Box("data", "not recorded", is_missing=True)],
+        [Box("data check", f"{record.data_verdict}{waived}", f"prepared {record.dataset_digest[:8]}"), base],
         [Box("run", record.run_id, counted(record.steps, "step"))],
         [Box("adapter" if record.kind == "adapter" else "model", record.id, record.digest[:8])],
         [

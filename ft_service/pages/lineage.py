@@ -10,7 +10,7 @@ _GAP_X = 36
 _GAP_Y = 14
 _MOST_BOXES = 4
 """Of a column; the others are counted."""
-_MOST_CHARACTERS = 20
+_MOST_CHARACTERS = 17
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class Box:
     name: str
     note: str = ""
     is_missing: bool = False
+    is_origin: bool = False
+    """Whether nothing of the column before leads to it."""
 
     @property
     def short_name(self) -> str:
-        """At most twenty characters: the start and the end, because ids differ in both."""
+        """At most seventeen characters: the start and the end, because ids differ in both."""
         if len(self.name) <= _MOST_CHARACTERS:
             return self.name
-        return f"{self.name[:10]}…{self.name[-9:]}"
+        return f"{self.name[:8]}…{self.name[-8:]}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Lineage:
 
 
 def draw_lineage(columns: Sequence[Sequence[Box]]) -> Lineage:
-    """Place the columns from left to right, each centred. Every box of a column leads to every box of the next one."""
+    """Place the columns from left to right, each centred. Every box of a column leads to every box of the next one,
+    except to an origin."""
     shown = [_shown(column) for column in columns]
     height = max(len(column) for column in shown) * (BOX_HEIGHT + _GAP_Y) - _GAP_Y
     placed = [

@@ -272,10 +272,15 @@ def test_items_that_did_not_change_are_no_changes(desk):
 
 
 def test_a_lineage_with_many_sources_stays_readable():
-    lineage = draw_lineage([[Box("data", f"file-{number}") for number in range(20)], [Box("run", "r" * 60)]])
+    lineage = draw_lineage(
+        [
+            [Box("data", f"file-{number}") for number in range(20)],
+            [Box("run", "r" * 60), Box("base", "b", is_origin=True)],
+        ]
+    )
     assert [placed.box.name for placed in lineage.boxes][:4] == ["file-0", "file-1", "17 more", "file-19"]
     assert len(lineage.arrows) == 4
-    assert max(len(placed.box.short_name) for placed in lineage.boxes) <= 20
+    assert max(len(placed.box.short_name) for placed in lineage.boxes) <= 17
     for placed in lineage.boxes:
         assert placed.x >= 0 and placed.x + lineage.box_width <= lineage.width
         assert placed.y >= 0 and placed.y + lineage.box_height <= lineage.height
