@@ -17,12 +17,16 @@ def stored_studies(storage: Storage, record: AdapterRecord) -> "list[StudyResult
 
 
 def _stored_studies(storage: Storage, record: AdapterRecord) -> "Iterator[StudyResult]":
-    from ft_service.pages.adapter_page import StudyResult
     from serve.voting.files import STUDIES, StudyFolder
+
+    names = sorted(storage.folders(STUDIES))
+    if not names:
+        return  # the imports below take time
+    from ft_service.pages.adapter_page import StudyResult
     from serve.voting.results import result_lines, study_result
     from serve.voting.stored import stored_votes
 
-    for name in sorted(storage.folders(STUDIES)):
+    for name in names:
         folder = StudyFolder(storage, name)
         if not folder.exists():
             continue  # is being prepared
@@ -34,4 +38,5 @@ def _stored_studies(storage: Storage, record: AdapterRecord) -> "Iterator[StudyR
             lines = result_lines(study_result(votes, [model.id for model in study.models]))
         except DataError:
             lines = ["No vote compares two models yet."]
-        yield StudyResult(name, study.title, folder.closed() is not None, len(votes), lines)
+        real = sum(vote.kind == "real" and record.id in (vote.left_model, vote.right_model) for vote in votes)
+        yield StudyResult(name, study.title, folder.closed() is not None, real, lines)

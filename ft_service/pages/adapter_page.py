@@ -40,6 +40,7 @@ class StudyResult:
     title: str
     is_closed: bool
     votes: int
+    """That compare it with another model; repeats, controls and attention items do not count."""
     lines: Sequence[str]
 
 

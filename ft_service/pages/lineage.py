@@ -66,7 +66,13 @@ def draw_lineage(columns: Sequence[Sequence[Box]]) -> Lineage:
         ]
         for number, column in enumerate(shown)
     ]
-    arrows = [_arrow(start, end) for before, after in itertools.pairwise(placed) for start in before for end in after]
+    arrows = [
+        _arrow(start, end)
+        for before, after in itertools.pairwise(placed)
+        for start in before
+        for end in after
+        if not end.box.is_origin
+    ]
     return Lineage(
         boxes=[box for column in placed for box in column],
         arrows=arrows,
