@@ -15,8 +15,8 @@ LEVELS = (
     {"spec", "catalog", "storage", "chat"},
     {"plan", "registry"},
     {"runs", "model", "data"},
-    {"cluster", "pages", "publish", "preflight", "cleanup", "export"},
-    {"train", "evaluate"},
+    {"cluster", "publish", "preflight", "cleanup", "export"},
+    {"train", "evaluate", "pages"},
     {"launch"},
     {"cli"},
 )

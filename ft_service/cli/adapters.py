@@ -1,4 +1,4 @@
-"""`ft adapters`: list, verify, merge, export, promote and delete what runs have published."""
+"""`ft adapters`: list, verify, merge, export, promote and delete adapters; their pages."""
 
 import contextlib
 import dataclasses
@@ -164,6 +164,33 @@ def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, yes: Yes = F
         console.print("Delete its files later with: ft prune --yes", highlight=False)
     if root.exists(f"runs/{run_id}"):
         console.print(f"Its run keeps weights of its own. Delete them with: ft runs delete {run_id}", highlight=False)
+
+
+@adapters_app.command()
+def page(
+    adapter_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Several are shown side by side.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write it there (default: in STORAGE/scorecards).")
+    ] = None,
+    storage: StorageRoot = DEFAULT_STORAGE,
+) -> None:
+    """Write the page of an adapter: score card, changed answers, votes, lineage, promotion, in one HTML file."""
+    from ft_service.cli.study_results import stored_studies
+    from ft_service.pages.adapter_page import adapter_page, read_adapter, write_adapter_page
+
+    if repeated := next((one for one in adapter_ids if adapter_ids.count(one) > 1), None):
+        raise UsageError(f"ID = {repeated!r}: is given twice. Name each adapter once.")
+    root = Storage(storage)
+    registry = Registry(root)
+    adapters = [read_adapter(root, one, stored_studies(root, registry.resolve(one))) for one in adapter_ids]
+    if out is None:
+        print_item(root.uri(write_adapter_page(root, adapters)))
+        return
+    try:
+        out.write_text(adapter_page(root, adapters), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out = {str(out)!r}: cannot be written ({error.strerror}).") from None
+    print_item(str(out))
 
 
 @adapters_app.command()

@@ -11,6 +11,7 @@ import typer
 
 from ft_service.cli.adapters import adapters_app
 from ft_service.cli.cleanup import du, prune
+from ft_service.cli.compare import compare
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
 from ft_service.cli.evaluate import evaluate
@@ -59,6 +60,7 @@ app.command()(resume)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
+app.command()(compare)
 app.command()(prune)
 app.command()(du)
 app.command()(serve)

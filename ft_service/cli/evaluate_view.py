@@ -8,10 +8,9 @@ from typing import TextIO
 from rich.table import Table
 
 from ft_service.cli.common import console, new_table, print_item, print_text
-from ft_service.evaluate.comparison import Comparison, sentence
+from ft_service.evaluate.comparison import Comparison
 from ft_service.evaluate.evaluation import Evaluation
-from ft_service.evaluate.losses import LossComparison
-from ft_service.evaluate.one_sidedness import FEWEST_ANSWERS
+from ft_service.evaluate.summary import sentences
 from ft_service.text import counted
 
 _SHOWN_LOST = 3
@@ -53,7 +52,7 @@ def show_evaluation(evaluation: Evaluation, place: str) -> None:
     overall = evaluation.comparison.overall
     rows = [*evaluation.comparison.skills, *([overall] if overall else []), *evaluation.lm_eval]
     if rows:
-        console.print(_table(rows, "base" if evaluation.base.digest is None else "other"))
+        console.print(comparison_table(rows, "base" if evaluation.base.digest is None else "other"))
         console.print()
     for line in sentences(evaluation):
         print_text(line)
@@ -72,40 +71,9 @@ def show_evaluation(evaluation: Evaluation, place: str) -> None:
             print_text(f"{failure.item} ({failure.model}): {failure.reason}", indent=4)
 
 
-def sentences(evaluation: Evaluation) -> list[str]:
-    """What the evaluation found, in plain words."""
-    overall = evaluation.comparison.overall
-    found = [sentence(overall)] if overall else []
-    if evaluation.validation_loss:
-        found.append(f"Validation loss: {_loss(evaluation.validation_loss)}.")
-    found.append(evaluation.forgetting.sentence)
-    if texts := evaluation.forgetting.texts:
-        found.append(
-            f"Perplexity of {counted(texts.texts, 'general text')}: {texts.base_perplexity:.2f} -> "
-            f"{texts.adapter_perplexity:.2f} ({texts.per_text.verdict})."
-        )
-    found += evaluation.one_sidedness.findings
-    if evaluation.items >= FEWEST_ANSWERS and not evaluation.one_sidedness.findings:
-        found.append("Nothing one-sided stands out in its answers.")
-    if evaluation.stability:
-        found.append(evaluation.stability.sentence)
-    if evaluation.judge:
-        found.append(evaluation.judge.sentence)
-    if evaluation.cut_base or evaluation.cut_adapter:
-        names = ", ".join(evaluation.cut_items[:_SHOWN_FAILURES])
-        found.append(
-            f"Cut at max_tokens: {counted(evaluation.cut_adapter, 'answer')} of the adapter, {evaluation.cut_base} of "
-            f"the base ({names}{', ...' if len(evaluation.cut_items) > _SHOWN_FAILURES else ''})."
-        )
-    if evaluation.adapter.note:
-        found.append(f"Note: {evaluation.adapter.note}.")
-    if evaluation.stopped:
-        found.append(f"Incomplete: asking stopped ({evaluation.stopped}). What was measured is kept.")
-    return [*found, *evaluation.left_out]
-
-
-def _table(rows: Sequence[Comparison], against: str) -> Table:
-    table = new_table("skill", "items", against, "adapter", "difference (95 %)", "verdict")
+def comparison_table(rows: Sequence[Comparison], first: str, second: str = "adapter") -> Table:
+    """One row a comparison: both scores, the difference with its interval, and the verdict."""
+    table = new_table("skill", "items", first, second, "difference (95 %)", "verdict")
     for column in table.columns[1:5]:
         column.justify = "right"
     for row in rows:
@@ -118,11 +86,6 @@ def _table(rows: Sequence[Comparison], against: str) -> Table:
             f"[{_COLOURS[row.verdict]}]{row.verdict}[/]",
         )
     return table
-
-
-def _loss(loss: LossComparison) -> str:
-    comparison: Comparison = loss.per_text
-    return f"{loss.base:.4f} -> {loss.adapter:.4f} over {loss.tokens:,} tokens ({comparison.verdict})"
 
 
 def _points(share: float) -> str:

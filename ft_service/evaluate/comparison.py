@@ -174,14 +174,14 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     ]
 
 
-def sentence(comparison: Comparison) -> str:
-    """The comparison in plain words, for scores from 0 to 1."""
+def sentence(comparison: Comparison, name: str = "The adapter") -> str:
+    """The comparison in plain words, for scores from 0 to 1. `name` is that of the second model."""
     figures = (
         f"{_points(comparison.difference)} points ({_points(comparison.low)} to {_points(comparison.high)}) over "
         f"{comparison.items} items"
     )
     if comparison.verdict != "not settled":
-        return f"The adapter is {comparison.verdict}: {figures}."
+        return f"{name} is {comparison.verdict}: {figures}."
     least = comparison.smallest_effect
     shown = f" These items show a difference of {100 * least:.0f} points or more." if least is not None else ""
     return f"Not settled: {figures}; {comparison.reason}.{shown}"

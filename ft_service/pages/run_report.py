@@ -232,7 +232,7 @@ def _charts(run: RunContents) -> list[Chart]:
         return svg(draw, width=5.2, height=1.9)
 
     return [
-        _loss_chart(metrics),
+        loss_chart(metrics),
         Chart("Learning rate", series([m.learning_rate for m in metrics], lambda v: f"{v:.1e}" if v else "0")),
         Chart("Gradient norm, before clipping", series([m.grad_norm for m in metrics], lambda v: f"{v:g}")),
         Chart("Throughput, tokens/s", series([m.tokens_per_second for m in metrics], format_count)),
@@ -244,7 +244,8 @@ def _charts(run: RunContents) -> list[Chart]:
     ]
 
 
-def _loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
+def loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
+    """Training and validation loss over the steps, with the best validation loss and overfitting marked."""
     best = _best(metrics)
     overfitting = find_overfitting(metrics)
     steps = [m.step for m in metrics]
