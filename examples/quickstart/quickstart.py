@@ -1,4 +1,4 @@
-"""The whole path on two CPU cores, offline: records, base model, adapter, server, and what the adapter learned.
+"""The whole path on two CPU cores, offline: records, base model, adapter, server, what it learned, its page.
 
 python examples/quickstart/quickstart.py [--folder quickstart]
 
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -46,6 +47,10 @@ MODEL_SIZES = {"hidden_size": 192, "num_layers": 4, "num_heads": 3, "num_kv_head
 ANSWER_TOKENS = 8
 PARALLEL_REQUESTS = 8
 EXPECTED_GAIN_POINTS = 60
+JUDGED_QUESTIONS = 60
+JUDGED_TEXTS = 20
+JUDGED_CHARACTERS = 600
+JUDGED_TWICE = 6
 EXAMPLES_SHOWN = 6
 EXAMPLE_CHARACTERS = 60
 
@@ -91,10 +96,13 @@ def run_quickstart(folder: Path) -> int:
             adapter_run, adapter = train(ray, storage, "adapter", records / "train.jsonl", registry.folder(base))
         questions = [json.loads(line) for line in (records / "heldout.jsonl").read_text("utf-8").splitlines()]
         title = f"{len(questions)} held-out questions, to base and adapter"
-        with server(ray, storage, registry.folder(base), folder / "serve.log") as url, step(7, title):
-            gain = compare(questions, *(ask_all(url, model.id, questions) for model in (base, adapter)))
+        with server(ray, storage, registry.folder(base), folder / "serve.log") as url:
+            with step(7, title):
+                gain = compare(questions, *(ask_all(url, model.id, questions) for model in (base, adapter)))
+            with step(8, "The page of the adapter"):
+                page = judge(url, storage, adapter, records, folder)
     console.print(f"\nDone in {time.monotonic() - began:.0f} s; Ray and the server have stopped.\n")
-    print_next_steps(records, registry, base, adapter, [base_run, adapter_run])
+    print_next_steps(records, registry, base, adapter, [base_run, adapter_run], page)
     if gain < EXPECTED_GAIN_POINTS:
         console.print(f"[red]Failed.[/red] The adapter gained {gain:.0f} points; expected are {EXPECTED_GAIN_POINTS}.")
         return 1
@@ -103,7 +111,7 @@ def run_quickstart(folder: Path) -> int:
 
 @contextmanager
 def step(number: int, title: str) -> Iterator[None]:
-    console.print(f"\n[bold]{number}/7 {title}[/bold]")
+    console.print(f"\n[bold]{number}/8 {title}[/bold]")
     began = time.monotonic()
     yield
     console.print(f"  [dim]took {time.monotonic() - began:.0f} s[/dim]")
@@ -248,18 +256,46 @@ def compare(questions: list[Record], base_answers: list[str], adapter_answers: l
     return right["adapter"] - right["base"]
 
 
+def judge(url: str, storage: Storage, adapter: AdapterRecord, records: Path, folder: Path) -> str:
+    """Evaluate the adapter by a small suite, print what it shows, and write the adapter's page; returns its address."""
+    from ft_service.evaluate.ask import Endpoint
+    from ft_service.evaluate.run import Request, evaluate
+    from ft_service.evaluate.summary import sentences
+    from ft_service.pages.adapter_page import read_adapter, write_adapter_page
+
+    texts = [json.loads(line)["text"] for line in (records / "docs.jsonl").read_text("utf-8").splitlines()]
+    lines = [" ".join(text.split())[:JUDGED_CHARACTERS] for text in texts[:JUDGED_TEXTS]]
+    (folder / "texts.txt").write_text("\n".join(lines), "utf-8")
+    held_out = {"path": str(records / "heldout.jsonl"), "metrics": ["exact"], "limit": JUDGED_QUESTIONS}
+    suite = {
+        "name": "kinds",
+        "held_out": [{**held_out, "max_tokens": ANSWER_TOKENS}],
+        "texts": str(folder / "texts.txt"),
+        "stability": {"limit": JUDGED_TWICE},
+        "thresholds": {"min_items": JUDGED_QUESTIONS},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite), "utf-8")
+    evaluation = evaluate(Request(adapter.id, str(folder / "suite.yaml"), storage.root), Endpoint(url))
+    for sentence in sentences(evaluation):
+        console.print(f"  {sentence}", soft_wrap=True)
+    page = storage.uri(write_adapter_page(storage, [read_adapter(storage, adapter.id)]))
+    console.print(f"  {page}", soft_wrap=True)
+    return page
+
+
 def percent_right(expected: list[str], answers: list[str]) -> float:
     right = (answer.strip().casefold() == wanted.casefold() for answer, wanted in zip(answers, expected, strict=True))
     return 100 * sum(right) / len(expected)
 
 
 def print_next_steps(
-    records: Path, registry: Registry, base: AdapterRecord, adapter: AdapterRecord, runs: list[RunFolder]
+    records: Path, registry: Registry, base: AdapterRecord, adapter: AdapterRecord, runs: list[RunFolder], page: str
 ) -> None:
     storage = registry.storage.root
     ft = Path(sys.executable).with_name("ft")
     lines = [
         *(f"Report   {run.storage.uri(run.path)}/report.html" for run in runs),
+        f"Page     {page}",
         f"Records  {records}",
         f"Adapter  {registry.folder(adapter)}",
         "",

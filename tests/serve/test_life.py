@@ -340,7 +340,10 @@ def exported() -> set[str]:
     """Names and labels of our metrics on all nodes; a replica's id is *."""
     found = set()
     for node in ray.nodes():
-        page = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", trust_env=False).text
+        try:
+            page = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", trust_env=False).text
+        except httpx.TransportError:  # Ray's agent on that node has not begun to listen
+            continue
         for name, labels in re.findall(r"^(ray_ft_\w+)\{(.*)\} ", page, re.MULTILINE):
             ours = sorted(re.findall(r'(base|model|outcome|replica)="([^"]*)"', labels))
             shown = ",".join(f'{label}="{"*" if label == "replica" else value}"' for label, value in ours)
