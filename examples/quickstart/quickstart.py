@@ -277,7 +277,7 @@ def judge(url: str, storage: Storage, adapter: AdapterRecord, records: Path, fol
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite), "utf-8")
     evaluation = evaluate(Request(adapter.id, str(folder / "suite.yaml"), storage.root), Endpoint(url))
     for sentence in sentences(evaluation):
-        console.print(f"  {sentence}", soft_wrap=True)
+        console.print(f"  {sentence}", soft_wrap=True, markup=False)
     page = storage.uri(write_adapter_page(storage, [read_adapter(storage, adapter.id)]))
     console.print(f"  {page}", soft_wrap=True)
     return page
