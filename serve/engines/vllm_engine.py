@@ -395,7 +395,7 @@ def engine_args(folder: Path, settings: BaseSettings, slot_bytes: int) -> AsyncE
         structured_outputs_config=StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True),
         enforce_eager=is_cpu,
         worker_extension_cls=f"{CacheCleaner.__module__}.{CacheCleaner.__qualname__}",
-        disable_log_stats=True,  # a recorder of ours gets them
+        disable_log_stats=True,  # the engine passes a recorder of its own
         enable_log_requests=False,
         **options,
     )
