@@ -97,6 +97,7 @@ class _PatternOptions(_Options):
 class _JsonOptions(_Options):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     expected: dict[str, Any] = Field(default_factory=dict)
+    code_fence: bool = Field(default=True, description="Whether JSON within a code fence is accepted.")
 
     @field_validator("schema_")
     @classmethod
@@ -186,7 +187,7 @@ def _json(answer: str, item: Scored, options: _JsonOptions) -> Score:
     from referencing import Registry
 
     try:
-        value = parse_json(answer)
+        value = parse_json(answer, options.code_fence)
     except ValueError as error:
         return Score(0.0, f"is not JSON ({error})")
     validator = Draft202012Validator(options.schema_ or {}, registry=Registry())  # which fetches nothing
@@ -267,28 +268,42 @@ def problem_of(item: Scored) -> str | None:
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)])[-−+])?"
-    rf"(?:(?<![\d/])(?P<over>\d+)/(?P<under>\d+)(?![\d/])|(?P<units>(?:{_DIGITS}[百千万億兆]+)+(?:{_DIGITS})?)|(?P<plain>{_DIGITS}|\.\d+))"
+    rf"(?P<sign>(?<![\w)])[-−–+])?"
+    rf"(?:(?<![\d/])(?:(?P<whole>\d{{1,3}}) )?(?P<over>\d+)/(?P<under>\d+)(?![\d/])"
+    rf"|(?P<units>(?:{_DIGITS}[百千万億兆]+)+(?:{_DIGITS})?)|(?P<plain>{_DIGITS}|\.\d+))"
 )
 _UNIT_PART = re.compile(rf"({_DIGITS})?([百千万億兆])?")
 _SMALL_UNITS = {"百": 100, "千": 1000}
 _LARGE_UNITS = {"万": 10**4, "億": 10**8, "兆": 10**12}
+_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z}])\^\{?\d+\}?|(?<![A-Za-z])([kcdm]?m|ft|in|yd)[23](?!\w)")
+"""The 2 of ``m²``, ``cm^2`` and ``km2``, which is no number of its own."""
+_SUPERSCRIPTS = str.maketrans(
+    {"²": "^2", "³": "^3", "㎡": "m^2", "㎢": "km^2", "㎠": "cm^2", "㎥": "m^3", "㎤": "cm^3"}
+)
+_GROUPED = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
+"""The space within a number. Only one that keeps a line together: two numbers may have a plain space between them."""
+_VULGAR_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers of a text, in order: ``1,234.5``, ``-3``, ``3/4``, ``1万2千``. Kanji numerals are not read."""
+    """The numbers of a text, in order: ``1,234.5``, ``-3``, ``2 1/2``, ``1万2千``. Kanji numerals are not read.
+
+    The exponent of a unit (``82 m²``) does not count.
+    """
+    text = _VULGAR_FRACTION.sub(" ", _GROUPED.sub("", text.translate(_SUPERSCRIPTS)))
+    text = _POWER_OF_UNIT.sub(r"\1", unicodedata.normalize("NFKC", text).replace("⁄", "/"))
     found = []
-    for match in _NUMBER.finditer(unicodedata.normalize("NFKC", text).replace("⁄", "/")):
+    for match in _NUMBER.finditer(text):
         if match["over"] and int(match["under"]) == 0:
             continue
         value = (
-            Fraction(int(match["over"]), int(match["under"]))
+            int(match["whole"] or 0) + Fraction(int(match["over"]), int(match["under"]))
             if match["over"]
             else _with_units(match["units"])
             if match["units"]
             else Fraction(match["plain"].replace(",", ""))
         )
-        found.append(-value if match["sign"] in ("-", "−") else value)
+        found.append(-value if match["sign"] in ("-", "−", "–") else value)
     return found
 
 

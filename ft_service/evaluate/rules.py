@@ -16,7 +16,7 @@ from ft_service.evaluate.text_forms import JAPANESE_CHARACTER, KANA, LATIN_LETTE
 _BULLET = re.compile(r"^\s*[-*•・●]\s*\S")
 _NUMBERED = re.compile(r"^\s*(\d+)[.)．）、]\s*\S")
 _POLITE = re.compile(
-    r"(です|ます|でした|ました|ません|ませんでした|でしょう|ましょう|ください)[かねよわ]*[。！？!?」』）)\s]*$"
+    r"(です|ます|でした|ました|ません|ませんでした|でしょう|ましょう|ませ|ください)[かねよわ]*[。！？!?」』）)\s]*$"
 )
 _LATIN_SHARE = 0.9
 _JAPANESE_SHARE = 0.5
@@ -256,9 +256,12 @@ _FORMS: Mapping[str, Callable[[str], str | None]] = {
 _FENCE = re.compile(r"\A\s*```(?:json|JSON)?\s*\n(.*?)\n\s*```\s*\Z", re.DOTALL)
 
 
-def parse_json(answer: str) -> Any:
-    """The JSON of an answer that is nothing but JSON, in one code fence or in none. Raises `ValueError`."""
-    fenced = _FENCE.match(answer)
+def parse_json(answer: str, code_fence: bool = True) -> Any:
+    """The JSON of an answer that is nothing but JSON; with `code_fence` one around it is accepted.
+
+    Raises `ValueError`.
+    """
+    fenced = _FENCE.match(answer) if code_fence else None
     return _loads(fenced[1] if fenced else answer)
 
 

@@ -64,7 +64,16 @@ def test_exact_compares_in_normal_form(answer, is_right):
         ("１２個", [12]),
         ("1/0", []),
         ("GPT-4 costs $.50", [4, Fraction(1, 2)]),
-        ("−7 or -7", [-7, -7]),
+        ("−7 or -7 or –7", [-7, -7, -7]),
+        ("10–5", [10, 5]),
+        ("The path covers 82 m².", [82]),
+        ("82 m^2, 82 cm2, 82㎡ or $82 \\text{ m}^{2}$", [82, 82, 82, 82]),
+        ("ten cubed is 10³", [10, 3]),  # and not 103
+        ("1\u202f234\u00a0567 people", [1_234_567]),
+        ("1 200", [1, 200]),
+        ("2½ or 2 1/2", [Fraction(5, 2), Fraction(5, 2)]),
+        ("in 2024 3/4 of them", [2024, Fraction(3, 4)]),
+        ("３つ、10時30分、1,200円", [3, 10, 30, 1200]),
         ("none", []),
     ],
 )
@@ -79,6 +88,7 @@ def test_the_last_number_counts_within_the_tolerance():
     assert value("It is about 3.1", "number", "3.1416", tolerance=0.01) == 0
     assert value("0.1 + 0.2 = 0.3", "number", "0.3") == 1  # exact, without binary fractions
     assert value("no idea", "number", "42") == 0
+    assert value("The path has an area of 82 m².", "number", "82") == 1
 
 
 @pytest.mark.parametrize(
@@ -186,6 +196,12 @@ SCHEMA = {"type": "object", "required": ["name"], "properties": {"name": {"type"
 def test_json_is_checked_by_schema_and_values(answer, expected):
     wanted = {"name": ["Tom", "Thomas"], "age": 7}
     assert value(answer, "json", schema=SCHEMA, expected=wanted) == expected
+
+
+def test_a_code_fence_around_json_may_be_forbidden():
+    assert value('```json\n{"name": "Tom"}\n```', "json") == 1
+    assert value('```json\n{"name": "Tom"}\n```', "json", code_fence=False) == 0
+    assert value('{"name": "Tom"}', "json", code_fence=False) == 1
 
 
 def test_rules_are_kept_all_or_the_score_is_0():

@@ -39,6 +39,7 @@ KEPT_AND_BROKEN: list[tuple[dict[str, object], str, str]] = [
     ({"rule": "json"}, '{"a": 1}', '```json\n{"a": 1}\n```'),
     ({"rule": "no_commas"}, "one and two", "one、two"),
     ({"rule": "polite"}, "東京です。行きましょうか？", "東京です。行こう。"),
+    ({"rule": "polite"}, "お知らせくださいませ。", "知らせろ。"),
     ({"rule": "title"}, "<<The sea>>\nIt is blue.", "It is <<blue>>."),
 ]
 
