@@ -1,6 +1,6 @@
 """A server in this process: the whole application over a real engine, without Ray."""
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 
 from serve.api import create_api
@@ -30,11 +30,16 @@ class OneReplica:
 
 
 @contextmanager
-def local_server(world: World, max_context: int | None = None, **settings: object) -> Iterator[str]:
+def local_server(
+    world: World,
+    max_context: int | None = None,
+    replica: Callable[[TransformersEngine], OneReplica] = OneReplica,
+    **settings: object,
+) -> Iterator[str]:
     """Its address, which ends in /v1. `settings` are those of the server."""
     base = BaseSettings(base=str(world.base), dtype="float32", max_batch=16, cache_gib=0.25, max_context=max_context)
     engine = TransformersEngine(world.base, world.registry, base)
     models = ServedModels(world.registry, [load_base(base)])
-    api = create_api(models, {base.model_name: OneReplica(engine)}, ServeSettings(storage=world.storage, **settings))
+    api = create_api(models, {base.model_name: replica(engine)}, ServeSettings(storage=world.storage, **settings))
     with served(api) as url:
         yield f"{url}/v1"
