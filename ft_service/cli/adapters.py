@@ -209,11 +209,11 @@ def promote(
     """Promote an adapter: BASE-RUN@promoted answers with it from now on, if it passes the thresholds of its suite."""
     from ft_service.evaluate.promotion import parse_waivers
     from ft_service.evaluate.promotion import promote as promote_adapter
-    from serve.voting.evidence import num_votes_about
+    from serve.voting.evidence import votes_about
 
     root = Storage(storage)
-    votes = num_votes_about(root, Registry(root).resolve(adapter_id).digest)
-    promotion = promote_adapter(root, adapter_id, suite, parse_waivers(waive or []), votes)
+    people = votes_about(root, Registry(root).resolve(adapter_id).digest)
+    promotion = promote_adapter(root, adapter_id, suite, parse_waivers(waive or []), people)
     if as_json:
         print_json(promotion.model_dump(mode="json"))
         return

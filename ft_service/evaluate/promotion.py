@@ -4,16 +4,27 @@ A check that fails can be waived by its name, with a reason. The promotion keeps
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ft_service.errors import PromotionError, UsageError
 from ft_service.evaluate.evaluation import Evaluation
 from ft_service.evaluate.scorecard import ScoreCard, read_scorecard
+from ft_service.evaluate.statistics.intervals import FEWEST_RATERS_FOR_A_VERDICT, Share
 from ft_service.registry.promotions import PassedCheck, Promotion, Promotions
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
-CHECKS = ("evaluated", "complete", "evidence", "forgetting", "stability", "votes")
+CHECKS = ("evaluated", "complete", "evidence", "forgetting", "stability", "votes", "win share")
+
+
+@dataclass(frozen=True)
+class PeoplesVotes:
+    """Votes that compare an adapter with other models, and the share of them that it wins; None without a vote."""
+
+    votes: int = 0
+    win_share: Share | None = None
+    raters: int = 0
 
 
 def promote(
@@ -21,13 +32,12 @@ def promote(
     adapter_id: str,
     suite: str | None = None,
     waived: Mapping[str, str] | None = None,
-    votes: int | None = None,
+    people: PeoplesVotes = PeoplesVotes(),
 ) -> Promotion:
     """Give the adapter its alias, if it passes the checks of the suite, or those that fail are waived.
 
-    `suite` is the name of an evaluated suite; it is needed where there are several. `votes` is the number of votes of
-    people, None where no study exists. Raises `PromotionError` with every check that failed, `UsageError`, or
-    `NotPublishedError`.
+    `suite` is the name of an evaluated suite; it is needed where there are several. Raises `PromotionError` with every
+    check that failed, `UsageError`, or `NotPublishedError`.
     """
     waived = waived or {}
     _check_waivers(waived)
@@ -36,7 +46,7 @@ def promote(
     evaluation = _evaluation(read_scorecard(storage, record.id), record, suite)
     checks = [
         check.model_copy(update={"waived": waived.get(check.name)}) if not check.passed else check
-        for check in checks_of(record, evaluation, votes)
+        for check in checks_of(record, evaluation, people)
     ]
     failed = [check for check in checks if not check.passed and check.waived is None]
     if failed:
@@ -47,12 +57,12 @@ def promote(
     return Promotions(registry).promote(record, evaluation.id if evaluation else None, checks)
 
 
-def checks_of(record: AdapterRecord, evaluation: Evaluation | None, votes: int | None) -> list[PassedCheck]:
+def checks_of(record: AdapterRecord, evaluation: Evaluation | None, people: PeoplesVotes) -> list[PassedCheck]:
     """Every check that the thresholds of the suite ask for; without an evaluation, only that there is none."""
-    return list(_checks(record, evaluation, votes))
+    return list(_checks(record, evaluation, people))
 
 
-def _checks(record: AdapterRecord, evaluation: Evaluation | None, votes: int | None) -> Iterator[PassedCheck]:
+def _checks(record: AdapterRecord, evaluation: Evaluation | None, people: PeoplesVotes) -> Iterator[PassedCheck]:
     if evaluation is None:
         detail = f"no evaluation of these weights. Run: ft evaluate {record.id} --suite general-en"
         yield PassedCheck(name="evaluated", passed=False, detail=detail)
@@ -76,8 +86,23 @@ def _checks(record: AdapterRecord, evaluation: Evaluation | None, votes: int | N
         passed = agreement is not None and agreement >= thresholds.min_stability
         yield PassedCheck(name="stability", passed=passed, detail=detail)
     if thresholds.min_votes is not None:
-        detail = f"{counted(votes or 0, 'vote')} of people; the suite asks for {thresholds.min_votes}"
-        yield PassedCheck(name="votes", passed=(votes or 0) >= thresholds.min_votes, detail=detail)
+        detail = f"{counted(people.votes, 'vote')} of people; the suite asks for {thresholds.min_votes}"
+        yield PassedCheck(name="votes", passed=people.votes >= thresholds.min_votes, detail=detail)
+    if thresholds.min_win_share is not None:
+        yield _win_share_check(people, thresholds.min_win_share)
+
+
+def _win_share_check(people: PeoplesVotes, least: float) -> PassedCheck:
+    """The whole interval must lie above the threshold, and one or two people say nothing about others."""
+    share = people.win_share
+    found = "no votes of people"
+    if share is not None:
+        interval = f"{share.interval.low:.0%} to {share.interval.high:.0%}"
+        found = f"wins {share.value:.0%} of {counted(people.votes, 'vote')} of {counted(people.raters, 'rater')}"
+        found = f"{found} ({interval})"
+    passed = share is not None and share.interval.low >= least and people.raters >= FEWEST_RATERS_FOR_A_VERDICT
+    wanted = f"the suite asks for {least:.0%} at the lower end, from {FEWEST_RATERS_FOR_A_VERDICT} raters or more"
+    return PassedCheck(name="win share", passed=passed, detail=f"{found}; {wanted}")
 
 
 def _evaluation(card: ScoreCard | None, record: AdapterRecord, suite: str | None) -> Evaluation | None:

@@ -30,7 +30,7 @@ class _Section(BaseModel):
 class HeldOut(_Section):
     """Records that were not trained on: a file, or the validation split of the adapter's own run."""
 
-    path: str | None = Field(default=None, description="A file, a folder of files, or hub:NAME.")
+    path: str | None = Field(default=None, description="A file, a folder of files, or hub:NAME:SPLIT.")
     run: bool = Field(default=False, description="The validation split of the adapter's run, instead of a file.")
     format: Literal["alpaca", "chat"] = Field(default="alpaca", description="Layout of a record.")
     columns: dict[str, str] = Field(default_factory=dict, description="Expected name -> name in the file.")
@@ -102,6 +102,12 @@ class Thresholds(_Section):
     )
     min_stability: float | None = Field(default=None, ge=0, le=1, description="Self-agreement, at least.")
     min_votes: int | None = Field(default=None, ge=1, description="Votes of people, at least.")
+    min_win_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="The share of people's votes that it wins lies above this, with confidence.",
+    )
 
 
 class Suite(_Section):

@@ -21,7 +21,7 @@ from ft_service.pages.lineage import Box, Lineage, draw_lineage
 from ft_service.pages.page import Chart, Tile, render
 from ft_service.pages.run_report import RunContents, loss_chart, read_run
 from ft_service.registry.promotions import Promotion, Promotions
-from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.registry.registry import AdapterRecord, Registry, page_file
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 
@@ -145,7 +145,7 @@ class _Part:
 
 def write_adapter_page(storage: Storage, adapters: Sequence[AdapterContents]) -> str:
     """Write the page beside the score cards. Returns its path below the storage root."""
-    path = f"{SCORECARDS}/{_file_name(adapters)}"
+    path = _path(adapters)
     storage.write_bytes(path, adapter_page(storage, adapters).encode())
     return path
 
@@ -434,11 +434,11 @@ def _overview(adapters: Sequence[AdapterContents]) -> list[tuple[str, Rows]]:
     ]
 
 
-def _file_name(adapters: Sequence[AdapterContents]) -> str:
+def _path(adapters: Sequence[AdapterContents]) -> str:
     ids = [contents.record.id for contents in adapters]
     if len(ids) == 1:
-        return f"{ids[0]}.html"
-    return f"side-by-side-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}.html"
+        return page_file(ids[0])
+    return f"{SCORECARDS}/side-by-side-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}.html"
 
 
 def _points(share: float) -> str:

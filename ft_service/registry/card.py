@@ -62,7 +62,7 @@ def card_for_hub(card: str) -> str:
 def _front_matter(draft: Mapping[str, Any], facts: ModelFacts | None) -> str:
     is_adapter = draft["kind"] == "adapter"
     hub_datasets = [
-        source["path"].removeprefix(_HUB_DATASET)
+        source["path"].removeprefix(_HUB_DATASET).partition(":")[0]
         for source in draft["datasets"]
         if source["path"].startswith(_HUB_DATASET)
     ]

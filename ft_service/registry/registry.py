@@ -152,6 +152,11 @@ class Tombstone(StoredFile):
         return tombstone.model_copy(update={"record": AdapterRecord.parse(content["record"], where)})
 
 
+def page_file(adapter_id: str) -> str:
+    """Where `ft adapters page` writes the page of one adapter."""
+    return f"scorecards/{adapter_id}.html"
+
+
 class Registry:
     """Publishes, lists, resolves, hides and checks adapters and models. A published record never changes."""
 
@@ -282,10 +287,11 @@ class Registry:
         return tombstone
 
     def delete_hidden_files(self, record: AdapterRecord) -> None:
-        """Delete the files of a hidden record, and this machine's copy of them. The tombstone stays."""
+        """Delete the files of a hidden record, this machine's copy of them, and its page. The tombstone stays."""
         place = _place(record.kind, record.id)
         assert not self.storage.exists(f"{place}/{RECORD_FILE}"), f"{record.id} is not hidden"
         self._indexes[record.kind].settle(record.id)  # `hide` may have been interrupted before that
+        self.storage.delete(page_file(record.id))
         self.storage.delete(place)
         self.storage.delete_local_copy(place)
 

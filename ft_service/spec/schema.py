@@ -66,7 +66,9 @@ class DataSource(_Section):
     """A file or folder of records, with its origin and license."""
 
     path: str = Field(
-        min_length=1, description="A .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME."
+        min_length=1,
+        description="A .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME:SPLIT "
+        "(hub:NAME:CONFIGURATION:SPLIT).",
     )
     format: Literal["alpaca", "chat", "text"] = Field(default="alpaca", description="Layout of a record.")
     columns: dict[str, str] = Field(

@@ -24,7 +24,10 @@ def stored_votes(folder: StudyFolder) -> list[VoteRecord]:
         found += [
             _record(study, digest, vote, assignments[vote.assignment], comparisons[vote.comparison])
             for vote in votes
-            if vote.round == rounds[vote.assignment] and vote.assignment not in void and vote.study_digest == digest
+            if vote.round == rounds[vote.assignment]
+            and vote.assignment in assignments
+            and vote.assignment not in void
+            and vote.study_digest == digest
         ]
     return sorted(found, key=lambda record: record.time)
 

@@ -14,7 +14,7 @@ from ft_service.cleanup.inventory import read_usage
 from ft_service.cleanup.needs import Item, prune
 from ft_service.cleanup.removal import delete_adapter, delete_run, delete_unneeded
 from ft_service.errors import NotPublishedError, StorageError, UsageError
-from ft_service.registry.registry import BaseModelRef, Registry
+from ft_service.registry.registry import BaseModelRef, Registry, page_file
 from ft_service.registry.servers import Announcement, ServerNotice
 from ft_service.runs.lease import Lease
 from ft_service.storage.storage import Storage
@@ -234,6 +234,7 @@ def test_a_deleted_adapter_is_hidden_and_leaves_a_tombstone(storage: Storage) ->
     registry = Registry(storage)
     if not storage.is_local:
         assert registry.folder(record).is_dir()  # a copy on this machine
+    storage.write_bytes(page_file(record.id), b"<html>")
     deletion = delete_adapter(storage, record.id)
     assert deletion.freed_bytes > 0 and not deletion.kept
     assert registry.records() == []

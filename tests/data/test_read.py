@@ -752,6 +752,30 @@ def test_a_source_that_is_not_a_data_file_names_the_cure(tmp_path: Path) -> None
         read(tmp_path / "dangling")
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("hub:org/set", ("org/set", None, "train")),
+        ("hub:org/set:test", ("org/set", None, "test")),
+        ("hub:openai/gsm8k:main:test", ("openai/gsm8k", "main", "test")),
+        ("hub:openai/gsm8k:main:", ("openai/gsm8k", "main", "train")),
+        ("hub:org/set::test[:10]", ("org/set", None, "test[:10]")),
+    ],
+)
+def test_a_hub_dataset_is_named_with_configuration_and_split(
+    path: str, asked: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+        seen.append((name, configuration, split))
+        return datasets.Dataset.from_list([{"instruction": "What is 2 + 2?", "output": "4"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    records = list(read_source(DataSource(path=path)))
+    assert len(records) == 1 and set(seen) == {asked}
+
+
 def test_a_missing_hub_dataset_names_the_right_form() -> None:
     with pytest.raises(DataError, match=r"'hub:nobody/nothing': cannot be downloaded .*Write hub:OWNER/NAME"):
         scan(0, DataSource(path="hub:nobody/nothing"))

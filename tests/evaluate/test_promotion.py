@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from ft_service.cli.app import app
 from ft_service.errors import FtError, NotPublishedError, PromotionError, UsageError
 from ft_service.evaluate.evaluation import Evaluation
-from ft_service.evaluate.promotion import promote
+from ft_service.evaluate.promotion import PeoplesVotes, promote
 from ft_service.evaluate.run import Request, evaluate
+from ft_service.evaluate.statistics.intervals import clustered_share
 from ft_service.registry.promotions import Promotions, alias_of
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.storage.storage import Storage
@@ -120,9 +121,26 @@ def test_what_is_not_settled_does_not_pass(desk):
 
 def test_stability_and_votes_that_suffice_pass(desk):
     desk.evaluate(0.9, thresholds={**ENOUGH, "min_stability": 0.9, "min_votes": 30}, stability={"limit": 5})
-    assert "votes: 29 votes" in refusal(PromotionError, desk, votes=29)
-    promotion = promote(desk.storage, desk.adapter.id, votes=30)
+    assert "votes: 29 votes" in refusal(PromotionError, desk, people=PeoplesVotes(29))
+    promotion = promote(desk.storage, desk.adapter.id, people=PeoplesVotes(30))
     assert {check.name for check in promotion.checks if check.passed} >= {"stability", "votes"}
+
+
+def test_a_win_share_counts_with_its_interval_and_from_three_people(desk):
+    desk.evaluate(0.9, thresholds={**ENOUGH, "min_win_share": 0.5})
+    assert "win share: no votes of people; the suite asks for 50%" in refusal(PromotionError, desk)
+
+    def people(wins: int, losses: int, raters: int) -> PeoplesVotes:
+        scores = [1.0] * wins + [0.0] * losses
+        share = clustered_share(scores, [number % raters for number in range(len(scores))])
+        return PeoplesVotes(len(scores), share, raters)
+
+    assert "wins 55% of 40 votes of 20 raters (" in refusal(PromotionError, desk, people=people(22, 18, 20))
+    assert "of 2 raters" in refusal(PromotionError, desk, people=people(100, 0, 2))
+    promotion = promote(desk.storage, desk.adapter.id, people=people(36, 4, 20))
+    assert [check.detail.partition(" (")[0] for check in promotion.checks if check.name == "win share"] == [
+        "wins 90% of 40 votes of 20 raters"
+    ]
 
 
 def test_a_failed_check_is_waived_by_name_with_its_reason(desk):
@@ -184,11 +202,11 @@ def test_the_command_counts_the_votes_of_all_studies(desk, monkeypatch):
     desk.evaluate(0.9, thresholds={**ENOUGH, "min_votes": 30})
     asked = []
 
-    def votes(storage: Storage, digest: str) -> int:
+    def votes(storage: Storage, digest: str) -> PeoplesVotes:
         asked.append(digest)
-        return 31
+        return PeoplesVotes(31)
 
-    monkeypatch.setattr("serve.voting.evidence.num_votes_about", votes)
+    monkeypatch.setattr("serve.voting.evidence.votes_about", votes)
     given = ["adapters", "promote", desk.adapter.id, "--storage", desk.storage.root]
     done = CliRunner().invoke(app, given, catch_exceptions=False)
     assert asked == [desk.adapter.digest]

@@ -34,7 +34,7 @@ def draft(**changes: Any) -> dict[str, Any]:
         "method": {"type": "lora", "lora_rank": 16, "target_modules": "all-linear"},
         "datasets": [
             {
-                "path": "hub:org/tickets",
+                "path": "hub:org/tickets:main:train",
                 "source": "https://example.com",
                 "license": "CC0-1.0",
                 "records": 1200,
@@ -115,7 +115,7 @@ def test_the_license_of_an_unknown_base_is_unknown() -> None:
 
 def test_missing_source_and_license_are_not_stated() -> None:
     assert table_rows(card_of(draft()), "Data") == [
-        ["hub:org/tickets", "https://example.com", "CC0-1.0", "1,200"],
+        ["hub:org/tickets:main:train", "https://example.com", "CC0-1.0", "1,200"],
         ["data/own.jsonl", "not stated", "not stated", "30"],
     ]
 

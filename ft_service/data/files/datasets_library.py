@@ -64,13 +64,16 @@ def _saved_dataset(path: Path) -> Any:
 
 
 def _hub_dataset(source: DataSource) -> Any:
+    """``hub:NAME``, ``hub:NAME:SPLIT`` or ``hub:NAME:CONFIGURATION:SPLIT``; the split is train by default."""
     from datasets import load_dataset
 
-    name, _, split = source.path.removeprefix(HUB_PREFIX).partition(":")
+    name, *parts = source.path.removeprefix(HUB_PREFIX).split(":", 2)
+    split = parts[-1] if parts else ""
+    configuration = parts[0] if len(parts) == 2 else None
     try:
-        return load_dataset(name, split=split or "train")
+        return load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # the library raises many kinds: not found, offline, no such split
         raise DataError(
             f"data path = {source.path!r}: cannot be downloaded ({type(error).__name__}: {error}). "
-            "Write hub:OWNER/NAME or hub:OWNER/NAME:SPLIT, or download it first."
+            "Write hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIGURATION:SPLIT, or download it first."
         ) from None

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from ft_service.cli.study_results import stored_studies
 from ft_service.registry.registry import AdapterRecord
 from serve.database.database import open_database
-from serve.voting.evidence import num_votes_about
+from serve.voting.evidence import votes_about
 from serve.voting.export import vote_records
 from serve.voting.results import result_lines, study_result
 from serve.voting.stored import stored_votes
@@ -59,6 +59,6 @@ def test_a_study_is_shown_for_exactly_its_weights(made):
     real = [vote for vote in votes if vote.kind == "real"]
     assert 0 < len(real) < len(votes)
     assert (study.name, study.votes, study.is_closed) == ("desk", len(real), False)
-    assert num_votes_about(made.storage, "a" * 64) == len(real)
+    assert votes_about(made.storage, "a" * 64).votes == len(real)
     assert study.lines == result_lines(study_result(votes, MODELS))
     assert stored_studies(made.storage, a_record("b" * 64)) == []
