@@ -50,7 +50,7 @@ def show_evaluation(evaluation: Evaluation, place: str) -> None:
     )
     console.print()
     overall = evaluation.comparison.overall
-    rows = [*evaluation.comparison.skills, *([overall] if overall else []), *evaluation.lm_eval]
+    rows = [*evaluation.comparison.skills, *([overall] if overall else []), *evaluation.other_tasks]
     if rows:
         console.print(comparison_table(rows, "base" if evaluation.base.digest is None else "other"))
         console.print()

@@ -109,6 +109,12 @@ class Evaluation(StoredFile):
     stability: StabilityReport | None
     judge: Judgement | None
     lm_eval: list[Comparison] = Field(description="Tasks of lm-eval, one entry a metric.")
+    inspect_ai: list[Comparison] = Field(default=[], description="Tasks of Inspect AI, one entry a scorer.")
+
+    @property
+    def other_tasks(self) -> list[Comparison]:
+        """Of lm-eval and Inspect AI."""
+        return [*self.lm_eval, *self.inspect_ai]
 
 
 def asked_of(loaded: LoadedSuite, adapter: ServedModelFacts, base: ServedModelFacts, limit: int | None) -> Asked:

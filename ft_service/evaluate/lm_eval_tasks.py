@@ -1,9 +1,6 @@
-"""Tasks of lm-eval, asked over the same server: its own scores, compared item by item like all others.
+"""Tasks of lm-eval, asked over the same server. See `ft_service.evaluate.task_scores`.
 
-The package is an extra, and imported here alone. It asks the server by itself, so that weights are checked before and
-after each model instead of with every reply. A task is not resumed in its middle; what is complete is kept.
-
-<storage>/evaluations/<id>/lm_eval/<model>.json
+The package is an extra, and imported here alone.
 """
 
 import contextlib
@@ -14,35 +11,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from pydantic import Field
-
 from ft_service.errors import ServingError, UsageError
 from ft_service.evaluate.ask import Endpoint, address
-from ft_service.evaluate.comparison import Comparison, Result, adjusted, compare_values
-from ft_service.evaluate.server import ServedModelFacts, Server
+from ft_service.evaluate.comparison import Comparison
+from ft_service.evaluate.server import ServedModelFacts
 from ft_service.evaluate.suite import LmEval
-from ft_service.storage.formats import StoredFile
+from ft_service.evaluate.task_scores import ModelScores, TaskScores, measure_models
 from ft_service.storage.storage import Storage
 from ft_service.text import error_line
-
-
-class TaskScores(Result):
-    """One metric of one task: a value for each item."""
-
-    task: str
-    metric: str = Field(description="With its filter, where the task has several: exact_match,strict.")
-    higher_is_better: bool
-    values: list[tuple[str, float]] = Field(description="(digest of the item, value)")
-
-
-class ModelScores(StoredFile):
-    """All tasks of one model."""
-
-    format: int = Field(default=1, description="Version of this file's layout.")
-    model: ServedModelFacts
-    settings: LmEval
-    versions: dict[str, str] = Field(description="Task -> its version; lm_eval -> that of the package.")
-    scores: list[TaskScores]
 
 
 def check_tasks(settings: LmEval) -> None:
@@ -67,21 +43,15 @@ def measure_tasks(
     seed: int,
 ) -> list[Comparison]:
     """Base and adapter, in this order, on every task and metric. Raises `ServingError` if lm-eval fails."""
-    server = Server(endpoint)
-    scores = []
-    for model in models:
-        path = f"{folder}/lm_eval/{model.id.replace('/', '_')}.json"
-        if storage.exists(path):
-            known = ModelScores.parse(storage.read_json(path), storage.uri(path))
-        else:
-            known = _ask(settings, model, endpoint, concurrency, seed)
-            if server.model(model.id).identity != model.identity:
-                raise ServingError(
-                    f"{model.id}: other weights answer than before. Start a new evaluation with --id NAME."
-                )
-            storage.write_json(path, known.model_dump(mode="json"))
-        scores.append(known.scores)
-    return adjusted(list(_compared(scores[0], scores[1], seed)))
+    return measure_models(
+        "lm_eval",
+        models,
+        endpoint,
+        storage,
+        folder,
+        seed,
+        lambda model: _ask(settings, model, endpoint, concurrency, seed),
+    )
 
 
 def _ask(settings: LmEval, model: ServedModelFacts, endpoint: Endpoint, concurrency: int, seed: int) -> ModelScores:
@@ -116,7 +86,7 @@ def _ask(settings: LmEval, model: ServedModelFacts, endpoint: Endpoint, concurre
     versions = {task: str(number) for task, number in content["versions"].items()}
     return ModelScores(
         model=model,
-        settings=settings,
+        settings=settings.model_dump(mode="json"),
         versions={"lm_eval": version("lm_eval"), **versions},
         scores=list(_scores(content)),
     )
@@ -142,21 +112,3 @@ def _scores(found: dict[str, Any]) -> Iterator[TaskScores]:
         for name, values in groups.items():
             better = directions.get(name.partition(",")[0])
             yield TaskScores(task=task, metric=name, higher_is_better=better is not False, values=values)
-
-
-def _compared(base: Sequence[TaskScores], adapter: Sequence[TaskScores], seed: int) -> Iterator[Comparison]:
-    others = {(one.task, one.metric): one for one in adapter}
-    for one in base:
-        other = others.get((one.task, one.metric))
-        values = dict(other.values) if other else {}
-        names = [name for name, _ in one.values if name in values]
-        if names:
-            before = dict(one.values)
-            yield compare_values(
-                f"{one.task} ({one.metric})",
-                [before[name] for name in names],
-                [values[name] for name in names],
-                names,
-                seed,
-                is_loss=not one.higher_is_better,
-            )

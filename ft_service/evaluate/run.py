@@ -8,12 +8,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Literal
 
 from ft_service.errors import ServingError, UsageError
 from ft_service.evaluate.ask import DEFAULT_CONCURRENCY, Answer, Answers, Endpoint, Identity, Question, ask_now
-from ft_service.evaluate.comparison import ItemResult, ScoredAnswer, compare_items
+from ft_service.evaluate.comparison import Comparison, ItemResult, ScoredAnswer, compare_items
 from ft_service.evaluate.evaluation import (
     Asked,
     Evaluation,
@@ -25,6 +26,7 @@ from ft_service.evaluate.evaluation import (
     write_results,
 )
 from ft_service.evaluate.forgetting import measure_forgetting
+from ft_service.evaluate.inspect_tasks import check_inspect, measure_inspect
 from ft_service.evaluate.items import Item
 from ft_service.evaluate.judge import Judgement, measure_judgement, questions_to
 from ft_service.evaluate.lm_eval_tasks import check_tasks, measure_tasks
@@ -42,7 +44,7 @@ from ft_service.evaluate.stability import (
     report,
     variations_of,
 )
-from ft_service.evaluate.suite import LmEval, LoadedSuite, draw, load_suite
+from ft_service.evaluate.suite import LoadedSuite, Suite, draw, load_suite
 from ft_service.registry.registry import Registry
 from ft_service.storage.retry import RUN_RETRY_SECONDS
 from ft_service.storage.storage import Storage
@@ -78,6 +80,8 @@ def evaluate(request: Request, endpoint: Endpoint, show: Show = lambda stage, do
     loaded = load_suite(request.suite)
     if loaded.suite.lm_eval is not None:
         check_tasks(loaded.suite.lm_eval)
+    if loaded.suite.inspect_ai is not None:
+        check_inspect(loaded.suite.inspect_ai)
     storage = Storage(request.storage, retry_seconds=RUN_RETRY_SECONDS)
     server = Server(endpoint)
     adapter = server.model(request.adapter)
@@ -94,8 +98,8 @@ def evaluate(request: Request, endpoint: Endpoint, show: Show = lambda stage, do
         endpoint, request.concurrency, Answers(storage, folder_of(evaluation_id)), show, _identities(adapter, base)
     )
     evaluation, results = _measure(evaluation_id, asked, loaded, plan, asking, server)
-    if loaded.suite.lm_eval is not None and evaluation.stopped is None:
-        evaluation = _with_tasks(evaluation, loaded.suite.lm_eval, asking, storage)
+    if evaluation.stopped is None:
+        evaluation = _with_tasks(evaluation, loaded.suite, asking, storage)
     write_results(storage, evaluation, results)
     update_scorecard(storage, evaluation)
     return evaluation
@@ -161,18 +165,22 @@ class _Asking:
         return [Failure(item=self.names[key][0], model=self.names[key][1], reason=reason) for key, reason in shown]
 
 
-def _with_tasks(evaluation: Evaluation, tasks: LmEval, asking: _Asking, storage: Storage) -> Evaluation:
-    """The evaluation with the tasks of lm-eval. A failure there is recorded, and takes nothing else down."""
+def _with_tasks(evaluation: Evaluation, suite: Suite, asking: _Asking, storage: Storage) -> Evaluation:
+    """The evaluation with the tasks of other harnesses. A failure there is recorded, and takes nothing else down."""
     models = (evaluation.base, evaluation.adapter)
-    folder = folder_of(evaluation.id)
-    try:
-        measured = measure_tasks(
-            tasks, models, asking.endpoint, storage, folder, asking.concurrency, evaluation.suite.seed
-        )
-    except ServingError as error:
-        left_out = [*evaluation.left_out, str(error)]
-        return evaluation.model_copy(update={"is_complete": False, "left_out": left_out})
-    return evaluation.model_copy(update={"lm_eval": measured})
+    shared = (models, asking.endpoint, storage, folder_of(evaluation.id), asking.concurrency, suite.seed)
+    harnesses: dict[str, Callable[[], list[Comparison]]] = {}
+    if suite.lm_eval is not None:
+        harnesses["lm_eval"] = partial(measure_tasks, suite.lm_eval, *shared)
+    if suite.inspect_ai is not None:
+        harnesses["inspect_ai"] = partial(measure_inspect, suite.inspect_ai, *shared)
+    for name, measure in harnesses.items():
+        try:
+            evaluation = evaluation.model_copy(update={name: measure()})
+        except ServingError as error:
+            left_out = [*evaluation.left_out, str(error)]
+            evaluation = evaluation.model_copy(update={"is_complete": False, "left_out": left_out})
+    return evaluation
 
 
 def _measure(

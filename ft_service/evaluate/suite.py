@@ -93,6 +93,17 @@ class LmEval(_Section):
     limit: int | None = Field(default=None, ge=1, description="Items of each task.")
 
 
+class InspectAi(_Section):
+    """Tasks of Inspect AI, asked over the same server by its own command from an environment of its own."""
+
+    tasks: list[str] = Field(
+        min_length=1, description="Files with tasks (task.py, task.py@name), or names of installed tasks."
+    )
+    folder: str = Field(default=".", description="The folder of the files, relative to the suite.")
+    command: str = Field(default="inspect", description="The command: a path relative to the suite, or a name on PATH.")
+    limit: int | None = Field(default=None, ge=1, description="Samples of each task.")
+
+
 class Thresholds(_Section):
     """What an adapter must reach to be promoted. Shares are from 0 to 1."""
 
@@ -130,6 +141,7 @@ class Suite(_Section):
     stability: Stability | None = None
     judge: Judge | None = None
     lm_eval: LmEval | None = None
+    inspect_ai: InspectAi | None = None
     thresholds: Thresholds = Thresholds()
 
 
@@ -159,10 +171,11 @@ def load_suite(suite: str) -> LoadedSuite:
     problems += repeated_ids(everything)
     texts, text_problems = _texts(file, settings, general or own)
     problems += text_problems
-    if not (everything or settings.held_out or settings.lm_eval or problems):
+    asks_others = settings.lm_eval or settings.inspect_ai
+    if not (everything or settings.held_out or asks_others or problems):
         problems.append(
             Problem(
-                "SUITE", str(file), "asks nothing", "Set items, held_out or lm_eval, or use general-en or general-ja."
+                "SUITE", str(file), "asks nothing", "Set items, held_out, lm_eval or inspect_ai, or use general-en."
             )
         )
     if problems:
@@ -175,7 +188,8 @@ def load_suite(suite: str) -> LoadedSuite:
     if lm_eval is not None and lm_eval.folder is not None:
         tasks = (file.parent / Path(lm_eval.folder).expanduser()).absolute()
         lm_eval = lm_eval.model_copy(update={"folder": str(tasks)})
-    settings = settings.model_copy(update={"held_out": held_out, "lm_eval": lm_eval})
+    inspect_ai = settings.inspect_ai and _inspect_from_folder(settings.inspect_ai, file.parent)
+    settings = settings.model_copy(update={"held_out": held_out, "lm_eval": lm_eval, "inspect_ai": inspect_ai})
     return LoadedSuite(settings, tuple(everything), general_ids, tuple(texts), digest)
 
 
@@ -184,6 +198,14 @@ def _from_folder(held_out: HeldOut, folder: Path) -> HeldOut:
     if held_out.path is None or held_out.path.startswith(HUB_PREFIX):
         return held_out
     return held_out.model_copy(update={"path": str(folder / Path(held_out.path).expanduser())})
+
+
+def _inspect_from_folder(settings: InspectAi, folder: Path) -> InspectAi:
+    """Relative paths start at the folder of the suite; a command that is no file there is a name on PATH."""
+    command = folder / Path(settings.command).expanduser()
+    tasks = (folder / Path(settings.folder).expanduser()).absolute()
+    update = {"folder": str(tasks), **({"command": str(command.absolute())} if command.is_file() else {})}
+    return settings.model_copy(update=update)
 
 
 def find_suite(suite: str) -> Path:
@@ -235,6 +257,7 @@ def _field_of(keys: Sequence[str]) -> tuple[type[BaseModel] | None, str | None]:
         "stability": Stability,
         "judge": Judge,
         "lm_eval": LmEval,
+        "inspect_ai": InspectAi,
         "thresholds": Thresholds,
     }
     section = sections.get(keys[0], Suite) if len(keys) > 1 else Suite

@@ -238,7 +238,7 @@ def _section(evaluated: Evaluated) -> _Section:
             *judged,
         ],
         rows=rows_of([*evaluation.comparison.skills, *([overall] if overall else [])]),
-        tasks=rows_of(evaluation.lm_eval) if evaluation.lm_eval else None,
+        tasks=rows_of(evaluation.other_tasks) if evaluation.other_tasks else None,
         changes=changes_of(evaluated.results),
         has_items=bool(evaluated.results),
         forgetting=rows_of([*forgetting.skills, *([forgetting.overall] if forgetting.overall else [])]),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -281,3 +283,50 @@ def test_an_unknown_task_is_refused_before_anything_is_asked(world, tmp_path):
         evaluate(
             Request(world.adapters[0].id, str(tmp_path / "lm.yaml"), world.storage), Endpoint("http://127.0.0.1:9")
         )
+
+
+# -- Inspect AI --------------------------------------------------------------------------------------------------------
+
+INSPECT = shutil.which(os.environ.get("FT_INSPECT", "inspect"))
+INSPECT_TASK = """
+import json
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.scorer import match
+from inspect_ai.solver import generate
+
+@task
+def words():
+    samples = [Sample(id=id, input=question, target=answer) for id, question, answer in json.loads({samples!r})]
+    return Task(dataset=samples, solver=generate(max_tokens=8), scorer=match(location="exact"))
+"""
+
+
+@pytest.mark.skipif(
+    INSPECT is None, reason="Inspect AI needs an environment of its own (docs/evaluation.md); name it in FT_INSPECT."
+)
+def test_inspect_ai_asks_the_same_server_the_same_questions(world, url, tmp_path):
+    """The target of each sample is what the base itself answers, so the base is right on all of them."""
+    questions = [f"Last word of: red {word}" for word in ("cat", "dog", "house", "tree", "river", "stone")]
+    answers = [asked(url, served_base(url), question) for question in questions]
+    adapter_answers = [asked(url, world.adapters[0].id, question) for question in questions]
+    samples = [[f"s{number}", *pair] for number, pair in enumerate(zip(questions, answers, strict=True))]
+    (tmp_path / "words.py").write_text(INSPECT_TASK.format(samples=json.dumps(samples)))
+    (tmp_path / "suite.yaml").write_text(f"name: inspect\ninspect_ai: {{tasks: [words.py], command: {INSPECT}}}\n")
+    request = Request(world.adapters[0].id, str(tmp_path / "suite.yaml"), world.storage)
+    evaluation = evaluate(request, Endpoint(url))
+    assert evaluation.is_complete, evaluation.left_out
+    (found,) = evaluation.inspect_ai
+    assert (found.name, found.items, found.base) == ("words (match)", 6, 1.0)
+    same = [before == after for before, after in zip(answers, adapter_answers, strict=True)]
+    assert found.adapter == sum(same) / 6
+
+
+def served_base(url: str) -> str:
+    models = httpx.get(f"{url}/models").json()["data"]
+    return next(str(model["id"]) for model in models if not model.get("parent"))
+
+
+def asked(url: str, model: str, question: str) -> str:
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
+    return str(httpx.post(f"{url}/chat/completions", json=body).json()["choices"][0]["message"]["content"])
