@@ -75,7 +75,7 @@ def drain_node(address: str, notice: Notice, node_ip: str | None = None) -> None
     living = [node.node_id.hex() for node in nodes if node.state == 0]  # GcsNodeInfo.ALIVE
     if not living:
         raise ClusterError(f"{address}: the cluster has no living node with address {node_ip}.")
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
     deadline_ms = time.time_ns() // 10**6 + notice.seconds_left * 1000
     for node_id in living:
         accepted, message = client.drain_node(node_id, reason, notice.reason, deadline_ms)
