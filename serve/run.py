@@ -57,13 +57,14 @@ def run_server(
     ray_address: str | None = None,
     name: str = APP_NAME,
     dtype: str | None = None,
+    stop_seconds: float | None = None,
 ) -> None:
     """Serve `base` and its adapters on `storage` until SIGINT or SIGTERM.
 
     `base` None uses the one base that all adapters share; `dtype` is what it computes in, by default the checkpoint's
-    own. Joins Ray at `ray_address` or RAY_ADDRESS, or starts it on
-    this machine. Where Ray Serve already runs, the application called `name` joins it at a route of its own, and only
-    that application is deleted at the end.
+    own. `stop_seconds` is the limit of that name, None its default. Joins Ray at `ray_address` or RAY_ADDRESS, or starts
+    it on this machine. Where Ray Serve already runs, the application called `name` joins it at a route of its own, and
+    only that application is deleted at the end.
 
     Raises `ServingError` (port, name or route in use, a reachable address without a key, a replica that does not
     start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.
@@ -74,6 +75,9 @@ def run_server(
         settings = complete(settings)  # the base may be the one that all adapters share
         bases = [{**one.model_dump(), "dtype": dtype} for one in settings.bases]
         settings = read_settings({"storage": settings.storage, "bases": bases}, "--")
+    if stop_seconds is not None:
+        limits = settings.limits.model_copy(update={"stop_seconds": stop_seconds})
+        settings = settings.model_copy(update={"limits": limits})
     _run(settings, host, port, ray_address, name)
 
 
@@ -170,12 +174,14 @@ def _check_running_serve(host: str, port: int, name: str) -> None:
 def _stop_serving(name: str, local: bool, stop_seconds: float) -> None:
     """End the requests in flight, then delete this application; shut Ray Serve down only if no other one is left.
 
-    A Ray of this process ends with it, and Serve with Ray. Trap: when Serve shuts down, Ray prints that a task failed
+    A Ray of this process ends with it, and Serve with Ray. With 0 seconds the application is given up first of all: a
+    job that is stopped has three seconds until it is killed. Trap: when Serve shuts down, Ray prints that a task failed
     and is tried again without end.
     """
     try:
         if name in serve.status().applications:
-            _end_requests(name, stop_seconds)
+            if stop_seconds > 0:
+                _end_requests(name, stop_seconds)
             _delete(name)
         if not local and not serve.status().applications:
             serve.shutdown()

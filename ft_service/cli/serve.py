@@ -28,6 +28,9 @@ def serve(
     name: Annotated[
         str, typer.Option(help="Name of the application. With a name of its own, a second server answers at /NAME/v1.")
     ] = "ft",
+    stop_seconds: Annotated[
+        float | None, typer.Option(min=0, help="How long answers go on after Ctrl-C or SIGTERM (default: 60).")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A Ray Serve config such as serve/config.yaml: several bases, engines, limits."),
@@ -39,9 +42,11 @@ def serve(
     if config is not None:
         if dtype is not None:
             raise UsageError("--dtype: conflicts with --config. Set dtype of each base in the file.")
+        if stop_seconds is not None:
+            raise UsageError("--stop-seconds: conflicts with --config. Set limits.stop_seconds in the file.")
         run_config(config, name)
     else:
-        run_server(storage, base, host, port, name=name, dtype=dtype)
+        run_server(storage, base, host, port, name=name, dtype=dtype, stop_seconds=stop_seconds)
 
 
 def top(

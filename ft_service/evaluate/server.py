@@ -177,7 +177,9 @@ def started_server(storage: str, base: str | None) -> Iterator[str]:
     """
     port = _free_port()
     name = f"evaluation-{port}"
-    options = ["--storage", storage, "--port", str(port), "--name", name, *(["--base", base] if base else [])]
+    # Nobody else asks it. `ray job stop` kills it after three seconds, by when its application must have been deleted.
+    options = ["--storage", storage, "--port", str(port), "--name", name, "--stop-seconds", "0"]
+    options += ["--base", base] if base else []
     python_path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(

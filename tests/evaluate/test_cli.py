@@ -13,6 +13,7 @@ from ft_service.cli.app import app
 from ft_service.errors import FtError, NotPublishedError, SpecError, UsageError
 from ft_service.evaluate import launch
 from ft_service.evaluate.ask import Endpoint
+from ft_service.evaluate.server import started_server
 from tests.evaluate.fake_server import ADAPTER, BASE, FakeServer, refused
 from tests.evaluate.test_run import World, solves
 
@@ -86,6 +87,21 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.multiprocess
+def test_a_server_started_for_an_evaluation_gives_up_at_once_when_it_is_stopped(monkeypatch):
+    """`ray job stop` kills it three seconds after its signal."""
+    commands = []
+
+    def popen(command: list[str], **_: object) -> None:
+        commands.append(command)
+        raise OSError("not started")
+
+    monkeypatch.setattr("ft_service.evaluate.server.subprocess.Popen", popen)
+    with pytest.raises(OSError, match="not started"), started_server("storage", "base"):
+        pass
+    (command,) = commands
+    assert command[command.index("--stop-seconds") + 1] == "0"
+
+
 def test_the_job_refuses_what_cannot_work(tmp_path):
     world = World(tmp_path, 3)
     suite = ("--suite", str(world.suite))

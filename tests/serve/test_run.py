@@ -101,6 +101,8 @@ def test_the_dtype_is_that_of_the_one_base_named_or_shared(world, free_port, mon
     run_server(world.storage, str(world.base) if given else None, port=free_port, dtype="float32")
     [base] = started[0].bases
     assert (base.base, base.dtype) == (str(world.base), "float32")
+    run_server(world.storage, str(world.base), port=free_port, stop_seconds=0)
+    assert (started[0].limits.stop_seconds, started[1].limits.stop_seconds) == (60, 0)
     message = refused(UsageError, world.storage, str(world.base), port=free_port, dtype="int3")
     assert "dtype" in message and "int3" in message
 
@@ -230,6 +232,16 @@ def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left
     monkeypatch.setattr("ray.serve.shutdown", lambda: shutdowns.append(1))
     _stop_serving("ft", local=False, stop_seconds=1)
     assert applications == left and bool(shutdowns) == shuts_down
+
+
+def test_with_no_seconds_to_stop_the_application_is_deleted_first_of_all(monkeypatch):
+    applications = {"ft"}
+    monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: pytest.fail("it waited for requests"))
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))
+    monkeypatch.setattr("ray.serve.shutdown", lambda: None)
+    _stop_serving("ft", local=False, stop_seconds=0)
+    assert applications == set()
 
 
 def test_a_server_with_a_ray_of_its_own_leaves_the_end_of_serve_to_ray(monkeypatch):
