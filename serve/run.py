@@ -62,9 +62,10 @@ def run_server(
     """Serve `base` and its adapters on `storage` until SIGINT or SIGTERM.
 
     `base` None uses the one base that all adapters share; `dtype` is what it computes in, by default the checkpoint's
-    own. `stop_seconds` is the limit of that name, None its default. Joins Ray at `ray_address` or RAY_ADDRESS, or starts
-    it on this machine. Where Ray Serve already runs, the application called `name` joins it at a route of its own, and
-    only that application is deleted at the end.
+    own. `stop_seconds` is the limit of that name, None its default.
+
+    Joins Ray at `ray_address` or RAY_ADDRESS, or starts it on this machine. Where Ray Serve already runs, the
+    application called `name` joins it at a route of its own, and only that application is deleted at the end.
 
     Raises `ServingError` (port, name or route in use, a reachable address without a key, a replica that does not
     start), `UsageError`, `ModelError`, `StorageError` or `ClusterError`.

@@ -180,10 +180,60 @@ def links(name: Name, server: Server = _SERVER, database: Database = None, as_js
         _print_links(found)
 
 
+@study_app.command("judge")
+def judge(
+    name: Name,
+    url: Annotated[str, typer.Option(metavar="URL", help="Any OpenAI-shaped endpoint, up to /v1.")],
+    model: Annotated[str, typer.Option(help="The model that judges.")],
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the key of that endpoint.")] = None,
+    rubric: Annotated[str | None, typer.Option(help="What the judge is asked (default: that of suites).")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a language model about the answers that people compare, and say how far it agrees with them.
+
+    Questions and answers are sent to that endpoint. Results of the people stay as they are.
+    """
+    from ft_service.evaluate.ask import Endpoint
+    from ft_service.evaluate.server import key_from_environment
+    from ft_service.evaluate.suite import Judge
+    from serve.voting.files import StudyFolder
+    from serve.voting.judges import judge_lines, judge_study
+    from serve.voting.stored import stored_votes
+
+    settings = Judge(url=url, model=model, key_env=key_env, **({"rubric": rubric} if rubric else {}))
+    endpoint = Endpoint(url, key_from_environment(key_env) if key_env else None)
+    folder = StudyFolder(Storage(storage), name)
+    with console.status("Asking the judge") as status:
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"Asking the judge: {done} of {total} verdicts")
+
+        found = judge_study(folder, settings, endpoint, concurrency, progress)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    disagreed = sum(verdict.disagreed for verdict in found.verdicts)
+    print_text(
+        f"{model} judged {counted(len(found.verdicts), 'comparison')} in both orders; in {disagreed} the orders named "
+        f"different answers, which counts as neither. {found.unread} could not be read.",
+        indent=0,
+    )
+    for line in judge_lines(folder, stored_votes(folder)) or [
+        "Nobody has voted yet, so there is no agreement to show."
+    ]:
+        print_text(line, indent=0)
+
+
 @study_app.command("results")
-def results(name: Name, database: Database = None, as_json: AsJson = False) -> None:
+def results(
+    name: Name, storage: StorageRoot = DEFAULT_STORAGE, database: Database = None, as_json: AsJson = False
+) -> None:
     """Say what the votes show, how far raters agree, and what is still missing."""
     from serve.voting.export import vote_records
+    from serve.voting.files import StudyFolder
+    from serve.voting.judges import judge_lines
     from serve.voting.results import axis_lines, median_seconds, rater_lines, result_lines, study_result
     from serve.voting.studies import study_summary
 
@@ -195,7 +245,8 @@ def results(name: Name, database: Database = None, as_json: AsJson = False) -> N
     if as_json:
         print_json({**dataclasses.asdict(result), "median_seconds": seconds})
         return
-    for line in result_lines(result):
+    folder = StudyFolder(Storage(storage), name)
+    for line in [*result_lines(result), *(judge_lines(folder, records) if folder.exists() else [])]:
         print_text(line, indent=0)
     for heading, lines in (("Scores", axis_lines(records, models)), ("Raters", rater_lines(result))):
         if lines:

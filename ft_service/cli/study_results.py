@@ -23,6 +23,7 @@ def _stored_studies(storage: Storage, record: AdapterRecord) -> "Iterator[StudyR
     if not names:
         return  # the imports below take time
     from ft_service.pages.adapter_page import StudyResult
+    from serve.voting.judges import judge_lines
     from serve.voting.results import result_lines, study_result
     from serve.voting.stored import stored_votes
 
@@ -38,5 +39,6 @@ def _stored_studies(storage: Storage, record: AdapterRecord) -> "Iterator[StudyR
             lines = result_lines(study_result(votes, [model.id for model in study.models]))
         except DataError:
             lines = ["No vote compares two models yet."]
+        lines += judge_lines(folder, votes)
         real = sum(vote.kind == "real" and record.id in (vote.left_model, vote.right_model) for vote in votes)
         yield StudyResult(name, study.title, folder.closed() is not None, real, lines)

@@ -12,13 +12,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from ft_service.evaluate.ask import Answers, Question
+from ft_service.evaluate.ask import Answer, Answers, Question
 from ft_service.evaluate.comparison import Comparison, ItemResult, Result, compare_values
 from ft_service.evaluate.statistics.intervals import clustered_share
 from ft_service.evaluate.suite import Judge
 
 Winner = Literal["adapter", "base", "tie"]
 _MAX_TOKENS = 512
+_WINNERS: dict[str | None, Winner] = {"first": "base", "second": "adapter", None: "tie"}
 _SCORES: dict[Winner, float] = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
 _SYSTEM = (
     "You compare two answers to the same question. {rubric}\n"
@@ -74,12 +75,19 @@ class BothOrders:
 def questions_to(judge: Judge, result: ItemResult) -> BothOrders:
     """The questions to the judge about one item."""
 
-    def ask(first: str, second: str) -> Question:
-        user = _USER.format(question=result.prompt, first=first, second=second)
+    base_first, adapter_first = both_orders(judge, result.prompt, result.base.text, result.adapter.text)
+    return BothOrders(result, base_first, adapter_first)
+
+
+def both_orders(judge: Judge, question: str, first: str, second: str) -> tuple[Question, Question]:
+    """The two questions to a judge about two answers: the first answer shown as A, and shown as B."""
+
+    def ask(shown_as_a: str, shown_as_b: str) -> Question:
+        user = _USER.format(question=question, first=shown_as_a, second=shown_as_b)
         turns = (("system", _SYSTEM.format(rubric=judge.rubric)), ("user", user))
         return Question(judge.model, messages=turns, max_tokens=_MAX_TOKENS)
 
-    return BothOrders(result, ask(result.base.text, result.adapter.text), ask(result.adapter.text, result.base.text))
+    return ask(first, second), ask(second, first)
 
 
 def read_verdict(text: str) -> Literal["A", "B", "T"] | None:
@@ -90,22 +98,33 @@ def read_verdict(text: str) -> Literal["A", "B", "T"] | None:
     return found  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What a judge says of two answers: the better one, or neither."""
+
+    better: Literal["first", "second"] | None
+    disagreed: bool
+    """Whether the two orders named different answers, which counts as neither."""
+
+
+def decide(replies: tuple[Answer | None, Answer | None]) -> Decision | None:
+    """From the replies to `both_orders`; None if one is missing, or has no letter that can be read."""
+    letters = [read_verdict(reply.text) if reply else None for reply in replies]
+    if None in letters:
+        return None
+    named = ({"A": "first", "B": "second"}.get(letters[0] or ""), {"A": "second", "B": "first"}.get(letters[1] or ""))
+    return Decision(named[0], False) if named[0] == named[1] else Decision(None, True)  # type: ignore[arg-type]
+
+
 def measure_judgement(both: Sequence[BothOrders], answers: Answers, judge: Judge, seed: int) -> Judgement | None:
     """None if no item has two verdicts."""
     judged: list[tuple[ItemResult, JudgedItem]] = []
     for one in both:
-        first = answers.get(one.base_first)
-        second = answers.get(one.adapter_first)
-        verdicts = (read_verdict(first.text) if first else None, read_verdict(second.text) if second else None)
-        if None in verdicts:
+        decision = decide((answers.get(one.base_first), answers.get(one.adapter_first)))
+        if decision is None:
             continue
-        winners: tuple[Winner, Winner] = (
-            {"A": "base", "B": "adapter", "T": "tie"}[verdicts[0] or ""],
-            {"A": "adapter", "B": "base", "T": "tie"}[verdicts[1] or ""],
-        )  # type: ignore[assignment]
-        agreed = winners[0] == winners[1]
-        winner: Winner = winners[0] if agreed else "tie"
-        judged.append((one.result, JudgedItem(id=one.result.id, winner=winner, disagreed=not agreed)))
+        winner = _WINNERS[decision.better]
+        judged.append((one.result, JudgedItem(id=one.result.id, winner=winner, disagreed=decision.disagreed)))
     if not judged:
         return None
     scores = [_SCORES[item.winner] for _, item in judged]

@@ -120,7 +120,7 @@ def as_csv(records: Sequence[VoteRecord], axes: Sequence[str]) -> str:
     writer = csv.writer(out)
     writer.writerow([*names, *(f"score_{axis}" for axis in axes)])
     for record in records:
-        cells = {**asdict(record), "turns": _shown(record.turns)}
+        cells = {**asdict(record), "turns": shown_turns(record.turns)}
         writer.writerow([_cell(cells[name]) for name in names] + [record.scores.get(axis, "") for axis in axes])
     return out.getvalue()
 
@@ -167,7 +167,8 @@ def _conversation(pair: Preference) -> dict[str, Any]:
     return {"prompt": turns, "chosen": chosen, "rejected": rejected}
 
 
-def _shown(turns: Sequence[dict[str, str]]) -> str:
+def shown_turns(turns: Sequence[dict[str, str]]) -> str:
+    """A question as one text: its only turn, or all of them with their roles."""
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -6,6 +6,8 @@
                          votes/<rater>/<assignment>-<round>.json            a vote
                                        <assignment>-<round>.withdrawn.json  that vote was withdrawn
                                        <assignment>.revealed.json           the rater learnt which models these are
+                         judges/<judge>.json           what a language model says of the same answers
+                                <judge>/answers/       its replies
                          closed.json                   no more votes
                          draft/                        answers of a study that is being prepared
 
@@ -172,6 +174,25 @@ class RevealedFile(StoredFile):
     void: list[str] = Field(description="Assignments of the rater that can no longer be judged blind.")
 
 
+class JudgeVerdict(_Part):
+    """A judge's verdict on a comparison."""
+
+    comparison: str
+    winner: str | None = Field(description="The model; None for neither.")
+    disagreed: bool = Field(description="Whether the two orders named different answers, which counts as neither.")
+
+
+class JudgeFile(StoredFile):
+    """judges/<judge>.json"""
+
+    model: str
+    rubric: str
+    study_digest: str
+    time: datetime
+    verdicts: list[JudgeVerdict]
+    unread: int = Field(description="Comparisons without two verdicts that could be read.")
+
+
 class ClosedFile(StoredFile):
     """closed.json"""
 
@@ -253,6 +274,16 @@ class StudyFolder:
 
     def delete_votes(self, rater: str) -> None:
         self.storage.delete(f"{self.path}/votes/{rater}")
+
+    def judge_folder(self, judge: str) -> str:
+        return f"{self.path}/judges/{judge}"
+
+    def write_judge(self, judge: str, content: JudgeFile) -> None:
+        self._write(f"judges/{judge}.json", content)
+
+    def judges(self) -> list[JudgeFile]:
+        names = sorted(name for name in self.storage.files(f"{self.path}/judges") if name.endswith(".json"))
+        return [self._read(f"judges/{name}", JudgeFile) for name in names]
 
     def write_closed(self, time: datetime) -> None:
         self._write("closed.json", ClosedFile(time=time))

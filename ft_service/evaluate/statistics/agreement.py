@@ -1,4 +1,4 @@
-"""Agreement: of all raters (Krippendorff's alpha), of each rater with themselves and with the others, random clickers.
+"""Agreement of raters: of all (Krippendorff's alpha), of each with themselves and the others, of a judge with people.
 
 Letters in shapes: R raters, U units (an item with a pair of models), C labels, N votes.
 
@@ -9,6 +9,7 @@ Sources:
     Holm (1979), see `intervals`.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,72 @@ def votes_alpha(votes: Sequence[Vote], *, level: float = LEVEL, seed: int = 0, r
 def label_of(vote: Vote) -> str:
     """The model that wins, or the outcome. The same vote has the same label, whichever side the models stood on."""
     return f"model {vote.winner}" if vote.winner is not None else vote.outcome.value
+
+
+@dataclass(frozen=True)
+class JudgeAgreement:
+    """How far a judge decides as people do about the same two answers. A tie and "both bad" both name neither.
+
+    `with_people` is the share of people's votes whose winner the judge names too. `between_people` is the same for two
+    different people on the same answers, None where no answers have two votes: what a judge can reach at best. Both
+    intervals respect items. `alpha` is Krippendorff's, of the judge and the most frequent label of the people, without
+    units in which the people have no such label.
+    """
+
+    units: int
+    with_people: Share
+    between_people: Share | None
+    alpha: Alpha
+
+
+def judge_agreement(
+    votes: Sequence[Vote],
+    verdicts: Mapping[tuple[str, tuple[str, str]], str | None],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> JudgeAgreement | None:
+    """`verdicts` are an item with a pair of models (`Vote.pair`) -> the model that the judge prefers, None for neither.
+
+    None if no vote is about what was judged. Repeats, attention items and controls are left out.
+    """
+    units: dict[tuple[str, tuple[str, str]], list[str | None]] = defaultdict(list)
+    for vote in votes:
+        if vote.compares and (vote.item, vote.pair) in verdicts:
+            units[vote.item, vote.pair].append(vote.winner)
+    if not units:
+        return None
+    judged = [(item, label == verdicts[item, pair]) for (item, pair), labels in units.items() for label in labels]
+    pairs = [
+        (item, first == second)
+        for (item, _), labels in units.items()
+        for first, second in itertools.combinations(labels, 2)
+    ]
+    both = [
+        (_named(most), _named(verdicts[unit]))
+        for unit, labels in units.items()
+        if (most := _most_frequent(labels)) != ""
+    ]
+    return JudgeAgreement(
+        units=len(units),
+        with_people=_share_by_item(judged, level),
+        between_people=_share_by_item(pairs, level) if pairs else None,
+        alpha=krippendorff_alpha([[one[side] for one in both] for side in (0, 1)], level=level, seed=seed),
+    )
+
+
+def _share_by_item(values: Sequence[tuple[str, bool]], level: float) -> Share:
+    return clustered_share([float(holds) for _, holds in values], [item for item, _ in values], level=level)
+
+
+def _most_frequent(labels: Sequence[str | None]) -> str | None:
+    """Empty if two labels are as frequent."""
+    counts = Counter(labels).most_common(2)
+    return "" if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
+
+
+def _named(winner: str | None) -> str:
+    return "neither" if winner is None else f"model {winner}"
 
 
 def _label_counts(units: Iterable[Sequence[str | None]]) -> Floats:

@@ -1,6 +1,6 @@
 """Results in plain words, for pages and terminals."""
 
-from ft_service.evaluate.statistics.agreement import Alpha, RaterReport, RaterVerdict
+from ft_service.evaluate.statistics.agreement import Alpha, JudgeAgreement, RaterReport, RaterVerdict
 from ft_service.evaluate.statistics.flips import FlipResult
 from ft_service.evaluate.statistics.intervals import Interval, Share, Verdict
 from ft_service.evaluate.statistics.paired import PairedComparison
@@ -108,6 +108,18 @@ def alpha_words(result: Alpha) -> str:
         f"Agreement between raters is {result.value:.2f}, {result.interval.low:.2f} to {result.interval.high:.2f}; "
         "0 is what chance gives, 1 is full agreement."
     )
+
+
+def judge_words(judge: str, result: JudgeAgreement) -> str:
+    """How far a judge decides as people do, beside how far people do among themselves."""
+    words = f"{judge} decides as people do in {share_words(result.with_people, 'votes')}"
+    if result.between_people is not None:
+        words += f"; two people decide the same in {share_words(result.between_people, 'cases')}"
+    alpha = result.alpha
+    if alpha.value is None or alpha.interval is None:
+        return f"{words}."
+    bounds = f"{alpha.interval.low:.2f} to {alpha.interval.high:.2f}"
+    return f"{words}. Its agreement with most people is {alpha.value:.2f}, {bounds}; 0 is chance, 1 is full agreement."
 
 
 def rater_words(report: RaterReport) -> str:

@@ -8,11 +8,13 @@ import pytest
 from ft_service.errors import DataError
 from ft_service.evaluate.statistics.agreement import (
     RaterVerdict,
+    judge_agreement,
     krippendorff_alpha,
     rater_reports,
     self_agreement,
     votes_alpha,
 )
+from ft_service.evaluate.statistics.sentences import judge_words
 from ft_service.evaluate.statistics.study import summarise
 from ft_service.evaluate.statistics.votes import Outcome, Vote
 from tests.evaluate.statistics.simulate import CAREFUL, LEFT_ONLY, RANDOM, Design, counted_votes, simulate
@@ -172,3 +174,46 @@ def test_a_second_vote_without_the_mark_of_a_repeat_is_an_error() -> None:
     vote = Vote("r0", "q0", "adapter", "base", Outcome.LEFT)
     with pytest.raises(DataError, match="rater r0 voted twice on item q0 with adapter and base"):
         summarise([vote, vote])
+
+
+def test_a_judge_is_held_against_every_vote_and_against_what_people_reach_among_themselves() -> None:
+    pair = ("adapter", "base")
+
+    def vote(rater: str, item: str, outcome: Outcome) -> Vote:
+        return Vote(rater, item, "adapter", "base", outcome)
+
+    votes = [
+        vote("r1", "q1", Outcome.LEFT),
+        vote("r2", "q1", Outcome.LEFT),
+        vote("r3", "q1", Outcome.RIGHT),
+        vote("r1", "q2", Outcome.RIGHT),
+        vote("r2", "q2", Outcome.RIGHT),
+        vote("r1", "q3", Outcome.TIE),
+        vote("r2", "q3", Outcome.BOTH_BAD),
+        vote("r1", "q4", Outcome.LEFT),  # not judged
+        Vote("r1", "q1", "base", "adapter", Outcome.LEFT, repeat=True),
+    ]
+    verdicts = {("q1", pair): "adapter", ("q2", pair): "adapter", ("q3", pair): None}
+    found = judge_agreement(votes, verdicts)
+    assert found is not None
+    assert found.units == 3
+    assert found.with_people.value == pytest.approx(4 / 7)  # 2 of 3, 0 of 2, 2 of 2
+    assert found.between_people is not None
+    assert found.between_people.value == pytest.approx(3 / 5)  # 1 of 3 pairs, 1 of 1, 1 of 1
+    assert found.alpha.units == 3 and found.alpha.raters == 2
+    assert judge_agreement(votes, {("q9", pair): None}) is None
+    words = judge_words("judge-1", found)
+    assert words.startswith("judge-1 decides as people do in 57 % of votes, ")
+    assert "; two people decide the same in 60 % of cases, " in words
+
+
+def test_a_judge_that_decides_as_most_people_do_has_an_alpha_of_1() -> None:
+    pair = ("adapter", "base")
+    votes = []
+    verdicts: dict[tuple[str, tuple[str, str]], str | None] = {}
+    for number in range(12):
+        outcome = Outcome.LEFT if number % 2 else Outcome.RIGHT
+        votes += [Vote(f"r{rater}", f"q{number}", "adapter", "base", outcome) for rater in range(3)]
+        verdicts[f"q{number}", pair] = "adapter" if number % 2 else "base"
+    found = judge_agreement(votes, verdicts)
+    assert found is not None and found.alpha.value == 1 and found.with_people.value == 1
