@@ -74,7 +74,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
     check_settings(spec, folder)
     events = EventLog(storage, folder.run_id)
     log(f"Run {folder.run_id}: {storage.uri(folder.path)}")
-    with Lease(folder, log) as lease, StopSignals() as signals:
+    with Lease(folder, log, confirms=False) as lease, StopSignals() as signals:
         folder.delete_requests("stop", "move")
         if (done := _published(folder)) is not None:
             log(f"The run is complete; it published {done.id}. To train again, use another --run-id.")
@@ -83,6 +83,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
         try:
             connect()
             signals.install()  # ray.init has installed its own handler for SIGTERM
+            lease.confirm()  # only here, because joining the cluster takes longer than finding out
             folder.set_state("preparing")
             folder.write_spec_if_absent(spec)
             events.emit(Notice(type="preparing", message=f"Preparing data and plan of {spec.name}."))

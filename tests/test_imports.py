@@ -53,6 +53,9 @@ async def answer():
     await engine.close()
 
 asyncio.run(answer())
+import transformers
+assert "LlamaForCausalLM" in dir(transformers)
+assert "MistralForCausalLM" not in dir(transformers), "the source of all model families was read"
 """
 REPORT = """
 import json, sys
@@ -160,6 +163,11 @@ def test_a_replica_answers_as_a_lora_adapter_without_bitsandbytes_and_the_compil
     )
     assert {"torch", "peft"} <= modules
     assert not modules & {"bitsandbytes", "deepspeed", "matplotlib", *UNUSED}
+
+
+def test_a_replica_imports_no_model_code_before_it_prepares_its_imports() -> None:
+    modules = imported_by(f"import serve.replica\n{REPORT}")
+    assert "ray.serve" in modules and not modules & {"torch", "transformers", "peft"}
 
 
 @pytest.mark.parametrize("module", ["cli.app", "spec.schema", "plan.plan", "registry.registry", "runs.folder"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ft_service import launch
-from ft_service.errors import RunStopped, StorageError, TrainingError
+from ft_service.errors import RunStopped, StorageError, TrainingError, UsageError
 from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder, resumed_spec
 from ft_service.spec.load import parse_run_spec
@@ -57,6 +57,20 @@ def test_a_replaced_driver_writes_nothing_more_to_the_run(
     assert holder is not None and holder.token == "theirs"
     assert [event.type for event in read_events(run.storage, "r")] == ["preparing"]
     assert not run.storage.exists("runs/r/report.html")
+
+
+def test_the_loser_of_two_simultaneous_drivers_changes_nothing(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(Storage(spec.storage), "r")
+
+    def connect() -> None:  # the other driver writes while this one joins the cluster
+        other = run.storage.read_json(f"{run.path}/lease.json") | {"token": "theirs"}
+        run.storage.write_json(f"{run.path}/lease.json", other)
+
+    monkeypatch.setattr(launch, "connect", connect)
+    with pytest.raises(UsageError, match="another driver started this run at the same moment"):
+        launch.run(spec, "r", lambda text: None)
+    assert run.status() is None and read_events(run.storage, "r") == []
+    assert [file.name for file in Path(spec.storage, run.path).iterdir()] == ["lease.json"]
 
 
 @pytest.mark.parametrize(("error", "state"), [(RunStopped("SIGTERM"), "stopped"), (TrainingError("nan"), "failed")])

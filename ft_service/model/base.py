@@ -4,16 +4,18 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 from pyarrow import fs
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ft_service.catalog import models
 from ft_service.errors import ModelError, ModelUnreachableError
 from ft_service.model.weight_files import WeightFiles
 from ft_service.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOVED_BASE = "If the base has moved, name its folder with --base PATH."
 _HUB_FILES = ["*.json", "*.jinja"]
@@ -116,8 +118,11 @@ def fingerprint(folder: Path) -> str:
     return WeightFiles(folder).fingerprint()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The model's tokenizer. Raises `ModelError` if it has none."""
+    # Here, because a replica imports this module before it prepares its imports (`ft_service.model.light_imports`).
+    from transformers import PreTrainedTokenizerFast
+
     try:
         if _has_plain_tokenizer(folder):
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -5,6 +5,7 @@ start at the same moment, each reads the file back to see which of them wrote la
 sees afterwards that another one has taken over.
 """
 
+import math
 import os
 import secrets
 import socket
@@ -29,11 +30,14 @@ _SURELY_EXPIRED = 10
 class Lease:
     """A driver's lease on a run, held while the block lasts.
 
-    Entering raises `UsageError` when another driver is alive. It can take `LEASE_SECONDS` to find out.
+    Entering raises `UsageError` when another driver is alive. It can take `LEASE_SECONDS` to find out. With `confirms`
+    False the block itself calls `confirm`, before it changes anything.
     """
 
-    def __init__(self, run: RunFolder, log: Log) -> None:
+    def __init__(self, run: RunFolder, log: Log, *, confirms: bool = True) -> None:
         self._run = run
+        self._confirms = confirms
+        self._settled_at = math.inf
         self._log = log
         self.token = secrets.token_hex(8)
         self._ended = threading.Event()
@@ -42,11 +46,17 @@ class Lease:
     def __enter__(self) -> "Lease":
         self._wait_for_previous_driver()
         self._write(self._run)
-        time.sleep(_SETTLE_SECONDS)
-        if not holds_lease(self._run, self.token):
-            raise UsageError(f"--run-id = {self._run.run_id!r}: another driver started this run at the same moment.")
+        self._settled_at = time.monotonic() + _SETTLE_SECONDS
+        if self._confirms:
+            self.confirm()
         self._thread.start()
         return self
+
+    def confirm(self) -> None:
+        """Raise `UsageError` if another driver started at the same moment and wrote last. Waits until that is known."""
+        time.sleep(max(0.0, self._settled_at - time.monotonic()))
+        if not holds_lease(self._run, self.token):
+            raise UsageError(f"--run-id = {self._run.run_id!r}: another driver started this run at the same moment.")
 
     def is_held(self) -> bool:
         """Whether no other driver has taken over; True as well when storage does not answer."""

@@ -20,6 +20,8 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import state as train_state
+from ray.train.v2._internal.execution.worker_group import worker_group as train_worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ft_service.catalog.gpus import find_gpu
@@ -105,12 +107,35 @@ class LastingTrainController(TrainController):
     """Ray Train's controller as an actor that can start and watch the workers of one attempt after another."""
 
     def __init__(self) -> None:
-        pass  # Ray Train's own constructor begins an attempt
+        # Ray Train's own constructor begins an attempt, see `train`.
+        start_no_synchronization_actor()
 
     async def train(self, **arguments: Any) -> ray.train.Result:
         super().__init__(**arguments)
         await self.run()
         return self.get_result()
+
+
+class _NoSynchronizationActor:
+    """Takes the place of Ray Train's actor class."""
+
+    @classmethod
+    def options(cls, **_: Any) -> "type[_NoSynchronizationActor]":
+        return cls
+
+    @staticmethod
+    def remote(**_: Any) -> str:
+        return "no synchronization actor"  # sent to the workers, which could not unpickle a class of this module soon
+
+
+def start_no_synchronization_actor() -> None:
+    """Let this process, a controller, start workers without Ray Train's synchronization actor.
+
+    The actor is for `ray.train.report` and Ray Train's collectives, which no worker calls. It is a process that imports
+    Ray Train while the workers do, and Ray starts it before them.
+    """
+    train_worker_group.SynchronizationActor = _NoSynchronizationActor  # type: ignore[assignment,misc]
+    train_state._shutdown_sync_actor = lambda sync_actor: None
 
 
 class Controller:

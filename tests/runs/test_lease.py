@@ -99,6 +99,31 @@ def test_of_two_simultaneous_drivers_the_last_writer_wins(run: RunFolder, monkey
     assert left is not None and left.token == "theirs"
 
 
+def test_a_driver_that_confirms_later_waits_only_for_the_rest(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    slept: list[float] = []
+    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(lease_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lease_module.time, "sleep", slept.append)
+    for spent in (0.25, 2.0):
+        with Lease(run, log=lambda text: None, confirms=False) as lease:
+            assert holds_lease(run, lease.token)
+            now[0] += spent
+            lease.confirm()
+    assert slept == [0.25, 0.0]
+
+
+def test_a_driver_that_confirms_later_finds_another_that_wrote_last(run: RunFolder) -> None:
+    with (
+        pytest.raises(UsageError, match="another driver started"),
+        Lease(run, log=lambda text: None, confirms=False) as lease,
+    ):
+        held(run)  # the other driver writes meanwhile
+        lease.confirm()
+    left = run.lease_holder()
+    assert left is not None and left.token == "theirs"
+
+
 def test_an_unreachable_storage_does_not_lose_the_lease(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(run, log=lambda text: None) as lease:
         assert lease.is_held()

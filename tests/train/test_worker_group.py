@@ -2,6 +2,7 @@
 
 import builtins
 import logging
+import pickle
 import socket
 import sys
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from ray.train.v2._internal.callbacks.metrics import WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
-from ray.train.v2._internal.execution.worker_group import RayTrainWorker
+from ray.train.v2._internal.execution.worker_group import RayTrainWorker, state
+from ray.train.v2._internal.execution.worker_group import worker_group as train_worker_group
 from ray.train.v2._internal.logging.patch_print import patch_print_function
 
 from ft_service.cluster.ray_cluster import remove_placement_groups
 from ft_service.spec.schema import ParallelSpec
 from ft_service.train import ray_worker, worker_group
-from ft_service.train.worker_group import Controller
+from ft_service.train.worker_group import Controller, LastingTrainController
 
 JOB = "01000000"
 WORKERS_DIED = ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("killed")})
@@ -88,6 +90,20 @@ def test_ray_train_starts_no_actors_that_a_run_does_not_need() -> None:
     left_out = (DatasetsCallback, PlacementGroupCleanerCallback, WorkerMetricsCallback, WorkingDirectorySetupCallback)
     callbacks = trainer._create_default_callbacks()
     assert callbacks and not any(isinstance(callback, left_out) for callback in callbacks)
+
+
+def test_workers_start_without_the_actor_of_collectives_that_no_worker_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((train_worker_group, "SynchronizationActor"), (state, "_shutdown_sync_actor")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is restored at the end
+    LastingTrainController()
+    builder = state.WorkerGroupStateBuilder()
+    group: Any = SimpleNamespace(shutdown=lambda: None)
+    actor_class: Any = train_worker_group.SynchronizationActor
+    actor = actor_class.options(label_selector={}).remote(timeout_s=1, warn_interval_s=1)  # as the worker group does
+    builder.with_placement_group_handle(group).with_workers([]).with_sync_actor(actor).build()
+    builder.shutdown()
+    assert actor
+    assert type(pickle.loads(pickle.dumps(actor))) is str  # workers get it before they import this project
 
 
 def test_ray_train_asks_nobody_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
