@@ -10,6 +10,9 @@ from starlette.middleware.cors import CORSMiddleware
 from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.database.keys import find_key
+from serve.fine_tuning import job_routes
+from serve.fine_tuning.job_records import JobRecords
+from serve.fine_tuning.routes import fine_tuning_routes
 from serve.http.access import REQUEST_ID_HEADER, AccessLog
 from serve.http.errors import ApiError, answer_errors_in_openai_shape
 from serve.http.in_flight import CountInFlight, InFlight, stopping
@@ -41,13 +44,17 @@ def create_api(
     """
     in_flight = in_flight or InFlight()
     database = open_database(settings.database) if settings.database else None
+    records = JobRecords(database) if database is not None else None
+    if records is not None:
+        models.add_names(records)
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
     api.include_router(inference_routes(models, backends, settings, database, in_flight))
     api.include_router(playground_routes())
     if database is not None and settings.storage:
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
-    describe(api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES])
+    api.include_router(fine_tuning_routes(records, settings, in_flight))
+    describe(api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES, *job_routes.BODIES])
 
     @api.get(HEALTH_PATH)
     @api.head(HEALTH_PATH, include_in_schema=False)

@@ -5,7 +5,7 @@ serve deploy serve/config.yaml
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.serve import Application
@@ -14,6 +14,8 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ft_service.errors import UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
+from serve.fine_tuning.deployment import FineTuning
+from serve.fine_tuning.templates import with_templates_read
 from serve.gateway import Gateway
 from serve.inference.models import only_base
 from serve.replica import BaseReplica, MakeEngine, make_engine
@@ -21,6 +23,8 @@ from serve.router import CONTROL_CALLS, AdapterRouter
 from serve.settings import BaseSettings, ServeSettings, absolute
 
 GATEWAY = "gateway"
+FINE_TUNING = "fine-tuning"
+CONTROLLER_STOP_SECONDS = 10.0
 _ROUTER = f"{AdapterRouter.__module__}.{AdapterRouter.__qualname__}"
 MAX_GATEWAY_REQUESTS = 2048
 """Far more than any base accepts: requests wait for their base, so that listing models does not wait behind them."""
@@ -46,7 +50,8 @@ def complete(settings: ServeSettings) -> ServeSettings:
         base, revision = only_base(Registry(storage))
         bases = (BaseSettings(base=base, revision=revision),)
     root = absolute(settings.storage) if storage.is_local else settings.storage
-    return settings.model_copy(update={"storage": root, "bases": bases}).with_absolute_folders()
+    complete = settings.model_copy(update={"storage": root, "bases": bases}).with_absolute_folders()
+    return with_templates_read(complete)
 
 
 def build_app(settings: ServeSettings, make_engine: MakeEngine = make_engine) -> Application:
@@ -62,7 +67,21 @@ def build_app(settings: ServeSettings, make_engine: MakeEngine = make_engine) ->
         graceful_shutdown_timeout_s=settings.limits.request_seconds,
         ray_actor_options={"num_cpus": 0},
     )
-    return gateway.bind(settings, handles)
+    return gateway.bind(settings, handles, _fine_tuning(settings, handles))
+
+
+def _fine_tuning(settings: ServeSettings, handles: Mapping[str, Application]) -> Application | None:
+    """The controller of fine-tuning jobs. The gateway never calls it; bound to it, it belongs to the application."""
+    if settings.fine_tuning is None:
+        return None
+    controller = FineTuning.options(  # type: ignore[attr-defined]
+        name=FINE_TUNING,
+        num_replicas=1,
+        health_check_period_s=HEALTH_CHECK_SECONDS,
+        graceful_shutdown_timeout_s=CONTROLLER_STOP_SECONDS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return cast(Application, controller.bind(settings, handles))
 
 
 def _replicas(settings: ServeSettings, base: BaseSettings, make_engine: MakeEngine) -> Application:

@@ -130,7 +130,13 @@ class Readiness:
 class Gateway:
     """A replica of the gateway: all bases, one address."""
 
-    def __init__(self, settings: ServeSettings, handles: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        handles: Mapping[str, DeploymentHandle],
+        controller: DeploymentHandle | None = None,
+    ) -> None:
+        """`controller` of fine-tuning jobs is here only to be part of the application."""
         assert settings.storage
         log_with_serve()
         bases = [load_base(base) for base in settings.bases]

@@ -104,6 +104,56 @@ class Limits(_Settings):
     max_choices: int = Field(default=128, ge=1, description="Answers of one request: prompts times `n`.")
 
 
+class WebhookSettings(_Settings):
+    """An address that is called when a fine-tuning job ends."""
+
+    url: str = Field(pattern=r"^https?://", description="Receives a POST for each job that ends.")
+    secret: SecretStr | None = _from_env(
+        "FT_WEBHOOK_SECRET", "Signs the calls; whsec_ and base64, or any text. Verified by `client.webhooks.unwrap`."
+    )
+    events: tuple[Literal["succeeded", "failed", "cancelled"], ...] = Field(
+        default=("succeeded", "failed", "cancelled"), description="Ends that are reported."
+    )
+
+    @model_validator(mode="after")
+    def _has_secret(self) -> Self:
+        if self.secret is None:
+            raise ValueError("secret: is required to sign the calls. Set it, or FT_WEBHOOK_SECRET")
+        return self
+
+
+class FineTuningSettings(_Settings):
+    """OpenAI's fine-tuning API: jobs become runs on a Ray cluster. It needs a database."""
+
+    ray_address: str = Field(
+        default="auto", description="Dashboard of the cluster that trains, http://host:8265; auto: the server's own."
+    )
+    organization: str = Field(
+        default="ft",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",
+        description="In the names of models: ft:<base>:<organization>:<suffix>:<id>.",
+    )
+    templates: dict[str, str | dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Base name -> run spec without data: a YAML file, or the settings themselves. Jobs change it.",
+    )
+    data_license: str = Field(
+        default="LicenseRef-OWN",
+        description="License that is recorded of uploaded files, if a job's metadata has no `license`.",
+    )
+    checked_mib: float = Field(
+        default=2,
+        ge=0,
+        description="Files up to this size are checked before a job is accepted; larger ones by the job itself.",
+    )
+    gpu_type: str | None = Field(default=None, description="GPU type of the cluster, for plans and estimates.")
+    price_per_gpu_hour: float | None = Field(default=None, ge=0, description="US dollars, for estimates.")
+    webhooks: tuple[WebhookSettings, ...] = Field(default=(), description="Called when a job ends.")
+    private_webhooks: bool = Field(
+        default=False, description="Whether webhooks may go to private addresses, such as 10.0.0.1 or localhost."
+    )
+
+
 class ServeSettings(_Settings):
     """Settings of a server. Those that are not given come from the environment."""
 
@@ -115,6 +165,9 @@ class ServeSettings(_Settings):
     gateways: int = Field(default=1, ge=1, description="Replicas of the gateway.")
     allowed_origins: tuple[str, ...] = Field(
         default=(), description="Web pages of other addresses that may call this server (CORS)."
+    )
+    fine_tuning: FineTuningSettings | None = Field(
+        default=None, description="The fine-tuning API. Without it the server only answers."
     )
     log_prompts: bool = Field(default=False, description="Whether prompts and answers may be in the log.")
 
@@ -144,7 +197,14 @@ class ServeSettings(_Settings):
             base.model_copy(update={"base": absolute(base.base)}) if looks_like_folder(base.base) else base
             for base in self.bases
         ]
-        return self.model_copy(update={"bases": tuple(bases)})
+        copy = self.model_copy(update={"bases": tuple(bases)})
+        if self.fine_tuning is None:
+            return copy
+        templates = {
+            name: absolute(template) if isinstance(template, str) else template
+            for name, template in self.fine_tuning.templates.items()
+        }
+        return copy.model_copy(update={"fine_tuning": self.fine_tuning.model_copy(update={"templates": templates})})
 
 
 @dataclass(frozen=True)

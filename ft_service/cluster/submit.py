@@ -3,11 +3,14 @@
 import secrets
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from ft_service.errors import ClusterError, UsageError
 from ft_service.runs.folder import new_run_id
 from ft_service.spec.schema import RunSpec
+from ft_service.text import first_line
 
 _PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,3 +72,88 @@ def _submit(arguments: list[str], run_id: str, address: str, detach: bool) -> in
         return 0
     print(f"job {job}: {info.status} {info.message or ''}", flush=True)
     return info.driver_exit_code or 1
+
+
+SubmissionState = Literal["unknown", "pending", "running", "stopped", "failed", "succeeded"]
+_STATES: dict[str, SubmissionState] = {
+    "PENDING": "pending",
+    "RUNNING": "running",
+    "STOPPED": "stopped",
+    "FAILED": "failed",
+    "SUCCEEDED": "succeeded",
+}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What Ray knows of a submitted job. `unknown`: nothing, as after the loss of a head."""
+
+    state: SubmissionState
+    message: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state in ("pending", "running")
+
+
+class Submissions:
+    """Jobs that the caller names: Ray accepts each name once, so nothing is ever submitted twice.
+
+    Every call raises `ClusterError` when Ray does not answer.
+    """
+
+    def __init__(self, address: str) -> None:
+        """`address`: of the dashboard, as http://host:8265, or of the cluster, as host:6379."""
+        self._address = address
+        self._client: Any = None
+
+    def submit(self, run_id: str, storage: str, submission_id: str) -> None:
+        """Submit jobs/train.py for a run whose spec is in its folder. Does nothing if Ray has this name already."""
+        command = shlex.join(["python", "jobs/train.py", "--resume", run_id, "--storage", storage])
+        if self.find(submission_id).state != "unknown":
+            return
+        try:
+            self._connected().submit_job(
+                entrypoint=command, submission_id=submission_id, runtime_env={"working_dir": str(_PROJECT_ROOT)}
+            )
+        except Exception as error:
+            if self.find(submission_id).state == "unknown":  # otherwise another call was first
+                raise self._no_answer(error) from None
+
+    def find(self, submission_id: str) -> Submission:
+        try:
+            details = self._connected().get_job_info(submission_id)
+        except ClusterError:
+            raise
+        except Exception as error:
+            if "does not exist" in str(error):
+                return Submission("unknown")
+            raise self._no_answer(error) from None
+        return Submission(_STATES[str(details.status.value)], details.message or "")
+
+    def stop(self, submission_id: str) -> None:
+        """Ask a job to stop; its driver saves a checkpoint. Does nothing if it has ended."""
+        try:
+            self._connected().stop_job(submission_id)
+        except ClusterError:
+            raise
+        except Exception as error:
+            if "does not exist" not in str(error):
+                raise self._no_answer(error) from None
+
+    def _connected(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        if self._client is None:
+            try:
+                self._client = JobSubmissionClient(self._address)
+            except Exception as error:  # RuntimeError, ConnectionError, and the client's own errors
+                raise self._no_answer(error) from None
+        return self._client
+
+    def _no_answer(self, error: Exception) -> ClusterError:
+        self._client = None  # a new head may have another address
+        return ClusterError(
+            f"ray_address = {self._address}: Ray's job server does not answer ({first_line(error)}). Check that the "
+            "cluster is up, and that RAY_AUTH_MODE and the token are those of its head node."
+        )

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from sqlalchemy import JSON, DateTime, ForeignKey, MetaData, Text
+from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Moment = DateTime(timezone=True)
@@ -170,3 +170,122 @@ class VoteRow(Base):
     seconds: Mapped[float | None]
     """Between showing and voting, by the rater's browser."""
     time: Mapped[datetime] = mapped_column(Moment)
+
+
+class FineTuningJobRow(Base):
+    """A fine-tuning job as its client asked for it, and how far it is."""
+
+    __tablename__ = "fine_tuning_jobs"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    """`ftjob-` and 24 hex digits."""
+    created: Mapped[datetime] = mapped_column(Moment, index=True)
+    key: Mapped[str] = mapped_column(Text, index=True)
+    """Id of the API key that created it."""
+    organization: Mapped[str | None] = mapped_column(Text, index=True)
+    """That of the key; None for a key without one."""
+    model: Mapped[str] = mapped_column(Text)
+    """Name of the base."""
+    request: Mapped[dict[str, object]] = mapped_column(JSON)
+    """The body of the request."""
+    training_file: Mapped[str] = mapped_column(Text, index=True)
+    validation_file: Mapped[str | None] = mapped_column(Text)
+    seed: Mapped[int] = mapped_column(BigInteger)
+    run_id: Mapped[str] = mapped_column(Text, unique=True)
+    """Follows from the job's id, so that a lost submission is found again."""
+    alias: Mapped[str] = mapped_column(Text, unique=True)
+    """The name of its model, `ft:<base>:<organization>:<suffix>:<8 hex>`."""
+    state: Mapped[str] = mapped_column(Text, index=True)
+    since: Mapped[datetime] = mapped_column(Moment)
+    """When it entered its state."""
+    wish: Mapped[str | None] = mapped_column(Text)
+    """`pause` or `cancel`, until the run has stopped."""
+    attempt: Mapped[int]
+    """Number of the submission that is to run; 0 before the first."""
+    status_before: Mapped[str | None] = mapped_column(Text)
+    """Time of the run's status when the attempt was opened: a status of that time belongs to an earlier attempt."""
+    resolved: Mapped[dict[str, object] | None] = mapped_column(JSON)
+    """Hyperparameters and estimates as the plan has them; None before the files were checked."""
+    estimated_finish: Mapped[datetime | None] = mapped_column(Moment)
+    finished: Mapped[datetime | None] = mapped_column(Moment)
+    adapter: Mapped[str | None] = mapped_column(Text, index=True)
+    """Id of the adapter that its run published."""
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    error: Mapped[dict[str, object] | None] = mapped_column(JSON)
+    """`code`, `message` and `param` of a failed job."""
+    result_files: Mapped[list[str]] = mapped_column(JSON)
+    last_step: Mapped[int]
+    """The newest step whose metrics are among the events."""
+    trouble: Mapped[str | None] = mapped_column(Text)
+    """What holds the job up at the moment, such as a Ray that does not answer."""
+
+
+class JobCreateRow(Base):
+    """Which job a request created, so that the same request again gets the same job."""
+
+    __tablename__ = "fine_tuning_creates"
+
+    digest: Mapped[str] = mapped_column(Text, primary_key=True)
+    """SHA-256 of key and body."""
+    job: Mapped[str] = mapped_column(Text)
+    time: Mapped[datetime] = mapped_column(Moment)
+
+
+class JobEventRow(Base):
+    """An event of a job. Rows are only ever added."""
+
+    __tablename__ = "fine_tuning_events"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(Text, unique=True)
+    job: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
+    time: Mapped[datetime] = mapped_column(Moment)
+    level: Mapped[str] = mapped_column(Text)
+    """`info`, `warn` or `error`."""
+    type: Mapped[str] = mapped_column(Text)
+    """`message` or `metrics`."""
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, object] | None] = mapped_column(JSON)
+
+
+class JobCheckpointRow(Base):
+    """A published adapter of a job, at a step."""
+
+    __tablename__ = "fine_tuning_checkpoints"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    job: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
+    time: Mapped[datetime] = mapped_column(Moment)
+    step: Mapped[int]
+    alias: Mapped[str] = mapped_column(Text, unique=True)
+    """The name of its model: that of the job and `:ckpt-step-N`."""
+    adapter: Mapped[str] = mapped_column(Text, index=True)
+    metrics: Mapped[dict[str, object]] = mapped_column(JSON)
+
+
+class WebhookRow(Base):
+    """A webhook that is to be delivered, or was."""
+
+    __tablename__ = "fine_tuning_webhooks"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    """`evt_` and 24 hex digits; the receiver sees it in `webhook-id`, the same at each attempt."""
+    job: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
+    url: Mapped[str] = mapped_column(Text)
+    payload: Mapped[str] = mapped_column(Text)
+    time: Mapped[datetime] = mapped_column(Moment)
+    attempts: Mapped[int]
+    next_attempt: Mapped[datetime | None] = mapped_column(Moment, index=True)
+    """None once it was delivered or given up."""
+    outcome: Mapped[str | None] = mapped_column(Text)
+    """Of the last attempt."""
+
+
+class LeaseRow(Base):
+    """Who does a work that only one process may do at a time."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    holder: Mapped[str] = mapped_column(Text)
+    expires: Mapped[datetime] = mapped_column(Moment)

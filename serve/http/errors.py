@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -43,7 +44,7 @@ class ApiError(ServingError):
         headers = {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status == 500:  # clients retry every 5xx; a 500 would only fail again
+        if self.status in (500, 501):  # clients retry every 5xx; these would only fail again
             headers["x-should-retry"] = "false"
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
@@ -107,6 +108,12 @@ def answer_errors_in_openai_shape(api: FastAPI) -> None:
     @api.exception_handler(ValidationError)
     async def on_invalid_request(_: Request, error: ValidationError) -> JSONResponse:
         return invalid_request(error).response()
+
+    @api.exception_handler(RequestValidationError)
+    async def on_invalid_query(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return ApiError(400, f"{name}: {_reason(first)}.", "invalid_value", name).response()
 
     @api.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -5,9 +5,10 @@ import math
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from ft_service.cleanup.removal import delete_adapter
 from ft_service.errors import UsageError
@@ -25,6 +26,20 @@ _SHORT_DIGEST = 8
 _REFRESH_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
+FINE_TUNED = "ft:"
+"""The names of fine-tuned models begin with it, as OpenAI's do. No adapter id contains a colon."""
+
+
+class ModelNames(Protocol):
+    """Further names of adapters. A name stands for one adapter, always."""
+
+    def adapter_of(self, alias: str) -> str | None:
+        """The id of its adapter; None for an unknown name."""
+        ...
+
+    def aliases(self) -> Mapping[str, str]:
+        """All names, with their adapters."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,16 +112,23 @@ class ServedModels:
         self._refreshed = float("-inf")
         self._refreshing = threading.Lock()
         self._logged: frozenset[UnreadableRecord] = frozenset()
+        self._names: ModelNames | None = None
+        self._named: dict[str, str] = {}
+
+    def add_names(self, names: ModelNames) -> None:
+        """Serve adapters under these names too."""
+        self._names = names
 
     def all(self) -> list[ServedModel]:
-        """The bases, then their adapters, oldest first, then the aliases of promoted ones."""
+        """The bases, then their adapters, oldest first, then the names of fine-tuned and promoted ones."""
         adapters = [
             ServedModel(record.id, record.created, base, record)
             for record in self._listing().records
             if (base := self._base_of(record))
         ]
         by_id = {model.id: model for model in adapters}
-        aliases = [replace(by_id[holder], id=alias) for alias, holder in self._aliases().items() if holder in by_id]
+        names = {**(self._names.aliases() if self._names else {}), **self._aliases()}
+        aliases = [replace(by_id[holder], id=alias) for alias, holder in names.items() if holder in by_id]
         return [*self._bases.values(), *adapters, *aliases]
 
     def resolve(self, model_id: str) -> ServedModel:
@@ -137,6 +159,8 @@ class ServedModels:
     def _resolve(self, model_id: str) -> ServedModel:
         if model_id in self._bases:
             return self._bases[model_id]
+        if model_id.startswith(FINE_TUNED):
+            return replace(self._resolve(self._adapter_of(model_id)), id=model_id)
         if model_id.endswith(SUFFIX):
             promotion = self._promotions.find(model_id)
             if promotion is None:
@@ -159,6 +183,18 @@ class ServedModels:
                 "Use a server of that base."
             )
         return ServedModel(record.id, record.created, base, record)
+
+    def _adapter_of(self, name: str) -> str:
+        """Remembered, since it never changes. Raises `ApiError` 404, or `DatabaseError`."""
+        adapter = self._named.get(name)
+        if adapter is None:
+            adapter = self._names.adapter_of(name) if self._names else None
+            if adapter is None:
+                raise _unknown_model(name)
+            if len(self._named) >= _MOST_REMEMBERED:
+                self._named.clear()
+            self._named[name] = adapter
+        return adapter
 
     def _listing(self) -> Listing:
         """What is published. Corrects the registry's index now and then, and logs each record that cannot be read."""
@@ -196,10 +232,11 @@ def delete_published(models: ServedModels, model: ServedModel) -> None:
 
     Raises `UsageError` if something needs it, `StorageError`; it may be hidden by then.
     """
-    deletable(model)
+    adapter = deletable(model)
     try:
-        delete_adapter(models.registry.storage, model.id)
+        delete_adapter(models.registry.storage, adapter.id)
     finally:
+        models.forget(adapter.id)
         models.forget(model.id)
 
 

@@ -1,0 +1,360 @@
+"""The controller: makes what jobs ask for true, one step at a time.
+
+A step compares each job with its run on storage and its submission at Ray, and does the next thing that is missing.
+Nothing is remembered between steps that is not in the database or on storage, so a controller may be killed anywhere,
+and the next one goes on. What may not happen twice has a name that follows from the job: the run, the submission, the
+result file.
+
+    validating_files -> queued -> running -> succeeded        the ordinary way
+    the driver is gone, and the run has not ended              submitted again under the same run id
+    a wish (pause, cancel)                                     the run is asked to stop with a checkpoint, until it has
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+from ft_service.cluster.submit import Submission
+from ft_service.errors import DatabaseError, FtError
+from ft_service.runs.folder import ENDED as RUN_ENDED
+from ft_service.runs.folder import Request, RunFolder, RunStatus
+from ft_service.runs.metrics import StepMetrics, read_metrics
+from ft_service.spec.schema import RunSpec
+from ft_service.storage.storage import Storage
+from ft_service.text import counted, error_line
+from serve.fine_tuning.checks import Checked, JobRefusedError
+from serve.fine_tuning.job_files import JobFolder
+from serve.fine_tuning.job_records import Job, JobRecords, NewCheckpoint, NewEvent, NewWebhook
+from serve.fine_tuning.job_states import State
+from serve.fine_tuning.results import checkpoint_metrics, estimated_finish, metrics_event, results_csv
+from serve.fine_tuning.work import Work
+
+LEASE = "fine-tuning controller"
+LEASE_SECONDS = 30.0
+MAX_ATTEMPTS = 20
+"""Submissions of a run whose driver is lost again and again."""
+ANSWER_SECONDS = 900.0
+"""So long a published adapter may take to answer; its base may have to load first."""
+_EVENTS_AT_ONCE = 200
+
+logger = logging.getLogger(__name__)
+
+
+class Launcher(Protocol):
+    """See `ft_service.cluster.submit.Submissions`."""
+
+    def submit(self, run_id: str, storage: str, submission_id: str) -> None: ...
+
+    def find(self, submission_id: str) -> Submission: ...
+
+    def stop(self, submission_id: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the controller asks of the rest of the service. Each call may raise `FtError`, and is then repeated."""
+
+    check: Callable[[Job], Checked]
+    """Spec, data and plan of a job. Raises `JobRefusedError`."""
+    answers: Callable[[str], None]
+    """Asks a model by its name for a completion. Raises `FtError` unless it answers."""
+    add_result_file: Callable[[Job, bytes], str]
+    """Adds a result file to the job's files, once; returns its id."""
+    webhooks: Callable[[Job, State], Sequence[NewWebhook]]
+    """The calls that report the end of a job."""
+    deliver: Callable[[], None]
+    """Delivers webhooks that are due."""
+
+
+def submission_id(job: Job) -> str:
+    """The name of a job's submission at Ray: another for each attempt."""
+    return f"{job.run_id}.{job.attempt}"
+
+
+class Controller:
+    """Reconciles jobs with runs. `step` is all that it does."""
+
+    def __init__(
+        self, records: JobRecords, storage: Storage, launcher: Launcher, outside: Outside, work: Work, holder: str
+    ) -> None:
+        """`holder` names this controller among all that are started; one of them acts."""
+        self._records = records
+        self._storage = storage
+        self._launcher = launcher
+        self._outside = outside
+        self._work = work
+        self._holder = holder
+        self._sizes: dict[str, int | None] = {}
+
+    def step(self) -> bool:
+        """Look at every job once. Returns whether this controller is the one that acts. Raises `DatabaseError`."""
+        if not self._has_lease():
+            return False
+        for job in self._records.active():
+            if not self._has_lease():
+                return False
+            try:
+                self._reconcile(job)
+            except DatabaseError:
+                raise
+            except Exception as error:  # one job must not hold up the others; the reason is in its row
+                if not isinstance(error, FtError):
+                    logger.exception("job %s", job.id)
+                self._note_trouble(job.id, str(error) if isinstance(error, FtError) else error_line(error))
+        done = self._work.poll("webhooks", self._outside.deliver)
+        if done is not None and (problem := done.exception()) is not None:
+            logger.warning("webhooks: %s", problem)
+        return True
+
+    def release(self) -> None:
+        """Let another controller act at once."""
+        self._records.release_lease(LEASE, self._holder)
+
+    def _has_lease(self) -> bool:
+        return self._records.take_lease(LEASE, self._holder, LEASE_SECONDS)
+
+    def _note_trouble(self, job_id: str, message: str) -> None:
+        job = self._records.find(job_id)
+        if job is None or job.trouble == message:
+            return
+        events = [] if job.trouble else [NewEvent(f"Held up: {message} It is tried again.", level="warn")]
+        self._records.change(job, trouble=message, events=events)
+
+    def _reconcile(self, job: Job) -> None:
+        if job.state == "validating_files":
+            self._validate(job)
+        elif job.state in ("queued", "running"):
+            self._follow(job)
+
+    # -- before the run ------------------------------------------------------------------------------------------------
+
+    def _validate(self, job: Job) -> None:
+        JobFolder(self._storage, job.id).write_if_absent(job)
+        resolved = job.resolved
+        if resolved is None:
+            done = self._work.poll(f"check {job.id}", lambda: self._outside.check(job))
+            if done is None:
+                return
+            try:
+                resolved = done.result().summary()
+            except JobRefusedError as error:
+                self._fail(job, error.code, error.message, error.param)
+                return
+        events = [NewEvent(str(note)) for note in resolved["notes"]]
+        events += [NewEvent(str(warning), level="warn") for warning in resolved["warnings"]]
+        events.append(NewEvent("Files validated, moving job to queued state"))
+        self._records.change(job, "queued", resolved=dict(resolved), trouble=None, events=events)
+
+    def _submit(self, job: Job, recorded: RunStatus | None) -> None:
+        """The row names the attempt before Ray hears of it, and Ray accepts each name once."""
+        if job.attempt == 0:
+            opened = self._records.change(job, attempt=1, status_before=_time_of(recorded))
+            if opened is None:
+                return  # cancelled or paused meanwhile
+            job = opened
+        assert job.resolved is not None
+        JobFolder(self._storage, job.id).write_if_absent(job)
+        run = RunFolder(self._storage, job.run_id)
+        run.write_spec_if_absent(RunSpec.model_validate(job.resolved["spec"]))
+        self._launcher.submit(job.run_id, self._storage.root, submission_id(job))
+        if job.trouble is not None:
+            self._records.change(job, trouble=None)
+
+    # -- while the run lasts -------------------------------------------------------------------------------------------
+
+    def _follow(self, job: Job) -> None:
+        run = RunFolder(self._storage, job.run_id)
+        recorded = run.recorded_status()
+        status = run.status()
+        has_driver = status is not None and status.state not in RUN_ENDED
+        has_begun = recorded is not None and _time_of(recorded) != job.status_before
+        if has_begun and recorded is not None and recorded.state == "succeeded":
+            self._finish(job, run, recorded)
+            return
+        if has_driver and status is not None and job.wish is None:
+            self._watch(job, run, status)
+            return
+        submission = self._launcher.find(submission_id(job)) if job.attempt else Submission("unknown")
+        if job.wish is not None:
+            self._fulfil(job, run, recorded, submission, has_driver, has_begun)
+        elif submission.is_alive:
+            if job.trouble is not None:
+                self._records.change(job, trouble=None)
+        elif not has_begun:
+            self._begin(job, recorded, submission)
+        else:
+            assert recorded is not None
+            self._after_the_driver(job, run, recorded)
+
+    def _begin(self, job: Job, recorded: RunStatus | None, submission: Submission) -> None:
+        if submission.state == "unknown":
+            self._submit(job, recorded)
+        elif submission.state == "stopped":
+            self._pause(job, recorded, "Ray's job was stopped before the run began")
+        else:
+            message = submission.message or f"Ray's job {submission_id(job)} ended before the run began."
+            self._fail(job, "driver_failed", message, None)
+
+    def _after_the_driver(self, job: Job, run: RunFolder, recorded: RunStatus) -> None:
+        """No driver is left: the run has failed, was stopped by somebody else, or lost its driver."""
+        job = self._report_metrics(job, run) or job
+        if recorded.state == "failed":
+            self._fail(job, "training_failed", recorded.message, None)
+        elif recorded.state == "stopped":
+            self._pause(job, recorded, f"The run was stopped from outside ({recorded.message})")
+        elif job.attempt >= MAX_ATTEMPTS:
+            self._fail(job, "driver_lost", f"The run lost its driver {job.attempt} times.", None)
+        else:
+            message = (
+                f"The run's driver is gone, while the run was {recorded.state}. It is submitted again and goes on from "
+                "its newest checkpoint."
+            )
+            self._records.change(
+                job,
+                "queued",
+                attempt=job.attempt + 1,
+                status_before=_time_of(recorded),
+                events=[NewEvent(message, level="warn")],
+            )
+
+    def _watch(self, job: Job, run: RunFolder, status: RunStatus) -> None:
+        state: State = "queued" if status.state in ("preparing", "queued") else "running"
+        if state == "running" and job.state == "queued":
+            changed = self._records.change(job, "running", trouble=None, events=[NewEvent("Fine-tuning job started")])
+            if changed is None:
+                return
+            job = changed
+        elif job.trouble is not None:
+            job = self._records.change(job, trouble=None) or job
+        self._report_metrics(job, run)
+
+    def _report_metrics(self, job: Job, run: RunFolder) -> Job | None:
+        """Add the steps that are not among the events yet. None if there is none, or the job has changed."""
+        size = self._storage.size(f"{run.path}/metrics.jsonl")
+        if size is None or self._sizes.get(job.id) == size:
+            return None
+        metrics = read_metrics(self._storage, job.run_id)
+        new = [step for step in metrics if step.step > job.last_step]
+        changed = None
+        if new:
+            reported = new[:_EVENTS_AT_ONCE]
+            num_steps = run.plan().num_steps if run.has_plan() else new[-1].step
+            changed = self._records.change(
+                job,
+                last_step=reported[-1].step,
+                estimated_finish=estimated_finish(metrics, num_steps),
+                events=[metrics_event(step, num_steps) for step in reported],
+            )
+        if len(new) <= _EVENTS_AT_ONCE and (changed is not None or not new):
+            self._sizes[job.id] = size  # read again only once the file has grown
+        return changed
+
+    # -- wishes --------------------------------------------------------------------------------------------------------
+
+    def _fulfil(
+        self,
+        job: Job,
+        run: RunFolder,
+        recorded: RunStatus | None,
+        submission: Submission,
+        has_driver: bool,
+        has_begun: bool,
+    ) -> None:
+        """Stop the run. Asked at every step: a driver that has just started deletes earlier requests."""
+        if has_driver:
+            run.write_request(Request(kind="stop", reason=f"{job.wish} of {job.id}"))
+            return
+        if submission.is_alive:
+            if not has_begun:
+                self._launcher.stop(submission_id(job))
+            return
+        job = self._report_metrics(job, run) or job
+        if job.wish == "cancel":
+            self._end(job, "cancelled", [NewEvent("The job was cancelled.")])
+        else:
+            self._pause(job, recorded, "The job was paused")
+
+    def _pause(self, job: Job, recorded: RunStatus | None, reason: str) -> None:
+        steps = counted(job.last_step, "step")
+        message = f"{reason}, after {steps}. Resuming it goes on from its newest checkpoint."
+        self._records.change(
+            job,
+            "paused",
+            wish=None,
+            trouble=None,
+            estimated_finish=None,
+            status_before=_time_of(recorded),
+            events=[NewEvent(message)],
+        )
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _finish(self, job: Job, run: RunFolder, recorded: RunStatus) -> None:
+        """The run has published its adapter; the job has succeeded once that has answered through the server."""
+        while (reported := self._report_metrics(job, run)) is not None:
+            job = reported
+        metrics = read_metrics(self._storage, job.run_id)
+        if job.adapter is None:
+            events = [NewEvent(f"New fine-tuned model created: {job.alias}")]
+            changed = self._records.change(job, _running(job), adapter=recorded.published, events=events)
+            if changed is None:
+                return
+            job = changed
+        if not job.result_files:
+            file = self._outside.add_result_file(job, results_csv(metrics))
+            changed = self._records.change(job, result_files=[file])
+            if changed is None:
+                return
+            job = changed
+        done = self._work.poll(f"ask {job.id}", lambda: self._outside.answers(job.alias))
+        if done is None:
+            return
+        try:
+            done.result()
+        except FtError as error:
+            if self._records.clock() - recorded.time < timedelta(seconds=ANSWER_SECONDS):
+                raise
+            message = f"{job.adapter} is published, but does not answer: {error}"
+            self._fail(job, "model_does_not_answer", message, None)
+            return
+        self._end(
+            job,
+            "succeeded",
+            [NewEvent("The job has successfully completed")],
+            trained_tokens=sum(step.tokens for step in metrics),
+            checkpoint=_last_checkpoint(job, metrics),
+        )
+
+    def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
+        error = {"code": code, "message": message, "param": param}
+        event = NewEvent(message, level="error", data={"error_code": code})
+        self._end(job, "failed", [event], error=error)
+
+    def _end(self, job: Job, state: State, events: Sequence[NewEvent], **changes: Any) -> None:
+        webhooks = self._outside.webhooks(job, state)
+        if self._records.change(job, state, events=events, webhooks=webhooks, **changes) is None:
+            return
+        self._sizes.pop(job.id, None)
+        JobFolder(self._storage, job.id).delete_data()
+
+
+def _running(job: Job) -> State | None:
+    """A run may have ended between two looks."""
+    return "running" if job.state == "queued" else None
+
+
+def _last_checkpoint(job: Job, metrics: Sequence[StepMetrics]) -> NewCheckpoint | None:
+    """The final model, as a checkpoint of the last step."""
+    if not metrics or job.adapter is None:
+        return None
+    last = metrics[-1]
+    validated = [step.validation_loss for step in metrics if step.validation_loss is not None]
+    if validated and last.validation_loss is None:
+        last = last.model_copy(update={"validation_loss": validated[-1]})
+    return NewCheckpoint(last.step, job.adapter, checkpoint_metrics(last))
+
+
+def _time_of(status: RunStatus | None) -> str | None:
+    return None if status is None else status.time.isoformat()

@@ -1,0 +1,91 @@
+"""The deployment that runs the controller of fine-tuning jobs: one replica beside the gateways, without resources."""
+
+import asyncio
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Mapping
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from ft_service.cluster.submit import Submissions
+from ft_service.errors import DatabaseError, ServingError, UsageError
+from ft_service.registry.registry import Registry
+from ft_service.storage.storage import Storage
+from serve.database.database import open_database
+from serve.fine_tuning.answers import Answers
+from serve.fine_tuning.api_files import ApiFiles
+from serve.fine_tuning.controller import Controller
+from serve.fine_tuning.job_records import JobRecords
+from serve.fine_tuning.jobs import outside_of
+from serve.fine_tuning.work import Threads
+from serve.gateway import Replicas
+from serve.inference.bases import load_base
+from serve.inference.models import ServedModels
+from serve.log import log_with_serve
+from serve.settings import ServeSettings
+
+STEP_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+@serve.deployment
+class FineTuning:
+    """A controller in a thread. A second replica, or that of another server, waits for the lease."""
+
+    async def __init__(self, settings: ServeSettings, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_with_serve()
+        tuning = settings.fine_tuning
+        assert settings.storage and tuning
+        if settings.database is None:
+            raise UsageError("fine_tuning: needs a database. Set FT_DATABASE_URL, or `database`.")
+        storage = Storage(settings.storage)
+        database = await asyncio.to_thread(open_database, settings.database)
+        records = JobRecords(database)
+        models = ServedModels(Registry(storage), [load_base(base) for base in settings.bases])
+        models.add_names(records)
+        backends = {name: Replicas(name, handle) for name, handle in handles.items()}
+        answers = Answers(models, backends, settings.limits)
+        self._work = Threads()
+        launcher = Submissions(_address(tuning.ray_address))
+        outside = outside_of(records, storage, settings, ApiFiles(database, storage), answers.check)
+        self._controller = Controller(records, storage, launcher, outside, self._work, uuid.uuid4().hex)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(STEP_SECONDS):
+            try:
+                self._controller.step()
+            except DatabaseError as error:
+                logger.warning("%s", error)
+            except Exception:
+                logger.exception("a step of the controller failed")
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose controller has ended."""
+        if not self._thread.is_alive():
+            raise ServingError("The controller of fine-tuning jobs has ended.")
+
+    async def __del__(self) -> None:
+        """Called by Serve before it stops a replica. Runs go on: the next controller finds them."""
+        if hasattr(self, "_thread"):
+            self._stopping.set()
+            await asyncio.to_thread(self._thread.join, STEP_SECONDS)
+            self._work.close()
+            try:
+                await asyncio.to_thread(self._controller.release)
+            except DatabaseError as error:
+                logger.warning("%s", error)
+
+
+def _address(configured: str) -> str:
+    if configured == "auto":
+        return str(ray.get_runtime_context().gcs_address)
+    os.environ["RAY_API_SERVER_ADDRESS"] = configured  # otherwise RAY_ADDRESS, which Ray sets here, has precedence
+    return configured

@@ -1,0 +1,35 @@
+"""All routes of the fine-tuning API, or the reason why a server has none."""
+
+from fastapi import APIRouter
+
+from ft_service.storage.storage import Storage
+from serve.fine_tuning.api_files import ApiFiles
+from serve.fine_tuning.job_records import JobRecords
+from serve.fine_tuning.job_routes import job_routes
+from serve.fine_tuning.jobs import Jobs
+from serve.fine_tuning.templates import with_templates_read
+from serve.http.errors import ApiError
+from serve.http.in_flight import InFlight
+from serve.settings import ServeSettings
+
+
+def fine_tuning_routes(records: JobRecords | None, settings: ServeSettings, in_flight: InFlight) -> APIRouter:
+    """`records` None: the server has no database."""
+    settings = with_templates_read(settings)
+    if settings.fine_tuning is None or records is None or settings.storage is None:
+        missing = "a database: set FT_DATABASE_URL" if settings.fine_tuning else "the setting fine_tuning"
+        return _absent(f"Fine-tuning is not set up on this server. It needs {missing} (docs/fine-tuning.md).")
+    storage = Storage(settings.storage)
+    jobs = Jobs(records, storage, settings, ApiFiles(records.engine, storage))
+    return job_routes(jobs, settings.fine_tuning.organization, in_flight)
+
+
+def _absent(message: str) -> APIRouter:
+    api = APIRouter()
+
+    @api.get("/v1/fine_tuning/{path:path}", include_in_schema=False)
+    @api.post("/v1/fine_tuning/{path:path}", include_in_schema=False)
+    def absent(path: str) -> None:
+        raise ApiError(501, message, "fine_tuning_not_available")
+
+    return api

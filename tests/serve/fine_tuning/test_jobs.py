@@ -1,0 +1,400 @@
+"""Jobs over HTTP with the stock client: accepted, refused with all reasons, listed, paused, resumed and cancelled."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from serve.fine_tuning.job_files import JobFolder
+from serve.fine_tuning.job_records import Job
+from serve.fine_tuning.job_routes import job_routes
+from serve.fine_tuning.jobs import Jobs, Owner, StoredFile, check_linked
+from serve.fine_tuning.templates import with_templates_read
+from serve.http.access import AccessLog
+from serve.http.errors import ApiError, answer_errors_in_openai_shape
+from serve.http.in_flight import InFlight
+from serve.http.keys import RequireKey
+from serve.settings import ServeSettings
+from tests.browser import served
+from tests.serve.fine_tuning.job_world import World, make_world
+from tests.worlds import write_records, write_world
+
+KEY = "a-key-of-this-test"
+BASE = "tiny"
+
+
+class FolderFiles:
+    """Files in a folder of the storage, without owners."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.results: dict[str, bytes] = {}
+
+    def add(self, file_id: str, records: list[dict[str, Any]] | str) -> str:
+        text = records if isinstance(records, str) else "\n".join(map(json.dumps, records))
+        self._world.storage.write_bytes(f"files/content/{file_id}", text.encode())
+        return file_id
+
+    def for_training(self, owner: Owner, file_id: str, param: str) -> StoredFile:
+        size = self._world.storage.size(f"files/content/{file_id}")
+        if size is None:
+            raise ApiError(400, f"{param}: the file {file_id!r} does not exist.", "file_not_found", param)
+        return StoredFile(file_id, f"{file_id}.jsonl", size, "files/content", file_id)
+
+    def add_result(self, job: Job, content: bytes) -> str:
+        self.results[job.id] = content
+        return f"file-{job.hex}"
+
+
+@dataclass
+class Server:
+    world: World
+    files: FolderFiles
+    settings: ServeSettings
+    url: str
+    client: openai.OpenAI
+
+    def check(self, job: Job) -> Any:
+        tuning = self.settings.fine_tuning
+        assert tuning
+        return check_linked(job, self.world.storage, tuning)
+
+
+def chat_records(folder: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    questions = write_records(folder / "records.jsonl", count, seed=seed)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Last word of: {question}"},
+                {"role": "assistant", "content": question.split()[-1]},
+            ]
+        }
+        for question in questions
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_world(folder)
+    return folder / "base"
+
+
+@pytest.fixture
+def server(model: Path, tmp_path: Path) -> Iterator[Server]:
+    world = make_world(tmp_path)
+    template = {
+        "method": {"type": "lora", "lora_rank": 4},
+        "data": {"max_seq_len": 128},
+        "train": {"learning_rate": 1e-3, "precision": "fp32", "global_batch_size": 8},
+        "parallel": {"use_gpu": False},
+        "report": {"samples": 0},
+    }
+    settings = with_templates_read(
+        ServeSettings.model_validate(
+            {
+                "storage": world.storage.root,
+                "bases": [{"base": str(model), "name": BASE}],
+                "fine_tuning": {"templates": {BASE: template}, "organization": "acme"},
+            }
+        )
+    )
+    files = FolderFiles(world)
+    files.add("file-train", chat_records(tmp_path, 40))
+    files.add("file-valid", chat_records(tmp_path, 12, seed=1))
+    api = FastAPI()
+    answer_errors_in_openai_shape(api)
+    api.include_router(job_routes(Jobs(world.records, world.storage, settings, files), "acme", InFlight()))
+    api.add_middleware(RequireKey, root_key=KEY)
+    api.add_middleware(AccessLog)
+    with served(api) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=30)
+        yield Server(world, files, settings, f"{url}/v1", client)
+
+
+def headers() -> dict[str, str]:
+    return {"authorization": f"Bearer {KEY}"}
+
+
+def test_a_job_is_accepted_with_its_row_its_file_and_its_events(server):
+    job = server.client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file="file-train",
+        validation_file="file-valid",
+        suffix="Last Words",
+        seed=7,
+        metadata={"team": "a"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 4, "n_epochs": 2}}},
+    )
+    assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "validating_files", BASE, 7)
+    assert (job.training_file, job.validation_file) == ("file-train", "file-valid")
+    assert job.metadata == {"team": "a"} and job.organization_id == "acme"
+    assert job.fine_tuned_model is None and job.error is None and job.finished_at is None and job.result_files == []
+    assert job.hyperparameters.n_epochs == 2 and job.hyperparameters.batch_size == 4
+    assert job.hyperparameters.learning_rate_multiplier == 1
+    assert job.method.supervised.hyperparameters.n_epochs == 2
+    found = server.world.records.find(job.id)
+    assert found.alias == f"ft:{BASE}:acme:Last-Words:{job.id[6:14]}" and found.run_id == f"last-words-{job.id[6:18]}"
+    accepted = server.world.storage.read_json(f"jobs/{job.id}/job.json")
+    assert accepted["id"] == job.id and accepted["request"]["suffix"] == "Last Words"
+    events = server.client.fine_tuning.jobs.list_events(job.id).data
+    assert [event.message for event in reversed(events)] == [
+        f"Created fine-tuning job: {job.id}",
+        "Validating training file: file-train, file-valid",
+    ]
+
+
+def test_the_spec_of_a_job_has_its_hyperparameters_and_reports_the_conversion(server):
+    job = server.client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file="file-train",
+        validation_file="file-valid",
+        seed=7,
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"batch_size": 6, "n_epochs": 2, "learning_rate_multiplier": 2}},
+        },
+        metadata={"license": "CC0-1.0"},
+    )
+    resolved = server.world.records.find(job.id).resolved
+    spec = resolved["spec"]
+    rows = resolved["rows"]
+    assert spec["train"]["learning_rate"] == 2e-3 and spec["train"]["epochs"] == 2 and spec["train"]["seed"] == 7
+    assert spec["train"]["global_batch_size"] == round(6 * rows / 40) > 1
+    assert [source["license"] for source in (*spec["data"]["train"], *spec["data"]["validation"])] == ["CC0-1.0"] * 2
+    assert spec["data"]["train"][0]["source"] == "file-train, uploaded by FT_API_KEY"
+    server.world.controller().step()
+    messages = server.world.messages(server.world.records.find(job.id))
+    assert any(f"40 examples in {rows} rows" in message and "batch_size 6" in message for message in messages)
+
+
+def test_the_same_request_again_is_the_same_job(server):
+    def create(_: int) -> str:
+        return server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train").id
+
+    with ThreadPoolExecutor(4) as pool:
+        ids = set(pool.map(create, range(8)))
+    assert len(ids) == 1 and server.world.storage.folders("jobs") == sorted(ids)
+    other = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train", suffix="other")
+    assert other.id not in ids
+
+
+def test_a_job_lost_between_database_and_storage_is_completed_by_the_retry(server):
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    server.world.storage.delete(f"jobs/{job.id}/job.json")  # as if killed just after the commit
+    assert server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train").id == job.id
+    assert server.world.storage.exists(f"jobs/{job.id}/job.json")
+
+
+BAD_BODIES = [
+    ({"model": "gpt-4o-mini"}, "model", "model_not_available", "Models that can: tiny"),
+    ({"training_file": "file-none"}, "training_file", "file_not_found", "file-none"),
+    ({"validation_file": "file-none"}, "validation_file", "file_not_found", "file-none"),
+    ({"method": {"type": "dpo"}}, "method", "unsupported_method", "preference training is not there yet"),
+    ({"method": {"type": "reinforcement"}}, "method", "unsupported_method", "graders"),
+    ({"method": {"type": "other"}}, "method", "invalid_value", "supervised"),
+    ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters", "invalid_value", "greater than or equal to 1"),
+    ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters", "invalid_value", "auto"),
+    ({"suffix": "x" * 65}, "suffix", "invalid_value", "64"),
+    ({"seed": -1}, "seed", "invalid_value", "0"),
+    ({"metadata": {"k": "x" * 513}}, "metadata", "invalid_value", "512"),
+    ({"integrations": [{"type": "other"}]}, "integrations", "invalid_value", "wandb"),
+    ({"metadata": {"waive.no.such-code": "why"}}, None, "invalid_hyperparameters", "is not a code of the data gate"),
+    ({"nonsense": 1}, "nonsense", "invalid_value", "extra"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code", "part"), BAD_BODIES, ids=[str(case[0])[:40] for case in BAD_BODIES]
+)
+def test_what_cannot_run_is_refused_by_name(server, change, param, code, part):
+    body = {"model": BASE, "training_file": "file-train", **change}
+    answer = httpx.post(f"{server.url}/fine_tuning/jobs", json=body, headers=headers())
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code) and part in error["message"]
+    assert server.world.records.active() == [] and server.world.storage.folders("jobs") == []
+
+
+def test_the_deprecated_hyperparameters_are_used(server):
+    job = server.client.fine_tuning.jobs.create(
+        model=BASE, training_file="file-train", hyperparameters={"n_epochs": 5, "learning_rate_multiplier": 0.5}
+    )
+    assert job.hyperparameters.n_epochs == 5 and job.hyperparameters.learning_rate_multiplier == 0.5
+
+
+def test_bad_data_are_refused_with_all_reasons_and_lines_unless_they_are_waived(server, tmp_path):
+    server.files.add("file-few", chat_records(tmp_path, 3))
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client.fine_tuning.jobs.create(model=BASE, training_file="file-few")
+    assert refused.value.code == "invalid_training_file" and refused.value.param == "training_file"
+    assert "size.too-few" in refused.value.message and str(tmp_path) not in refused.value.message
+    job = server.client.fine_tuning.jobs.create(
+        model=BASE, training_file="file-few", metadata={"waive.size.too-few": "a smoke test"}
+    )
+    assert server.world.records.find(job.id).resolved["spec"]["data"]["waive"] == {"size.too-few": "a smoke test"}
+
+
+def test_large_files_are_checked_by_the_job_itself(server, tmp_path):
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+    broken = chat_records(tmp_path, 12)
+    for number in range(2, 9):
+        broken[number]["messages"][1]["content"] = ""
+    server.files.add("file-broken", broken)
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-broken")
+    assert job.status == "validating_files" and job.hyperparameters.n_epochs == "auto"
+    server.world.check = server.check
+    server.world.until(server.world.records.find(job.id), "failed")
+    failed = server.client.fine_tuning.jobs.retrieve(job.id)
+    assert failed.error.code == "invalid_training_file" and failed.error.param == "training_file"
+    assert "training_file:3" in failed.error.message
+    assert not server.world.storage.exists(JobFolder(server.world.storage, job.id).path + "/data")
+
+
+def test_an_estimate_writes_nothing(server):
+    body = {"model": BASE, "training_file": "file-train", "hyperparameters": {"n_epochs": 2, "batch_size": 8}}
+    first = httpx.post(f"{server.url}/fine_tuning/jobs/estimate", json=body, headers=headers()).json()
+    second = httpx.post(f"{server.url}/fine_tuning/jobs", json=body, headers={**headers(), "x-dry-run": "true"}).json()
+    assert first == second and first["object"] == "fine_tuning.job.estimate"
+    assert first["examples"] == 40 and first["steps"] > 1 and first["tokens"] > 1000 and first["jobs_waiting"] == 0
+    assert first["hyperparameters"] == {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 1.0}
+    assert server.world.records.active() == [] and server.world.storage.folders("jobs") == []
+
+
+def test_jobs_are_listed_newest_first_by_pages_and_metadata(server):
+    ids = []
+    for number in range(5):
+        server.world.clock.forward(1)
+        created = server.client.fine_tuning.jobs.create(
+            model=BASE, training_file="file-train", metadata={"team": "ab"[number % 2]}, suffix=str(number)
+        )
+        ids.append(created.id)
+    assert [job.id for job in server.client.fine_tuning.jobs.list(limit=2)] == ids[::-1]
+    assert [job.id for job in server.client.fine_tuning.jobs.list(limit=1, metadata={"team": "b"})] == [ids[3], ids[1]]
+    page = server.client.fine_tuning.jobs.list(limit=2)
+    assert page.has_more and len(page.data) == 2
+    with pytest.raises(openai.BadRequestError, match="after"):
+        server.client.fine_tuning.jobs.list(after="ftjob-none")
+    for limit in (0, 101, "x"):
+        answer = httpx.get(f"{server.url}/fine_tuning/jobs", params={"limit": limit}, headers=headers())
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "limit"
+
+
+@pytest.mark.parametrize("call", ["retrieve", "cancel", "pause", "resume", "list_events"])
+def test_an_unknown_job_is_not_found(server, call):
+    for name in ("ftjob-none", "../../etc", "ｊｏｂ"):
+        with pytest.raises(openai.NotFoundError):
+            getattr(server.client.fine_tuning.jobs, call)(name)
+
+
+# -- wishes, in every state ------------------------------------------------------------------------------------------
+
+ANSWERS = {
+    # state and wish: (cancel, pause, resume); a text is part of a refusal
+    ("validating_files", None): ("cancelled", "paused", "only a paused job"),
+    ("queued", None): ("cancelled", "paused", "only a paused job"),
+    ("submitted", None): ("queued", "queued", "only a paused job"),
+    ("running", None): ("running", "running", "only a paused job"),
+    ("running", "pause"): ("running", "running", "still being paused"),
+    ("running", "cancel"): ("running", "is being cancelled", "only a paused job"),
+    ("paused", None): ("cancelled", "is paused already", "queued"),
+    ("succeeded", None): ("has succeeded already", "has succeeded already", "only a paused job"),
+    ("failed", None): ("has failed already", "has failed already", "only a paused job"),
+    ("cancelled", None): ("has been cancelled already", "has been cancelled already", "only a paused job"),
+}
+
+
+def bring_to(server: Server, state: str, wish: str | None) -> str:
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    world = server.world
+    found = world.records.find(job.id)
+    controller = world.controller()
+    if state == "failed":
+        world.ray.finishes = "failed"
+    if state in ("queued", "submitted"):
+        world.until(found, "queued", controller)
+        if state == "submitted":
+            controller.step()
+    elif state in ("paused", "cancelled"):
+        world.until(found, "running", controller)
+        world.wish(found, state.removesuffix("d").removesuffix("le") if state == "paused" else "cancel")
+        world.until(found, state, controller)
+    elif state != "validating_files":
+        world.until(found, state, controller)
+    if wish is not None:
+        world.wish(found, wish)
+    controller.release()
+    return job.id
+
+
+@pytest.mark.parametrize("number", range(3), ids=["cancel", "pause", "resume"])
+@pytest.mark.parametrize(("state", "wish"), ANSWERS)
+def test_a_wish_is_granted_or_refused_in_every_state(server, state, wish, number):
+    job_id = bring_to(server, state, wish)
+    expected = ANSWERS[state, wish][number]
+    call = [
+        server.client.fine_tuning.jobs.cancel,
+        server.client.fine_tuning.jobs.pause,
+        server.client.fine_tuning.jobs.resume,
+    ][number]
+    if " " in expected:
+        with pytest.raises(openai.BadRequestError) as refused:
+            call(job_id)
+        assert refused.value.code == "invalid_job_state" and expected in refused.value.message
+        return
+    assert call(job_id).status == expected
+    job = server.world.records.find(job_id)
+    if number == 0:
+        assert server.world.until(job, "cancelled").finished is not None
+    elif number == 1:
+        assert server.world.until(job, "paused").wish is None
+    else:
+        server.world.until(job, "succeeded")
+    assert len(set(server.world.ray.submitted)) == len(server.world.ray.submitted)
+
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_paged_newest_first(server):
+    job_id = bring_to(server, "succeeded", None)
+    listed = list(server.client.fine_tuning.jobs.list_events(job_id, limit=3))
+    assert listed[0].message == "The job has successfully completed"
+    assert [event.message for event in reversed(listed)] == server.world.messages(server.world.records.find(job_id))
+    metrics = [event.data for event in listed if event.type == "metrics"]
+    assert [data["step"] for data in metrics] == [4, 3, 2, 1] and metrics[0]["valid_loss"] == 1.5
+    checkpoints = list(server.client.fine_tuning.jobs.checkpoints.list(job_id))
+    assert [one.step_number for one in checkpoints] == [4]
+    assert checkpoints[0].metrics.full_valid_loss == 1.5 and checkpoints[0].fine_tuning_job_id == job_id
+    job = server.client.fine_tuning.jobs.retrieve(job_id)
+    assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-4"
+    assert job.result_files == [f"file-{job_id[6:]}"] and job.trained_tokens == 40
+
+
+def stream(server: Server, job_id: str, **more: str) -> list[str]:
+    url = f"{server.url}/fine_tuning/jobs/{job_id}/events"
+    answer = httpx.get(url, params={"stream": "true"}, headers={**headers(), **more}, timeout=20)
+    assert answer.status_code == 200, answer.text
+    return [part for part in answer.text.split("\n\n") if part and not part.startswith(":")]
+
+
+def test_a_stream_of_events_goes_on_after_the_last_event_id(server):
+    job_id = bring_to(server, "succeeded", None)
+    parts = stream(server, job_id)
+    assert parts[-1] == "data: [DONE]"
+    ids = [part.partition("\n")[0].removeprefix("id: ") for part in parts[:-1]]
+    bodies = [json.loads(part.partition("data: ")[2]) for part in parts[:-1]]
+    assert [body["id"] for body in bodies] == ids
+    assert [body["message"] for body in bodies] == server.world.messages(server.world.records.find(job_id))
+    assert stream(server, job_id, **{"last-event-id": ids[2]}) == parts[3:]
+    unknown = httpx.get(
+        f"{server.url}/fine_tuning/jobs/{job_id}/events",
+        headers={**headers(), "accept": "text/event-stream", "last-event-id": "ftevent-none"},
+    )
+    assert unknown.status_code == 400
