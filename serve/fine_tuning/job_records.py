@@ -395,7 +395,7 @@ _FIELDS = tuple(field.name for field in fields(Job))
 
 
 def _job(row: FineTuningJobRow) -> Job:
-    values = {name: getattr(row, name) for name in _FIELDS}
+    values: dict[str, Any] = {name: getattr(row, name) for name in _FIELDS}
     return Job(**{name: with_utc(value) if isinstance(value, datetime) else value for name, value in values.items()})
 
 

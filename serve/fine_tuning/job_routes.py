@@ -63,9 +63,9 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     def list_jobs(http: Request, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
         """Newest first; `metadata[key]=value` selects."""
         wanted = {
-            found.group(1): value
+            match.group(1): value
             for name, value in http.query_params.multi_items()
-            if (found := _METADATA.fullmatch(name))
+            if (match := _METADATA.fullmatch(name))
         }
         found, has_more = jobs.list_jobs(visible_to(client_of(http)), limit, after, wanted)
         return page([job_reply(job, organization) for job in found], has_more)

@@ -58,5 +58,5 @@ def _read(where: str, file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{where} = {file!r}: cannot be read ({first_line(error)}).") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{where} = {file!r}: is not a mapping of settings. Start from jobs/specs/api-8b.yaml.")
+        raise UsageError(f"{where} = {file!r}: is not a mapping of settings. See serve/config.yaml.")
     return content
