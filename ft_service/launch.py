@@ -30,7 +30,7 @@ from ft_service.plan.facts import BaseFacts, Resources
 from ft_service.plan.make import make_plan
 from ft_service.plan.plan import RunPlan
 from ft_service.preflight import examine_base
-from ft_service.publish import publish
+from ft_service.publish import publish, publish_epochs
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.events import EventLog, Notice, Published
 from ft_service.runs.folder import RunFolder, RunStatus, new_run_id
@@ -94,6 +94,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
                 plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log, controller).train()
             folder.set_state("publishing")
             record = publish(folder)
+            publish_epochs(folder)
             events.emit(Published(message=f"Published {record.id}.", digest=record.digest))
             _sample(plan, folder, record, events, log)
             storage.delete(f"{folder.path}/checkpoints")

@@ -12,15 +12,42 @@ from ft_service.model.base import load_tokenizer, looks_like_folder, resolve_bas
 from ft_service.registry.card import model_card
 from ft_service.registry.registry import ADAPTER_CONFIG_FILE, AdapterRecord, Registry, content_digest
 from ft_service.registry.vllm import vllm_problems
-from ft_service.runs.folder import RunFolder
+from ft_service.runs.folder import EpochAdapter, Outcome, RunFolder
+from ft_service.runs.metrics import read_metrics
 
 _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def publish(run: RunFolder) -> AdapterRecord:
     """Publish the weights that the run's outcome names. Publishing the same weights again returns the same record."""
-    plan = run.plan()
+    return _publish(run, run.outcome())
+
+
+def publish_epochs(run: RunFolder) -> list[EpochAdapter]:
+    """Publish the adapters of the last epochs that the run has written, oldest first. Calling it again is harmless."""
+    steps = run.epoch_steps()
+    if not steps:
+        return run.epoch_adapters()
     outcome = run.outcome()
+    metrics = {one.step: one for one in read_metrics(run.storage, run.run_id)}
+    published = []
+    for step in steps:
+        if step > outcome.steps_run or step not in metrics:
+            continue  # of an attempt that had another number of steps
+        changes = {
+            "weights": run.epoch_folder(step),
+            "steps": step,
+            "final_loss": metrics[step].loss,
+            "validation_loss": metrics[step].validation_loss,
+        }
+        record = _publish(run, outcome.model_copy(update=changes))
+        published.append(EpochAdapter(step=step, adapter=record.id))
+    run.write_epoch_adapters(published)
+    return published
+
+
+def _publish(run: RunFolder, outcome: Outcome) -> AdapterRecord:
+    plan = run.plan()
     spec = plan.spec
     base = spec.model.base
     verdict, waivers = run.data_check()

@@ -3,7 +3,8 @@
 <storage>/runs/<run id>/   spec.yaml  gate.json  plan.json  dataset.json  status.json  events.jsonl
                            metrics.jsonl  data.html  data/{judgement.json,findings.jsonl,quarantine.jsonl}
                            lease.json  stop.json  move.json
-                           weights/  checkpoints/  stacks/  tracebacks/  outcome.json  samples.json  report.html
+                           weights/  epochs/  checkpoints/  stacks/  tracebacks/  outcome.json  epochs.json
+                           samples.json  report.html
 
 The driver writes the run's state; while it trains, the first worker does too. Meanwhile the driver holds a lease
 (`ft_service.runs.lease`). A run whose driver is gone counts as failed, whatever its last recorded state.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from ft_service.errors import NotPublishedError, StorageError, UsageError
 from ft_service.plan.facts import DatasetFacts
@@ -46,6 +47,7 @@ Stored = TypeVar("Stored", bound=StoredFile)
 ENDED: frozenset[State] = frozenset({"stopped", "succeeded", "failed"})
 
 REPORT_FILE = "report.html"
+EPOCHS_FOLDER = "epochs"
 
 LEASE_SECONDS = 45.0
 """A driver that has not renewed its lease for this long is gone."""
@@ -115,6 +117,19 @@ class RunDataset(StoredFile):
         """Format 1 kept the facts beside the sources."""
         sources = data.pop("sources")
         return {"facts": data, "sources": sources}
+
+
+class EpochAdapter(BaseModel):
+    """A published adapter of a run's last epochs."""
+
+    step: int = Field(description="Optimizer steps that produced it.")
+    adapter: str = Field(description="Its id.")
+
+
+class EpochAdapters(StoredFile):
+    """What a run has published of its last epochs (epochs.json), oldest first."""
+
+    adapters: list[EpochAdapter]
 
 
 class DataCheck(StoredFile):
@@ -220,6 +235,25 @@ class RunFolder:
 
     def outcome(self) -> Outcome:
         return self._existing("outcome.json", Outcome)
+
+    def epoch_folder(self, step: int) -> str:
+        """Where the adapter of an epoch that ends after `step` is written, below the run's folder."""
+        return f"{EPOCHS_FOLDER}/step-{step}"
+
+    def epoch_steps(self) -> list[int]:
+        """Steps of the adapters of epochs that were written, in order."""
+        names = self.storage.folders(f"{self.path}/{EPOCHS_FOLDER}")
+        return sorted(int(name.removeprefix("step-")) for name in names)
+
+    def write_epoch_adapters(self, adapters: list[EpochAdapter]) -> None:
+        """Record what was published, and delete the written ones."""
+        self._write("epochs.json", EpochAdapters(adapters=adapters))
+        self.storage.delete(f"{self.path}/{EPOCHS_FOLDER}")
+
+    def epoch_adapters(self) -> list[EpochAdapter]:
+        """What was published of the last epochs, oldest first."""
+        found = self._read("epochs.json", EpochAdapters)
+        return [] if found is None else found.adapters
 
     def is_trained(self, training_digest: str) -> bool:
         """Whether the training with this digest is complete, and its weights can be published."""

@@ -33,6 +33,16 @@ def full_fine_tuning_has_no_adapter_settings(spec: RunSpec) -> Iterator[Problem]
         )
 
 
+def full_fine_tuning_publishes_one_model(spec: RunSpec) -> Iterator[Problem]:
+    if spec.method.type == "full" and spec.checkpoint.publish_epochs:
+        yield Problem(
+            "checkpoint.publish_epochs",
+            spec.checkpoint.publish_epochs,
+            "is for adapters, and method.type is 'full'",
+            "Remove it, or set method.type to lora or qlora.",
+        )
+
+
 def qlora_cannot_change_its_base(spec: RunSpec) -> Iterator[Problem]:
     if spec.method.type == "qlora" and spec.method.changes_base:
         yield Problem(
@@ -210,6 +220,7 @@ def a_revision_is_for_hub_ids(spec: RunSpec) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[RunSpec], Iterator[Problem]], ...] = (
     full_fine_tuning_has_no_adapter_settings,
+    full_fine_tuning_publishes_one_model,
     qlora_cannot_change_its_base,
     qlora_on_a_gpu_trains_in_bf16,
     epochs_and_max_steps_exclude_each_other,

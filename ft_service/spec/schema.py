@@ -254,6 +254,9 @@ class CheckpointSpec(_Section):
 
     every_steps: PositiveInt | None = Field(default=50, description="Steps between checkpoints; null disables them.")
     keep: PositiveInt = Field(default=2, description="How many of the newest checkpoints to keep.")
+    publish_epochs: int = Field(
+        default=0, ge=0, le=100, description="Of the last epochs, publish so many adapters beside the best one."
+    )
     on_failure: Literal["continue", "stop"] = Field(
         default="continue", description="What to do when a checkpoint or the best weights cannot be written."
     )

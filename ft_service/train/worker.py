@@ -34,6 +34,7 @@ from ft_service.train.checkpoints.manifest import Checkpoints, Manifest
 from ft_service.train.checkpoints.resume import resume
 from ft_service.train.checkpoints.save import Checkpointer, TakenOverError
 from ft_service.train.environment import threads_per_worker
+from ft_service.train.epochs import EpochAdapters
 from ft_service.train.loop import is_complete, train
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, init_process_group
@@ -191,6 +192,7 @@ class _Outputs:
             worker.is_leased,
             plan.checkpoint_staging_bytes,
         )
+        self._epochs = EpochAdapters(run, plan, model, parallel)
         self.sinks: list[Sink] = []
         self.repeated_steps = 0
         """Steps that an earlier attempt has logged and this one trains again."""
@@ -201,6 +203,7 @@ class _Outputs:
     def on_step(self, metrics: StepMetrics) -> None:
         for sink in self.sinks:
             sink(metrics)
+        self._epochs(metrics.step)
 
     def on_best(self, state: TrainingState) -> None:
         """Save the best weights. Raises `TrainingError` on all ranks if that fails and the spec says to stop then."""

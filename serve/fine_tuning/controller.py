@@ -308,7 +308,9 @@ class Controller:
             if changed is None:
                 return
             job = changed
-        done = self._work.poll(f"ask {job.id}", lambda: self._outside.answers(job.alias))
+        checkpoints = _checkpoints(job, run, metrics)
+        names = [job.alias, *(checkpoint.adapter for checkpoint in checkpoints if checkpoint.adapter != job.adapter)]
+        done = self._work.poll(f"ask {job.id}", lambda: [self._outside.answers(name) for name in names])
         if done is None:
             return
         try:
@@ -324,7 +326,7 @@ class Controller:
             "succeeded",
             [NewEvent("The job has successfully completed")],
             trained_tokens=sum(step.tokens for step in metrics),
-            checkpoint=_last_checkpoint(job, metrics),
+            checkpoints=checkpoints,
         )
 
     def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
@@ -345,15 +347,17 @@ def _running(job: Job) -> State | None:
     return "running" if job.state == "queued" else None
 
 
-def _last_checkpoint(job: Job, metrics: Sequence[StepMetrics]) -> NewCheckpoint | None:
-    """The final model, as a checkpoint of the last step."""
-    if not metrics or job.adapter is None:
-        return None
-    last = metrics[-1]
-    validated = [step.validation_loss for step in metrics if step.validation_loss is not None]
-    if validated and last.validation_loss is None:
-        last = last.model_copy(update={"validation_loss": validated[-1]})
-    return NewCheckpoint(last.step, job.adapter, checkpoint_metrics(last))
+def _checkpoints(job: Job, run: RunFolder, metrics: Sequence[StepMetrics]) -> list[NewCheckpoint]:
+    """The published adapters of the last epochs, and that of the job itself, each at its step."""
+    by_step = {step.step: step for step in metrics}
+    adapters = {one.step: one.adapter for one in run.epoch_adapters()}
+    if job.adapter is not None and metrics:
+        adapters[run.outcome().steps] = job.adapter
+    return [
+        NewCheckpoint(step, adapter, checkpoint_metrics(by_step[step]))
+        for step, adapter in sorted(adapters.items())
+        if step in by_step
+    ]
 
 
 def _time_of(status: RunStatus | None) -> str | None:

@@ -254,7 +254,7 @@ class JobRecords:
         *,
         events: Sequence[NewEvent] = (),
         webhooks: Sequence[NewWebhook] = (),
-        checkpoint: NewCheckpoint | None = None,
+        checkpoints: Sequence[NewCheckpoint] = (),
         **changes: object,
     ) -> Job | None:
         """The job after a change, with its events; None, and nothing changed, if the job is no longer as `job` says.
@@ -280,7 +280,7 @@ class JobRecords:
             self._add_events(opened, job.id, events)
             for webhook in webhooks:
                 opened.add(_webhook_row(job.id, webhook, now))
-            if checkpoint is not None:
+            for checkpoint in checkpoints:
                 self._add_checkpoint(opened, job, checkpoint)
             opened.flush()
             changed = opened.get(row, job.id, populate_existing=True)

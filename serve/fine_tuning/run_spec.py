@@ -22,6 +22,8 @@ MIN_EXAMPLES = 100
 MAX_EXAMPLES = 25_000
 MAX_EPOCHS = 25
 """The rule of OpenAI's cookbook: 3 epochs, changed such that examples times epochs is from 100 to 25,000."""
+PUBLISHED_EPOCHS = 3
+"""Adapters of so many last epochs are checkpoints of a job, unless the template says otherwise."""
 STEPS_PER_EPOCH = 10
 """With an automatic batch size an epoch has so many steps, or more."""
 WAIVE_PREFIX = "waive."
@@ -101,6 +103,7 @@ def unresolved_spec(template: Mapping[str, Any], job: JobSettings, storage: str,
         report = dict(document.get("report") or {})
         trackers = [name for name in report.get("trackers") or [] if name != "wandb"]
         document["report"] = {**report, "trackers": [*trackers, "wandb"], "project": job.wandb_project}
+    document["checkpoint"] = {"publish_epochs": PUBLISHED_EPOCHS, **(document.get("checkpoint") or {})}
     document |= {"name": job.name, "storage": storage}
     return _parse(document, where)
 

@@ -41,14 +41,15 @@ def _checked(
     document.setdefault("model", {"base": base.base, **({"revision": base.revision} if base.revision else {})})
     if "train" in (document.get("data") or {}):
         raise UsageError(f"{where}: has data.train, and a job brings its own. Remove it.")
-    try:
-        spec = unresolved_spec(document, _EXAMPLE, storage, where)
-    except SpecError as error:
-        raise UsageError(f"{where}: cannot be used.\n{error}") from None
-    if spec.method.type == "full":
+    method = document.get("method")
+    if isinstance(method, dict) and method.get("type") == "full":
         raise UsageError(
             f"{where}: method.type = full makes a new base, which a running server cannot load. Use lora or qlora."
         )
+    try:
+        unresolved_spec(document, _EXAMPLE, storage, where)
+    except SpecError as error:
+        raise UsageError(f"{where}: cannot be used.\n{error}") from None
     return document
 
 

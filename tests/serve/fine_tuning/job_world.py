@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Engine
 
 from ft_service.cluster.submit import Submission
-from ft_service.runs.folder import LeaseHolder, RunFolder, State
+from ft_service.runs.folder import EpochAdapter, LeaseHolder, Outcome, RunFolder, State
 from ft_service.runs.jsonl import run_file, to_line
 from ft_service.runs.metrics import METRICS_FILE, StepMetrics
 from ft_service.storage.storage import Storage
@@ -25,6 +25,16 @@ from serve.fine_tuning.job_records import Job, JobRecords, NewWebhook, request_d
 T = TypeVar("T")
 BODY = {"model": "tiny", "training_file": "file-1", "metadata": {"team": "a"}}
 STEPS = 4
+OUTCOME = Outcome(
+    weights="weights/step-4",
+    steps=STEPS,
+    steps_run=STEPS,
+    final_loss=0.5,
+    validation_loss=1.5,
+    stopped_early=False,
+    base_fingerprint="f",
+    training_digest="d",
+)
 
 
 class Clock:
@@ -100,6 +110,8 @@ class Ray:
             self._set(run, "running")
             self._train(run, done + 1)
         elif self.finishes == "succeeded":
+            run.write_outcome(OUTCOME)
+            run.write_epoch_adapters([EpochAdapter(step=2, adapter="tiny-run-ffffffff")])
             self._set(run, "succeeded", published="tiny-run-0a1b2c3d")
             self.submissions[name] = "succeeded"
         else:

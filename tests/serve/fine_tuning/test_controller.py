@@ -31,7 +31,7 @@ def test_a_job_goes_through_its_states_and_succeeds_only_after_its_model_has_ans
     world.until(job, "running", controller)
     assert world.asked == []
     done = world.until(job, "succeeded", controller)
-    assert world.asked == [done.alias] and done.adapter == "tiny-run-0a1b2c3d"
+    assert world.asked == [done.alias, "tiny-run-ffffffff"] and done.adapter == "tiny-run-0a1b2c3d"
     assert world.ray.submitted == [f"{job.run_id}.1"]
     assert steps_reported(world, job) == [1, 2, 3, 4]
     assert done.trained_tokens == 10 * STEPS and done.finished is not None
@@ -48,9 +48,14 @@ def test_a_job_goes_through_its_states_and_succeeds_only_after_its_model_has_ans
         "The job has successfully completed",
     ]
     checkpoints, more = world.records.list_checkpoints(job.id, 10)
-    assert [(one.step, one.alias) for one in checkpoints] == [(4, f"{job.alias}:ckpt-step-4")] and not more
+    assert [(one.step, one.alias) for one in checkpoints] == [
+        (4, f"{job.alias}:ckpt-step-4"),
+        (2, f"{job.alias}:ckpt-step-2"),
+    ]
+    assert not more
+    assert world.records.adapter_of(f"{job.alias}:ckpt-step-2") == "tiny-run-ffffffff"
     assert world.records.adapter_of(f"{job.alias}:ckpt-step-4") == world.records.adapter_of(job.alias) == done.adapter
-    assert set(world.records.aliases()) == {job.alias, f"{job.alias}:ckpt-step-4"}
+    assert set(world.records.aliases()) == {job.alias, *(f"{job.alias}:ckpt-step-{step}" for step in (2, 4))}
 
 
 def test_a_model_that_does_not_answer_is_no_success(world):

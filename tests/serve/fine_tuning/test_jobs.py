@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from serve.database.keys import create_key, find_key
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.job_routes import job_routes
@@ -112,7 +114,7 @@ def server(model: Path, tmp_path: Path) -> Iterator[Server]:
     api = FastAPI()
     answer_errors_in_openai_shape(api)
     api.include_router(job_routes(Jobs(world.records, world.storage, settings, files), "acme", InFlight()))
-    api.add_middleware(RequireKey, root_key=KEY)
+    api.add_middleware(RequireKey, root_key=KEY, find_key=partial(find_key, world.engine))
     api.add_middleware(AccessLog)
     with served(api) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=30)
@@ -293,6 +295,25 @@ def test_an_unknown_job_is_not_found(server, call):
             getattr(server.client.fine_tuning.jobs, call)(name)
 
 
+def test_a_key_sees_its_own_jobs_only_and_an_admin_sees_all(server):
+    anna, bert = (
+        server.client.with_options(api_key=create_key(server.world.engine, name)[0]) for name in ("anna", "bert")
+    )
+    job = anna.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    other = bert.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert job.id != other.id  # the same body of another key is another job
+    assert [one.id for one in anna.fine_tuning.jobs.list()] == [job.id]
+    assert {one.id for one in server.client.fine_tuning.jobs.list()} == {job.id, other.id}
+    for call in ("retrieve", "cancel", "pause", "resume", "list_events"):
+        with pytest.raises(openai.NotFoundError):
+            getattr(bert.fine_tuning.jobs, call)(job.id)
+    with pytest.raises(openai.NotFoundError):
+        bert.fine_tuning.jobs.checkpoints.list(job.id)
+    with pytest.raises(openai.BadRequestError):
+        bert.fine_tuning.jobs.list(after=job.id)
+    assert anna.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
 # -- wishes, in every state ------------------------------------------------------------------------------------------
 
 ANSWERS = {
@@ -370,7 +391,7 @@ def test_events_are_paged_newest_first(server):
     metrics = [event.data for event in listed if event.type == "metrics"]
     assert [data["step"] for data in metrics] == [4, 3, 2, 1] and metrics[0]["valid_loss"] == 1.5
     checkpoints = list(server.client.fine_tuning.jobs.checkpoints.list(job_id))
-    assert [one.step_number for one in checkpoints] == [4]
+    assert [one.step_number for one in checkpoints] == [4, 2]
     assert checkpoints[0].metrics.full_valid_loss == 1.5 and checkpoints[0].fine_tuning_job_id == job_id
     job = server.client.fine_tuning.jobs.retrieve(job_id)
     assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-4"

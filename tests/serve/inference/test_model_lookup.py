@@ -89,3 +89,45 @@ def test_an_alias_answers_with_the_adapter_that_is_promoted(published, tmp_path)
     assert set(entries) == {"tiny", adapter.id, "tiny-plain@promoted"}
     assert entries["tiny-plain@promoted"].root == adapter.id
     assert entries["tiny-plain@promoted"].parent == entries[adapter.id].root == "tiny"
+
+
+class Names:
+    """Names of adapters, counted."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+        self.asked = 0
+
+    def adapter_of(self, alias: str) -> str | None:
+        self.asked += 1
+        return self.known.get(alias)
+
+    def aliases(self) -> dict[str, str]:
+        return self.known
+
+
+def test_a_fine_tuned_name_is_the_adapter_under_that_name(published, tmp_path):
+    registry, publish = published
+    adapter = publish("plain")
+    models = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
+    name = "ft:tiny:acme:desk/日本:0a1b2c3d"
+    with pytest.raises(ApiError, match="does not exist"):
+        models.resolve(name)  # a server without a database
+    names = Names()
+    models.add_names(names)
+    names.known = {name: adapter.id, f"{name}:ckpt-step-4": adapter.id, "ft:tiny:acme::gone": "tiny-gone-00000000"}
+    for alias in (name, f"{name}:ckpt-step-4"):
+        found = models.resolve(alias)
+        assert (found.id, found.root, found.adapter, found.entry().parent) == (alias, adapter.id, adapter, "tiny")
+    assert [model.id for model in models.all()] == ["tiny", adapter.id, name, f"{name}:ckpt-step-4"]
+    asked = names.asked
+    for _ in range(5):
+        models.resolve(name)
+    assert names.asked == asked  # a name never moves, so it is looked up once
+    for unknown in ("ft:tiny:acme::gone", "ft:tiny", "ft:"):
+        with pytest.raises(ApiError, match="does not exist"):
+            models.resolve(unknown)
+    delete_published(models, models.resolve(name))
+    for deleted in (name, f"{name}:ckpt-step-4", adapter.id):
+        with pytest.raises(ApiError, match="does not exist"):
+            models.resolve(deleted)
