@@ -1,0 +1,143 @@
+"""The whole life of a job: Ray Serve, its controller, a Ray cluster that trains, and the stock `openai` client."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from ray import serve
+
+from examples.quickstart.quickstart import free_ports
+from ft_service.registry.registry import Registry
+from ft_service.runs.folder import RunFolder
+from ft_service.storage.storage import Storage
+from serve.app import build_app
+from serve.settings import ServeSettings
+from tests.hosts import Cluster
+from tests.serve.fine_tuning.test_jobs import chat_records
+from tests.shared_cluster import joined
+from tests.worlds import SMALL, write_world
+
+pytestmark = pytest.mark.cluster
+
+KEY = "a-key-of-this-test"
+BASE = "tiny"
+JOB_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 60, sizes=SMALL)
+    (folder / "storage").mkdir()
+    for name, count, seed in (("train", 60, 0), ("valid", 20, 3)):
+        lines = map(json.dumps, chat_records(folder, count, seed))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(world: Path, cluster: Cluster) -> Iterator[openai.OpenAI]:
+    template = {
+        "method": {"type": "lora", "lora_rank": 4},
+        "data": {"max_seq_len": 128},
+        "train": {"learning_rate": 1e-2, "precision": "fp32"},
+        "parallel": {"use_gpu": False},
+        "report": {"samples": 0},
+    }
+    base = {"base": str(world / "base"), "name": BASE, "dtype": "float32", "cpus": 0, "max_batch": 4, "cache_gib": 0.1}
+    settings = ServeSettings.model_validate(
+        {
+            "storage": str(world / "storage"),
+            "database": f"sqlite:///{world}/service.db",
+            "api_key": KEY,
+            "bases": [base],
+            "fine_tuning": {"templates": {BASE: template}, "ray_address": cluster.dashboard},
+        }
+    )
+    with joined(cluster):
+        (port,) = free_ports(1)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        try:
+            serve.run(build_app(settings))
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=2, timeout=60)
+        finally:
+            serve.shutdown()
+
+
+def upload(client: openai.OpenAI, file: Path) -> str:
+    return client.files.create(file=file.open("rb"), purpose="fine-tune").id
+
+
+def wait(client: openai.OpenAI, job_id: str, *states: str) -> openai.types.fine_tuning.FineTuningJob:
+    deadline = time.monotonic() + JOB_SECONDS
+    while time.monotonic() < deadline:
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        if job.status in (*states, "failed"):
+            return job
+        time.sleep(0.5)
+    events = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    raise AssertionError(f"{job.status} after {JOB_SECONDS} s: {events}")
+
+
+def test_upload_create_pause_resume_wait_and_chat(client, world):
+    training = upload(client, world / "train.jsonl")
+    validation = upload(client, world / "valid.jsonl")
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=training,
+        validation_file=validation,
+        suffix="last-words",
+        seed=1,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 4}}},
+    )
+    client.files.delete(training)  # the job has a link of its own
+    wait(client, job.id, "running", "succeeded")
+    client.fine_tuning.jobs.pause(job.id)
+    paused = wait(client, job.id, "paused", "succeeded")
+    if paused.status == "paused":
+        assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    done = wait(client, job.id, "succeeded")
+    assert done.status == "succeeded", done.error
+    assert done.fine_tuned_model == f"ft:{BASE}:ft:last-words:{job.id[6:14]}" and done.trained_tokens > 0
+    messages = [{"role": "user", "content": "Last word of: one two tree"}]
+    answer = client.chat.completions.create(model=done.fine_tuned_model, messages=messages, max_tokens=8)
+    assert answer.model == done.fine_tuned_model and answer.usage.completion_tokens > 0
+    entry = client.models.retrieve(done.fine_tuned_model)
+    assert entry.id == done.fine_tuned_model and entry.parent == BASE
+    assert {done.fine_tuned_model, entry.root} <= {model.id for model in client.models.list()}
+    storage = Storage(str(world / "storage"))
+    run = RunFolder(storage, f"last-words-{job.id[6:18]}")
+    assert run.recorded_status().published == entry.root
+    plan = run.plan()
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert len(checkpoints) >= 3
+    assert {one.step_number for one in checkpoints} >= {one.step for one in run.epoch_adapters()}
+    first = client.completions.create(model=checkpoints[-1].fine_tuned_model_checkpoint, prompt="one two", max_tokens=2)
+    assert first.usage.completion_tokens > 0
+    lines = client.files.content(done.result_files[0]).text.splitlines()
+    assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, plan.num_steps + 1))
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=50))
+    steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
+    assert steps == list(range(1, plan.num_steps + 1))
+    assert len([name for name in storage.folders("runs") if name.startswith("last-words")]) == 1
+    assert client.models.delete(done.fine_tuned_model).deleted
+    assert Registry(storage).find(entry.root) is None
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=done.fine_tuned_model, messages=messages)
+
+
+def test_a_running_job_is_cancelled_and_frees_its_workers(client, world):
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=upload(client, world / "train.jsonl"),
+        hyperparameters={"n_epochs": 50, "batch_size": 1},
+    )
+    wait(client, job.id, "running")
+    client.fine_tuning.jobs.cancel(job.id)
+    assert wait(client, job.id, "cancelled").status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="has been cancelled already"):
+        client.fine_tuning.jobs.cancel(job.id)
