@@ -30,6 +30,9 @@ def create(
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Of prompts and answers.")] = None,
+    organization: Annotated[
+        str | None, typer.Option(help="Its keys see each other's files and jobs. Default: this key sees its own only.")
+    ] = None,
     expires_days: Annotated[int | None, typer.Option(min=1, help="Default: never.")] = None,
     database: Database = None,
     as_json: AsJson = False,
@@ -46,6 +49,7 @@ def create(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         models=tuple(model) if model else None,
+        organization=organization,
     )
     if as_json:
         print_json({"key": key, **dataclasses.asdict(record)})
@@ -63,13 +67,14 @@ def list_all(database: Database = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json([dataclasses.asdict(key) for key in keys])
         return
-    table = new_table("name", "state", "admin", "models", "requests/min", "tokens/min", "created")
+    table = new_table("name", "state", "admin", "organization", "models", "requests/min", "tokens/min", "created")
     for key in keys:
         state = "revoked" if key.revoked else "valid" if key.is_valid(datetime.now(UTC)) else "expired"
         table.add_row(
             key.name,
             state,
             "yes" if key.is_admin else "",
+            key.organization or "",
             "all" if key.models is None else ", ".join(key.models),
             "" if key.requests_per_minute is None else str(key.requests_per_minute),
             "" if key.tokens_per_minute is None else str(key.tokens_per_minute),

@@ -33,6 +33,8 @@ class ApiKey:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     models: tuple[str, ...] | None = None
+    organization: str | None = None
+    """Keys of one organisation see each other's files and jobs."""
 
     def is_valid(self, now: datetime) -> bool:
         return self.revoked is None and (self.expires is None or now < self.expires)
@@ -55,6 +57,7 @@ def create_key(
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
     models: tuple[str, ...] | None = None,
+    organization: str | None = None,
     by: str = COMMAND_LINE,
 ) -> tuple[str, ApiKey]:
     """A new key and its record. The key cannot be had again. Raises `UsageError` if the name is taken."""
@@ -70,10 +73,13 @@ def create_key(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         models=None if models is None else list(models),
+        organization=organization or None,
     )
     with session(engine) as opened:
         opened.add(row)
-        audit(opened, by, "keys.create", name, {"is_admin": is_admin, "models": row.models})
+        audit(
+            opened, by, "keys.create", name, {"is_admin": is_admin, "models": row.models, "organization": organization}
+        )
         record = _record(row)
         try:
             opened.commit()
@@ -127,6 +133,7 @@ def _record(row: ApiKeyRow) -> ApiKey:
         requests_per_minute=row.requests_per_minute,
         tokens_per_minute=row.tokens_per_minute,
         models=None if row.models is None else tuple(row.models),
+        organization=row.organization,
     )
 
 

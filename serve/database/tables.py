@@ -43,6 +43,8 @@ class ApiKeyRow(Base):
     tokens_per_minute: Mapped[int | None]
     models: Mapped[list[str] | None] = mapped_column(JSON)
     """Model ids, or beginnings of ids that end in ``*``; None means every model."""
+    organization: Mapped[str | None] = mapped_column(Text)
+    """Keys of one organisation see each other's files and jobs."""
 
 
 class AuditRow(Base):
@@ -170,6 +172,82 @@ class VoteRow(Base):
     seconds: Mapped[float | None]
     """Between showing and voting, by the rater's browser."""
     time: Mapped[datetime] = mapped_column(Moment)
+
+
+class FileContentRow(Base):
+    """The content of one or more files. Its row is locked while the content on storage is published or deleted."""
+
+    __tablename__ = "file_contents"
+
+    digest: Mapped[str] = mapped_column(Text, primary_key=True)
+    """SHA-256."""
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes."""
+
+
+class FileRow(Base):
+    """A file of the API. One that has expired or is being deleted has no row."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    """`file-` and 24 hex digits, which sort by time."""
+    key: Mapped[str] = mapped_column(Text, index=True)
+    """Id of the API key that uploaded it."""
+    organization: Mapped[str | None] = mapped_column(Text, index=True)
+    """That of the key; None for a key without one."""
+    filename: Mapped[str] = mapped_column(Text)
+    purpose: Mapped[str] = mapped_column(Text)
+    digest: Mapped[str] = mapped_column(ForeignKey("file_contents.digest"), index=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes."""
+    created: Mapped[datetime] = mapped_column(Moment)
+    expires: Mapped[datetime | None] = mapped_column(Moment, index=True)
+    status: Mapped[str] = mapped_column(Text, index=True)
+    """`uploaded` until it was checked, then `processed` or `error`."""
+    status_details: Mapped[str | None] = mapped_column(Text)
+    validation: Mapped[dict[str, object] | None] = mapped_column(JSON)
+    checked_since: Mapped[datetime | None] = mapped_column(Moment)
+    """When a process began to check it."""
+    job: Mapped[str | None] = mapped_column(Text, unique=True)
+    """The job whose result file it is."""
+
+
+class UploadRow(Base):
+    """A file that comes in parts."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    """`upload_` and 24 hex digits."""
+    key: Mapped[str] = mapped_column(Text, index=True)
+    organization: Mapped[str | None] = mapped_column(Text)
+    filename: Mapped[str] = mapped_column(Text)
+    purpose: Mapped[str] = mapped_column(Text)
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes that the parts must have in all."""
+    created: Mapped[datetime] = mapped_column(Moment)
+    expires: Mapped[datetime] = mapped_column(Moment, index=True)
+    file_seconds: Mapped[int | None]
+    """So long after its creation the file expires."""
+    status: Mapped[str] = mapped_column(Text)
+    """`pending`, `completed` or `cancelled`; a pending one that has expired is `expired`."""
+    completed_with: Mapped[str | None] = mapped_column(Text)
+    """SHA-256 of the ids of the parts it was completed with: a client that repeats the call gets the same file."""
+    file: Mapped[str | None] = mapped_column(Text)
+    """Id of the completed file."""
+
+
+class UploadPartRow(Base):
+    """A part of an upload, on storage."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    """`part_` and 24 hex digits."""
+    upload: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    created: Mapped[datetime] = mapped_column(Moment)
 
 
 class FineTuningJobRow(Base):
