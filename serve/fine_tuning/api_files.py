@@ -4,7 +4,8 @@ from sqlalchemy import Engine
 
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.job_records import Job
-from serve.fine_tuning.jobs import Owner, StoredFile
+from serve.fine_tuning.jobs import StoredFile
+from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
 
 
@@ -15,7 +16,7 @@ class ApiFiles:
         self._engine = engine
         self._storage = storage
 
-    def for_training(self, owner: Owner, file_id: str, param: str) -> StoredFile:
+    def for_training(self, owner: Tenant, file_id: str, param: str) -> StoredFile:
         raise ApiError(400, f"{param}: the file {file_id!r} does not exist.", "file_not_found", param)
 
     def add_result(self, job: Job, content: bytes) -> str:

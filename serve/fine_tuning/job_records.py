@@ -395,8 +395,11 @@ _FIELDS = tuple(field.name for field in fields(Job))
 
 
 def _job(row: FineTuningJobRow) -> Job:
-    values: dict[str, Any] = {name: getattr(row, name) for name in _FIELDS}
-    return Job(**{name: with_utc(value) if isinstance(value, datetime) else value for name, value in values.items()})
+    values: dict[str, Any] = {}
+    for name in _FIELDS:
+        value = getattr(row, name)
+        values[name] = with_utc(value) if isinstance(value, datetime) else value
+    return Job(**values)
 
 
 def _columns(job: Job) -> dict[str, Any]:

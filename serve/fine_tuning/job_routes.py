@@ -8,12 +8,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement
 
 from serve.database.tables import FineTuningJobRow, JobCheckpointRow, JobEventRow, with_utc
 from serve.fine_tuning.events import event_stream
 from serve.fine_tuning.job_records import Job
-from serve.fine_tuning.jobs import Jobs, Owner
+from serve.fine_tuning.jobs import Jobs
+from serve.fine_tuning.tenants import tenant_of
 from serve.fine_tuning.wire import (
     FineTuningJob,
     FineTuningJobCheckpoint,
@@ -23,7 +23,7 @@ from serve.fine_tuning.wire import (
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
-from serve.http.keys import Client, client_of
+from serve.http.keys import client_of
 from serve.http.openapi import reads
 
 BODIES: list[type[BaseModel]] = [FineTuningJobRequest]
@@ -48,7 +48,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     async def create(http: Request) -> Response:
         """Accept a job; with the header `x-dry-run: true`, only estimate it."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
-        owner = owner_of(client_of(http))
+        owner = tenant_of(client_of(http))
         if http.headers.get("x-dry-run", "").lower() == "true":
             return JSONResponse(await asyncio.to_thread(jobs.estimate, owner, request))
         return answer(await asyncio.to_thread(jobs.create, owner, request))
@@ -57,7 +57,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     async def estimate(http: Request) -> dict[str, Any]:
         """What a job would take: tokens, memory, steps, hours, cost. Writes nothing."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
-        return await asyncio.to_thread(jobs.estimate, owner_of(client_of(http)), request)
+        return await asyncio.to_thread(jobs.estimate, tenant_of(client_of(http)), request)
 
     @api.get(_PATH)
     def list_jobs(http: Request, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
@@ -67,31 +67,31 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
             for name, value in http.query_params.multi_items()
             if (match := _METADATA.fullmatch(name))
         }
-        found, has_more = jobs.list_jobs(visible_to(client_of(http)), limit, after, wanted)
+        found, has_more = jobs.list_jobs(tenant_of(client_of(http)).visible(FineTuningJobRow), limit, after, wanted)
         return page([job_reply(job, organization) for job in found], has_more)
 
     @api.get(f"{_PATH}/{{job_id}}")
     def retrieve(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.find(job_id, can_see(client_of(http))), organization)
+        return job_reply(jobs.find(job_id, tenant_of(client_of(http))), organization)
 
     @api.post(f"{_PATH}/{{job_id}}/cancel")
     def cancel(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.cancel(job_id, can_see(client_of(http))), organization)
+        return job_reply(jobs.cancel(job_id, tenant_of(client_of(http))), organization)
 
     @api.post(f"{_PATH}/{{job_id}}/pause")
     def pause(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.pause(job_id, can_see(client_of(http))), organization)
+        return job_reply(jobs.pause(job_id, tenant_of(client_of(http))), organization)
 
     @api.post(f"{_PATH}/{{job_id}}/resume")
     def resume(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.resume(job_id, can_see(client_of(http))), organization)
+        return job_reply(jobs.resume(job_id, tenant_of(client_of(http))), organization)
 
     @api.get(f"{_PATH}/{{job_id}}/events", response_model=None)
     async def events(
         http: Request, job_id: str, limit: Limit = _DEFAULT_EVENTS, after: str | None = None, stream: bool = False
     ) -> Response | dict[str, Any]:
         """Newest first. With `stream=true` or `Accept: text/event-stream`: oldest first, and new ones as they come."""
-        await asyncio.to_thread(jobs.find, job_id, can_see(client_of(http)))
+        await asyncio.to_thread(jobs.find, job_id, tenant_of(client_of(http)))
         if stream or "text/event-stream" in http.headers.get("accept", ""):
             last = http.headers.get("last-event-id") or after
             await asyncio.to_thread(_known, lambda: jobs.records.events_since(job_id, last, 1), last)
@@ -105,44 +105,11 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
         http: Request, job_id: str, limit: Limit = _DEFAULT_CHECKPOINTS, after: str | None = None
     ) -> dict[str, Any]:
         """Newest first."""
-        jobs.find(job_id, can_see(client_of(http)))
+        jobs.find(job_id, tenant_of(client_of(http)))
         rows, has_more = _known(lambda: jobs.records.list_checkpoints(job_id, limit, after), after)
         return page([checkpoint_reply(row) for row in rows], has_more)
 
     return api
-
-
-# -- who sees what -----------------------------------------------------------------------------------------------------
-
-
-def owner_of(client: Client) -> Owner:
-    key = client.key
-    return Owner("local", "local") if key is None else Owner(key.id, key.name, getattr(key, "organization", None))
-
-
-def visible_to(client: Client) -> ColumnElement[bool] | None:
-    """The jobs of a client: its key's and its organisation's. None: all."""
-    if client.key is None or client.key.is_admin:
-        return None
-    owner = owner_of(client)
-    if owner.organization is None:
-        return FineTuningJobRow.key == owner.key
-    return (FineTuningJobRow.key == owner.key) | (FineTuningJobRow.organization == owner.organization)
-
-
-def can_see(client: Client) -> Callable[[Job], bool]:
-    """`visible_to`, of one job."""
-    owner = owner_of(client)
-
-    def sees(job: Job) -> bool:
-        is_all = client.key is None or client.key.is_admin
-        return (
-            is_all
-            or job.key == owner.key
-            or (owner.organization is not None and job.organization == owner.organization)
-        )
-
-    return sees
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from serve.fine_tuning.run_spec import (
     model_name,
     run_name,
 )
+from serve.fine_tuning.tenants import Tenant
 from serve.fine_tuning.webhooks import Deliveries, webhooks_of
 from serve.fine_tuning.wire import FineTuningJobRequest
 from serve.http.errors import ApiError
@@ -52,22 +53,13 @@ class StoredFile:
 class Files(Protocol):
     """The files of the API."""
 
-    def for_training(self, owner: "Owner", file_id: str, param: str) -> StoredFile:
+    def for_training(self, owner: Tenant, file_id: str, param: str) -> StoredFile:
         """Raises `ApiError` for a file that the owner cannot see, or that is not for training."""
         ...
 
     def add_result(self, job: Job, content: bytes) -> str:
         """Add the result file of a job, once; returns its id."""
         ...
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Whose jobs these are."""
-
-    key: str
-    name: str
-    organization: str | None = None
 
 
 class Jobs:
@@ -82,7 +74,7 @@ class Jobs:
 
     # -- creating ------------------------------------------------------------------------------------------------------
 
-    def create(self, owner: Owner, request: FineTuningJobRequest) -> Job:
+    def create(self, owner: Tenant, request: FineTuningJobRequest) -> Job:
         """Accept a job. The same request again, within the window, gets the same job.
 
         When this returns, the job is in the database and on storage.
@@ -94,7 +86,7 @@ class Jobs:
         JobFolder(self._storage, job.id).write_if_absent(job)
         return job
 
-    def _create(self, owner: Owner, request: FineTuningJobRequest, digest: str) -> Job:
+    def _create(self, owner: Tenant, request: FineTuningJobRequest, digest: str) -> Job:
         files = self._accept(owner, request)
         job = self._draft(owner, request)
         folder = JobFolder(self._storage, job.id)
@@ -117,7 +109,7 @@ class Jobs:
             folder.delete()
         return created
 
-    def estimate(self, owner: Owner, request: FineTuningJobRequest) -> dict[str, Any]:
+    def estimate(self, owner: Tenant, request: FineTuningJobRequest) -> dict[str, Any]:
         """What a job would take. Writes nothing."""
         files = self._accept(owner, request)
         paths = {role: self._storage.uri(f"{file.folder}/{file.name}") for role, file in files.items()}
@@ -139,7 +131,7 @@ class Jobs:
         """Spec, data and plan of a job whose data are linked. Raises `JobRefusedError`."""
         return check_linked(job, self._storage, self._tuning)
 
-    def _accept(self, owner: Owner, request: FineTuningJobRequest) -> dict[str, StoredFile]:
+    def _accept(self, owner: Tenant, request: FineTuningJobRequest) -> dict[str, StoredFile]:
         """The files of a request, by their role. Raises `ApiError` 400 for what no job can have."""
         if not self._storage.is_local:
             message = (
@@ -159,7 +151,7 @@ class Jobs:
     def _template(self, model: str) -> Mapping[str, Any]:
         return template_of(self._tuning, model)
 
-    def _draft(self, owner: Owner, request: FineTuningJobRequest) -> Job:
+    def _draft(self, owner: Tenant, request: FineTuningJobRequest) -> Job:
         job_hex = secrets.token_hex(12)
         now = self.records.clock()
         return Job(
@@ -180,10 +172,10 @@ class Jobs:
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
-    def find(self, job_id: str, can_see: Callable[[Job], bool]) -> Job:
+    def find(self, job_id: str, reader: Tenant) -> Job:
         """Raises `ApiError` 404 for a job that does not exist or that the client may not see."""
         job = self.records.find(job_id)
-        if job is None or not can_see(job):
+        if job is None or not reader.sees(job.key, job.organization):
             raise ApiError(404, f"The fine-tuning job {job_id[:100]!r} does not exist.", "job_not_found", "job_id")
         return job
 
@@ -197,7 +189,7 @@ class Jobs:
 
     # -- wishes --------------------------------------------------------------------------------------------------------
 
-    def cancel(self, job_id: str, can_see: Callable[[Job], bool]) -> Job:
+    def cancel(self, job_id: str, reader: Tenant) -> Job:
         """End a job. Its run saves a checkpoint first. Again, while that lasts, changes nothing."""
 
         def act(job: Job) -> Job | None:
@@ -210,9 +202,9 @@ class Jobs:
             events = [NewEvent("Cancellation requested: the run stops after its current step.")]
             return self.records.change(job, wish="cancel", events=events)
 
-        return self._act(job_id, can_see, act)
+        return self._act(job_id, reader, act)
 
-    def pause(self, job_id: str, can_see: Callable[[Job], bool]) -> Job:
+    def pause(self, job_id: str, reader: Tenant) -> Job:
         """Stop a job's run with a checkpoint, which frees its workers."""
 
         def act(job: Job) -> Job | None:
@@ -229,9 +221,9 @@ class Jobs:
             events = [NewEvent("Pause requested: the run saves a checkpoint after its current step and stops.")]
             return self.records.change(job, wish="pause", events=events)
 
-        return self._act(job_id, can_see, act)
+        return self._act(job_id, reader, act)
 
-    def resume(self, job_id: str, can_see: Callable[[Job], bool]) -> Job:
+    def resume(self, job_id: str, reader: Tenant) -> Job:
         """Let a paused job go on from its checkpoint."""
 
         def act(job: Job) -> Job | None:
@@ -245,12 +237,12 @@ class Jobs:
             attempt = job.attempt + 1 if job.attempt else 0
             return self.records.change(job, "queued", attempt=attempt, events=events)
 
-        return self._act(job_id, can_see, act)
+        return self._act(job_id, reader, act)
 
-    def _act(self, job_id: str, can_see: Callable[[Job], bool], act: Callable[[Job], Job | None]) -> Job:
+    def _act(self, job_id: str, reader: Tenant, act: Callable[[Job], Job | None]) -> Job:
         """Again where the job has changed between reading and acting."""
         for _ in range(_ATTEMPTS):
-            if (job := act(self.find(job_id, can_see))) is not None:
+            if (job := act(self.find(job_id, reader))) is not None:
                 return job
         raise ApiError(503, f"The job {job_id} keeps changing. Try again.", "job_changing", retry_after=1)
 

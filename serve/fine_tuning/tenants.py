@@ -1,11 +1,13 @@
-"""Which files a client sees: those of its key and of its key's organisation. Admin keys see all, and so does everybody
-on a server without keys."""
+"""Which files and jobs a client sees: those of its key and of its key's organisation.
+
+Admin keys see all, and so does everybody on a server without keys.
+"""
 
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, or_, true
 
-from serve.database.tables import FileRow, UploadRow
+from serve.database.tables import FileRow, FineTuningJobRow, UploadRow
 from serve.http.keys import Client
 
 NO_KEY = "local"
@@ -27,7 +29,7 @@ class Tenant:
         own = key == self.key or (organization is not None and organization == self.organization)
         return self.sees_all or own
 
-    def visible(self, table: type[FileRow] | type[UploadRow]) -> ColumnElement[bool]:
+    def visible(self, table: type[FileRow] | type[UploadRow] | type[FineTuningJobRow]) -> ColumnElement[bool]:
         """`sees`, as a condition on rows."""
         if self.sees_all:
             return true()

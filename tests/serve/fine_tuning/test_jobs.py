@@ -17,8 +17,9 @@ from serve.database.keys import create_key, find_key
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.job_routes import job_routes
-from serve.fine_tuning.jobs import Jobs, Owner, StoredFile, check_linked
+from serve.fine_tuning.jobs import Jobs, StoredFile, check_linked
 from serve.fine_tuning.templates import with_templates_read
+from serve.fine_tuning.tenants import Tenant
 from serve.http.access import AccessLog
 from serve.http.errors import ApiError, answer_errors_in_openai_shape
 from serve.http.in_flight import InFlight
@@ -44,7 +45,7 @@ class FolderFiles:
         self._world.storage.write_bytes(f"files/content/{file_id}", text.encode())
         return file_id
 
-    def for_training(self, owner: Owner, file_id: str, param: str) -> StoredFile:
+    def for_training(self, owner: Tenant, file_id: str, param: str) -> StoredFile:
         size = self._world.storage.size(f"files/content/{file_id}")
         if size is None:
             raise ApiError(400, f"{param}: the file {file_id!r} does not exist.", "file_not_found", param)
@@ -312,6 +313,11 @@ def test_a_key_sees_its_own_jobs_only_and_an_admin_sees_all(server):
     with pytest.raises(openai.BadRequestError):
         bert.fine_tuning.jobs.list(after=job.id)
     assert anna.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    keys = (create_key(server.world.engine, name, organization="acme")[0] for name in ("carl", "dora"))
+    carl, dora = (server.client.with_options(api_key=key) for key in keys)
+    shared = carl.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert dora.fine_tuning.jobs.retrieve(shared.id).organization_id == "acme"
+    assert [one.id for one in dora.fine_tuning.jobs.list()] == [shared.id]
 
 
 # -- wishes, in every state ------------------------------------------------------------------------------------------
