@@ -1,12 +1,20 @@
 """Files of the API, as jobs use them."""
 
+from datetime import UTC, datetime
+
 from sqlalchemy import Engine
 
 from ft_service.storage.storage import Storage
+from serve.database.database import session
+from serve.database.tables import FileRow, with_utc
+from serve.fine_tuning.file_wire import FINE_TUNE
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import StoredFile
+from serve.fine_tuning.paging import is_id
 from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
+
+CONTENT = "files/content"
 
 
 class ApiFiles:
@@ -17,7 +25,20 @@ class ApiFiles:
         self._storage = storage
 
     def for_training(self, owner: Tenant, file_id: str, param: str) -> StoredFile:
-        raise ApiError(400, f"{param}: the file {file_id!r} does not exist.", "file_not_found", param)
+        """A file that is still being checked is accepted: the job checks its data again."""
+        with session(self._engine) as opened:
+            row = opened.get(FileRow, file_id) if is_id(file_id, "file-") else None
+        is_gone = row is None or (row.expires is not None and with_utc(row.expires) <= datetime.now(UTC))
+        if row is None or is_gone or not owner.sees(row.key, row.organization):
+            raise ApiError(400, f"{param}: the file {file_id[:100]!r} does not exist.", "file_not_found", param)
+        if row.purpose != FINE_TUNE:
+            message = f"{param}: the file {file_id} has the purpose {row.purpose!r}. Upload it with {FINE_TUNE!r}."
+            raise ApiError(400, message, "invalid_file_purpose", param)
+        if row.status == "error":
+            reason = row.status_details or "it is no valid training file"
+            message = f"{param}: the file {file_id} cannot be trained on. {reason}"
+            raise ApiError(400, message, "invalid_training_file", param)
+        return StoredFile(row.id, row.filename, row.size, CONTENT, row.digest)
 
     def add_result(self, job: Job, content: bytes) -> str:
         raise NotImplementedError

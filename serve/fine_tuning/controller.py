@@ -310,7 +310,7 @@ class Controller:
             job = changed
         checkpoints = _checkpoints(job, run, metrics)
         names = [job.alias, *(checkpoint.adapter for checkpoint in checkpoints if checkpoint.adapter != job.adapter)]
-        done = self._work.poll(f"ask {job.id}", lambda: [self._outside.answers(name) for name in names])
+        done = self._work.poll(f"ask {job.id}", lambda: self._ask(names))
         if done is None:
             return
         try:
@@ -328,6 +328,10 @@ class Controller:
             trained_tokens=sum(step.tokens for step in metrics),
             checkpoints=checkpoints,
         )
+
+    def _ask(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._outside.answers(name)
 
     def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
         error = {"code": code, "message": message, "param": param}

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from serve.database.tables import FineTuningJobRow, JobCheckpointRow, JobEventRow, with_utc
 from serve.fine_tuning.events import event_stream
 from serve.fine_tuning.job_records import Job
-from serve.fine_tuning.jobs import Jobs
+from serve.fine_tuning.jobs import Jobs, known_after
 from serve.fine_tuning.tenants import tenant_of
 from serve.fine_tuning.wire import (
     FineTuningJob,
@@ -21,7 +20,6 @@ from serve.fine_tuning.wire import (
     FineTuningJobRequest,
 )
 from serve.http.body import read_json
-from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
 from serve.http.keys import client_of
 from serve.http.openapi import reads
@@ -94,10 +92,12 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
         await asyncio.to_thread(jobs.find, job_id, tenant_of(client_of(http)))
         if stream or "text/event-stream" in http.headers.get("accept", ""):
             last = http.headers.get("last-event-id") or after
-            await asyncio.to_thread(_known, lambda: jobs.records.events_since(job_id, last, 1), last)
+            await asyncio.to_thread(known_after, last, lambda: jobs.records.events_since(job_id, last, 1))
             lines = event_stream(jobs.records, job_id, last, _event_json, lambda: in_flight.is_stopping)
             return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)
-        rows, has_more = await asyncio.to_thread(_known, lambda: jobs.records.list_events(job_id, limit, after), after)
+        rows, has_more = await asyncio.to_thread(
+            known_after, after, lambda: jobs.records.list_events(job_id, limit, after)
+        )
         return page([event_reply(row) for row in rows], has_more)
 
     @api.get(f"{_PATH}/{{job_id}}/checkpoints")
@@ -106,7 +106,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     ) -> dict[str, Any]:
         """Newest first."""
         jobs.find(job_id, tenant_of(client_of(http)))
-        rows, has_more = _known(lambda: jobs.records.list_checkpoints(job_id, limit, after), after)
+        rows, has_more = known_after(after, lambda: jobs.records.list_checkpoints(job_id, limit, after))
         return page([checkpoint_reply(row) for row in rows], has_more)
 
     return api
@@ -191,11 +191,3 @@ def page(items: list[Any], has_more: bool) -> dict[str, Any]:
         "last_id": items[-1].id if items else None,
         "has_more": has_more,
     }
-
-
-def _known(read: Callable[[], Any], after: str | None) -> Any:
-    try:
-        return read()
-    except KeyError:
-        message = f"after = {(after or '')[:100]!r}: there is no such item. Send the id of the last item of a page."
-        raise ApiError(400, message, "invalid_value", "after") from None

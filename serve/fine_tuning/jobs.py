@@ -1,9 +1,10 @@
 """Jobs as clients see them: accepted, estimated, paused, resumed and cancelled. Starts nothing: the controller does."""
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement
 
@@ -32,7 +33,10 @@ from serve.settings import FineTuningSettings, ServeSettings
 TRAINING = "training"
 VALIDATION = "validation"
 _MIB = 2**20
+T = TypeVar("T")
 _ATTEMPTS = 10
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_JOB_ID = re.compile(r"ftjob-[0-9a-f]{24}")
 _NO_DPO = "method.type = 'dpo': preference training is not there yet. Use supervised."
 _NO_REINFORCEMENT = "method.type = 'reinforcement': graders and rollouts are not supported. Use supervised."
 
@@ -174,7 +178,7 @@ class Jobs:
 
     def find(self, job_id: str, reader: Tenant) -> Job:
         """Raises `ApiError` 404 for a job that does not exist or that the client may not see."""
-        job = self.records.find(job_id)
+        job = self.records.find(job_id) if _JOB_ID.fullmatch(job_id) else None
         if job is None or not reader.sees(job.key, job.organization):
             raise ApiError(404, f"The fine-tuning job {job_id[:100]!r} does not exist.", "job_not_found", "job_id")
         return job
@@ -182,10 +186,8 @@ class Jobs:
     def list_jobs(
         self, visible: ColumnElement[bool] | None, limit: int, after: str | None, metadata: Mapping[str, str]
     ) -> tuple[list[Job], bool]:
-        try:
-            return self.records.list_jobs(visible, limit, after, metadata)
-        except KeyError:
-            raise _unknown_after(after) from None
+        """A page of jobs, newest first, and whether there are more. Raises `ApiError` 400 for an unknown `after`."""
+        return known_after(after, lambda: self.records.list_jobs(visible, limit, after, metadata))
 
     # -- wishes --------------------------------------------------------------------------------------------------------
 
@@ -271,9 +273,15 @@ def _refused(error: JobRefusedError) -> ApiError:
     return ApiError(400, error.message, error.code, error.param)
 
 
-def _unknown_after(after: str | None) -> ApiError:
-    message = f"after = {(after or '')[:100]!r}: there is no such item. Send the id of the last item of a page."
-    return ApiError(400, message, "invalid_value", "after")
+def known_after(after: str | None, read: Callable[[], T]) -> T:
+    """What `read` returns. Raises `ApiError` 400 if it raises `KeyError`, or if `after` is no id at all."""
+    try:
+        if after is not None and not _ID.fullmatch(after):
+            raise KeyError(after)
+        return read()
+    except KeyError:
+        message = f"after = {(after or '')[:100]!r}: there is no such item. Send the id of the last item of a page."
+        raise ApiError(400, message, "invalid_value", "after") from None
 
 
 # -- what the controller needs of them ---------------------------------------------------------------------------------

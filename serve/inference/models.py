@@ -188,7 +188,8 @@ class ServedModels:
         """Remembered, since it never changes. Raises `ApiError` 404, or `DatabaseError`."""
         adapter = self._named.get(name)
         if adapter is None:
-            adapter = self._names.adapter_of(name) if self._names else None
+            is_text = "\0" not in name  # which no database would look up
+            adapter = self._names.adapter_of(name) if self._names and is_text else None
             if adapter is None:
                 raise _unknown_model(name)
             if len(self._named) >= _MOST_REMEMBERED:

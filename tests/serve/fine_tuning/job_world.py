@@ -261,9 +261,12 @@ def _empty_database() -> bytes:
         return Path(folder, "service.db").read_bytes()
 
 
-def make_world(folder: Path) -> World:
-    (folder / "service.db").write_bytes(_empty_database())
-    engine = open_database(f"sqlite:///{folder}/service.db")
+def make_world(folder: Path, database: str | None = None) -> World:
+    """`database`: its URL; by default a file in `folder`."""
+    if database is None:
+        (folder / "service.db").write_bytes(_empty_database())
+        database = f"sqlite:///{folder}/service.db"
+    engine = open_database(database)
     storage = Storage(str(folder / "storage"))
     clock = Clock()
     return World(engine, storage, Ray(storage), clock, JobRecords(engine, clock))
