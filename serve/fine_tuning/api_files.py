@@ -1,16 +1,17 @@
 """Files of the API, as jobs use them."""
 
+import hashlib
 from datetime import UTC, datetime
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 from ft_service.storage.storage import Storage
 from serve.database.database import session
-from serve.database.tables import FileRow, with_utc
-from serve.fine_tuning.file_wire import FINE_TUNE
+from serve.database.tables import FileContentRow, FileRow, with_utc
+from serve.fine_tuning.file_wire import FINE_TUNE, RESULTS
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import StoredFile
-from serve.fine_tuning.paging import is_id
+from serve.fine_tuning.paging import is_id, new_id
 from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
 
@@ -41,4 +42,28 @@ class ApiFiles:
         return StoredFile(row.id, row.filename, row.size, CONTENT, row.digest)
 
     def add_result(self, job: Job, content: bytes) -> str:
-        raise NotImplementedError
+        digest = hashlib.sha256(content).hexdigest()
+        with session(self._engine) as opened:
+            earlier = opened.scalar(select(FileRow.id).where(FileRow.job == job.id))
+            if earlier is not None:
+                return earlier
+            opened.merge(FileContentRow(digest=digest, size=len(content)))
+            opened.flush()
+            row = FileRow(
+                id=new_id("file-"),
+                key=job.key,
+                organization=job.organization,
+                filename="step_metrics.csv",
+                purpose=RESULTS,
+                digest=digest,
+                size=len(content),
+                created=datetime.now(UTC),
+                status="processed",
+                job=job.id,
+            )
+            opened.add(row)
+            opened.flush()
+            self._storage.write_bytes(f"{CONTENT}/{digest}", content)
+            file_id = row.id
+            opened.commit()
+        return file_id
