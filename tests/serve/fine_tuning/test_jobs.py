@@ -172,6 +172,7 @@ def test_the_spec_of_a_job_has_its_hyperparameters_and_reports_the_conversion(se
     assert spec["train"]["learning_rate"] == 2e-3 and spec["train"]["epochs"] == 2 and spec["train"]["seed"] == 7
     assert spec["train"]["global_batch_size"] == round(6 * rows / 40) > 1
     assert [source["license"] for source in (*spec["data"]["train"], *spec["data"]["validation"])] == ["CC0-1.0"] * 2
+    assert spec["queue"]["owner"] == "FT_API_KEY"
     assert spec["data"]["train"][0]["source"] == "file-train, uploaded by FT_API_KEY"
     server.world.controller().step()
     messages = server.world.messages(server.world.records.find(job.id))
@@ -265,7 +266,16 @@ def test_an_estimate_writes_nothing(server):
     first = httpx.post(f"{server.url}/fine_tuning/jobs/estimate", json=body, headers=headers()).json()
     second = httpx.post(f"{server.url}/fine_tuning/jobs", json=body, headers={**headers(), "x-dry-run": "true"}).json()
     assert first == second and first["object"] == "fine_tuning.job.estimate"
-    assert first["examples"] == 40 and first["steps"] > 1 and first["tokens"] > 1000 and first["jobs_waiting"] == 0
+    assert (
+        first["examples"] == 40
+        and first["steps"] > 1
+        and first["tokens"] > 1000
+        and first["queue"]
+        == {
+            "runs_waiting": 0,
+            "runs_with_workers": 0,
+        }
+    )
     assert first["hyperparameters"] == {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert server.world.records.active() == [] and server.world.storage.folders("jobs") == []
 
