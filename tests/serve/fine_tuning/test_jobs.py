@@ -261,6 +261,18 @@ def test_large_files_are_checked_by_the_job_itself(server, tmp_path):
     assert not server.world.storage.exists(JobFolder(server.world.storage, job.id).path + "/data")
 
 
+def test_files_that_are_deleted_while_a_job_waits_do_no_harm(server):
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+    job = server.client.fine_tuning.jobs.create(
+        model=BASE, training_file="file-train", validation_file="file-valid", metadata={"team": "a"}
+    )
+    for name in ("file-train", "file-valid"):
+        server.world.storage.delete(f"files/content/{name}")
+    server.world.check = server.check
+    queued = server.world.until(server.world.records.find(job.id), "queued")
+    assert queued.resolved["examples"] == 40
+
+
 def test_an_estimate_writes_nothing(server):
     body = {"model": BASE, "training_file": "file-train", "hyperparameters": {"n_epochs": 2, "batch_size": 8}}
     first = httpx.post(f"{server.url}/fine_tuning/jobs/estimate", json=body, headers=headers()).json()
@@ -348,6 +360,7 @@ ANSWERS = {
 
 
 def bring_to(server: Server, state: str, wish: str | None) -> str:
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0  # the world's own check is quicker
     job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
     world = server.world
     found = world.records.find(job.id)
