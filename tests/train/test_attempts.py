@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+from ft_service.cluster.queue.schedule import Node
+from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.ray_cluster import NumActors
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, TrainingError
@@ -21,6 +23,7 @@ from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
 from ft_service.train.deaths import DeathReason, TrainingDied, reason_line
 from ft_service.train.worker_group import Controller, NoRoom
+from tests.cluster.queue.queue_cases import FakeCluster
 
 DIGEST = "d" * 64
 
@@ -80,6 +83,7 @@ class World:
     script: list[Scripted] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     room: int = 8
+    cluster: FakeCluster = field(default_factory=lambda: FakeCluster(living=[Node("n", {"CPU": 8.0}, {"CPU": 8.0})]))
     actors: NumActors = field(default_factory=lambda: NumActors(0, 0))
     """Workers that Ray has."""
     logged: list[str] = field(default_factory=list)
@@ -104,10 +108,13 @@ class World:
             self.counts.append(count)
             return Plan(spec.with_workers(count))
 
-        with Lease(self.run, self.logged.append) as lease, StopSignals() as signals:
-            return Attempts(
-                spec, self.run, plan_for, lease, signals, self.logged.append, Controller(spec.parallel)
-            ).train()
+        log = self.logged.append
+        with (
+            Lease(self.run, log) as lease,
+            StopSignals() as signals,
+            Turn(self.run, spec, {"CPU": 1.0}, lease.token, self.cluster, log) as turn,
+        ):
+            return Attempts(spec, self.run, plan_for, lease, signals, log, Controller(spec.parallel), turn).train()
 
     def events(self) -> list[str]:
         return [event.type for event in read_events(self.run.storage, self.run.run_id) if event.type != "training"]
@@ -143,6 +150,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     monkeypatch.setattr(attempts_module, "WorkerGroup", Group)
     monkeypatch.setattr(attempts_module, "free_worker_slots", lambda needs: found.room)
+    monkeypatch.setattr(attempts_module, "nodes_of_actors", lambda class_name: [])
     monkeypatch.setattr(attempts_module, "num_actors", lambda class_name: found.actors)
     monkeypatch.setattr(attempts_module, "request_resources", lambda needs, count: None)
     monkeypatch.setattr(attempts_module, "draining_nodes", set)
