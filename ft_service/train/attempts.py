@@ -96,14 +96,19 @@ class Attempts:
     def train(self) -> RunPlan:
         """Returns the plan of the last attempt. Raises `RunStopped`, or `TrainingError` if the run cannot continue."""
         try:
-            if len(self._worker_counts) > 1:
-                request_resources(self._worker_resources, self._worker_counts[0])
+            if self._run.has_outcome():
+                plan = self._plan_for(self._worker_counts[-1])
+                if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
+                    return plan
             return self._train()
         finally:
             self._withdraw_resource_request()
 
     def _withdraw_resource_request(self) -> None:
-        """Otherwise the autoscaler would keep the nodes forever. A failure here does not change how the run ends."""
+        """Otherwise the autoscaler would keep the nodes for a run that waits or has ended.
+
+        A failure here does not change how the run ends.
+        """
         if len(self._worker_counts) > 1:
             try:
                 request_resources(self._worker_resources, 0)
@@ -115,8 +120,6 @@ class Attempts:
         deaths: list[_Death] = []
         while True:
             plan = self._plan_for(self._choose_worker_count())
-            if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
-                return plan
             num_started = len(self._training_starts())
             try:
                 self._run_attempt(plan)
@@ -321,9 +324,12 @@ class Attempts:
     # -- facts -----------------------------------------------------------------------------------------------------
 
     def _choose_worker_count(self) -> int:
+        if not self._turn.has_begun:
+            self._withdraw_resource_request()
         most = self._turn.take(self._check_queued)
         if len(self._worker_counts) == 1:
             return self._worker_counts[0]
+        request_resources(self._worker_resources, self._worker_counts[0])
         deadline = time.monotonic() + SETTLE_SECONDS
         while (slots := min(free_worker_slots(self._worker_resources), most)) < most:
             if time.monotonic() >= deadline:

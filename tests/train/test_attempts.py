@@ -75,6 +75,8 @@ class Plan:
 
     spec: RunSpec
     training_digest: str = DIGEST
+    num_steps: int = 20
+    estimate: Any = None
 
 
 @dataclass
@@ -90,19 +92,25 @@ class World:
     ended: list[str] = field(default_factory=list)
     """What the driver ended, in this order."""
     is_saving: Callable[[], bool] = lambda: False
+    while_queued: Callable[[], None] = lambda: None
+    """Called at each look at the requests while the run waits in the queue."""
 
-    def train(self, is_saving: Callable[[], bool] = lambda: False, **parallel: Any) -> RunPlan:
-        """`is_saving` returns whether the workers have not left yet, although they are asked to."""
-        self.is_saving = is_saving
-        spec = RunSpec.model_validate(
+    def spec(self, queue: Any = None, **parallel: Any) -> RunSpec:
+        return RunSpec.model_validate(
             {
                 "name": "r",
                 "model": {"base": "b"},
                 "data": {"train": [{"path": "p"}]},
                 "parallel": {"use_gpu": False, "num_workers": 2, **parallel},
+                "queue": queue or {},
                 "storage": self.run.storage.root,
             }
         )
+
+    def train(self, is_saving: Callable[[], bool] = lambda: False, **settings: Any) -> RunPlan:
+        """`is_saving` returns whether the workers have not left yet, although they are asked to."""
+        self.is_saving = is_saving
+        spec = self.spec(**settings)
 
         def plan_for(count: int) -> Any:
             self.counts.append(count)
@@ -114,7 +122,10 @@ class World:
             StopSignals() as signals,
             Turn(self.run, spec, {"CPU": 1.0}, lease.token, self.cluster, log) as turn,
         ):
-            return Attempts(spec, self.run, plan_for, lease, signals, log, Controller(spec.parallel), turn).train()
+            attempts = Attempts(spec, self.run, plan_for, lease, signals, log, Controller(spec.parallel), turn)
+            check = attempts._check_queued
+            attempts._check_queued = lambda: (check(), self.while_queued())[0]  # type: ignore[method-assign]
+            return attempts.train()
 
     def events(self) -> list[str]:
         return [event.type for event in read_events(self.run.storage, self.run.run_id) if event.type != "training"]
@@ -256,6 +267,44 @@ def test_no_more_restarts_than_the_budget(world: World, budget: int) -> None:
     with pytest.raises(TrainingError, match=rf"{budget} restarts \(parallel.max_failures\)" if budget else "worker 1"):
         world.train(max_failures=budget)
     assert world.script == []
+
+
+def test_a_preempted_run_saves_waits_for_its_turn_and_continues(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a run of higher priority need the room; that run ends while this one waits."""
+    monkeypatch.setattr(attempts_module, "_QUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(attempts_module, "nodes_of_actors", lambda class_name: ["n", "n"])
+    monkeypatch.setattr("ft_service.cluster.queue.turn.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ft_service.runs.lease._has_ended", lambda holder: False)
+    other = RunFolder(world.run.storage, "other")
+    spec = world.spec(num_workers=8, queue={"priority": "high", "owner": "eve"})
+
+    def come(run: RunFolder) -> None:
+        if high._entry is None:
+            with pytest.raises(StopIteration):
+                high.take(lambda: next(iter(())))
+
+    looks: list[str] = []
+
+    def look() -> None:
+        state = world.run.recorded_state()
+        looks.append(str(state))
+        if len(looks) == 1:
+            assert high.take(lambda: None) == 8
+            high.placed(["n"] * 8, None)
+        elif len(looks) == 3:
+            high.leave()
+
+    world.script = [Scripted(5, come), Scripted(9, complete)]
+    world.while_queued = look
+    with Lease(other, world.logged.append) as lease:
+        high = Turn(other, spec, {"CPU": 1.0}, lease.token, world.cluster, world.logged.append)
+        is_asked = world.run.request
+        world.train(
+            is_saving=lambda: not world.run.has_outcome() and is_asked() is None,
+            queue={"preemptible": True, "owner": "ann"},
+        )
+    assert world.events() == ["leaving", "moving", "queued", "queued"]  # second, and then first
+    assert world.counts == [2, 2] and looks == ["queued"] * 3
 
 
 def test_a_training_error_is_not_retried(world: World) -> None:

@@ -88,11 +88,13 @@ class Decision:
 class Room:
     """What is free on each node. Placing workers changes it."""
 
-    def __init__(self, free: Mapping[str, Amounts]) -> None:
+    def __init__(self, free: Mapping[str, Amounts], joining: frozenset[str] = frozenset()) -> None:
         self.free = {node: dict(amounts) for node, amounts in free.items()}
+        self.joining = joining
+        """Nodes that the autoscaler would have to start."""
 
     def copy(self) -> "Room":
-        return Room(self.free)
+        return Room(self.free, self.joining)
 
     def slots(self, worker: Amounts) -> int:
         """How many of these workers fit."""
@@ -104,10 +106,15 @@ class Room:
         return next((count for count in counts if count <= slots), 0)
 
     def place(self, worker: Amounts, count: int, prefer: "Room | None" = None) -> dict[str, int]:
-        """Take room for `count` workers, or for as many as fit, first on the nodes with most room (in `prefer`)."""
+        """Take room for `count` workers, or for as many as fit: on living nodes first, on those with most room first.
+
+        `prefer` has the room that the order of nodes follows, where it is not this one.
+        """
         room = (prefer or self).free
         placed: dict[str, int] = {}
-        for node in sorted(self.free, key=lambda node: (-_slots(room.get(node, {}), worker), node)):
+        for node in sorted(
+            self.free, key=lambda node: (node in self.joining, -_slots(room.get(node, {}), worker), node)
+        ):
             if count == 0:
                 break
             if taken := min(count, _slots(self.free[node], worker)):
@@ -129,7 +136,8 @@ class Room:
             {
                 node: {name: min(amount, other.free.get(node, {}).get(name, 0.0)) for name, amount in free.items()}
                 for node, free in self.free.items()
-            }
+            },
+            self.joining,
         )
 
 
@@ -159,7 +167,7 @@ def _cluster(nodes: Sequence[Node], entries: Sequence[Entry]) -> _Cluster:
     Workers that have just died hold room that Ray has freed already, and claimed workers are not placed yet.
     """
     holders = sorted((entry for entry in entries if entry.holds_workers), key=lambda entry: entry.by_arrival)
-    room = Room({node.id: node.total for node in nodes})
+    room = Room({node.id: node.total for node in nodes}, frozenset(node.id for node in nodes if node.is_joining))
     placed = {entry.run_id: dict(entry.nodes) for entry in holders}
     for entry in holders:
         for node, count in entry.nodes.items():
@@ -167,7 +175,7 @@ def _cluster(nodes: Sequence[Node], entries: Sequence[Entry]) -> _Cluster:
     room = room.smaller(Room({node.id: node.free for node in nodes}))
     for entry in holders:
         missing = entry.workers - sum(entry.nodes.values())
-        if missing > 0:
+        if missing > 0 and could_ever_fit(entry, nodes) >= entry.fewest_workers:  # otherwise it waits for nodes
             for node, count in room.place(entry.worker_resources, missing).items():
                 placed[entry.run_id][node] = placed[entry.run_id].get(node, 0) + count
     return _Cluster(room, placed)

@@ -1,6 +1,7 @@
 """A run's turn: its driver enters the queue before it asks Ray for workers, and leaves it when the run ends."""
 
 import getpass
+import itertools
 import random
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from ft_service.cluster.queue.board import Board, Left
 from ft_service.cluster.queue.capacity import ClusterNodes
 from ft_service.cluster.queue.entry import Entry
-from ft_service.cluster.queue.schedule import Decision, Limits, Quotas, could_ever_fit, decide, room_for
+from ft_service.cluster.queue.schedule import Decision, Limits, Node, Quotas, could_ever_fit, decide, room_for
 from ft_service.cluster.queue.usage import forget_usage, read_limits, record_usage, used_hours
 from ft_service.errors import Problem, SpecError, StorageError
 from ft_service.runs.events import EventLog, Queued
@@ -23,6 +24,7 @@ from ft_service.spec.schema import RunSpec
 from ft_service.text import counted, format_duration
 
 POLL_SECONDS = 1.0
+_FIRST_POLL_SECONDS = 0.1
 _SECONDS_PER_ENTRY = 0.05
 _LONGEST_POLL_SECONDS = 15.0
 _USAGE_SECONDS = 30.0
@@ -93,19 +95,33 @@ class Turn:
 
     def _take(self, check: Callable[[], None]) -> int:
         if self._entry is None:
-            self._enter()
-            return self._wait(check, self._arrive())
-        if self._entry.state in ("claiming", "running"):
+            nodes = self._cluster.nodes()
+            self._enter(nodes)
+            others = self._arrive()
+            self._limits = read_limits(self._run.storage).quotas()
+            if not others and self._may_start_alone(nodes):
+                return self._entry.workers
+            return self._wait(check, others)
+        if self.has_begun:
             return self._take_again()
         if self._entry.state == "leaving":
             self._give_back()
         return self._wait(check, self._others())
+
+    def _may_start_alone(self, nodes: Sequence[Node]) -> bool:
+        """Whether nothing but its own size decides, and it fits. An elastic run sees later how many workers fit."""
+        return self._limits.of(self._own.owner) == Limits() and room_for(self._own, [], nodes) > 0
 
     def placed(self, nodes: Sequence[str], expected_seconds: float | None) -> None:
         """Record the node of each worker, once all of them have one, and what the plan expects the training to take."""
         if self._entry is not None:
             counts = dict(Counter(self._cluster.node_name(node) for node in nodes))
             self._write(state="running", workers=len(nodes), nodes=counts, expected_seconds=expected_seconds)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has its turn, and does not give it up."""
+        return self._entry is not None and self._entry.state in ("claiming", "running")
 
     @property
     def is_placed(self) -> bool:
@@ -159,7 +175,7 @@ class Turn:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def _enter(self) -> None:
+    def _enter(self, nodes: Sequence[Node]) -> None:
         """Claim the workers at once: a run that is alone needs no second write."""
         now = datetime.now(UTC)
         counts = self._spec.worker_counts()
@@ -178,7 +194,7 @@ class Turn:
             workers=counts[0],
             started=now,
         )
-        self._refuse_if_it_never_fits(entry)
+        self._refuse_if_it_never_fits(entry, nodes)
         self._entry = entry
         self._board.write(entry)
 
@@ -190,8 +206,8 @@ class Turn:
             self._entry = self._own.model_copy(update={"arrival": max(self._own.arrival, latest)})
         return others
 
-    def _refuse_if_it_never_fits(self, entry: Entry) -> None:
-        slots = could_ever_fit(entry, self._cluster.nodes())
+    def _refuse_if_it_never_fits(self, entry: Entry, nodes: Sequence[Node]) -> None:
+        slots = could_ever_fit(entry, nodes)
         if slots >= entry.fewest_workers or self._cluster.may_grow_beyond():
             return
         needs = ", ".join(f"{amount:g} {name}" for name, amount in entry.worker_resources.items() if amount >= 1)
@@ -204,25 +220,27 @@ class Turn:
 
     def _wait(self, check: Callable[[], None], first_others: list[Entry]) -> int:
         entry = self._own
-        self._limits = read_limits(self._run.storage).quotas()
-        has_quota = self._limits.of(entry.owner) != Limits()
-        if not first_others and entry.state == "claiming" and not has_quota:
-            return entry.workers  # alone: Ray itself waits for room, and asks the autoscaler for it
         if entry.expected_seconds is None:
-            self._entry = entry = entry.model_copy(update={"expected_seconds": self._expected_seconds(entry.workers)})
+            expected = self._expected_seconds(entry.worker_counts[0])
+            self._entry = entry.model_copy(update={"expected_seconds": expected})
         others: list[Entry] | None = first_others
         self._board = self._quick_board
-        while True:
+        is_storage_away = False
+        for look in itertools.count():
             try:
                 if others is None:
                     others = self._others()
                 if (count := self._look(others)) is not None:
                     return count
+                is_storage_away = False
             except StorageError as error:
-                self._log(f"Cannot read the queue: {error}")
+                if not is_storage_away:
+                    self._log(f"Cannot read the queue: {error}")
+                is_storage_away = True
             check()
-            time.sleep(self._pause(len(others or ())))
+            time.sleep(self._pause(len(others or ()), look))
             others = None
+        raise AssertionError
 
     def _look(self, others: Sequence[Entry]) -> int | None:
         """One look at the queue. Returns the number of workers if the run starts."""
@@ -347,9 +365,13 @@ class Turn:
     def _waited(self) -> str:
         return format_duration(self._seconds())
 
-    def _pause(self, num_entries: int) -> float:
-        """More runs that wait look less often, so that all of them together do not burden the storage."""
+    def _pause(self, num_entries: int, look: int) -> float:
+        """More runs that wait look less often, so that all of them together do not burden the storage.
+
+        The first looks are quick: Ray frees the resources of tasks and workers that have just ended with a delay.
+        """
         pause = min(max(POLL_SECONDS, _SECONDS_PER_ENTRY * num_entries), _LONGEST_POLL_SECONDS)
+        pause = min(pause, _FIRST_POLL_SECONDS * 2.0 ** min(look, 10))
         return pause * random.uniform(0.8, 1.2)  # two runs that withdraw their claims do not meet again
 
 

@@ -95,6 +95,17 @@ def test_nodes_that_may_join_count_as_room() -> None:
     assert decided([entry("r", 8)], [node("head", 0), joining]).starts == {"r": 8}
 
 
+def test_living_nodes_are_taken_before_those_that_may_join() -> None:
+    joining = Node("gpu-0", {"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 8}, is_joining=True)
+    claim = entry("claim", 2, state="claiming", workers=2, started=NOW)
+    assert decided([claim, entry("r", 8)], [node("a", 2), joining]).starts == {"r": 8}
+
+
+def test_a_claim_that_waits_for_nodes_to_come_back_holds_up_no_other() -> None:
+    claim = entry("claim", 4, state="claiming", workers=4, started=NOW)
+    assert decided([claim, entry("r", 2)], [node("a", 2)]).starts == {"r": 2}
+
+
 def test_what_could_never_fit_is_counted_on_empty_nodes() -> None:
     assert could_ever_fit(entry("r", 4), [node("a", 2, free=0), node("b", 1, free=0)]) == 3
 

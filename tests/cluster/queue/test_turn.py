@@ -15,7 +15,7 @@ from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import Node
 from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.queue.usage import OwnerLimits, QueueLimits, used_hours, write_limits
-from ft_service.errors import RunStopped, SpecError
+from ft_service.errors import RunStopped, SpecError, UnreachableError
 from ft_service.runs.events import Queued, read_events
 from ft_service.runs.folder import LEASE_SECONDS, RunFolder
 from ft_service.runs.lease import Lease
@@ -130,6 +130,35 @@ def test_a_run_that_is_alone_writes_once_looks_once_and_never_sleeps(
         turn.placed(["n", "n"], None)
     assert calls == ["write_bytes"]
     assert world.logged == [] and world.cluster.looks == 1
+
+
+def test_a_run_that_is_alone_waits_for_other_work_without_holding_up_who_comes_later(world: World) -> None:
+    world.cluster.living = [Node("n", {"CPU": 4.0}, {"CPU": 3.0})]
+    big = world.driver("big", 4)
+    with pytest.raises(Gave):
+        big.take(looks(1))
+    assert world.entries()["big"].waits_for.endswith("other work than training has the rest")
+    assert world.driver("small", 1).take(never) == 1
+    world.cluster.living = [Node("n", {"CPU": 4.0}, {"CPU": 4.0})]
+
+
+def test_storage_that_is_away_is_logged_once_while_a_run_waits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = world.driver("first", 4)
+    first.take(never)
+    second = world.driver("second", 4)
+    with pytest.raises(Gave):
+        second.take(looks(1))
+
+    def away(*_: object) -> None:
+        raise UnreachableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Board, "others", away)
+        with pytest.raises(UnreachableError):
+            second.take(never)
+        with pytest.raises(Gave):
+            second._wait(looks(5), [])
+    assert len([line for line in world.logged if "away" in line]) == 1
 
 
 def test_a_run_that_ends_leaves_the_queue_and_a_record_of_what_it_used(world: World) -> None:
@@ -252,7 +281,7 @@ def test_one_run_at_a_time_asks_an_autoscaler_of_unknown_limits(world: World) ->
 def claim_without_a_look(world: World, run_id: str, workers: int) -> Turn:
     """A driver that has written its claim, and has not read the queue yet."""
     turn = world.driver(run_id, workers)
-    turn._enter()
+    turn._enter(world.cluster.nodes())
     return turn
 
 
