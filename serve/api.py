@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.database.keys import find_key
-from serve.fine_tuning import job_routes
+from serve.fine_tuning import file_routes, job_routes
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.routes import fine_tuning_routes
 from serve.http.access import REQUEST_ID_HEADER, AccessLog
@@ -53,8 +53,12 @@ def create_api(
     api.include_router(playground_routes())
     if database is not None and settings.storage:
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
-    api.include_router(fine_tuning_routes(records, settings, in_flight))
-    describe(api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES, *job_routes.BODIES])
+    api.include_router(
+        fine_tuning_routes(records, settings, {base.name: base.folder for base in models.bases}, in_flight)
+    )
+    describe(
+        api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES, *file_routes.BODIES, *job_routes.BODIES]
+    )
 
     @api.get(HEALTH_PATH)
     @api.head(HEALTH_PATH, include_in_schema=False)

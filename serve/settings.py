@@ -122,6 +122,17 @@ class WebhookSettings(_Settings):
         return self
 
 
+class FileSettings(_Settings):
+    """Files that clients upload."""
+
+    max_file_mib: float = Field(default=512, gt=0, description="Size of a file that is sent in one request.")
+    max_upload_mib: float = Field(default=8192, gt=0, description="Size of a file that is sent in parts.")
+    max_part_mib: float = Field(default=64, gt=0, description="Size of a part.")
+    upload_seconds: float = Field(default=3600, gt=0, description="How long the parts of a file may take to come.")
+    key_gib: float = Field(default=100, gt=0, description="Files and parts of one key, in all.")
+    min_examples: int = Field(default=10, ge=1, description="Examples that a training file has at least.")
+
+
 class FineTuningSettings(_Settings):
     """OpenAI's fine-tuning API: jobs become runs on a Ray cluster. It needs a database."""
 
@@ -148,6 +159,7 @@ class FineTuningSettings(_Settings):
     )
     gpu_type: str | None = Field(default=None, description="GPU type of the cluster, for plans and estimates.")
     price_per_gpu_hour: float | None = Field(default=None, ge=0, description="US dollars, for estimates.")
+    files: FileSettings = FileSettings()
     webhooks: tuple[WebhookSettings, ...] = Field(default=(), description="Called when a job ends.")
     private_webhooks: bool = Field(
         default=False, description="Whether webhooks may go to private addresses, such as 10.0.0.1 or localhost."

@@ -311,6 +311,18 @@ class Storage:
                 shutil.rmtree(self._full(destination), ignore_errors=True)
 
     @_retried
+    def move(self, source: str, path: str) -> None:
+        """Rename a file within the storage, in place of a file that is there. An object store copies on its side."""
+        full = self._full(path)
+        with self._raising(f"{self.uri(source)}: cannot be moved to {path}"):
+            if self.is_local:
+                Path(full).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self._full(source), full)
+            else:
+                self._copy(self._full(source), full)
+                self._fs.delete_file(self._full(source))
+
+    @_retried
     def delete(self, path: str) -> None:
         """Delete a file or a folder, if it exists."""
         info = self._info(path)

@@ -1,44 +1,36 @@
 """Files of the API, as jobs use them."""
 
-from datetime import UTC, datetime
-
-from sqlalchemy import Engine
-
-from ft_service.storage.storage import Storage
-from serve.database.database import session
-from serve.database.tables import FileRow, with_utc
+from serve.fine_tuning.file_keeper import FileKeeper
 from serve.fine_tuning.file_wire import FINE_TUNE
+from serve.fine_tuning.files import CONTENT
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import StoredFile
-from serve.fine_tuning.paging import is_id
 from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
 
-CONTENT = "files/content"
+RESULT_FILENAME = "step_metrics.csv"
 
 
 class ApiFiles:
     """See `serve.fine_tuning.jobs.Files`."""
 
-    def __init__(self, engine: Engine, storage: Storage) -> None:
-        self._engine = engine
-        self._storage = storage
+    def __init__(self, keeper: FileKeeper) -> None:
+        self._keeper = keeper
 
     def for_training(self, owner: Tenant, file_id: str, param: str) -> StoredFile:
         """A file that is still being checked is accepted: the job checks its data again."""
-        with session(self._engine) as opened:
-            row = opened.get(FileRow, file_id) if is_id(file_id, "file-") else None
-        is_gone = row is None or (row.expires is not None and with_utc(row.expires) <= datetime.now(UTC))
-        if row is None or is_gone or not owner.sees(row.key, row.organization):
+        found = self._keeper.records.find_or_none(owner, file_id)
+        if found is None:
             raise ApiError(400, f"{param}: the file {file_id[:100]!r} does not exist.", "file_not_found", param)
-        if row.purpose != FINE_TUNE:
-            message = f"{param}: the file {file_id} has the purpose {row.purpose!r}. Upload it with {FINE_TUNE!r}."
+        file = found.shown
+        if file.purpose != FINE_TUNE:
+            message = f"{param}: the file {file.id} has the purpose {file.purpose!r}. Upload it with {FINE_TUNE!r}."
             raise ApiError(400, message, "invalid_file_purpose", param)
-        if row.status == "error":
-            reason = row.status_details or "it is no valid training file"
-            message = f"{param}: the file {file_id} cannot be trained on. {reason}"
-            raise ApiError(400, message, "invalid_training_file", param)
-        return StoredFile(row.id, row.filename, row.size, CONTENT, row.digest)
+        if file.status == "error":
+            message = f"{param}: the file {file.id} cannot be trained on. {file.status_details}"
+            raise ApiError(400, f"{message} All errors: GET /v1/files/{file.id}/errors", "invalid_training_file", param)
+        return StoredFile(file.id, file.filename, file.bytes, CONTENT, found.digest)
 
     def add_result(self, job: Job, content: bytes) -> str:
-        raise NotImplementedError
+        owner = Tenant(job.key, job.key, job.organization, sees_all=False)
+        return self._keeper.add_result(owner, job.id, RESULT_FILENAME, content)

@@ -19,6 +19,7 @@ from serve.database.database import open_database
 from serve.fine_tuning.answers import Answers
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.controller import Controller
+from serve.fine_tuning.file_keeper import FileKeeper
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
 from serve.fine_tuning.work import Threads
@@ -29,6 +30,7 @@ from serve.log import log_with_serve
 from serve.settings import ServeSettings
 
 STEP_SECONDS = 2.0
+TIDY_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +54,14 @@ class FineTuning:
         answers = Answers(models, backends, settings.limits)
         self._work = Threads()
         launcher = Submissions(_address(tuning.ray_address))
-        outside = outside_of(records, storage, settings, ApiFiles(database, storage), answers.check)
+        bases = {base.name: base.folder for base in models.bases}
+        self._keeper = FileKeeper(database, storage, tuning.files, bases)
+        outside = outside_of(records, storage, settings, ApiFiles(self._keeper), answers.check)
         self._controller = Controller(records, storage, launcher, outside, self._work, uuid.uuid4().hex)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._tidy, name="tidy-files", daemon=True).start()
 
     def _run(self) -> None:
         while not self._stopping.wait(STEP_SECONDS):
@@ -66,6 +71,11 @@ class FineTuning:
                 logger.warning("%s", error)
             except Exception:
                 logger.exception("a step of the controller failed")
+
+    def _tidy(self) -> None:
+        """Beside the controller, which must not wait for the check of a large file."""
+        while not self._stopping.wait(TIDY_SECONDS):
+            self._keeper.tidy()
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose controller has ended."""

@@ -1,12 +1,13 @@
 """Types of requests and replies of files and uploads, in OpenAI's shapes. `validation` and file errors are our own."""
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 GivenPurpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 """What a client may upload a file for. Only files for fine-tune are read; all others are kept as they are."""
 Purpose = Literal[GivenPurpose, "assistants_output", "batch_output", "fine-tune-results"]
+PURPOSES = frozenset({*get_args(GivenPurpose), "assistants_output", "batch_output", "fine-tune-results"})
 FileStatus = Literal["uploaded", "processed", "error"]
 UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
 FINE_TUNE: Purpose = "fine-tune"

@@ -63,3 +63,11 @@ def check_after(after: str, prefix: str) -> None:
     if not is_id(after, prefix):
         message = f"after = {after[:100]!r}: is no id of this list. Send the `last_id` of a page."
         raise ApiError(400, message, "invalid_value", "after")
+
+
+def time_of(digits: str) -> float | None:
+    """When an id was made, in seconds since 1970, from its hex digits; None if they are none."""
+    try:
+        return int(digits[:_TIME_DIGITS], 16) / 1e6
+    except ValueError:
+        return None

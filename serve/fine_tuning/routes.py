@@ -1,9 +1,14 @@
 """All routes of the fine-tuning API, or the reason why a server has none."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from fastapi import APIRouter
 
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.api_files import ApiFiles
+from serve.fine_tuning.file_keeper import FileKeeper
+from serve.fine_tuning.file_routes import file_routes
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.job_routes import job_routes
 from serve.fine_tuning.jobs import Jobs
@@ -13,23 +18,30 @@ from serve.http.in_flight import InFlight
 from serve.settings import ServeSettings
 
 
-def fine_tuning_routes(records: JobRecords | None, settings: ServeSettings, in_flight: InFlight) -> APIRouter:
-    """`records` None: the server has no database."""
+def fine_tuning_routes(
+    records: JobRecords | None, settings: ServeSettings, bases: Mapping[str, Path], in_flight: InFlight
+) -> APIRouter:
+    """`records` None: the server has no database. `bases` are names and folders, for counts of tokens."""
     settings = with_templates_read(settings)
     if settings.fine_tuning is None or records is None or settings.storage is None:
         missing = "a database: set FT_DATABASE_URL" if settings.fine_tuning else "the setting fine_tuning"
         return _absent(f"Fine-tuning is not set up on this server. It needs {missing} (docs/fine-tuning.md).")
     storage = Storage(settings.storage)
-    jobs = Jobs(records, storage, settings, ApiFiles(records.engine, storage))
-    return job_routes(jobs, settings.fine_tuning.organization, in_flight)
+    keeper = FileKeeper(records.engine, storage, settings.fine_tuning.files, bases)
+    jobs = Jobs(records, storage, settings, ApiFiles(keeper))
+    api = APIRouter()
+    api.include_router(file_routes(keeper))
+    api.include_router(job_routes(jobs, settings.fine_tuning.organization, in_flight))
+    return api
 
 
 def _absent(message: str) -> APIRouter:
     api = APIRouter()
 
-    @api.get("/v1/fine_tuning/{path:path}", include_in_schema=False)
-    @api.post("/v1/fine_tuning/{path:path}", include_in_schema=False)
-    def absent(path: str) -> None:
+    def absent() -> None:
         raise ApiError(501, message, "fine_tuning_not_available")
+
+    for path in ("/v1/files", "/v1/files/{path:path}", "/v1/uploads", "/v1/fine_tuning/{path:path}"):
+        api.add_api_route(path, absent, methods=["GET", "POST"], include_in_schema=False)
 
     return api
