@@ -1,8 +1,8 @@
 """What the installed client's types say of the API: every field, and every value of a literal, as one fact each.
 
-    FineTuningJob.status              a field
-    FineTuningJob.status='queued'     a value that it may have
-    JobCreateParams.method.type       a field of a request
+FineTuningJob.status              a field
+FineTuningJob.status='queued'     a value that it may have
+JobCreateParams.method.type       a field of a request
 """
 
 import types

@@ -18,7 +18,12 @@ REFUSED: Mapping[str, str] = {
     "Model.shutdown_date": "no model of this service has a date of shutdown",
     **{
         f"{kind}='{purpose}'": "the file's use is another API of OpenAI"
-        for kind in ("FileObject.purpose", "Upload.file.purpose", "FileCreateParams.purpose", "UploadCreateParams.purpose")
+        for kind in (
+            "FileObject.purpose",
+            "Upload.file.purpose",
+            "FileCreateParams.purpose",
+            "UploadCreateParams.purpose",
+        )
         for purpose in ("assistants", "assistants_output", "batch", "batch_output", "vision", "user_data", "evals")
     },
     "Upload.file.purpose='fine-tune-results'": "an upload has the purposes of a request, and this one is of replies",
@@ -27,9 +32,15 @@ REFUSED: Mapping[str, str] = {
 
 
 def is_refused(fact: str) -> bool:
-    return any(fact == entry or fact.startswith((f"{entry}.", f"{entry}=", entry)) for entry in REFUSED if _covers(entry, fact))
+    return any(
+        fact == entry or fact.startswith((f"{entry}.", f"{entry}=", entry)) for entry in REFUSED if _covers(entry, fact)
+    )
 
 
 def _covers(entry: str, fact: str) -> bool:
     """An entry that ends within a literal covers every value that begins so."""
-    return fact == entry or fact.startswith((f"{entry}.", f"{entry}=")) or (entry.endswith("='") and fact.startswith(entry))
+    return (
+        fact == entry
+        or fact.startswith((f"{entry}.", f"{entry}="))
+        or (entry.endswith("='") and fact.startswith(entry))
+    )
