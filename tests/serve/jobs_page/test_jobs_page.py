@@ -1,4 +1,4 @@
-"""The page of jobs in a real browser: jobs with their curves and events, live; keys; two languages; safe against text."""
+"""The page of jobs in a real browser: curves and events, live; keys; two languages; safe against texts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
