@@ -15,32 +15,15 @@ REFUSED: Mapping[str, str] = {
     "FineTuningJob.method.reinforcement": "no job of this service has this method",
     "FineTuningJob.method.type='reinforcement'": "the same",
     "JobCreateParams.model='": "names of OpenAI's models; here, a model is one that the server serves",
-    "Model.shutdown_date": "no model of this service has a date of shutdown",
     **{
-        f"{kind}='{purpose}'": "the file's use is another API of OpenAI"
-        for kind in (
-            "FileObject.purpose",
-            "Upload.file.purpose",
-            "FileCreateParams.purpose",
-            "UploadCreateParams.purpose",
-        )
-        for purpose in ("assistants", "assistants_output", "batch", "batch_output", "vision", "user_data", "evals")
+        f"{kind}.purpose='{purpose}'": "files that OpenAI's Assistants and Batch APIs write; this service has neither"
+        for kind in ("FileObject", "Upload.file")
+        for purpose in ("assistants_output", "batch_output")
     },
-    "Upload.file.purpose='fine-tune-results'": "an upload has the purposes of a request, and this one is of replies",
-    "Upload.file.status='error'": "a file is refused before its upload completes, or after; never at that moment",
+    "Upload.file.purpose='fine-tune-results'": "only the service writes result files, and never by an upload",
+    "Model.shutdown_date": "no model of this service has a date of shutdown",
 }
 
 
 def is_refused(fact: str) -> bool:
-    return any(
-        fact == entry or fact.startswith((f"{entry}.", f"{entry}=", entry)) for entry in REFUSED if _covers(entry, fact)
-    )
-
-
-def _covers(entry: str, fact: str) -> bool:
-    """An entry that ends within a literal covers every value that begins so."""
-    return (
-        fact == entry
-        or fact.startswith((f"{entry}.", f"{entry}="))
-        or (entry.endswith("='") and fact.startswith(entry))
-    )
+    return fact.startswith(tuple(REFUSED))
