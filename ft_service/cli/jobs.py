@@ -211,7 +211,7 @@ def _checked(server: str, status: int, content: bytes) -> dict[str, Any]:
     if status < 400 and isinstance(reply, dict):
         return reply
     try:
-        reason = reply["error"]["message"]  # type: ignore[index]
+        reason = reply["error"]["message"]
     except (KeyError, TypeError):
         reason = f"answers {status}, so it is no server of ft serve"
     raise ServingError(f"--server = {server!r}: {reason}")

@@ -85,9 +85,9 @@ def use_files(client: openai.OpenAI, folder: Path, seen: dict[str, Any]) -> tupl
         client.files.delete(other.id)
         upload = client.uploads.create(bytes=3, filename="notes.jsonl", mime_type="text/jsonl", purpose=purpose)
         part = client.uploads.parts.create(upload.id, data=b"{}\n")
-        done = client.uploads.complete(upload.id, part_ids=[part.id])
-        assert done.file is not None
-        client.files.delete(done.file.id)
+        whole = client.uploads.complete(upload.id, part_ids=[part.id])
+        assert whole.file is not None
+        client.files.delete(whole.file.id)
     seen["bad_deleted"] = client.files.delete(bad.id).deleted
     return made.id, valid.id
 

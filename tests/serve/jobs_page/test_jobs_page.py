@@ -42,8 +42,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
     running = world.until(world.job("c"), "running", controller)
     assert world.records.change(running, events=[NewEvent(f"Held up: {EVIL}", level="warn")]) is not None
     create_key(world.engine, "laptop", requests_per_minute=60)
-    settings = ServeSettings(
-        storage=world.storage.root, api_key=KEY, database=str(world.engine.url), fine_tuning={"organization": "acme"}
+    settings = ServeSettings.model_validate(
+        {
+            "storage": world.storage.root,
+            "api_key": KEY,
+            "database": str(world.engine.url),
+            "fine_tuning": {"organization": "acme"},
+        }
     )
     api = create_api(ServedModels(Registry(world.storage), []), {}, settings)
     with served(api) as address:
