@@ -16,7 +16,7 @@ LEVELS = (
     {"plan", "registry"},
     {"runs", "model", "data"},
     {"cluster", "publish", "preflight", "cleanup", "export"},
-    {"train", "evaluate", "pages"},
+    {"train", "evaluate", "pages", "migrate"},
     {"launch"},
     {"cli"},
 )
