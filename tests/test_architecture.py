@@ -16,7 +16,7 @@ LEVELS = (
     {"plan", "registry"},
     {"runs", "model", "data"},
     {"cluster", "publish", "preflight", "cleanup", "export"},
-    {"train", "evaluate", "pages"},
+    {"train", "evaluate", "pages", "migrate"},
     {"launch"},
     {"cli"},
 )
@@ -187,6 +187,12 @@ def test_routes_know_no_ray_serve() -> None:
         assert not any(
             name.startswith("ray") for file in (ROOT / "serve" / folder).rglob("*.py") for name in imports(file)
         )
+
+
+def test_only_the_deployment_of_fine_tuning_knows_ray() -> None:
+    folder = ROOT / "serve/fine_tuning"
+    knowing = {file.name for file in folder.rglob("*.py") if any(name.startswith("ray") for name in imports(file))}
+    assert knowing == {"deployment.py"}
 
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:

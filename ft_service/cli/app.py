@@ -15,8 +15,11 @@ from ft_service.cli.compare import compare
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
 from ft_service.cli.evaluate import evaluate
+from ft_service.cli.jobs import jobs_app
 from ft_service.cli.keys import keys_app
+from ft_service.cli.migrate import migrate_app
 from ft_service.cli.plan import plan
+from ft_service.cli.queue import queue_app
 from ft_service.cli.runs import logs, runs_app, show
 from ft_service.cli.serve import serve, top
 from ft_service.cli.spec import spec
@@ -53,6 +56,7 @@ app.command()(plan)
 app.command()(train)
 app.command()(submit)
 app.add_typer(runs_app, name="runs")
+app.add_typer(queue_app, name="queue")
 app.command()(show)
 app.command()(logs)
 app.command()(stop)
@@ -66,7 +70,9 @@ app.command()(du)
 app.command()(serve)
 app.command()(top)
 app.add_typer(keys_app, name="keys")
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(study_app, name="study")
+app.add_typer(migrate_app, name="migrate")
 app.command()(doctor)
 
 

@@ -22,6 +22,7 @@ from serve.fine_tuning.controller import Controller
 from serve.fine_tuning.file_keeper import FileKeeper
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
+from serve.fine_tuning.metrics import update_job_metrics
 from serve.fine_tuning.work import Threads
 from serve.gateway import Replicas
 from serve.inference.bases import load_base
@@ -47,7 +48,7 @@ class FineTuning:
             raise UsageError("fine_tuning: needs a database. Set FT_DATABASE_URL, or `database`.")
         storage = Storage(settings.storage)
         database = await asyncio.to_thread(open_database, settings.database)
-        records = JobRecords(database)
+        self._records = records = JobRecords(database)
         models = ServedModels(Registry(storage), [load_base(base) for base in settings.bases])
         models.add_names(records)
         backends = {name: Replicas(name, handle) for name, handle in handles.items()}
@@ -66,7 +67,8 @@ class FineTuning:
     def _run(self) -> None:
         while not self._stopping.wait(STEP_SECONDS):
             try:
-                self._controller.step()
+                if self._controller.step():
+                    update_job_metrics(self._records.engine, self._records.clock())
             except DatabaseError as error:
                 logger.warning("%s", error)
             except Exception:

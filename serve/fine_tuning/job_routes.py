@@ -2,7 +2,9 @@
 
 import asyncio
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -10,9 +12,10 @@ from pydantic import BaseModel
 
 from serve.database.tables import FineTuningJobRow, JobCheckpointRow, JobEventRow, with_utc
 from serve.fine_tuning.events import event_stream
+from serve.fine_tuning.file_wire import ListPage, list_page
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import Jobs, known_after
-from serve.fine_tuning.tenants import tenant_of
+from serve.fine_tuning.tenants import Tenant, tenant_of
 from serve.fine_tuning.wire import (
     FineTuningJob,
     FineTuningJobCheckpoint,
@@ -30,6 +33,9 @@ _PATH = "/v1/fine_tuning/jobs"
 _MOST_MIB = 1.0
 _METADATA = re.compile(r"metadata\[(.*)\]")
 _DEFAULT_EVENTS = 20
+_CHECKS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="check-job")
+"""Checking files takes seconds. Threads of their own, so that other requests do not wait behind many jobs."""
+T = TypeVar("T")
 _DEFAULT_CHECKPOINTS = 10
 
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -48,17 +54,17 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
         owner = tenant_of(client_of(http))
         if http.headers.get("x-dry-run", "").lower() == "true":
-            return JSONResponse(await asyncio.to_thread(jobs.estimate, owner, request))
-        return answer(await asyncio.to_thread(jobs.create, owner, request))
+            return JSONResponse(await _checked(jobs.estimate, owner, request))
+        return answer(await _checked(jobs.create, owner, request))
 
     @api.post(f"{_PATH}/estimate", openapi_extra=reads(FineTuningJobRequest))
     async def estimate(http: Request) -> dict[str, Any]:
         """What a job would take: tokens, memory, steps, hours, cost. Writes nothing."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
-        return await asyncio.to_thread(jobs.estimate, tenant_of(client_of(http)), request)
+        return await _checked(jobs.estimate, tenant_of(client_of(http)), request)
 
     @api.get(_PATH)
-    def list_jobs(http: Request, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    def list_jobs(http: Request, limit: Limit = 20, after: str | None = None) -> ListPage[FineTuningJob]:
         """Newest first; `metadata[key]=value` selects."""
         wanted = {
             match.group(1): value
@@ -66,7 +72,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
             if (match := _METADATA.fullmatch(name))
         }
         found, has_more = jobs.list_jobs(tenant_of(client_of(http)).visible(FineTuningJobRow), limit, after, wanted)
-        return page([job_reply(job, organization) for job in found], has_more)
+        return list_page([job_reply(job, organization) for job in found], has_more)
 
     @api.get(f"{_PATH}/{{job_id}}")
     def retrieve(http: Request, job_id: str) -> FineTuningJob:
@@ -84,10 +90,10 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     def resume(http: Request, job_id: str) -> FineTuningJob:
         return job_reply(jobs.resume(job_id, tenant_of(client_of(http))), organization)
 
-    @api.get(f"{_PATH}/{{job_id}}/events", response_model=None)
+    @api.get(f"{_PATH}/{{job_id}}/events", response_model=ListPage[FineTuningJobEvent])
     async def events(
         http: Request, job_id: str, limit: Limit = _DEFAULT_EVENTS, after: str | None = None, stream: bool = False
-    ) -> Response | dict[str, Any]:
+    ) -> Response | ListPage[FineTuningJobEvent]:
         """Newest first. With `stream=true` or `Accept: text/event-stream`: oldest first, and new ones as they come."""
         await asyncio.to_thread(jobs.find, job_id, tenant_of(client_of(http)))
         if stream or "text/event-stream" in http.headers.get("accept", ""):
@@ -98,18 +104,22 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
         rows, has_more = await asyncio.to_thread(
             known_after, after, lambda: jobs.records.list_events(job_id, limit, after)
         )
-        return page([event_reply(row) for row in rows], has_more)
+        return list_page([event_reply(row) for row in rows], has_more)
 
     @api.get(f"{_PATH}/{{job_id}}/checkpoints")
     def checkpoints(
         http: Request, job_id: str, limit: Limit = _DEFAULT_CHECKPOINTS, after: str | None = None
-    ) -> dict[str, Any]:
+    ) -> ListPage[FineTuningJobCheckpoint]:
         """Newest first."""
         jobs.find(job_id, tenant_of(client_of(http)))
         rows, has_more = known_after(after, lambda: jobs.records.list_checkpoints(job_id, limit, after))
-        return page([checkpoint_reply(row) for row in rows], has_more)
+        return list_page([checkpoint_reply(row) for row in rows], has_more)
 
     return api
+
+
+async def _checked(act: Callable[[Tenant, FineTuningJobRequest], T], owner: Tenant, request: FineTuningJobRequest) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_CHECKS, act, owner, request)
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------
@@ -180,14 +190,3 @@ def checkpoint_reply(row: JobCheckpointRow) -> FineTuningJobCheckpoint:
             "step_number": row.step,
         }
     )
-
-
-def page(items: list[Any], has_more: bool) -> dict[str, Any]:
-    """A list in OpenAI's shape."""
-    return {
-        "object": "list",
-        "data": [item.model_dump(mode="json") for item in items],
-        "first_id": items[0].id if items else None,
-        "last_id": items[-1].id if items else None,
-        "has_more": has_more,
-    }

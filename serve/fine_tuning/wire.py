@@ -82,6 +82,18 @@ class Method(BaseModel):
     supervised: SupervisedMethod
 
 
+class Wandb(BaseModel):
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] | None = None
+
+
+class Integration(BaseModel):
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
 class FineTuningJob(BaseModel):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -99,7 +111,7 @@ class FineTuningJob(BaseModel):
     training_file: str
     validation_file: str | None
     estimated_finish: int | None
-    integrations: list[dict[str, Any]]
+    integrations: list[Integration]
     metadata: dict[str, str]
     method: Method
 

@@ -28,7 +28,8 @@ HEALTH_PATH = "/v1/health"
 READY_PATH = "/v1/ready"
 VOTE_PATHS = frozenset({"/vote", "/vote/state", "/vote/votes", "/vote/withdrawals", "/vote/reveals"})
 """Raters have no API key. Behind the page, `serve.voting.links` checks the token of their link."""
-OPEN_PATHS = frozenset({HEALTH_PATH, READY_PATH, "/"}) | VOTE_PATHS
+JOBS_PATH = "/jobs"
+OPEN_PATHS = frozenset({HEALTH_PATH, READY_PATH, "/", JOBS_PATH}) | VOTE_PATHS
 """Health, shells of pages, which hold no data, and what checks a token of its own."""
 CACHED_SECONDS = 5.0
 """So long a revoked key may still be accepted."""

@@ -1,0 +1,33 @@
+"""Serves the page of fine-tuning jobs, and what only this page asks: keys, and what each has used."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+from sqlalchemy import Engine
+
+from serve.http.keys import JOBS_PATH, client_of
+from serve.http.pages import page_response
+from serve.jobs_page.usage import usage_of_keys
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+def jobs_page_routes(engine: Engine | None) -> APIRouter:
+    """GET and HEAD /jobs; GET /v1/fine_tuning/keys."""
+    api = APIRouter()
+
+    @api.get(JOBS_PATH, include_in_schema=False)
+    @api.head(JOBS_PATH, include_in_schema=False)
+    def page() -> HTMLResponse:
+        return page_response(PAGE)
+
+    if engine is not None:
+
+        @api.get("/v1/fine_tuning/keys")
+        def keys(request: Request) -> dict[str, Any]:
+            """The client's key with its limits and what it has used; all keys for an admin."""
+            return {"object": "list", "data": usage_of_keys(engine, client_of(request).key), "has_more": False}
+
+    return api
