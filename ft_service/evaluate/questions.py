@@ -92,11 +92,6 @@ def make_plan(
     return plan
 
 
-def _draw_skills(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
-    skills = dict.fromkeys(item.skill for item in items)
-    return [item for skill in skills for item in draw([one for one in items if one.skill == skill], limit, seed)]
-
-
 def _add(
     plan: QuestionPlan,
     source: HeldOut,
