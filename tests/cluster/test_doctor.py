@@ -36,13 +36,13 @@ def test_doctor_says_what_nvme_offloading_lacks(monkeypatch: pytest.MonkeyPatch)
         (True, True, True, "ok", "CUDA toolkit"),
         (False, False, False, "warn", "install libaio-dev"),
         (True, True, False, "warn", "install nvcc"),
-        (False, True, False, "warn", "libaio-devel) and the CUDA toolkit"),
+        (False, True, False, "warn", "libaio and its header and the CUDA toolkit"),
     ):
         monkeypatch.setattr(doctor, "_has_libaio", lambda aio=aio: aio)
         monkeypatch.setattr(doctor, "_needs_cuda_toolkit", lambda on_cuda=on_cuda: on_cuda)
         monkeypatch.setattr(doctor, "_has_cuda_toolkit", lambda toolkit=toolkit: toolkit)
         check = doctor._nvme_offloading()
-        assert check.level == level and named in check.detail
+        assert check.level == level and named in f"{check.detail}: {check.cure}"
 
 
 def test_doctor_tries_libaio_with_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_single_machine_needs_no_token(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert doctor._auth().level == "ok"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert doctor._auth().level == "warn" and "set it to token" in doctor._auth().detail
+    assert doctor._auth().level == "warn" and "set it to token" in doctor._auth().cure
 
 
 @pytest.mark.parametrize("address", ["http://10.0.0.1:8265", "https://ray.example.org"])
