@@ -153,21 +153,27 @@ def _links(count: int) -> Check:
 
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     blind = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    detail = f"{_copy_rate():.0f} GB/s from GPU 0 to 1"
+    if blind:
+        cure = "expect slow gathers; NCCL_DEBUG=INFO shows the transport, nvidia-smi topo --matrix the links"
+        return Check("GPU links", "warn", f"{detail}; {len(blind)} of {len(pairs)} pairs without direct access", cure)
+    return Check("GPU links", "ok", f"{detail}; direct access between all pairs")
+
+
+def _copy_rate() -> float:
+    """GB/s (10^9) of copies of 64 MiB from GPU 0 to GPU 1."""
+    import torch
+
     source = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda:0")
     target = torch.empty_like(source, device="cuda:1")
     target.copy_(source)
-    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
     began = time.perf_counter()
     for _ in range(10):
         target.copy_(source)
     torch.cuda.synchronize(0)
     torch.cuda.synchronize(1)
-    rate = 10 * source.numel() / (time.perf_counter() - began) / 1e9
-    detail = f"{rate:.0f} GB/s from GPU 0 to 1"
-    if blind:
-        cure = "expect slow gathers; NCCL_DEBUG=INFO shows the transport, nvidia-smi topo --matrix the links"
-        return Check("GPU links", "warn", f"{detail}; {len(blind)} of {len(pairs)} pairs without direct access", cure)
-    return Check("GPU links", "ok", f"{detail}; direct access between all pairs")
+    return 10 * source.numel() / (time.perf_counter() - began) / 1e9
 
 
 def _compiler() -> Check:
