@@ -20,6 +20,7 @@ from typing import Literal
 from ft_service.catalog.gpus import find_gpu
 from ft_service.cluster.ray_cluster import PROJECT
 from ft_service.errors import FtError, StorageError
+from ft_service.runs.code import code_version
 from ft_service.storage.storage import Storage
 
 _PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
@@ -62,7 +63,16 @@ def run_checks(storage_root: str, with_speed: bool = False) -> list[Check]:
 def machine_checks(tested: Mapping[str, str]) -> list[Check]:
     """What can be checked of a machine alone. `tested` has the versions of the tested set, see `tested_versions`."""
     packages = [*_packages(tested), *_other_packages(tested)]
-    return [*packages, *_accelerator(), _compiler(), _nvme_offloading(), *_limits(), _shared_memory(), _disk()]
+    return [
+        Check("ft-service", "ok", code_version()),
+        *packages,
+        *_accelerator(),
+        _compiler(),
+        _nvme_offloading(),
+        *_limits(),
+        _shared_memory(),
+        _disk(),
+    ]
 
 
 # -- packages --------------------------------------------------------------------------------------------------------
@@ -338,7 +348,7 @@ def _auth() -> Check:
 
 def _has_token() -> bool:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return "RAY_AUTH_TOKEN" in os.environ or Path(path or "~/.ray/auth_token").expanduser().is_file()
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path or "~/.ray/auth_token").expanduser().is_file()
 
 
 # -- storage ---------------------------------------------------------------------------------------------------------

@@ -74,13 +74,17 @@ def test_storage_that_nodes_do_not_share_is_found(
 
 
 @pytest.mark.cluster
-def test_ports_that_refuse_are_named(three: Cluster) -> None:
+def test_ports_that_refuse_are_named_and_so_is_a_node_that_is_gone(three: Cluster) -> None:
     (head, *_) = doctor_nodes._nodes(3)
     assert head.is_head
     doctor = doctor_nodes._start(head)
     places = [(head.address, head.ports[0]), ("127.0.0.1", 9)]
     (refused,) = ray.get(doctor.unreachable.remote(places))
     assert refused.startswith("127.0.0.1:9 (")
+    ray.kill(doctor)
+    assert levels(list(doctor_nodes._clocks({head: doctor})), "clock") == ["fail"]
+    assert doctor_nodes._all_reduce({head: doctor}, "gloo", 0.0).level == "fail"
+    assert levels(list(doctor_nodes._ports({head: doctor})), "ports") == ["fail"]
 
 
 @pytest.mark.cluster
@@ -112,6 +116,13 @@ def test_without_an_address_it_says_from_where(monkeypatch: pytest.MonkeyPatch) 
 
 def node(name: str, is_head: bool = False) -> doctor_nodes.Node:
     return doctor_nodes.Node(name, name, name, (1, 2), 8, is_head)
+
+
+@pytest.mark.parametrize(("ahead", "level"), [(0.2, "ok"), (-30.0, "warn"), (30.0, "warn")])
+def test_a_clock_that_differs_is_a_warning(ahead: float, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_nodes, "_skew", lambda doctor: (0.01, ahead))
+    (check,) = doctor_nodes._clocks({node("a"): None})
+    assert check.level == level and (level == "ok" or f"{ahead * 1000:+.0f} ms" in check.detail)
 
 
 def test_different_versions_are_broken_even_if_each_is_installed() -> None:
