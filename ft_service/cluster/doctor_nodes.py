@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -143,6 +144,9 @@ def check_cluster(storage_root: str, num_nodes: int = 1) -> list[NodeCheck]:
             "ft doctor --cluster: RAY_ADDRESS is not set. On a node of the cluster, set RAY_ADDRESS=auto; from "
             "elsewhere: ray job submit -- ft doctor --cluster."
         )
+    if Storage(storage_root).is_local:
+        # A relative path means another folder to a process that Ray starts elsewhere.
+        storage_root = str(Path(storage_root.removeprefix("file://")).expanduser().absolute())
     connect()
     nodes = _nodes(num_nodes)
     doctors = {node: _start(node) for node in nodes}
@@ -306,6 +310,10 @@ def _ports(doctors: Mapping[Node, Any]) -> Iterator[NodeCheck]:
 
 def _shared_storage(doctors: Mapping[Node, Any], root: str) -> Iterator[NodeCheck]:
     """Every node writes, and reads what the next one wrote: only storage that all share passes, and no cache helps."""
+    if Storage(root).is_local and not Path(root).is_dir():
+        cure = "make it or mount it, or name another --storage"
+        yield NodeCheck("cluster", "storage", "warn", f"{root}: does not exist here, so it was not tried", cure)
+        return
     nodes = list(doctors)
     folder = f".doctor-{uuid.uuid4().hex}"
     number = {node: index for index, node in enumerate(nodes)}

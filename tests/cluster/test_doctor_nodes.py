@@ -118,6 +118,12 @@ def node(name: str, is_head: bool = False) -> doctor_nodes.Node:
     return doctor_nodes.Node(name, name, name, (1, 2), 8, is_head)
 
 
+def test_storage_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    (check,) = doctor_nodes._shared_storage({node("a"): None}, str(tmp_path / "storage"))
+    assert check.level == "warn" and "does not exist here" in check.detail
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("ahead", "level"), [(0.2, "ok"), (-30.0, "warn"), (30.0, "warn")])
 def test_a_clock_that_differs_is_a_warning(ahead: float, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_nodes, "_skew", lambda doctor: (0.01, ahead))
