@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = ("torch._dynamo.eval_frame", "torch._inductor", "triton")
 """Parts of torch's compiler; its package has a stand-in where it is left out."""
-UNUSED = ("scipy.optimize", "sklearn", *COMPILER)
-"""What transformers imports, and nobody here calls."""
+UNUSED = ("scipy.optimize", "sklearn", "sympy", *COMPILER)
+"""What transformers and torch import, and nobody here calls."""
 SECONDS = 300
 
 WORKER = """
@@ -143,11 +143,20 @@ with light_imports(four_bit=False):
     from transformers.distributed import tensor_parallel
 import sys
 assert "torch._dynamo.eval_frame" not in sys.modules
-import torch
+import pytest, torch
 assert not isinstance(torch.zeros(1), tensor_parallel.DTensor)
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
 with masking_utils.TransformGetItemToIndex():
     pass
+from ft_service.model.light_imports import plain_shapes
+with plain_shapes():
+    assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
+    with pytest.raises(RuntimeError, match="broadcastable"):
+        torch.ones(2, device="meta").pow(torch.ones(3, device="meta"))
+    assert "sympy.core" not in sys.modules
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    import sympy.core
+    assert sympy.Integer(2) + 1 == 3 and ShapeEnv()
 from torch.distributed.tensor import DTensor, Shard
 assert tensor_parallel.DTensor.from_local == DTensor.from_local and tensor_parallel.Shard(1) == Shard(1)
 """

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ft_service.errors import FtError, ServingError
 from ft_service.model.base import fingerprint, load_tokenizer, read_config
+from ft_service.model.light_imports import plain_shapes
 from ft_service.registry.registry import Registry
 from serve.engines.batching.adapters import AdapterStore
 from serve.engines.batching.attention import PAGE_TOKENS, KeyValueStore, bytes_per_block, reads_pages
@@ -263,16 +265,18 @@ class _AnswerText:
 def _load_model(folder: Path, settings: BaseSettings) -> LlamaForCausalLM:
     dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     options: dict[str, Any] = {}
-    if settings.precision == "nf4" and "quantization_config" not in read_config(folder):
+    is_quantized = "quantization_config" in read_config(folder)
+    if settings.precision == "nf4" and not is_quantized:
         options["quantization_config"] = _nf4(folder, settings)
-    model = LlamaForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map="auto" if torch.cuda.is_available() else None,
-        local_files_only=True,
-        use_safetensors=True,
-        **options,
-    )
+    with nullcontext() if is_quantized or options else plain_shapes():  # 4-bit weights bring torch's compiler
+        model = LlamaForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map="auto" if torch.cuda.is_available() else None,
+            local_files_only=True,
+            use_safetensors=True,
+            **options,
+        )
     return model.eval().requires_grad_(False)
 
 
