@@ -143,24 +143,34 @@ with light_imports(four_bit=False):
     from transformers.distributed import tensor_parallel
 import sys
 assert "torch._dynamo.eval_frame" not in sys.modules
-import pytest, torch
+import torch
 assert not isinstance(torch.zeros(1), tensor_parallel.DTensor)
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
 with masking_utils.TransformGetItemToIndex():
     pass
-from ft_service.model.light_imports import plain_shapes
-with plain_shapes():
-    assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
-    with pytest.raises(RuntimeError, match="broadcastable"):
-        torch.ones(2, device="meta").pow(torch.ones(3, device="meta"))
-    assert "sympy.core" not in sys.modules
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    import sympy.core
-    assert sympy.Integer(2) + 1 == 3 and ShapeEnv()
 from torch.distributed.tensor import DTensor, Shard
 assert tensor_parallel.DTensor.from_local == DTensor.from_local and tensor_parallel.Shard(1) == Shard(1)
 """
     assert "torch._dynamo.eval_frame" in imported_by(code + REPORT)
+
+
+def test_shapes_on_the_meta_device_need_no_sympy_until_somebody_asks_for_it() -> None:
+    code = """
+import sys
+import pytest, torch
+from ft_service.model.light_imports import plain_shapes
+with plain_shapes():
+    assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
+    assert "sympy.core" not in sys.modules
+    with pytest.raises(RuntimeError, match="broadcastable"):
+        torch.ones(2, device="meta").pow(torch.ones(3, device="meta"))
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    import sympy.core
+    assert sympy.Integer(2) + 1 == 3 and ShapeEnv()
+assert "sympy.core" in sys.modules
+assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
+"""
+    assert "sympy" in imported_by(code + REPORT)
 
 
 def test_a_replica_answers_as_a_lora_adapter_without_bitsandbytes_and_the_compiler(
