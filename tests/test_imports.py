@@ -157,8 +157,10 @@ assert tensor_parallel.DTensor.from_local == DTensor.from_local and tensor_paral
 def test_shapes_on_the_meta_device_need_no_sympy_until_somebody_asks_for_it() -> None:
     code = """
 import sys
-import pytest, torch
-from ft_service.model.light_imports import plain_shapes
+import pytest
+from ft_service.model.light_imports import light_imports, plain_shapes
+with light_imports(four_bit=False):
+    import torch
 with plain_shapes():
     assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
     assert "sympy.core" not in sys.modules

@@ -125,9 +125,12 @@ def _fewer_files_read() -> Iterator[None]:
 def plain_shapes() -> Iterator[None]:
     """Inside, torch computes shapes on the meta device without sympy, whose import takes 0.35 seconds.
 
-    torch's meta kernels are Python, and ask of each size whether it is symbolic. Only a compiler makes such sizes.
-    Whoever asks for more of these modules gets them. Trap: a module that is imported inside may keep what it got.
+    torch's meta kernels are Python, and ask of each size whether it is symbolic. Only a compiler makes such sizes, so
+    this changes nothing in a process that has one. Whoever asks for more of these modules, or for the compiler, gets them.
     """
+    if not isinstance(sys.modules.get(_COMPILER), _NoCompiler):
+        yield
+        return
     stand_ins = [module for module in _new_plain_modules() if module.__name__ not in sys.modules]
     sys.modules.update({module.__name__: module for module in stand_ins})
     try:
@@ -264,6 +267,7 @@ class _NoCompiler(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":  # which an import of a submodule asks for
             raise AttributeError(name)
+        _remove_plain_modules()
         if sys.modules.get(_COMPILER) is self:
             del sys.modules[_COMPILER]
             if vars(self._torch).get("_dynamo") is self:

@@ -8,7 +8,6 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -265,10 +264,9 @@ class _AnswerText:
 def _load_model(folder: Path, settings: BaseSettings) -> LlamaForCausalLM:
     dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     options: dict[str, Any] = {}
-    is_quantized = "quantization_config" in read_config(folder)
-    if settings.precision == "nf4" and not is_quantized:
+    if settings.precision == "nf4" and "quantization_config" not in read_config(folder):
         options["quantization_config"] = _nf4(folder, settings)
-    with nullcontext() if is_quantized or options else plain_shapes():  # 4-bit weights bring torch's compiler
+    with plain_shapes():
         model = LlamaForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
