@@ -126,7 +126,8 @@ def plain_shapes() -> Iterator[None]:
     """Inside, torch computes shapes on the meta device without sympy, whose import takes 0.35 seconds.
 
     torch's meta kernels are Python, and ask of each size whether it is symbolic. Only a compiler makes such sizes, so
-    this changes nothing in a process that has one. Whoever asks for more of these modules, or for the compiler, gets them.
+    this changes nothing in a process that has one. Whoever asks for more of these modules, or for the compiler, gets
+    them.
     """
     if not isinstance(sys.modules.get(_COMPILER), _NoCompiler):
         yield
