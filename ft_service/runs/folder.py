@@ -221,6 +221,10 @@ class RunFolder:
     def outcome(self) -> Outcome:
         return self._existing("outcome.json", Outcome)
 
+    def has_outcome(self) -> bool:
+        """Whether a training of this run is complete, perhaps one with other settings."""
+        return self.storage.exists(f"{self.path}/outcome.json")
+
     def is_trained(self, training_digest: str) -> bool:
         """Whether the training with this digest is complete, and its weights can be published."""
         outcome = self._read("outcome.json", Outcome)
