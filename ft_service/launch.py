@@ -6,7 +6,6 @@ Invalid specs, data and plans fail before any worker is requested.
 """
 
 import dataclasses
-import os
 import traceback
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,8 @@ import ray
 
 from ft_service.catalog.gpus import GPUS
 from ft_service.catalog.models import ModelShape
+from ft_service.cluster.queue.capacity import RayNodes, autoscales
+from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.ray_cluster import connect, is_submitted_job, map_on_cluster
 from ft_service.cluster.signals import StopSignals
 from ft_service.data.dataset import JUDGEMENT_FILE, PreparedDataset
@@ -44,13 +45,11 @@ from ft_service.text import counted, error_line
 from ft_service.train.attempts import Attempts
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.continuation import check_data, check_settings, continued_plan
-from ft_service.train.worker_group import Controller
+from ft_service.train.worker_group import Controller, room_per_worker
 
 DATA_REPORT_FILE = "data.html"
 _SAMPLE_SECONDS = 1200.0
 """Includes loading the base, and waiting until Ray has freed the resources of the workers."""
-_AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
-"""`ray up` writes it to the head node, where drivers of submitted jobs run."""
 
 
 def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRecord:
@@ -90,13 +89,15 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             controller = Controller(spec.parallel)
             controller.start()  # it imports Ray Train while the data are prepared
             prepared = prepare(spec, folder, log)
-            with LiveReport(storage, folder.run_id, log):
-                plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log, controller).train()
-            folder.set_state("publishing")
-            record = publish(folder)
-            publish_epochs(folder)
-            events.emit(Published(message=f"Published {record.id}.", digest=record.digest))
-            _sample(plan, folder, record, events, log)
+            room = room_per_worker(spec.parallel)
+            with Turn(folder, spec, room, lease.token, RayNodes(), log, prepared.expected_seconds) as turn:
+                with LiveReport(storage, folder.run_id, log):
+                    plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log, controller, turn).train()
+                folder.set_state("publishing")
+                record = publish(folder)
+                publish_epochs(folder)
+                events.emit(Published(message=f"Published {record.id}.", digest=record.digest))
+                _sample(plan, folder, record, events, log)
             storage.delete(f"{folder.path}/checkpoints")
             folder.set_state("succeeded", published=record.id)
             events.emit(Notice(type="succeeded", message=f"Run {folder.run_id} is complete."))
@@ -169,12 +170,12 @@ def _write_report(folder: RunFolder) -> None:
 def cluster_resources() -> Resources:
     """What the cluster has now. With an autoscaler the counts are None, because nodes may join."""
     total = ray.cluster_resources()
-    autoscales = _AUTOSCALER_CONFIG.expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    may_grow = autoscales()
     gpu_types = [name.removeprefix("accelerator_type:") for name in total if name.startswith("accelerator_type:")]
     gpu_type = gpu_types[0] if len(gpu_types) == 1 else None
     return Resources(
-        num_gpus=None if autoscales else int(total.get("GPU", 0)),
-        num_cpus=None if autoscales else int(total.get("CPU", 0)),
+        num_gpus=None if may_grow else int(total.get("GPU", 0)),
+        num_cpus=None if may_grow else int(total.get("CPU", 0)),
         gpu_memory_gib=GPUS[gpu_type].memory_gib if gpu_type in GPUS else None,
         gpu_type=gpu_type,
         gpus_per_node=_gpus_per_node(),
@@ -212,6 +213,15 @@ class Prepared:
         self.log(f"  {plan.summary[0]}" if self._has_shown_plan else _describe(plan))
         self._has_shown_plan = True
         return plan
+
+    def expected_seconds(self, num_workers: int) -> float | None:
+        """What the planner expects the training to take with so many workers; None: unknown. Writes nothing."""
+        try:
+            spec = self.spec.with_workers(num_workers)
+            estimate = make_plan(spec, self.dataset.facts, self.shape, self.resources, self.base_facts).estimate
+        except FtError:
+            return None  # `plan_for` raises it when the run starts
+        return estimate.seconds if estimate else None
 
 
 def prepare(spec: RunSpec, folder: RunFolder, log: Log) -> Prepared:

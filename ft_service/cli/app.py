@@ -19,6 +19,7 @@ from ft_service.cli.jobs import jobs_app
 from ft_service.cli.keys import keys_app
 from ft_service.cli.migrate import migrate_app
 from ft_service.cli.plan import plan
+from ft_service.cli.queue import queue_app
 from ft_service.cli.runs import logs, runs_app, show
 from ft_service.cli.serve import serve, top
 from ft_service.cli.spec import spec
@@ -55,6 +56,7 @@ app.command()(plan)
 app.command()(train)
 app.command()(submit)
 app.add_typer(runs_app, name="runs")
+app.add_typer(queue_app, name="queue")
 app.command()(show)
 app.command()(logs)
 app.command()(stop)

@@ -42,6 +42,7 @@ def runs(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_json
 @runs_app.command("list")
 def list_runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
     """List the runs on a storage root."""
+    from ft_service.cluster.queue.view import read_queue
     from ft_service.runs.events import read_events
     from ft_service.runs.folder import RunFolder
     from ft_service.runs.history import attempts, wasted_steps
@@ -49,12 +50,15 @@ def list_runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -
     root = Storage(storage)
     all_statuses = [RunFolder(root, run_id).status() for run_id in root.folders("runs")]
     statuses = [status for status in all_statuses if status is not None]
+    is_any_queued = any(status.state == "queued" for status in statuses)
+    places = {item.entry.run_id: item.entry.place for item in read_queue(root)} if is_any_queued else {}
     attempts_of = {status.run_id: attempts(read_events(root, status.run_id)) for status in statuses}
     if as_json:
         print_json(
             [
                 {
                     **status.model_dump(mode="json"),
+                    "place": places.get(status.run_id),
                     "attempts": len(attempts_of[status.run_id]),
                     "wasted_steps": wasted_steps(attempts_of[status.run_id]),
                 }

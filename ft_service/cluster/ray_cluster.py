@@ -116,6 +116,17 @@ def num_actors(class_name: str) -> NumActors:
     return NumActors(len(states) - living, living)
 
 
+def nodes_of_actors(class_name: str) -> list[str]:
+    """The node of each living actor of this driver, or of its actors, of one class."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job).values()
+    return [
+        str(actor["Address"]["NodeID"])
+        for actor in actors
+        if actor["ActorClassName"] == class_name and actor["State"] == "ALIVE"
+    ]
+
+
 def this_node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 

@@ -79,6 +79,16 @@ class Hang(Event):
         return PurePosixPath(self.stacks).name
 
 
+class Queued(Event):
+    """The run waits in the queue of its cluster, and what it waits for has changed."""
+
+    type: Literal["queued"] = "queued"
+    place: int | None = Field(description="Among the waiting runs, from 1.")
+    waits_for: str
+    estimated_start: datetime | None = None
+    waited_seconds: float = Field(description="Since it entered the queue, or returned to it.")
+
+
 class Recovering(Event):
     """Workers died, and the run starts again."""
 
@@ -145,6 +155,7 @@ AnyEvent = (
     Notice
     | TrainingStarted
     | Hang
+    | Queued
     | Recovering
     | CheckpointSaved
     | CheckpointFailed

@@ -255,6 +255,10 @@ class RunFolder:
         found = self._read("epochs.json", EpochAdapters)
         return [] if found is None else found.adapters
 
+    def has_outcome(self) -> bool:
+        """Whether a training of this run is complete, perhaps one with other settings."""
+        return self.storage.exists(f"{self.path}/outcome.json")
+
     def is_trained(self, training_digest: str) -> bool:
         """Whether the training with this digest is complete, and its weights can be published."""
         outcome = self._read("outcome.json", Outcome)

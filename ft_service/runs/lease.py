@@ -108,7 +108,7 @@ class Lease:
 
     def _write(self, run: RunFolder) -> None:
         holder = LeaseHolder(
-            token=self.token, host=socket.gethostname(), machine=_machine(), pid=os.getpid(), time=datetime.now(UTC)
+            token=self.token, host=socket.gethostname(), machine=machine_name(), pid=os.getpid(), time=datetime.now(UTC)
         )
         run.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
 
@@ -126,7 +126,7 @@ def may_be_alive(holder: LeaseHolder | None) -> bool:
 
 def _has_ended(holder: LeaseHolder) -> bool:
     """Whether the holder is a process of this machine that has ended."""
-    if holder.machine != _machine():
+    if holder.machine != machine_name():
         return False
     if holder.pid == os.getpid():  # a restarted container gives its first process the same id
         return True
@@ -139,7 +139,7 @@ def _has_ended(holder: LeaseHolder) -> bool:
     return False
 
 
-def _machine() -> str:
+def machine_name() -> str:
     """Boot id and process namespace: containers may share a host name, but not their process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -5,10 +5,13 @@
 A sink is called with one `StepMetrics` per step, in one process of the run (rank 0).
 """
 
+import itertools
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -20,6 +23,8 @@ from ft_service.storage.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 REMOTE_FLUSH_SECONDS = 30.0
+_TAIL_BYTES = 16 * 1024
+"""The last few dozen steps."""
 
 
 def _now() -> datetime:
@@ -135,3 +140,24 @@ def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:
             if number < lines[-1][0]:
                 raise StorageError(f"{storage.uri(path)}:{number}: not the metrics of a step ({error}).") from None
     return steps
+
+
+def seconds_left(storage: Storage, run_id: str, num_steps: int) -> float | None:
+    """What the remaining steps take at the pace of the last ones; None if fewer than two are known.
+
+    Reads only the end of the file. Steps of an earlier attempt do not count where a pause lies between them: the median
+    of the times between two steps ignores it.
+    """
+    path = run_file(run_id, METRICS_FILE)
+    size = storage.size(path) or 0
+    tail = storage.read_range(path, max(0, size - _TAIL_BYTES), min(size, _TAIL_BYTES)) if size else b""
+    steps = []
+    for line in tail.split(b"\n")[1 if size > _TAIL_BYTES else 0 :]:
+        with suppress(ValidationError):  # an incomplete last line
+            steps.append(StepMetrics.model_validate_json(line))
+    paces = [
+        (after.time - before.time).total_seconds() / (after.step - before.step)
+        for before, after in itertools.pairwise(steps)
+        if after.step > before.step
+    ]
+    return statistics.median(paces) * max(num_steps - steps[-1].step, 0) if paces else None

@@ -286,6 +286,25 @@ class ReportSpec(_Section):
         return {"trackers": ["tensorboard"], **others} if data["tensorboard"] else others
 
 
+Priority = Literal["low", "normal", "high"]
+
+
+class QueueSpec(_Section):
+    """The run's place in the queue of its cluster."""
+
+    priority: Priority = Field(default="normal", description="Runs of a higher priority start first.")
+    owner: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}$",
+        description="Whose run it is, for quotas and for a fair share (default: the user name of its driver).",
+    )
+    preemptible: bool = Field(
+        default=False,
+        description="A waiting run of higher priority may take this run's workers: it saves a checkpoint, waits, and "
+        "continues.",
+    )
+
+
 class RunSpec(_Section):
     """One training run, as its author requested it."""
 
@@ -299,6 +318,7 @@ class RunSpec(_Section):
     parallel: ParallelSpec = Field(default_factory=ParallelSpec)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     report: ReportSpec = Field(default_factory=ReportSpec)
+    queue: QueueSpec = Field(default_factory=QueueSpec)
     storage: str = Field(min_length=1, description="A folder that all machines share, or an s3:// or gs:// URI.")
 
     @field_validator("name", mode="before")

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.ray_cluster import (
     disconnect,
     draining_nodes,
     free_worker_slots,
+    nodes_of_actors,
     num_actors,
     request_resources,
     this_node_id,
@@ -24,14 +26,14 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.events import Event, EventLog, Hang, Notice, Recovering, TrainingStarted, WorkerPlace, read_events
 from ft_service.runs.folder import Request, RunFolder, State
 from ft_service.runs.lease import Lease, holds_lease
-from ft_service.runs.metrics import read_metrics
+from ft_service.runs.metrics import read_metrics, seconds_left
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
 from ft_service.text import counted
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.deaths import HANG_CURE, DeathReason, TrainingDied
 from ft_service.train.watchdog import ranks_without_stacks
-from ft_service.train.worker_group import WORKER, Controller, NoRoom, WorkerGroup, resources_per_worker
+from ft_service.train.worker_group import WORKER, Controller, NoRoom, WorkerGroup, room_per_worker
 
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 1.0
@@ -41,6 +43,11 @@ GROW_SECONDS = 5.0
 SETTLE_SECONDS = 10.0
 """How long to wait for the largest number of workers to fit; Ray frees the resources of dead workers with a delay."""
 _LOG_WAITING_SECONDS = 60.0
+_PLACED_SECONDS = 1.0
+_ESTIMATE_SECONDS = 60.0
+"""Time between two estimates of the end of the run, which other runs may wait for."""
+_QUEUE_SECONDS = 5.0
+"""Time between two looks whether a run of higher priority waits."""
 _TRAINING: frozenset[State] = frozenset({"running", "checkpointing", "stopping"})
 """States in which workers have something to save before they leave."""
 
@@ -66,6 +73,7 @@ class Attempts:
         signals: StopSignals,
         log: Log,
         controller: Controller,
+        turn: Turn,
     ) -> None:
         self._spec = spec
         self._run = run
@@ -76,10 +84,9 @@ class Attempts:
         self._signals = signals
         self._log = log
         self._controller = controller
+        self._turn = turn
         self._events = EventLog(run.storage, run.run_id)
-        self._worker_resources = resources_per_worker(spec.parallel)
-        if spec.parallel.accelerator_type:  # the amount is the one that Ray Train requests
-            self._worker_resources[f"accelerator_type:{spec.parallel.accelerator_type}"] = 0.001
+        self._worker_resources = room_per_worker(spec.parallel)
         self._worker_counts = spec.worker_counts()
         self._pending_request: Request | None = None
         self._fitting_count = 0
@@ -89,14 +96,19 @@ class Attempts:
     def train(self) -> RunPlan:
         """Returns the plan of the last attempt. Raises `RunStopped`, or `TrainingError` if the run cannot continue."""
         try:
-            if len(self._worker_counts) > 1:
-                request_resources(self._worker_resources, self._worker_counts[0])
+            if self._run.has_outcome():
+                plan = self._plan_for(self._worker_counts[-1])
+                if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
+                    return plan
             return self._train()
         finally:
             self._withdraw_resource_request()
 
     def _withdraw_resource_request(self) -> None:
-        """Otherwise the autoscaler would keep the nodes forever. A failure here does not change how the run ends."""
+        """Otherwise the autoscaler would keep the nodes for a run that waits or has ended.
+
+        A failure here does not change how the run ends.
+        """
         if len(self._worker_counts) > 1:
             try:
                 request_resources(self._worker_resources, 0)
@@ -108,8 +120,6 @@ class Attempts:
         deaths: list[_Death] = []
         while True:
             plan = self._plan_for(self._choose_worker_count())
-            if self._run.is_trained(plan.training_digest):  # an earlier driver died before it could publish
-                return plan
             num_started = len(self._training_starts())
             try:
                 self._run_attempt(plan)
@@ -149,7 +159,7 @@ class Attempts:
         self._signals.may_wait = True
         try:
             while not group.wait(_POLL_SECONDS):
-                self._check_attempt(count)
+                self._check_attempt(plan)
         except RunStopped:
             self._withdraw_resource_request()
             group.end()
@@ -191,8 +201,9 @@ class Attempts:
 
     # -- while workers run -----------------------------------------------------------------------------------------
 
-    def _check_attempt(self, count: int) -> None:
+    def _check_attempt(self, plan: RunPlan) -> None:
         """Check once for everything that can end an attempt. Raises `RunStopped` to end it at once."""
+        count = plan.spec.parallel.max_workers
         try:
             if self._signals.received and not self._is_stopping():
                 self._send_request(Request(kind="stop", reason=f"{self._signals.received} received"))
@@ -202,6 +213,12 @@ class Attempts:
                 self._check_draining_nodes()
             if count < self._worker_counts[0] and self._is_due("grow", GROW_SECONDS):
                 self._check_free_resources(count)
+            if not self._turn.is_placed and self._is_due("placed", _PLACED_SECONDS):
+                self._record_places(plan)
+            if self._turn.is_placed and self._is_due("estimate", _ESTIMATE_SECONDS):
+                self._estimate_end(plan)
+            if self._pending_request is None and self._is_due("queue", _QUEUE_SECONDS) and self._turn.must_leave():
+                self._send_request(Request(kind="move", reason="A waiting run of higher priority needs the workers"))
             if self._is_due("waiting", _LOG_WAITING_SECONDS):
                 self._log_waiting(count)
             self._is_storage_away = False
@@ -209,6 +226,26 @@ class Attempts:
             if not self._is_storage_away:
                 self._log(f"Cannot read the state of the run: {error}")
             self._is_storage_away = True
+
+    def _check_queued(self) -> None:
+        """Check once for what ends a run that waits in the queue. Raises `RunStopped`."""
+        try:
+            self._check_requests()
+            self._check_draining_nodes()
+        except StorageError as error:
+            self._log(f"Cannot read the state of the run: {error}")
+        if self._pending_request is not None and self._is_stopping():
+            raise RunStopped(f"{self._pending_request.reason}. {self._resume_hint()}")
+
+    def _record_places(self, plan: RunPlan) -> None:
+        """Tell the queue where the workers are, once all of them have started."""
+        nodes = nodes_of_actors(WORKER)
+        if len(nodes) == plan.spec.parallel.max_workers:
+            self._turn.placed(nodes, plan.estimate.seconds if plan.estimate else None)
+
+    def _estimate_end(self, plan: RunPlan) -> None:
+        if (seconds := seconds_left(self._run_without_retries.storage, self._run.run_id, plan.num_steps)) is not None:
+            self._turn.expect_end(seconds)
 
     def _check_requests(self) -> None:
         if not holds_lease(self._run_without_retries, self._lease.token):
@@ -250,7 +287,7 @@ class Attempts:
 
     def _check_free_resources(self, count: int) -> None:
         """Move to more workers, in one of the allowed numbers, when two checks in a row find room for them."""
-        if self._pending_request is not None or not self._worker_places():
+        if self._pending_request is not None or not self._worker_places() or not self._turn.may_grow():
             return
         limit = count + free_worker_slots(self._worker_resources)
         fitting = next((more for more in self._worker_counts if count < more <= limit), 0)
@@ -287,10 +324,14 @@ class Attempts:
     # -- facts -----------------------------------------------------------------------------------------------------
 
     def _choose_worker_count(self) -> int:
+        if not self._turn.has_begun:
+            self._withdraw_resource_request()
+        most = self._turn.take(self._check_queued)
         if len(self._worker_counts) == 1:
             return self._worker_counts[0]
+        request_resources(self._worker_resources, self._worker_counts[0])
         deadline = time.monotonic() + SETTLE_SECONDS
-        while (slots := free_worker_slots(self._worker_resources)) < self._worker_counts[0]:
+        while (slots := min(free_worker_slots(self._worker_resources), most)) < most:
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_SECONDS)

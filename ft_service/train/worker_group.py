@@ -224,6 +224,14 @@ def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
     return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
 
 
+def room_per_worker(parallel: ParallelSpec) -> dict[str, float]:
+    """What a node must have free for each worker: `resources_per_worker`, and the type of its GPU."""
+    resources = resources_per_worker(parallel)
+    if parallel.accelerator_type:  # the amount is the one that Ray Train requests
+        resources[f"accelerator_type:{ray_accelerator_type(parallel.accelerator_type)}"] = 0.001
+    return resources
+
+
 def worker_environment(parallel: ParallelSpec) -> dict[str, str]:
     """The environment variables of a worker."""
     environment = {

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.queue.view import find as find_entry
 from ft_service.cluster.submit import Submission
 from ft_service.errors import DatabaseError, FtError
 from ft_service.runs.folder import ENDED as RUN_ENDED
@@ -221,6 +223,9 @@ class Controller:
 
     def _watch(self, job: Job, run: RunFolder, status: RunStatus) -> None:
         state: State = "queued" if status.state in ("preparing", "queued") else "running"
+        if state == "queued" and (entry := find_entry(self._storage, job.run_id)) and not entry.holds_workers:
+            self._report_place(job, entry)
+            return
         if state == "running" and job.state == "queued":
             changed = self._records.change(job, "running", trouble=None, events=[NewEvent("Fine-tuning job started")])
             if changed is None:
@@ -229,6 +234,18 @@ class Controller:
         elif job.trouble is not None:
             job = self._records.change(job, trouble=None) or job
         self._report_metrics(job, run)
+
+    def _report_place(self, job: Job, entry: Entry) -> None:
+        """Record what the run waits for. A new place is an event, another reason is not."""
+        place = f"Place {entry.place or '?'} in the queue of the cluster"
+        text = f"{place}; waits for {entry.waits_for}." if entry.waits_for else f"{place}."
+        finish = None
+        if entry.estimated_start is not None and entry.expected_seconds is not None:
+            finish = entry.estimated_start + timedelta(seconds=entry.expected_seconds)
+        if text != job.trouble or finish != job.estimated_finish:
+            is_new = not (job.trouble or "").startswith(place)
+            events = [NewEvent(text)] if is_new else []
+            self._records.change(job, trouble=text, estimated_finish=finish, events=events)
 
     def _report_metrics(self, job: Job, run: RunFolder) -> Job | None:
         """Add the steps that are not among the events yet. None if there is none, or the job has changed."""

@@ -379,6 +379,22 @@ class JobRecords:
                 alias: str(adapter) for statement in (jobs, checkpoints) for alias, adapter in opened.execute(statement)
             }
 
+    def owners(self, adapter: str | None = None) -> dict[str, list[tuple[str, str | None]]]:
+        """Key and organisation of the jobs that have published each adapter, or the one named."""
+        row = FineTuningJobRow
+        jobs = select(row.adapter, row.key, row.organization).where(row.adapter.is_not(None))
+        checkpoints = select(JobCheckpointRow.adapter, row.key, row.organization).join(
+            row, row.id == JobCheckpointRow.job
+        )
+        if adapter is not None:
+            jobs = jobs.where(row.adapter == adapter)
+            checkpoints = checkpoints.where(JobCheckpointRow.adapter == adapter)
+        found: dict[str, list[tuple[str, str | None]]] = {}
+        with session(self.engine) as opened:
+            for name, key, organization in (*opened.execute(jobs), *opened.execute(checkpoints)):
+                found.setdefault(str(name), []).append((key, organization))
+        return found
+
 
 def request_digest(key: str, body: Mapping[str, Any]) -> str:
     """SHA-256 of who asks and what for, whatever the order of the body's fields."""

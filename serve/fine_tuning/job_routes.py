@@ -2,7 +2,9 @@
 
 import asyncio
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -13,7 +15,7 @@ from serve.fine_tuning.events import event_stream
 from serve.fine_tuning.file_wire import ListPage, list_page
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import Jobs, known_after
-from serve.fine_tuning.tenants import tenant_of
+from serve.fine_tuning.tenants import Tenant, tenant_of
 from serve.fine_tuning.wire import (
     FineTuningJob,
     FineTuningJobCheckpoint,
@@ -31,6 +33,9 @@ _PATH = "/v1/fine_tuning/jobs"
 _MOST_MIB = 1.0
 _METADATA = re.compile(r"metadata\[(.*)\]")
 _DEFAULT_EVENTS = 20
+_CHECKS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="check-job")
+"""Checking files takes seconds. Threads of their own, so that other requests do not wait behind many jobs."""
+T = TypeVar("T")
 _DEFAULT_CHECKPOINTS = 10
 
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -49,14 +54,14 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
         owner = tenant_of(client_of(http))
         if http.headers.get("x-dry-run", "").lower() == "true":
-            return JSONResponse(await asyncio.to_thread(jobs.estimate, owner, request))
-        return answer(await asyncio.to_thread(jobs.create, owner, request))
+            return JSONResponse(await _checked(jobs.estimate, owner, request))
+        return answer(await _checked(jobs.create, owner, request))
 
     @api.post(f"{_PATH}/estimate", openapi_extra=reads(FineTuningJobRequest))
     async def estimate(http: Request) -> dict[str, Any]:
         """What a job would take: tokens, memory, steps, hours, cost. Writes nothing."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
-        return await asyncio.to_thread(jobs.estimate, tenant_of(client_of(http)), request)
+        return await _checked(jobs.estimate, tenant_of(client_of(http)), request)
 
     @api.get(_PATH)
     def list_jobs(http: Request, limit: Limit = 20, after: str | None = None) -> ListPage[FineTuningJob]:
@@ -111,6 +116,10 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
         return list_page([checkpoint_reply(row) for row in rows], has_more)
 
     return api
+
+
+async def _checked(act: Callable[[Tenant, FineTuningJobRequest], T], owner: Tenant, request: FineTuningJobRequest) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_CHECKS, act, owner, request)
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

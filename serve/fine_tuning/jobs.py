@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement
 
+from ft_service.cluster.queue.view import read_queue
 from ft_service.errors import StorageError
 from ft_service.plan.facts import Resources
 from ft_service.storage.storage import Storage
@@ -127,9 +128,12 @@ class Jobs:
             )
         except JobRefusedError as error:
             raise _refused(error) from None
-        waiting = sum(other.state in ("validating_files", "queued") for other in self.records.active())
+        queue = [listed.entry for listed in read_queue(self._storage)]
+        waiting = {entry.run_id for entry in queue if not entry.holds_workers}
+        waiting |= {other.run_id for other in self.records.active() if other.state in ("validating_files", "queued")}
         summary = {name: value for name, value in checked.summary().items() if name != "spec"}
-        return {"object": "fine_tuning.job.estimate", "model": job.model, "jobs_waiting": waiting, **summary}
+        place = {"runs_waiting": len(waiting), "runs_with_workers": sum(entry.holds_workers for entry in queue)}
+        return {"object": "fine_tuning.job.estimate", "model": job.model, "queue": place, **summary}
 
     def check(self, job: Job) -> Checked:
         """Spec, data and plan of a job whose data are linked. Raises `JobRefusedError`."""
@@ -319,6 +323,7 @@ def job_settings(job: Job, tuning: FineTuningSettings, training: str, validation
             if name.startswith(WAIVE_PREFIX)
         },
         wandb_project=None if wandb is None else wandb["project"],
+        owner=request.get("_key", job.key),
     )
 
 

@@ -30,6 +30,7 @@ WAIVE_PREFIX = "waive."
 """Of metadata: `waive.size.too-few` accepts that finding of the data check; the value is the reason."""
 LICENSE = "license"
 _MAX_NAME = 30
+_MAX_OWNER = 64
 _MAX_SEED = 2**32
 
 Auto = Literal["auto"]
@@ -61,6 +62,8 @@ class JobSettings:
     license: str
     waive: Mapping[str, str]
     wandb_project: str | None
+    owner: str = ""
+    """Whose run it is, for the quotas and the fair share of the queue."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def unresolved_spec(template: Mapping[str, Any], job: JobSettings, storage: str,
         trackers = [name for name in report.get("trackers") or [] if name != "wandb"]
         document["report"] = {**report, "trackers": [*trackers, "wandb"], "project": job.wandb_project}
     document["checkpoint"] = {"publish_epochs": PUBLISHED_EPOCHS, **(document.get("checkpoint") or {})}
+    if owner := re.sub(r"[^A-Za-z0-9._@+-]+", "-", job.owner).lstrip("._@+-")[:_MAX_OWNER]:
+        document["queue"] = {**(document.get("queue") or {}), "owner": owner}
     document |= {"name": job.name, "storage": storage}
     return _parse(document, where)
 

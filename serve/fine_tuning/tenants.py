@@ -3,6 +3,7 @@
 Admin keys see all, and so does everybody on a server without keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, or_, true
@@ -28,6 +29,10 @@ class Tenant:
         """Whether it sees what a key of an organisation has made."""
         own = key == self.key or (organization is not None and organization == self.organization)
         return self.sees_all or own
+
+    def sees_one_of(self, owners: Sequence[tuple[str, str | None]]) -> bool:
+        """Whether it sees what keys of organisations have made, or what belongs to nobody."""
+        return not owners or any(self.sees(key, organization) for key, organization in owners)
 
     def visible(self, table: type[FileRow] | type[UploadRow] | type[FineTuningJobRow]) -> ColumnElement[bool]:
         """`sees`, as a condition on rows."""

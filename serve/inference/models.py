@@ -21,6 +21,8 @@ from serve.inference.wire import ModelEntry
 DIGEST_HEADER = "x-adapter-digest"
 BASE_HEADER = "x-base-fingerprint"
 REMEMBERED_SECONDS = 2.0
+OWNERS_SECONDS = 30.0
+"""So long the owners of an adapter may have been read before."""
 _MOST_REMEMBERED = 10_000
 _SHORT_DIGEST = 8
 _REFRESH_SECONDS = 60.0
@@ -30,8 +32,12 @@ FINE_TUNED = "ft:"
 """The names of fine-tuned models begin with it, as OpenAI's do. No adapter id contains a colon."""
 
 
+Owner = tuple[str, str | None]
+"""Id of an API key, and its organisation."""
+
+
 class ModelNames(Protocol):
-    """Further names of adapters. A name stands for one adapter, always."""
+    """Further names of adapters, and whose they are. A name stands for one adapter, always."""
 
     def adapter_of(self, alias: str) -> str | None:
         """The id of its adapter; None for an unknown name."""
@@ -39,6 +45,10 @@ class ModelNames(Protocol):
 
     def aliases(self) -> Mapping[str, str]:
         """All names, with their adapters."""
+        ...
+
+    def owners(self, adapter: str | None = None) -> Mapping[str, Sequence[Owner]]:
+        """The adapters, or the one named, that belong to somebody. All others are everybody's."""
         ...
 
 
@@ -114,10 +124,30 @@ class ServedModels:
         self._logged: frozenset[UnreadableRecord] = frozenset()
         self._names: ModelNames | None = None
         self._named: dict[str, str] = {}
+        self._owners: dict[str, tuple[Sequence[Owner], float]] = {}
 
     def add_names(self, names: ModelNames) -> None:
         """Serve adapters under these names too."""
         self._names = names
+
+    def owners(self, model: ServedModel) -> Sequence[Owner]:
+        """Whose model it is; empty: everybody's."""
+        if model.adapter is None or self._names is None:
+            return ()
+        adapter = model.adapter.id
+        now = time.monotonic()
+        owners, found = self._owners.get(adapter, ((), -math.inf))
+        is_a_jobs = model.id.startswith(FINE_TUNED)  # so it has an owner, perhaps since a moment ago
+        if now - found > OWNERS_SECONDS or (is_a_jobs and not owners):
+            owners = self._names.owners(adapter).get(adapter, ())
+            if len(self._owners) >= _MOST_REMEMBERED:
+                self._owners.clear()
+            self._owners[adapter] = (owners, now)
+        return owners
+
+    def all_owners(self) -> Mapping[str, Sequence[Owner]]:
+        """Of every adapter that belongs to somebody."""
+        return self._names.owners() if self._names else {}
 
     def all(self) -> list[ServedModel]:
         """The bases, then their adapters, oldest first, then the names of fine-tuned and promoted ones."""
@@ -164,13 +194,13 @@ class ServedModels:
         if model_id.endswith(SUFFIX):
             promotion = self._promotions.find(model_id)
             if promotion is None:
-                raise _unknown_model(model_id)
+                raise unknown_model(model_id)
             return self._resolve(promotion.adapter_id)
         if not _ADAPTER_ID.fullmatch(model_id):
-            raise _unknown_model(model_id)
+            raise unknown_model(model_id)
         record = self.registry.find(model_id)
         if record is None:
-            raise _unknown_model(model_id)
+            raise unknown_model(model_id)
         if record.kind == "model":
             uri = self.registry.storage.uri(f"models/{record.id}")
             raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
@@ -191,7 +221,7 @@ class ServedModels:
             is_text = "\0" not in name  # which no database would look up
             adapter = self._names.adapter_of(name) if self._names and is_text else None
             if adapter is None:
-                raise _unknown_model(name)
+                raise unknown_model(name)
             if len(self._named) >= _MOST_REMEMBERED:
                 self._named.clear()
             self._named[name] = adapter
@@ -241,7 +271,8 @@ def delete_published(models: ServedModels, model: ServedModel) -> None:
         models.forget(model.id)
 
 
-def _unknown_model(model_id: str) -> ApiError:
+def unknown_model(model_id: str) -> ApiError:
+    """What a client gets for a model that does not exist, or that it may not see."""
     return _not_found(f"The model {model_id[:200]!r} does not exist. GET /v1/models lists the models.")
 
 

@@ -13,13 +13,14 @@ from sqlalchemy import Engine
 from serve.database.audit import audit
 from serve.database.database import session
 from serve.engines.engine import EngineStats
+from serve.fine_tuning.tenants import tenant_of
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
 from serve.http.keys import Client, client_of
 from serve.http.openapi import reads
 from serve.inference.meter import measured
-from serve.inference.models import ServedModel, ServedModels, deletable, delete_published
+from serve.inference.models import FINE_TUNED, ServedModel, ServedModels, deletable, delete_published, unknown_model
 from serve.inference.replies import (
     Backend,
     ChatShape,
@@ -86,7 +87,14 @@ def inference_routes(
     @api.head("/v1/models", include_in_schema=False)
     def list_models(http: Request) -> ModelList:
         client = client_of(http)
-        return ModelList(data=[model.entry() for model in models.all() if client.may_use(model.id)])
+        tenant = tenant_of(client)
+        owners = {} if tenant.sees_all else models.all_owners()
+
+        def is_visible(model: ServedModel) -> bool:
+            of_model = owners.get(model.adapter.id, ()) if model.adapter else ()
+            return client.may_use(model.id) and tenant.sees_one_of(of_model)
+
+        return ModelList(data=[model.entry() for model in models.all() if is_visible(model)])
 
     @api.get("/v1/models/{model_id:path}")
     @api.head("/v1/models/{model_id:path}", include_in_schema=False)
@@ -96,8 +104,9 @@ def inference_routes(
     @api.delete("/v1/models/{model_id:path}")
     async def delete_model(http: Request, model_id: str) -> DeletedModel:
         client = client_of(http)
-        client.check_is_admin()
-        model = await asyncio.to_thread(resolve, http, model_id)
+        if not model_id.startswith(FINE_TUNED):
+            client.check_is_admin()
+        model = await asyncio.to_thread(resolve, http, model_id)  # a fine-tuned model that it sees is its own
         adapter = deletable(model)
         # The entry comes first: there is never a change without one. Nothing is deleted if it cannot be written.
         await note(client, "models.delete", model_id, {"digest": adapter.digest})
@@ -245,7 +254,11 @@ def _allowed_model(models: ServedModels, model_id: str | None, client: Client) -
             raise ApiError(400, message, "invalid_value", "model")
         model_id = models.bases[0].name
     client.check_may_use(model_id)
-    return models.resolve(model_id)
+    model = models.resolve(model_id)
+    tenant = tenant_of(client)
+    if not tenant.sees_all and not tenant.sees_one_of(models.owners(model)):
+        raise unknown_model(model_id)
+    return model
 
 
 def _token_ids(request: TokenizeRequest, model: ServedModel, tokens: BaseTokens) -> list[int]:

@@ -79,7 +79,7 @@ def test_a_younger_lease_is_watched_whatever_the_clocks_show(
 
 
 def test_an_ended_process_of_this_machine_is_replaced_at_once(run: RunFolder) -> None:
-    held(run, machine=lease_module._machine(), pid=ended_process())
+    held(run, machine=lease_module.machine_name(), pid=ended_process())
     logged: list[str] = []
     with Lease(run, log=logged.append):
         pass
@@ -87,7 +87,7 @@ def test_an_ended_process_of_this_machine_is_replaced_at_once(run: RunFolder) ->
 
 
 def test_process_ids_are_compared_only_within_one_machine(run: RunFolder) -> None:
-    assert lease_module._has_ended(held(run, machine=lease_module._machine(), pid=ended_process()))
+    assert lease_module._has_ended(held(run, machine=lease_module.machine_name(), pid=ended_process()))
     assert not lease_module._has_ended(held(run, machine="a container", pid=ended_process()))
 
 

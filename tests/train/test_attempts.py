@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+from ft_service.cluster.queue.schedule import Node
+from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.ray_cluster import NumActors
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, TrainingError
@@ -21,6 +23,7 @@ from ft_service.train import attempts as attempts_module
 from ft_service.train.attempts import Attempts
 from ft_service.train.deaths import DeathReason, TrainingDied, reason_line
 from ft_service.train.worker_group import Controller, NoRoom
+from tests.cluster.queue.queue_cases import FakeCluster
 
 DIGEST = "d" * 64
 
@@ -72,6 +75,8 @@ class Plan:
 
     spec: RunSpec
     training_digest: str = DIGEST
+    num_steps: int = 20
+    estimate: Any = None
 
 
 @dataclass
@@ -80,34 +85,47 @@ class World:
     script: list[Scripted] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     room: int = 8
+    cluster: FakeCluster = field(default_factory=lambda: FakeCluster(living=[Node("n", {"CPU": 8.0}, {"CPU": 8.0})]))
     actors: NumActors = field(default_factory=lambda: NumActors(0, 0))
     """Workers that Ray has."""
     logged: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     """What the driver ended, in this order."""
     is_saving: Callable[[], bool] = lambda: False
+    while_queued: Callable[[], None] = lambda: None
+    """Called at each look at the requests while the run waits in the queue."""
 
-    def train(self, is_saving: Callable[[], bool] = lambda: False, **parallel: Any) -> RunPlan:
-        """`is_saving` returns whether the workers have not left yet, although they are asked to."""
-        self.is_saving = is_saving
-        spec = RunSpec.model_validate(
+    def spec(self, queue: Any = None, **parallel: Any) -> RunSpec:
+        return RunSpec.model_validate(
             {
                 "name": "r",
                 "model": {"base": "b"},
                 "data": {"train": [{"path": "p"}]},
                 "parallel": {"use_gpu": False, "num_workers": 2, **parallel},
+                "queue": queue or {},
                 "storage": self.run.storage.root,
             }
         )
+
+    def train(self, is_saving: Callable[[], bool] = lambda: False, **settings: Any) -> RunPlan:
+        """`is_saving` returns whether the workers have not left yet, although they are asked to."""
+        self.is_saving = is_saving
+        spec = self.spec(**settings)
 
         def plan_for(count: int) -> Any:
             self.counts.append(count)
             return Plan(spec.with_workers(count))
 
-        with Lease(self.run, self.logged.append) as lease, StopSignals() as signals:
-            return Attempts(
-                spec, self.run, plan_for, lease, signals, self.logged.append, Controller(spec.parallel)
-            ).train()
+        log = self.logged.append
+        with (
+            Lease(self.run, log) as lease,
+            StopSignals() as signals,
+            Turn(self.run, spec, {"CPU": 1.0}, lease.token, self.cluster, log) as turn,
+        ):
+            attempts = Attempts(spec, self.run, plan_for, lease, signals, log, Controller(spec.parallel), turn)
+            check = attempts._check_queued
+            attempts._check_queued = lambda: (check(), self.while_queued())[0]  # type: ignore[method-assign]
+            return attempts.train()
 
     def events(self) -> list[str]:
         return [event.type for event in read_events(self.run.storage, self.run.run_id) if event.type != "training"]
@@ -143,6 +161,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     monkeypatch.setattr(attempts_module, "WorkerGroup", Group)
     monkeypatch.setattr(attempts_module, "free_worker_slots", lambda needs: found.room)
+    monkeypatch.setattr(attempts_module, "nodes_of_actors", lambda class_name: [])
     monkeypatch.setattr(attempts_module, "num_actors", lambda class_name: found.actors)
     monkeypatch.setattr(attempts_module, "request_resources", lambda needs, count: None)
     monkeypatch.setattr(attempts_module, "draining_nodes", set)
@@ -248,6 +267,44 @@ def test_no_more_restarts_than_the_budget(world: World, budget: int) -> None:
     with pytest.raises(TrainingError, match=rf"{budget} restarts \(parallel.max_failures\)" if budget else "worker 1"):
         world.train(max_failures=budget)
     assert world.script == []
+
+
+def test_a_preempted_run_saves_waits_for_its_turn_and_continues(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a run of higher priority need the room; that run ends while this one waits."""
+    monkeypatch.setattr(attempts_module, "_QUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(attempts_module, "nodes_of_actors", lambda class_name: ["n", "n"])
+    monkeypatch.setattr("ft_service.cluster.queue.turn.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ft_service.runs.lease._has_ended", lambda holder: False)
+    other = RunFolder(world.run.storage, "other")
+    spec = world.spec(num_workers=8, queue={"priority": "high", "owner": "eve"})
+
+    def come(run: RunFolder) -> None:
+        if high._entry is None:
+            with pytest.raises(StopIteration):
+                high.take(lambda: next(iter(())))
+
+    looks: list[str] = []
+
+    def look() -> None:
+        state = world.run.recorded_state()
+        looks.append(str(state))
+        if len(looks) == 1:
+            assert high.take(lambda: None) == 8
+            high.placed(["n"] * 8, None)
+        elif len(looks) == 3:
+            high.leave()
+
+    world.script = [Scripted(5, come), Scripted(9, complete)]
+    world.while_queued = look
+    with Lease(other, world.logged.append) as lease:
+        high = Turn(other, spec, {"CPU": 1.0}, lease.token, world.cluster, world.logged.append)
+        is_asked = world.run.request
+        world.train(
+            is_saving=lambda: not world.run.has_outcome() and is_asked() is None,
+            queue={"preemptible": True, "owner": "ann"},
+        )
+    assert world.events() == ["leaving", "moving", "queued", "queued"]  # second, and then first
+    assert world.counts == [2, 2] and looks == ["queued"] * 3
 
 
 def test_a_training_error_is_not_retried(world: World) -> None:

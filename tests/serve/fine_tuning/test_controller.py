@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.submit import Submission
-from ft_service.errors import ClusterError, DatabaseError, ServingError
+from ft_service.errors import ClusterError, DatabaseError, ServingError, UnreachableError
 from ft_service.runs.folder import Request, RunFolder
 from serve.fine_tuning.checks import JobRefusedError
+from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import CREATE_WINDOW, request_digest
 from serve.fine_tuning.job_states import ENDED, LEGAL, check_legal
 from tests.serve.fine_tuning.job_world import BODY, STEPS, World, make_world
@@ -147,6 +149,79 @@ def test_while_ray_does_not_answer_a_job_waits_and_says_why(world):
     away.release()
     done = world.until(job, "succeeded")
     assert done.trouble is None and len(set(world.ray.submitted)) == len(world.ray.submitted)
+
+
+def test_while_storage_is_away_a_job_waits_and_then_goes_on(world, monkeypatch):
+    job = world.job()
+    controller = world.controller()
+    world.until(job, "running", controller)
+
+    def is_away(run: RunFolder) -> None:
+        raise UnreachableError("/mnt/ft: does not answer.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "recorded_status", is_away)
+        for _ in range(5):
+            controller.step()
+        waiting = world.find(job)
+        assert waiting.state == "running" and waiting.trouble == "/mnt/ft: does not answer."
+    world.until(job, "succeeded", controller)
+    assert world.ray.submitted == [f"{job.run_id}.1"] and steps_reported(world, job) == [1, 2, 3, 4]
+
+
+def test_a_failure_of_one_job_does_not_hold_up_the_others(world, monkeypatch):
+    broken = world.job("a")
+    healthy = world.job("b")
+    folder = JobFolder.write_if_absent
+
+    def fails(self: JobFolder, job) -> None:
+        if job.id == broken.id:
+            raise RuntimeError("a bug")
+        folder(self, job)
+
+    monkeypatch.setattr(JobFolder, "write_if_absent", fails)
+    controller = world.controller()
+    world.until(healthy, "succeeded", controller)
+    assert world.find(broken).state == "validating_files" and "a bug" in world.find(broken).trouble
+
+
+def test_a_job_that_waits_in_the_queue_reports_its_place_and_when_it_will_be_done(world):
+    job = world.job()
+    controller = world.controller()
+    world.until(job, "queued", controller)
+    controller.step()
+    world.ray.advance()
+    start = world.clock()
+    entry = Entry(
+        run_id=job.run_id,
+        driver="t",
+        owner="anna",
+        priority="normal",
+        preemptible=False,
+        state="waiting",
+        arrival=start,
+        since=start,
+        worker_counts=[1],
+        worker_resources={"GPU": 1.0},
+        expected_seconds=60,
+        place=2,
+        waits_for="1 GPU, which run other-1 has",
+        estimated_start=start,
+    )
+    path = f"queue/clusters/c/{entry.file}"
+    world.storage.write_json(path, entry.model_dump(mode="json"))
+    for place in (2, 2, 1):
+        entry = entry.model_copy(update={"place": place})
+        world.storage.write_json(path, entry.model_dump(mode="json"))
+        controller.step()
+    waiting = world.find(job)
+    assert waiting.state == "queued" and (waiting.estimated_finish - start).total_seconds() == 60
+    assert [message for message in world.messages(job) if message.startswith("Place")] == [
+        "Place 2 in the queue of the cluster; waits for 1 GPU, which run other-1 has.",
+        "Place 1 in the queue of the cluster; waits for 1 GPU, which run other-1 has.",
+    ]
+    world.storage.delete(path)
+    assert world.until(job, "succeeded", controller).trouble is None
 
 
 # -- pause, resume, cancel -------------------------------------------------------------------------------------------

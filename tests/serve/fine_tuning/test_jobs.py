@@ -172,6 +172,7 @@ def test_the_spec_of_a_job_has_its_hyperparameters_and_reports_the_conversion(se
     assert spec["train"]["learning_rate"] == 2e-3 and spec["train"]["epochs"] == 2 and spec["train"]["seed"] == 7
     assert spec["train"]["global_batch_size"] == round(6 * rows / 40) > 1
     assert [source["license"] for source in (*spec["data"]["train"], *spec["data"]["validation"])] == ["CC0-1.0"] * 2
+    assert spec["queue"]["owner"] == "FT_API_KEY"
     assert spec["data"]["train"][0]["source"] == "file-train, uploaded by FT_API_KEY"
     server.world.controller().step()
     messages = server.world.messages(server.world.records.find(job.id))
@@ -260,12 +261,33 @@ def test_large_files_are_checked_by_the_job_itself(server, tmp_path):
     assert not server.world.storage.exists(JobFolder(server.world.storage, job.id).path + "/data")
 
 
+def test_files_that_are_deleted_while_a_job_waits_do_no_harm(server):
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+    job = server.client.fine_tuning.jobs.create(
+        model=BASE, training_file="file-train", validation_file="file-valid", metadata={"team": "a"}
+    )
+    for name in ("file-train", "file-valid"):
+        server.world.storage.delete(f"files/content/{name}")
+    server.world.check = server.check
+    queued = server.world.until(server.world.records.find(job.id), "queued")
+    assert queued.resolved["examples"] == 40
+
+
 def test_an_estimate_writes_nothing(server):
     body = {"model": BASE, "training_file": "file-train", "hyperparameters": {"n_epochs": 2, "batch_size": 8}}
     first = httpx.post(f"{server.url}/fine_tuning/jobs/estimate", json=body, headers=headers()).json()
     second = httpx.post(f"{server.url}/fine_tuning/jobs", json=body, headers={**headers(), "x-dry-run": "true"}).json()
     assert first == second and first["object"] == "fine_tuning.job.estimate"
-    assert first["examples"] == 40 and first["steps"] > 1 and first["tokens"] > 1000 and first["jobs_waiting"] == 0
+    assert (
+        first["examples"] == 40
+        and first["steps"] > 1
+        and first["tokens"] > 1000
+        and first["queue"]
+        == {
+            "runs_waiting": 0,
+            "runs_with_workers": 0,
+        }
+    )
     assert first["hyperparameters"] == {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert server.world.records.active() == [] and server.world.storage.folders("jobs") == []
 
@@ -338,6 +360,7 @@ ANSWERS = {
 
 
 def bring_to(server: Server, state: str, wish: str | None) -> str:
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0  # the world's own check is quicker
     job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
     world = server.world
     found = world.records.find(job.id)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import openai
 import pytest
+from openai.types.fine_tuning import FineTuningJob
 from ray import serve
 
 from examples.quickstart.quickstart import free_ports
+from ft_service.cluster.submit import Submissions
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
@@ -71,7 +73,7 @@ def upload(client: openai.OpenAI, file: Path) -> str:
     return client.files.create(file=file.open("rb"), purpose="fine-tune").id
 
 
-def wait(client: openai.OpenAI, job_id: str, *states: str) -> openai.types.fine_tuning.FineTuningJob:
+def wait(client: openai.OpenAI, job_id: str, *states: str) -> FineTuningJob:
     deadline = time.monotonic() + JOB_SECONDS
     while time.monotonic() < deadline:
         job = client.fine_tuning.jobs.retrieve(job_id)
@@ -82,7 +84,7 @@ def wait(client: openai.OpenAI, job_id: str, *states: str) -> openai.types.fine_
     raise AssertionError(f"{job.status} after {JOB_SECONDS} s: {events}")
 
 
-def test_upload_create_pause_resume_wait_and_chat(client, world):
+def test_upload_create_pause_resume_wait_and_chat(client, world, cluster):
     training = upload(client, world / "train.jsonl")
     validation = upload(client, world / "valid.jsonl")
     job = client.fine_tuning.jobs.create(
@@ -124,6 +126,11 @@ def test_upload_create_pause_resume_wait_and_chat(client, world):
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
     assert steps == list(range(1, plan.num_steps + 1))
     assert len([name for name in storage.folders("runs") if name.startswith("last-words")]) == 1
+    submissions = Submissions(cluster.dashboard)
+    assert submissions.find(f"{run.run_id}.9").state == "unknown"
+    submissions.stop(f"{run.run_id}.9")
+    submissions.submit(run.run_id, storage.root, f"{run.run_id}.1")  # which Ray has already
+    assert not submissions.find(f"{run.run_id}.1").is_alive
     assert client.models.delete(done.fine_tuned_model).deleted
     assert Registry(storage).find(entry.root) is None
     with pytest.raises(openai.NotFoundError):

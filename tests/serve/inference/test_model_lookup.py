@@ -105,6 +105,9 @@ class Names:
     def aliases(self) -> dict[str, str]:
         return self.known
 
+    def owners(self, adapter: str | None = None) -> dict[str, list[tuple[str, str | None]]]:
+        return {}
+
 
 def test_a_fine_tuned_name_is_the_adapter_under_that_name(published, tmp_path):
     registry, publish = published

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy.orm import Session
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, CHAT_TEMPLATE, ChatFormat, Message
@@ -24,6 +25,7 @@ from serve.api import create_api
 from serve.database.audit import audit_log
 from serve.database.database import open_database
 from serve.database.keys import ApiKey, create_key, revoke_key
+from serve.database.tables import FineTuningJobRow
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest, RefusedRequestError, TokenLogprob
 from serve.http.errors import ApiError
 from serve.http.rates import Rates
@@ -1031,6 +1033,46 @@ def test_only_an_admin_key_deletes(call, database):
     assert call(ScriptedEngine(), model, method="DELETE", database=database, headers=bearer(key)).status_code == 403
     response = call(ScriptedEngine(), model, method="DELETE", database=database, headers=bearer(admin))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "not_deletable")  # it is a base
+
+
+def test_a_jobs_model_is_seen_used_and_deleted_by_its_own_key_and_organisation_only(call, tmp_path, database):
+    engine = open_database(database)
+    record = publish(tmp_path)
+    anna, key = create_key(engine, "anna", organization="acme")
+    colleague, _ = create_key(engine, "carl", organization="acme")
+    other, _ = create_key(engine, "bert")
+    admin, _ = create_key(engine, "boss", is_admin=True)
+    name = "ft:tiny:ft:desk:0a1b2c3d"
+    now = datetime.now(UTC)
+    with Session(engine) as opened:
+        row = {
+            **{"id": "ftjob-1", "created": now, "since": now, "key": key.id, "organization": "acme", "model": "tiny"},
+            **{"request": {}, "training_file": "f", "seed": 1, "run_id": "r", "alias": name, "state": "succeeded"},
+            **{"attempt": 1, "adapter": record.id, "result_files": [], "last_step": 1},
+        }
+        opened.add(FineTuningJobRow(**row))
+        opened.commit()
+
+    def listed(key: str) -> set[str]:
+        answer = call(ScriptedEngine(), "/v1/models", database=database, headers=bearer(key))
+        return {model["id"] for model in answer.json()["data"]}
+
+    for key_text in (anna, colleague, admin):
+        assert listed(key_text) == {"tiny", record.id, name}
+    assert listed(other) == {"tiny"}
+    for model in (name, record.id):
+        body = {**COMPLETION, "model": model}
+        options = {"database": database, "headers": bearer(other)}
+        assert call(ScriptedEngine(*HELLO), "/v1/completions", body, **options).status_code == 404
+        assert call(ScriptedEngine(), f"/v1/models/{model}", **options).status_code == 404
+        options = {"database": database, "headers": bearer(colleague)}
+        answer = call(ScriptedEngine(*HELLO), "/v1/completions", body, **options)
+        assert (answer.status_code, answer.json()["model"]) == (200, model)
+    delete = {"method": "DELETE", "database": database}
+    assert call(ScriptedEngine(), f"/v1/models/{name}", headers=bearer(other), **delete).status_code == 404
+    assert call(ScriptedEngine(), f"/v1/models/{record.id}", headers=bearer(anna), **delete).status_code == 403
+    assert call(ScriptedEngine(), f"/v1/models/{name}", headers=bearer(anna), **delete).json()["deleted"]
+    assert listed(admin) == {"tiny"}
 
 
 def test_a_deletion_is_in_the_audit_log_before_it_happens_and_so_is_its_failure(call, tmp_path, database, monkeypatch):

@@ -1,0 +1,74 @@
+"""What the tests of the queue share: entries and nodes, and a cluster that a test changes."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.queue.schedule import Node
+
+NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
+GPU = {"CPU": 1.0, "GPU": 1.0}
+
+
+def entry(run_id: str, size: int | list[int] = 1, arrived: float = 0.0, **changes: Any) -> Entry:
+    """A waiting run that entered the queue `arrived` seconds after NOW."""
+    counts = size if isinstance(size, list) else [size]
+    time = NOW + timedelta(seconds=arrived)
+    values: dict[str, Any] = {
+        "run_id": run_id,
+        "driver": f"{run_id}-driver",
+        "owner": "ann",
+        "priority": "normal",
+        "preemptible": False,
+        "state": "waiting",
+        "arrival": time,
+        "since": time,
+        "worker_counts": counts,
+        "worker_resources": GPU,
+        **changes,
+    }
+    return Entry(**values)
+
+
+def running(run_id: str, nodes: dict[str, int], started: float = -3600.0, **changes: Any) -> Entry:
+    """A run whose workers were placed `started` seconds after NOW."""
+    count = sum(nodes.values())
+    values = {
+        "state": "running",
+        "nodes": nodes,
+        "workers": count,
+        "started": NOW + timedelta(seconds=started),
+        **changes,
+    }
+    return entry(run_id, count, started, **values)
+
+
+def node(name: str, gpus: int, free: int | None = None) -> Node:
+    """A node with as many CPUs as GPUs."""
+    left = gpus if free is None else free
+    return Node(name, {"CPU": gpus, "GPU": gpus}, {"CPU": left, "GPU": left})
+
+
+def later(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+@dataclass
+class FakeCluster:
+    """A cluster as the queue sees it."""
+
+    id: str = "cluster-1"
+    living: list[Node] = field(default_factory=lambda: [Node("n", {"CPU": 4.0}, {"CPU": 4.0})])
+    is_open: bool = False
+    looks: int = 0
+
+    def nodes(self) -> list[Node]:
+        self.looks += 1
+        return self.living
+
+    def may_grow_beyond(self) -> bool:
+        return self.is_open
+
+    def node_name(self, node_id: str) -> str:
+        return node_id

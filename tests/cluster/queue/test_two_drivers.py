@@ -1,0 +1,80 @@
+"""Real processes that enter one queue at the same moment: never more workers than there is room for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import ROOT
+
+pytestmark = pytest.mark.multiprocess
+
+DRIVERS = 4
+ROUNDS = 12
+SECONDS = 120
+DRIVER = """
+import json, sys, time
+from pathlib import Path
+from ft_service.cluster.queue import turn as turn_module
+from ft_service.cluster.queue.turn import Turn
+from ft_service.runs import lease as lease_module
+from ft_service.runs.folder import RunFolder
+from ft_service.runs.lease import Lease
+from ft_service.spec.schema import RunSpec
+from ft_service.storage.storage import Storage
+from tests.cluster.queue.queue_cases import FakeCluster
+
+root, name, workers, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+lease_module._SETTLE_SECONDS = 0.0
+turn_module.POLL_SECONDS = 0.01
+turn_module._FIRST_POLL_SECONDS = 0.01
+storage = Storage(root)
+spec = RunSpec.model_validate({
+    "name": "r", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}, "train": {"global_batch_size": 24},
+    "parallel": {"use_gpu": False, "num_workers": workers}, "storage": root,
+})
+held = []
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(rounds):
+    run = RunFolder(storage, f"{name}-{number}")
+    with Lease(run, print) as lease:
+        with Turn(run, spec, {"CPU": 1.0}, lease.token, FakeCluster(), lambda text: None) as turn:
+            assert turn.take(lambda: None) == workers
+            start = time.monotonic()
+            time.sleep(0.002)
+            turn.placed(["n"] * workers, None)
+            time.sleep(0.002)
+            held.append((start, time.monotonic(), workers))
+Path(root, f"{name}.json").write_text(json.dumps(held))
+"""
+"""A driver that takes turns on a cluster of four slots, and records when it had workers by the machine's clock."""
+
+
+def test_drivers_that_enter_at_once_never_have_more_workers_than_fit(tmp_path: Path) -> None:
+    sizes = (3, 2, 4, 1)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(tmp_path), f"d{number}", str(sizes[number]), str(ROUNDS)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(DRIVERS)
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.wait(SECONDS) == 0
+    held = [tuple(item) for number in range(DRIVERS) for item in json.loads((tmp_path / f"d{number}.json").read_text())]
+    assert len(held) == DRIVERS * ROUNDS
+    for moment, _, _ in held:
+        assert sum(workers for start, end, workers in held if start <= moment < end) <= 4
+    assert not list(tmp_path.glob("queue/clusters/*/*.json"))
