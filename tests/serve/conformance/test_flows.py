@@ -1,4 +1,4 @@
-"""What people do whole: the script in README as it is printed there, and jobs of OpenAI that `ft migrate` creates again."""
+"""What people do whole: the script in README as it is printed there, and `ft migrate` of a job of OpenAI."""
 
 import json
 import re
