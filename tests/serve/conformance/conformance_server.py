@@ -23,6 +23,7 @@ from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.fine_tuning.answers import Answers
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.controller import Controller
+from serve.fine_tuning.file_keeper import FileKeeper
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
 from serve.fine_tuning.templates import with_templates_read
@@ -160,7 +161,9 @@ def _controller(
 
     answers = asyncio.run_coroutine_threadsafe(make_answers(), loop).result()
     work = Threads()
-    outside = outside_of(records, storage, settings, ApiFiles(engine, storage), answers.check)
+    assert settings.fine_tuning
+    keeper = FileKeeper(engine, storage, settings.fine_tuning.files, {})
+    outside = outside_of(records, storage, settings, ApiFiles(keeper), answers.check)
     controller = Controller(records, storage, ray, outside, work, "the controller")
     stopping = threading.Event()
 
