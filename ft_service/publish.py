@@ -12,6 +12,7 @@ from ft_service.model.base import load_tokenizer, looks_like_folder, resolve_bas
 from ft_service.registry.card import model_card
 from ft_service.registry.registry import ADAPTER_CONFIG_FILE, AdapterRecord, Registry, content_digest
 from ft_service.registry.vllm import vllm_problems
+from ft_service.runs.code import code_version
 from ft_service.runs.folder import EpochAdapter, Outcome, RunFolder
 from ft_service.runs.metrics import read_metrics
 
@@ -100,7 +101,7 @@ def _chat_facts(base: str, revision: str | None) -> tuple[str, list[int]]:
 
 
 def _packages() -> dict[str, str]:
-    versions = {}
+    versions = {"ft-service": code_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,16 +52,24 @@ class Cluster:
     """A Ray head and further hosts; ended, whatever happened to them, when the block is left.
 
     `environment` is what a driver needs to join, on the head's host. `settings` are environment variables of all.
-    `sessions` has a folder for each host, in which Ray keeps its logs.
+    `head_arguments` of the cluster's address go to `ray start` of the head. `sessions` has a folder for each host, in
+    which Ray keeps its logs.
     """
 
-    def __init__(self, folder: Path, head: Host, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        head: Host,
+        settings: Mapping[str, str] | None = None,
+        head_arguments: Callable[[str], Sequence[str]] = lambda address: (),
+    ) -> None:
         self.folder = folder
         self.head = head
         self._gcs, self._dashboard, self._client = free_ports(3)
         self.dashboard = f"http://{head.address}:{self._dashboard}"
         self.environment = ray_environment(f"{head.address}:{self._gcs}") | {"NO_PROXY": "*", "no_proxy": "*"}
         self.environment |= NOT_NICE | dict(settings or {})
+        self._head_arguments = head_arguments(self.environment["RAY_ADDRESS"])
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         # The paths of Ray's sockets lie below this folder, and Linux allows them 107 bytes.
         self.sessions = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
@@ -109,7 +117,7 @@ class Cluster:
         if host == self.head:
             command += ["--head", f"--port={self._gcs}", f"--ray-client-server-port={self._client}"]
             command += ["--include-dashboard=true", f"--dashboard-host={host.address}"]
-            command += [f"--dashboard-port={self._dashboard}"]
+            command += [f"--dashboard-port={self._dashboard}", *self._head_arguments]
         else:
             command += [f"--address={self.environment['RAY_ADDRESS']}"]
         command += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]

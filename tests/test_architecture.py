@@ -183,7 +183,7 @@ def test_gateway_and_routes_know_engines_only_by_their_interface() -> None:
 
 
 def test_routes_know_no_ray_serve() -> None:
-    for folder in ("inference", "http", "database", "playground", "voting"):
+    for folder in ("inference", "http", "database", "playground", "voting", "jobs_page"):
         assert not any(
             name.startswith("ray") for file in (ROOT / "serve" / folder).rglob("*.py") for name in imports(file)
         )

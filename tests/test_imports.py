@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = ("torch._dynamo.eval_frame", "torch._inductor", "triton")
 """Parts of torch's compiler; its package has a stand-in where it is left out."""
-UNUSED = ("scipy.optimize", "sklearn", *COMPILER)
-"""What transformers imports, and nobody here calls."""
+UNUSED = ("scipy.optimize", "sklearn", "sympy", *COMPILER)
+"""What transformers and torch import, and nobody here calls."""
 SECONDS = 300
 
 WORKER = """
@@ -152,6 +152,27 @@ from torch.distributed.tensor import DTensor, Shard
 assert tensor_parallel.DTensor.from_local == DTensor.from_local and tensor_parallel.Shard(1) == Shard(1)
 """
     assert "torch._dynamo.eval_frame" in imported_by(code + REPORT)
+
+
+def test_shapes_on_the_meta_device_need_no_sympy_until_somebody_asks_for_it() -> None:
+    code = """
+import sys
+import pytest
+from ft_service.model.light_imports import light_imports, plain_shapes
+with light_imports(four_bit=False):
+    import torch
+with plain_shapes():
+    assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
+    assert "sympy.core" not in sys.modules
+    with pytest.raises(RuntimeError, match="broadcastable"):
+        torch.ones(2, device="meta").pow(torch.ones(3, device="meta"))
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    import sympy.core
+    assert sympy.Integer(2) + 1 == 3 and ShapeEnv()
+assert "sympy.core" in sys.modules
+assert (2.0 ** torch.ones(2, 1, device="meta") * torch.ones(3, device="meta")).shape == (2, 3)
+"""
+    assert "sympy" in imported_by(code + REPORT)
 
 
 def test_a_replica_answers_as_a_lora_adapter_without_bitsandbytes_and_the_compiler(

@@ -202,7 +202,7 @@ def judge(
     from serve.voting.judges import judge_lines, judge_study
     from serve.voting.stored import stored_votes
 
-    settings = Judge(url=url, model=model, key_env=key_env, **({"rubric": rubric} if rubric else {}))
+    settings = Judge(url=url, model=model, key_env=key_env, rubric=rubric or Judge.model_fields["rubric"].default)
     endpoint = Endpoint(url, key_from_environment(key_env) if key_env else None)
     folder = StudyFolder(Storage(storage), name)
     with console.status("Asking the judge") as status:

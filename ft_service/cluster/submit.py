@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ft_service.errors import ClusterError, UsageError
+from ft_service.runs.code import COMMIT_VARIABLE, commit_of
 from ft_service.runs.folder import new_run_id
 from ft_service.spec.schema import RunSpec
 from ft_service.text import first_line
@@ -37,6 +38,13 @@ def submit_resume(run_id: str, storage: str, overrides: Sequence[str], address: 
     return _submit(["--resume", run_id, "--storage", storage, *overrides], run_id, address, detach)
 
 
+def _runtime_env() -> dict[str, object]:
+    """The checkout as working directory, and the commit, which the copy on the cluster cannot tell."""
+    commit = commit_of()
+    variables = {"env_vars": {COMMIT_VARIABLE: commit}} if commit else {}
+    return {"working_dir": str(_PROJECT_ROOT), **variables}
+
+
 def _submit(arguments: list[str], run_id: str, address: str, detach: bool) -> int:
     """The submission id is the run id; later jobs of the same run add a random suffix.
 
@@ -49,9 +57,7 @@ def _submit(arguments: list[str], run_id: str, address: str, detach: bool) -> in
         client = JobSubmissionClient(address)
         is_taken = any(job.submission_id == run_id for job in client.list_jobs())
         submission_id = f"{run_id}-{secrets.token_hex(3)}" if is_taken else run_id
-        job = client.submit_job(
-            entrypoint=command, submission_id=submission_id, runtime_env={"working_dir": str(_PROJECT_ROOT)}
-        )
+        job = client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=_runtime_env())
     except Exception as error:  # RuntimeError, ConnectionError, and the client's own errors
         raise ClusterError(
             f"--address = {address}: the job was not accepted ({error}). Check that the cluster is up, that the "

@@ -41,10 +41,16 @@ class ItemResult(Result):
     language: str
     metric: str
     counts: bool
+    context: str = Field(default="", description="What came before the prompt: a system prompt, earlier turns.")
     prompt: str
     reference: str | list[str] | None
     base: ScoredAnswer
     adapter: ScoredAnswer
+
+    @property
+    def question(self) -> str:
+        """The prompt with its context, for people and judges."""
+        return f"{self.context}\n\nuser: {self.prompt}" if self.context else self.prompt
 
     @property
     def change(self) -> float:

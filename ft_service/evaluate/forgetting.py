@@ -100,7 +100,7 @@ def _lost(result: ItemResult) -> LostItem:
     return LostItem(
         id=result.id,
         skill=result.skill,
-        prompt=result.prompt,
+        prompt=result.question,
         reference=result.reference,
         base_answer=result.base.text,
         adapter_answer=result.adapter.text,

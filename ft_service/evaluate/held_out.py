@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START, Message
 from ft_service.data.convert import BadRecord, convert
-from ft_service.data.dataset import open_dataset
+from ft_service.data.dataset import RowTable, open_dataset
 from ft_service.data.files.shard import Fault
 from ft_service.data.read import read_source
 from ft_service.errors import DataError, FtError
@@ -102,12 +102,17 @@ def _validation_split(storage: Storage, adapter: AdapterRecord | None) -> list[H
             f"held_out.run = true: the run {adapter.run_id} had no validation data. Name a file, or train with "
             "data.validation."
         )
-    rows = (dataset.validation[index] for index in range(len(dataset.validation)))
-    return [record for row in rows for record in _documents(row.input_ids, row.loss_mask, row.document_lengths)]
+    return list(documents(dataset.validation))
+
+
+def documents(rows: RowTable) -> Iterator[HeldOutRecord]:
+    """The records of a validation split as token ids, up to their first answer. One without a question is skipped."""
+    for index in range(len(rows)):
+        row = rows[index]
+        yield from _documents(row.input_ids, row.loss_mask, row.document_lengths)
 
 
 def _documents(ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> Iterator[HeldOutRecord]:
-    """Each document's first answer, and what comes before it. One without a question is skipped."""
     ends = np.cumsum(lengths)
     for start, end in zip(ends - lengths, ends, strict=True):
         document = ids[start:end]
@@ -171,9 +176,14 @@ def _short(name: str) -> str:
     return re.sub(r"[^\w.:-]", "_", f"{file.rsplit('/', 1)[-1]}:{line}" if file else name)
 
 
+def encoded_turns(text: str) -> list[tuple[str, str]]:
+    """Role and content of each turn of a decoded conversation; empty for another text."""
+    return _TURN.findall(text)
+
+
 def readable(text: str) -> str:
     """An encoded conversation for people: the content of its turns, each behind its role if there are several."""
-    turns = _TURN.findall(text)
+    turns = encoded_turns(text)
     if not turns:
         return text.strip()
     return str(turns[0][1]) if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)

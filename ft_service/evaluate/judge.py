@@ -75,7 +75,7 @@ class BothOrders:
 def questions_to(judge: Judge, result: ItemResult) -> BothOrders:
     """The questions to the judge about one item."""
 
-    base_first, adapter_first = both_orders(judge, result.prompt, result.base.text, result.adapter.text)
+    base_first, adapter_first = both_orders(judge, result.question, result.base.text, result.adapter.text)
     return BothOrders(result, base_first, adapter_first)
 
 

@@ -133,7 +133,7 @@ def _exact(answer: str, item: Scored, options: Any) -> Score:
 
 
 def _number(answer: str, item: Scored, options: _NumberOptions) -> Score:
-    found = numbers(answer)
+    found = numbers(answer) or _kanji_number(answer)
     if not found:
         return Score(0.0, "no number")
     wanted = [numbers(reference)[-1] for reference in _references(item)]
@@ -272,8 +272,8 @@ _NUMBER = re.compile(
     rf"(?:(?<![\d/])(?:(?P<whole>\d{{1,3}}) )?(?P<over>\d+)/(?P<under>\d+)(?![\d/])"
     rf"|(?P<units>(?:{_DIGITS}[百千万億兆]+)+(?:{_DIGITS})?)|(?P<plain>{_DIGITS}|\.\d+))"
 )
-_UNIT_PART = re.compile(rf"({_DIGITS})?([百千万億兆])?")
-_SMALL_UNITS = {"百": 100, "千": 1000}
+_UNIT_PART = re.compile(rf"({_DIGITS})?([十百千万億兆])?")
+_SMALL_UNITS = {"十": 10, "百": 100, "千": 1000}
 _LARGE_UNITS = {"万": 10**4, "億": 10**8, "兆": 10**12}
 _POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z}])\^\{?\d+\}?|(?<![A-Za-z])([kcdm]?m|ft|in|yd)[23](?!\w)")
 """The 2 of ``m²``, ``cm^2`` and ``km2``, which is no number of its own."""
@@ -286,7 +286,7 @@ _VULGAR_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers of a text, in order: ``1,234.5``, ``-3``, ``2 1/2``, ``1万2千``. Kanji numerals are not read.
+    """The numbers of a text, in order: ``1,234.5``, ``-3``, ``2 1/2``, ``1万2千``. Kanji digits are not read.
 
     The exponent of a unit (``82 m²``) does not count.
     """
@@ -305,6 +305,26 @@ def numbers(text: str) -> list[Fraction]:
         )
         found.append(-value if match["sign"] in ("-", "−", "–") else value)
     return found
+
+
+_KANJI_DIGITS = {digit: value for value, digit in enumerate("〇一二三四五六七八九")} | {"零": 0}
+_KANJI_ANSWER = re.compile(
+    r"(?:答えは|約)?([〇零一二三四五六七八九十百千万億兆]+)[^\s〇零一二三四五六七八九十百千万億兆]{0,8}"
+)
+
+
+def _kanji_number(answer: str) -> list[Fraction]:
+    """The number of an answer that is nothing but a kanji numeral with its unit: ``十一時間です。``. Otherwise empty.
+
+    Trap: within a sentence, 一 and 三 are parts of words such as 一番 and 三宅.
+    """
+    match = _KANJI_ANSWER.fullmatch(normalised(answer))
+    if match is None:
+        return []
+    if all(character in _KANJI_DIGITS for character in match[1]):  # 一九六八
+        return [Fraction("".join(str(_KANJI_DIGITS[digit]) for digit in match[1]))]
+    digits = "".join(str(_KANJI_DIGITS.get(character, character)) for character in match[1])
+    return [_with_units(digits)]
 
 
 def _with_units(text: str) -> Fraction:

@@ -58,6 +58,15 @@ def question_of(item: Item, model: str, seed: int) -> Question:
     return Question(model, messages=turns, max_tokens=item.max_tokens, seed=seed)
 
 
+def context_of(item: Item) -> str:
+    """What a question's model is shown before the prompt, for people and judges; empty if there is nothing."""
+    turns = [
+        *([("system", item.system)] if item.system else []),
+        *((turn.role, turn.content) for turn in item.history),
+    ]
+    return "\n\n".join(f"{role}: {content}" for role, content in turns)
+
+
 def measurement_of(prompt: str | tuple[int, ...], model: str, seed: int) -> Question:
     """The log-probabilities of a text or of token ids."""
     return Question(model, prompt=prompt, max_tokens=0, seed=seed)
@@ -90,11 +99,6 @@ def make_plan(
         ]
         plan.texts = draw(plan.texts, limit, seed)
     return plan
-
-
-def _draw_skills(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
-    skills = dict.fromkeys(item.skill for item in items)
-    return [item for skill in skills for item in draw([one for one in items if one.skill == skill], limit, seed)]
 
 
 def _add(

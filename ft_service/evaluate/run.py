@@ -33,7 +33,7 @@ from ft_service.evaluate.lm_eval_tasks import check_tasks, measure_tasks
 from ft_service.evaluate.losses import LossComparison, compare_losses, loss_of
 from ft_service.evaluate.metrics import score
 from ft_service.evaluate.one_sidedness import measure_one_sidedness
-from ft_service.evaluate.questions import QuestionPlan, make_plan, measurement_of, question_of
+from ft_service.evaluate.questions import QuestionPlan, context_of, make_plan, measurement_of, question_of
 from ft_service.evaluate.scorecard import update_scorecard
 from ft_service.evaluate.server import ServedModelFacts, Server, key_from_environment
 from ft_service.evaluate.stability import (
@@ -247,6 +247,7 @@ def _results(items: Sequence[Item], base: str, adapter: str, answers: Answers, s
                 language=item.language,
                 metric=item.metric,
                 counts=item.counts,
+                context=context_of(item),
                 prompt=item.prompt,
                 reference=item.reference,
                 base=_scored(item, before),

@@ -90,6 +90,20 @@ class Server:
             note=entry.get("note"),
         )
 
+    def entry(self, model_id: str) -> dict[str, Any]:
+        """What the server says of one of its models, with the record of an adapter."""
+        response = self._get(f"models/{model_id}")
+        if not response.is_success:
+            raise ServingError(f"--server = {self._endpoint.url!r}: {error_text(response)}")
+        return _json(response)
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Id -> what the server says of each of its models."""
+        response = self._get("models")
+        if not response.is_success:
+            raise ServingError(f"--server = {self._endpoint.url!r}: {error_text(response)}")
+        return {str(entry["id"]): entry for entry in _json(response)["data"]}
+
     def engine(self, base: ServedModelFacts) -> EngineFacts:
         page = self._get_or_none("../openapi.json")
         version = page.get("info", {}).get("version") if page else None

@@ -24,6 +24,7 @@ Traps
 import gc
 import importlib
 import importlib.metadata
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 _COMPILER = "torch._dynamo"
+_SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
 _LEFT_OUT = (
     "scipy.optimize",
     "sklearn.metrics",
@@ -117,6 +119,63 @@ def _fewer_files_read() -> Iterator[None]:
         importlib.metadata.packages_distributions = distributions
         if not had_mlflow:
             del sys.modules["mlflow"]
+
+
+@contextmanager
+def plain_shapes() -> Iterator[None]:
+    """Inside, torch computes shapes on the meta device without sympy, whose import takes 0.35 seconds.
+
+    torch's meta kernels are Python, and ask of each size whether it is symbolic. Only a compiler makes such sizes, so
+    this changes nothing in a process that has one. Whoever asks for more of these modules, or for the compiler, gets
+    them.
+    """
+    if not isinstance(sys.modules.get(_COMPILER), _NoCompiler):
+        yield
+        return
+    stand_ins = [module for module in _new_plain_modules() if module.__name__ not in sys.modules]
+    sys.modules.update({module.__name__: module for module in stand_ins})
+    try:
+        yield
+    finally:
+        _remove_plain_modules()
+
+
+class _PlainModule(ModuleType):
+    """What meta kernels use of a module if no size is symbolic; the real one takes over once it is asked for more."""
+
+    def __getattr__(self, name: str) -> Any:
+        is_package = self.__name__ == "sympy"
+        if name.startswith("__") and not (is_package and name == "__path__"):  # an import of a submodule asks for it
+            raise AttributeError(name)
+        _remove_plain_modules()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _new_plain_modules() -> list[_PlainModule]:
+    algebra: Any = _PlainModule("sympy")
+    algebra.Basic = type("Basic", (), {})  # nothing is an instance of it
+    shapes: Any = _PlainModule(_SYMBOLIC_SHAPES)
+    for condition in (
+        "expect_true",
+        "guard_or_false",
+        "guard_or_true",
+        "guard_size_oblivious",
+        "statically_known_true",
+    ):
+        setattr(shapes, condition, bool)
+    shapes.guarding_hint_or_throw = lambda size: size
+    shapes.has_guarding_hint = lambda size: True
+    shapes.is_nested_int = lambda size: False
+    shapes.sym_and = lambda *conditions: all(conditions)
+    shapes.sym_eq = operator.eq
+    shapes.sym_or = lambda *conditions: any(conditions)
+    return [algebra, shapes]
+
+
+def _remove_plain_modules() -> None:
+    for name in ("sympy", _SYMBOLIC_SHAPES):
+        if isinstance(sys.modules.get(name), _PlainModule):
+            del sys.modules[name]
 
 
 def _are_imported() -> bool:
@@ -209,6 +268,7 @@ class _NoCompiler(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":  # which an import of a submodule asks for
             raise AttributeError(name)
+        _remove_plain_modules()
         if sys.modules.get(_COMPILER) is self:
             del sys.modules[_COMPILER]
             if vars(self._torch).get("_dynamo") is self:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from ft_service.errors import ModelError
 from ft_service.model import nf4
 from ft_service.model.attention import PACKED_ATTENTION, register_packed_attention
+from ft_service.model.light_imports import plain_shapes
 from ft_service.model.shards import Partitioning, Span, num_blocks, partition, whole_blocks
 from ft_service.model.weight_files import TensorEntry, WeightFiles
 
@@ -147,7 +148,7 @@ def meta_model_of(config: LlamaConfig, dtype: torch.dtype, four_bit: bool) -> Ll
     """The model of a config on the meta device."""
     config.dtype = dtype
     # The constructor, because from_config and from_pretrained allocate and partition weights under ZeRO-3.
-    with torch.device("meta"):
+    with plain_shapes(), torch.device("meta"):
         model = LlamaForCausalLM(config)
         model.to(dtype=dtype)  # type: ignore[call-arg]
     if four_bit:

@@ -8,7 +8,13 @@ from ft_service.catalog.gpus import find_gpu, known_gpus
 from ft_service.errors import Problem
 from ft_service.spec.schema import RunSpec
 
-_CREDENTIALS = re.compile(r"^(\w+://)[^/@]+@")
+_CREDENTIALS = re.compile(r"(\b\w+://)[^/@\s]+@")
+_SIGNATURES = re.compile(
+    r"([?&](?:X-Amz-Signature|X-Goog-Signature|sig|token|access_token|api_key)=)[^&\s*]+", re.IGNORECASE
+)
+"""In addresses that are signed for a time."""
+_TOKENS = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})\b")
+"""Of Hugging Face, AWS, GitHub and OpenAI, which begin in their own way."""
 _SET_ONLY_ONE = "Set only one. On a command line, train.max_steps=null or train.epochs=null unsets the one in the file."
 _ADD_VALIDATION = "Add data.validation, for example {fraction: 0.05}."
 
@@ -197,15 +203,30 @@ def validating_needs_validation_data(spec: RunSpec) -> Iterator[Problem]:
 # -- places ----------------------------------------------------------------------------------------------------------
 
 
-def uris_contain_no_credentials(spec: RunSpec) -> Iterator[Problem]:
-    for setting, uri in (("model.base", spec.model.base), ("storage", spec.storage)):
-        if _CREDENTIALS.match(uri):
+def settings_contain_no_secrets(spec: RunSpec) -> Iterator[Problem]:
+    """The spec is stored with the run, printed, and shown in its report: a secret in it would be public."""
+    for setting, text in _texts(spec.model_dump(), ""):
+        hidden = _CREDENTIALS.sub(r"\1***@", text)
+        hidden = _TOKENS.sub("***", _SIGNATURES.sub(r"\1***", hidden))
+        if hidden != text:
             yield Problem(
                 setting,
-                _CREDENTIALS.sub(r"\1***@", uri),
+                hidden,
                 "contains credentials, which would appear in records and logs",
-                "Pass them in the environment (AWS_ACCESS_KEY_ID, ...) or use the machine's role.",
+                "Pass them in the environment (AWS_ACCESS_KEY_ID, HF_TOKEN, ...) or use the machine's role.",
             )
+
+
+def _texts(node: object, path: str) -> Iterator[tuple[str, str]]:
+    """Every string of a dumped spec with the name of its setting."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _texts(value, f"{path}.{index}")
 
 
 def a_revision_is_for_hub_ids(spec: RunSpec) -> Iterator[Problem]:
@@ -237,6 +258,6 @@ RULES: tuple[Callable[[RunSpec], Iterator[Problem]], ...] = (
     accelerator_type_is_known,
     early_stopping_needs_validation_data,
     validating_needs_validation_data,
-    uris_contain_no_credentials,
+    settings_contain_no_secrets,
     a_revision_is_for_hub_ids,
 )

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ft_service.errors import FtError, ServingError
 from ft_service.model.base import fingerprint, load_tokenizer, read_config
+from ft_service.model.light_imports import plain_shapes
 from ft_service.registry.registry import Registry
 from serve.engines.batching.adapters import AdapterStore
 from serve.engines.batching.attention import PAGE_TOKENS, KeyValueStore, bytes_per_block, reads_pages
@@ -265,14 +266,15 @@ def _load_model(folder: Path, settings: BaseSettings) -> LlamaForCausalLM:
     options: dict[str, Any] = {}
     if settings.precision == "nf4" and "quantization_config" not in read_config(folder):
         options["quantization_config"] = _nf4(folder, settings)
-    model = LlamaForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map="auto" if torch.cuda.is_available() else None,
-        local_files_only=True,
-        use_safetensors=True,
-        **options,
-    )
+    with plain_shapes():
+        model = LlamaForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map="auto" if torch.cuda.is_available() else None,
+            local_files_only=True,
+            use_safetensors=True,
+            **options,
+        )
     return model.eval().requires_grad_(False)
 
 

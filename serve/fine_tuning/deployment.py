@@ -22,11 +22,11 @@ from serve.fine_tuning.controller import Controller
 from serve.fine_tuning.file_keeper import FileKeeper
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
-from serve.fine_tuning.metrics import update_job_metrics
 from serve.fine_tuning.work import Threads
 from serve.gateway import Replicas
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
+from serve.job_metrics import update_job_metrics
 from serve.log import log_with_serve
 from serve.settings import ServeSettings
 

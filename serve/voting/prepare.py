@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 from sqlalchemy import Engine
 
 from ft_service.errors import ServingError, StorageError, UsageError
-from ft_service.evaluate.ask import Answer, Answers, Endpoint, Identity, ask_now, error_text
+from ft_service.evaluate.ask import Answer, Answers, Endpoint, Identity, ask_now
 from ft_service.evaluate.ask import Question as Asked
+from ft_service.evaluate.server import Server
 from ft_service.storage.storage import Storage
 from serve.voting.draw import draw_assignments
 from serve.voting.files import (
@@ -135,8 +135,8 @@ def create_study(
             f"NAME = {request.name!r}: is on storage, and not in this database. Open it with: ft study rebuild "
             f"{request.name}. Or choose another name."
         )
-    server = _Server(endpoint)
-    models = server.models(request)
+    server = Server(endpoint)
+    models = _study_models(server.entries(), request)
     source = _questions(storage, server, request, models)
     attention, attention_digest = read_attention(request.attention) if request.attention else ([], None)
     questions = sample(source.questions, request.limit, request.seed)
@@ -186,54 +186,29 @@ def create_study(
     )
 
 
-class _Server:
-    """What the server says of its models, and the text of token ids."""
+def _study_models(entries: Mapping[str, dict[str, Any]], request: StudyRequest) -> list[StudyModel]:
+    """The adapters in the order given, then their base. Raises `UsageError` for models that the server has not."""
+    missing = [model for model in request.adapters if model not in entries]
+    if missing:
+        raise UsageError(f"--adapters: the server has no {', '.join(missing)}. It has {', '.join(entries)}.")
+    wanted = list(dict.fromkeys(_behind_alias(entries, model) for model in request.adapters))
+    if request.base:
+        bases = {entries[model].get("parent") or model for model in wanted} or {
+            entry["id"] for entry in entries.values() if not entry.get("parent")
+        }
+        if len(bases) != 1:
+            raise UsageError(f"--base: the adapters have several bases: {', '.join(sorted(bases))}. Name it instead.")
+        wanted += [base for base in bases if base not in wanted]
+    if len(wanted) < 2:
+        raise UsageError("--adapters: a study compares at least two models. Name another one.")
+    return [_study_model(entries[model]) for model in wanted]
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self._headers = {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-        self._url = endpoint.url.rstrip("/").removesuffix("/v1") + "/v1"
 
-    def models(self, request: StudyRequest) -> list[StudyModel]:
-        """The adapters in the order given, then their base. Raises `UsageError` for models that the server has not."""
-        entries = {entry["id"]: entry for entry in self._ask("GET", "/models")["data"]}
-        wanted = list(request.adapters)
-        missing = [model for model in wanted if model not in entries]
-        if missing:
-            raise UsageError(f"--adapters: the server has no {', '.join(missing)}. It has {', '.join(entries)}.")
-        wanted = list(dict.fromkeys(_behind_alias(entries, model) for model in wanted))
-        if request.base:
-            bases = {entries[model].get("parent") or model for model in wanted} or {
-                entry["id"] for entry in entries.values() if not entry.get("parent")
-            }
-            if len(bases) != 1:
-                raise UsageError(
-                    f"--base: the adapters have several bases: {', '.join(sorted(bases))}. Name it instead."
-                )
-            wanted += [base for base in bases if base not in wanted]
-        if len(wanted) < 2:
-            raise UsageError("--adapters: a study compares at least two models. Name another one.")
-        return [_study_model(entries[model]) for model in wanted]
-
-    def run_of(self, model: str) -> str:
-        """The run that made an adapter. Raises `UsageError` for a base."""
-        record = self._ask("GET", f"/models/{model}").get("record")
-        if not record:
-            raise UsageError(f"--questions = {HELD_OUT!r}: {model} is a base, which has no run. Use {HELD_OUT}:RUN.")
-        return str(record["run_id"])
-
-    def text(self, model: str, ids: list[int]) -> str:
-        return str(self._ask("POST", "/detokenize", {"model": model, "tokens": ids})["prompt"])
-
-    def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        try:
-            response = httpx.request(method, self._url + path, json=body, headers=self._headers, timeout=60)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServingError(f"--server = {self._url!r}: does not answer ({type(error).__name__}).") from None
-        if not response.is_success:
-            raise ServingError(f"--server = {self._url!r}: {error_text(response)}")
-        reply: dict[str, Any] = response.json()
-        return reply
+def _run_of(entry: dict[str, Any]) -> str:
+    """The run that made an adapter. Raises `UsageError` for a base."""
+    if not entry.get("record"):
+        raise UsageError(f"--questions = {HELD_OUT!r}: {entry['id']} is a base, which has no run. Use {HELD_OUT}:RUN.")
+    return str(entry["record"]["run_id"])
 
 
 def _behind_alias(entries: Mapping[str, dict[str, Any]], model: str) -> str:
@@ -252,16 +227,14 @@ def _study_model(entry: dict[str, Any]) -> StudyModel:
     )
 
 
-def _questions(
-    storage: Storage, server: _Server, request: StudyRequest, models: Sequence[StudyModel]
-) -> QuestionSource:
+def _questions(storage: Storage, server: Server, request: StudyRequest, models: Sequence[StudyModel]) -> QuestionSource:
     kind, _, run_id = request.questions.partition(":")
     if kind != HELD_OUT:
         return read_questions(Path(request.questions))
     first = models[0].id
-    run_id = run_id or server.run_of(first)
+    run_id = run_id or _run_of(server.entry(first))
     return held_out_questions(
-        storage, run_id, lambda ids: server.text(first, ids), limit=request.limit, seed=request.seed
+        storage, run_id, lambda ids: server.texts(first, [ids])[0], limit=request.limit, seed=request.seed
     )
 
 

@@ -8,26 +8,23 @@ items is ``{"prompt": "...", "good": "...", "bad": "..."}``.
 import hashlib
 import json
 import random
-import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
-from ft_service.chat.format import END_OF_TURN, HEADER_END, HEADER_START
-from ft_service.data.dataset import RowTable, open_dataset
+from ft_service.data.dataset import open_dataset
 from ft_service.errors import DataError
+from ft_service.evaluate.held_out import documents, encoded_turns
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
 from serve.voting.files import Question, Turn
 
 HELD_OUT = "held-out"
 _SHOWN_PROBLEMS = 5
-_TURN = re.compile(f"{re.escape(HEADER_START)}(.*?){re.escape(HEADER_END)}\n\n(.*?){re.escape(END_OF_TURN)}", re.DOTALL)
 
 Detokenize = Callable[[list[int]], str]
 
@@ -71,32 +68,20 @@ def held_out_questions(
     dataset = open_dataset(storage, RunFolder(storage, run_id).plan().dataset.digest)
     if dataset.validation is None:
         raise DataError(f"--questions = {HELD_OUT!r}: the run {run_id} had no validation data. Name a file.")
-    prompts = list(dict.fromkeys(_prompts(dataset.validation)))
+    prompts = list(dict.fromkeys(record.prompt_ids for record in documents(dataset.validation)))
     questions: dict[int, Question] = {}
     for place in random.Random(f"held-out {seed}").sample(range(len(prompts)), len(prompts)):
         if len(questions) == limit:
             break
-        turns = _turns(detokenize(list(prompts[place])))
+        turns = [
+            Turn.model_validate({"role": role, "content": content})
+            for role, content in encoded_turns(detokenize(list(prompts[place])))
+        ]
         if turns and turns[-1].role == "user":
             questions[place] = Question(id=_new_id(), name=f"{run_id}:{place + 1}", turns=turns)
     if not questions:
         raise DataError(f"--questions = {HELD_OUT!r}: no validation record of {run_id} asks anything. Name a file.")
     return QuestionSource(_distinct([questions[place] for place in sorted(questions)]), dataset.digest)
-
-
-def _prompts(rows: RowTable) -> Iterator[tuple[int, ...]]:
-    """The token ids of each document before its first answer."""
-    for index in range(len(rows)):
-        row = rows[index]
-        ends = np.cumsum(row.document_lengths)
-        for start, end in zip(ends - row.document_lengths, ends, strict=True):
-            length = int(np.argmax(row.loss_mask[start:end]))
-            if length:
-                yield tuple(row.input_ids[start : start + length].tolist())
-
-
-def _turns(text: str) -> list[Turn]:
-    return [Turn.model_validate({"role": role, "content": content}) for role, content in _TURN.findall(text)]
 
 
 def sample(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:

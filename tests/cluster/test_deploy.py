@@ -253,6 +253,7 @@ def test_the_slurm_script_starts_ray_everywhere_checks_trains_and_ends(tmp_path:
         "CALLS": str(calls),
         "EXIT_CODE": str(exit_code),
         "SLURM_SUBMIT_DIR": str(tmp_path),
+        "FT_STORAGE": "/mnt/ft/storage",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_ID": "4711",
         "SLURM_GPUS_ON_NODE": "8",
@@ -268,6 +269,6 @@ def test_the_slurm_script_starts_ray_everywhere_checks_trains_and_ends(tmp_path:
     assert sum("--head" in line for line in starts) == 1 and "--dashboard-host=127.0.0.1" in " ".join(starts)
     assert any("--address=10.0.0.1:24711" in line for line in starts)
     assert [line for line in lines if line.startswith("ft ")] == [
-        "ft doctor --cluster --nodes 2 address=10.0.0.1:24711",
+        "ft doctor --cluster --nodes 2 --storage /mnt/ft/storage address=10.0.0.1:24711",
         "ft train spec.yaml --run-id a b address=10.0.0.1:24711",
     ]

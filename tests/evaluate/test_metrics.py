@@ -92,6 +92,28 @@ def test_the_last_number_counts_within_the_tolerance():
 
 
 @pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("十一", "11"),
+        ("十一時間です。", "11"),
+        ("答えは二百五円です", "205"),
+        ("一九六八年", "1968"),
+        ("七万二百円", "70200"),
+        ("三億五千万", "350000000"),
+        ("二〇二五", "2025"),
+        ("百", "100"),
+    ],
+)
+def test_an_answer_that_is_a_kanji_numeral_is_read(answer, number):
+    assert value(answer, "number", number) == 1
+
+
+@pytest.mark.parametrize("answer", ["一番よいのは三宅さんです。", "わかりません", "一人ずつ三回に分けて運ぶ"])
+def test_kanji_within_words_are_no_numbers(answer):
+    assert value(answer, "number", "3") == 0 and value(answer, "number", "1") == 0
+
+
+@pytest.mark.parametrize(
     ("answer", "letter"),
     [
         ("B", "B"),

@@ -278,10 +278,16 @@ def test_earlier_turns_of_a_held_out_conversation_are_asked_with_it(tmp_path):
         {"role": "assistant", "content": "It"},
     ]
     (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    world = World(tmp_path, 0, held_out=[{"path": "held.jsonl", "format": "chat", "metrics": ["exact"]}])
-    server = FakeServer({BASE: lambda body: "It", ADAPTER: lambda body: "Them"})
+    world = World(tmp_path, 0, held_out=[{"path": "held.jsonl", "format": "chat", "metrics": ["exact"]}], judge=JUDGE)
+    server = FakeServer(
+        {BASE: lambda body: "It", ADAPTER: lambda body: "Them", "judge": lambda body: "A"},
+        digests={BASE: "none", ADAPTER: "a" * 64, "judge": "none"},
+    )
     evaluation = world.evaluate(server)
     assert server.bodies[0]["messages"] == turns[:-1]
+    judged = [question_in(body) for body in server.bodies if body["model"] == "judge"]
+    shown = "<question>\nsystem: Be brief.\n\nuser: Hello\n\nassistant: Hi\n\nuser: Name it\n</question>"
+    assert len(judged) == 2 and all(shown in text for text in judged)
     assert evaluation.comparison.overall is not None and evaluation.comparison.overall.difference == -1
 
 

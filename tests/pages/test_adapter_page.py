@@ -301,4 +301,6 @@ def test_in_a_browser_nothing_runs_and_nothing_overflows(desk):
             assert asked == [file.as_uri()]
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.locator("svg.lineage rect").count() == 8
+            names = "[...document.querySelectorAll('.figures td:first-child')].map(cell => cell.clientWidth)"
+            assert min(page.evaluate(names)) >= 120, "names of figures are broken within words"
             page.close()

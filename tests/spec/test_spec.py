@@ -177,6 +177,27 @@ def test_credentials_in_a_uri_are_rejected_and_not_printed() -> None:
         assert setting in message and "secret" not in message and "s3://***@bucket" in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("data.train.0.source", "https://me:c4nary@example.com/tickets"),
+        ("data.train.0.source", "from the hub with hf_c4naryc4naryc4naryc4nary"),
+        ("data.train.0.path", "s3://bucket/train.jsonl?X-Amz-Signature=c4nary&X-Amz-Expires=60"),
+        ("data.train.0.license", "AKIAC4NARYC4NARYC4NA"),
+    ],
+)
+def test_a_secret_in_any_setting_is_rejected_and_not_printed(setting: str, value: str) -> None:
+    message = error_of(f"{setting}={value}")
+    assert f"{setting} = " in message and "contains credentials" in message and "***" in message
+    assert "c4nary" not in message.lower()
+
+
+def test_an_address_without_a_secret_is_no_problem() -> None:
+    source = "https://example.com/@team/tickets?page=2, by me@example.com"
+    spec = parse_run_spec(SPEC, [f"data.train.0.source={source}"])
+    assert spec.data.train[0].source == source
+
+
 def test_a_dumped_spec_loads_unchanged() -> None:
     spec = parse_run_spec(SPEC, ["train.learning_rate=2e-4", "data.validation={fraction: 0.1}", "method.lora_rank=3"])
     assert parse_run_spec(dump_run_spec(spec)) == spec

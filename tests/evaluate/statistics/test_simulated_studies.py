@@ -46,6 +46,16 @@ def test_intervals_of_independent_votes_cover_the_truth_and_are_hardly_wider_tha
         assert called <= WORST_BY_CHANCE
 
 
+@pytest.mark.parametrize(("raters", "votes_each"), [(10, 30), (300, 1)])
+def test_from_ten_raters_on_intervals_of_independent_votes_are_hardly_wider_than_exact_ones(
+    raters: int, votes_each: int
+) -> None:
+    """The same 300 votes: of few people, or of many with one vote each, who still share items."""
+    found = [run(Design(share, raters=raters, votes_each=votes_each), seed=37) for share in TRUE_SHARES]
+    assert min(coverage for coverage, _, _ in found) >= 0.92
+    assert np.mean([width for _, width, _ in found]) <= 1.3
+
+
 @pytest.mark.parametrize("win_share", TRUE_SHARES)
 def test_intervals_cover_the_truth_where_raters_are_careful_random_and_one_sided(win_share: float) -> None:
     coverage, _, called = run(Design(win_share, kinds=MIXED), seed=32)

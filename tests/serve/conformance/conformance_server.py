@@ -9,17 +9,20 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import openai
 
 from ft_service.registry.registry import Registry
-from ft_service.runs.folder import RunFolder
+from ft_service.runs.folder import EpochAdapter, RunFolder
 from ft_service.runs.folder import State as RunState
 from serve.api import create_api
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
+from serve.fine_tuning import file_routes
 from serve.fine_tuning.answers import Answers
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.controller import Controller
@@ -33,7 +36,7 @@ from serve.inference.models import ServedModels
 from serve.settings import BaseSettings, ServeSettings
 from tests.browser import served
 from tests.serve.conformance.wire_record import WireRecord
-from tests.serve.fine_tuning.job_world import Ray, make_world
+from tests.serve.fine_tuning.job_world import STEPS, Ray, make_world
 from tests.serve.serving_world import draft_record, write_adapter
 from tests.worlds import write_records, write_world
 
@@ -75,12 +78,18 @@ class PublishingRay(Ray):
 
     def _set(self, run: RunFolder, state: RunState, **details: str) -> None:
         if state == "succeeded":
-            assert self.registry is not None
-            draft = {**draft_record(self.base, run.run_id), "run_id": run.run_id}
-            folder = self.work / run.run_id
-            write_adapter(self.base, folder, seed=len(self.trained))
-            details["published"] = self.registry.publish(folder, draft, BASE, "# {id}\n").id
+            run.write_epoch_adapters([EpochAdapter(step=HELD_AT, adapter=self._publish(run, HELD_AT))])
+            details["published"] = self._publish(run, STEPS)
         super()._set(run, state, **details)
+        if state == "succeeded":
+            self._lease(run, datetime(2020, 1, 1, tzinfo=UTC))  # the driver has ended
+
+    def _publish(self, run: RunFolder, step: int) -> str:
+        assert self.registry is not None
+        draft = {**draft_record(self.base, run.run_id), "run_id": run.run_id}
+        folder = self.work / f"{run.run_id}-{step}"
+        write_adapter(self.base, folder, seed=100 * len(self.trained) + step)
+        return self.registry.publish(folder, draft, BASE, "# {id}\n").id
 
 
 @dataclass
@@ -100,6 +109,7 @@ class ConformanceServer:
 @contextmanager
 def conformance_server(folder: Path) -> Iterator[ConformanceServer]:
     """A server with one base, on a database and a storage of its own."""
+    (folder / "model").mkdir()
     write_world(folder / "model", num_records=40)
     base = folder / "model" / "base"
     _write_chats(folder / "train.jsonl", 40, seed=0)
@@ -108,12 +118,14 @@ def conformance_server(folder: Path) -> Iterator[ConformanceServer]:
     registry = Registry(world.storage)
     ray = PublishingRay(world.storage, registry=registry, base=base, work=folder / "adapters")
     received: list[tuple[dict[str, str], str]] = []
-    with _receiver(received) as hook:
+    # A file whose check ends later is `uploaded` in the reply. Large files take that long; here, all do.
+    with _receiver(received) as hook, patch.object(file_routes, "CHECK_SECONDS", 0.0):
         settings = with_templates_read(_settings(world.storage.root, str(world.engine.url), base, hook))
         models = ServedModels(registry, [load_base(one) for one in settings.bases])
-        record = WireRecord(create_api(models, {BASE: OneWord()}, settings))
+        api = create_api(models, {BASE: OneWord()}, settings)
+        record = WireRecord(api)
         with served(record) as url, _controller(world.engine, world.storage, settings, models, ray):  # type: ignore[arg-type]
-            server = ConformanceServer(f"{url}/v1", KEY, BASE, folder, record)
+            server = ConformanceServer(f"{url}/v1", KEY, BASE, folder, record, openapi=api.openapi())
             yield server
             client = openai.OpenAI(api_key="none", webhook_secret=SECRET)
             for headers, body in received:
@@ -162,7 +174,7 @@ def _controller(
     answers = asyncio.run_coroutine_threadsafe(make_answers(), loop).result()
     work = Threads()
     assert settings.fine_tuning
-    keeper = FileKeeper(engine, storage, settings.fine_tuning.files, {})
+    keeper = FileKeeper(engine, storage, settings.fine_tuning.files, {base.name: base.folder for base in models.bases})
     outside = outside_of(records, storage, settings, ApiFiles(keeper), answers.check)
     controller = Controller(records, storage, ray, outside, work, "the controller")
     stopping = threading.Event()

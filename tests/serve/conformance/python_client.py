@@ -106,6 +106,15 @@ def use_uploads(client: openai.OpenAI, folder: Path, seen: dict[str, Any]) -> No
     done = client.uploads.complete(upload.id, part_ids=parts, md5=hashlib.md5(content).hexdigest())
     assert done.file is not None
     seen["upload"] = [upload.status, done.status, client.files.content(done.file.id).read() == content]
+    bad = b'{"messages": 1}\n'
+    upload = client.uploads.create(bytes=len(bad), filename="bad.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=bad)
+    done = client.uploads.complete(upload.id, part_ids=[part.id])
+    assert done.file is not None
+    client.files.wait_for_processing(done.file.id, poll_interval=POLL_SECONDS)
+    again = client.uploads.complete(upload.id, part_ids=[part.id])  # as a client does that got no answer
+    assert again.file is not None
+    seen["upload_repeated"] = [again.file.id == done.file.id, again.file.status, bool(again.file.status_details)]
     other = client.uploads.create(bytes=5, filename="x.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     seen["upload_cancelled"] = client.uploads.cancel(other.id).status
     chunked = client.uploads.upload_file_chunked(
@@ -122,12 +131,13 @@ def use_results(client: openai.OpenAI, job: Any, seen: dict[str, Any]) -> None:
     seen["checkpoints"] = [
         checkpoint.to_dict(mode="json") for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)
     ]
+    seen["result_purpose"] = client.files.retrieve(job.result_files[0]).purpose
     seen["result_file"] = client.files.content(job.result_files[0]).read().decode()
     seen["model"] = client.models.retrieve(model).to_dict(mode="json")
     seen["is_listed"] = model in [one.id for one in client.models.list()]
     answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Hi"}])
     seen["answer"] = [answer.model, answer.choices[0].message.content]
-    checkpoint = seen["checkpoints"][0]["fine_tuned_model_checkpoint"]
+    checkpoint = seen["checkpoints"][-1]["fine_tuned_model_checkpoint"]
     answer = client.chat.completions.create(model=checkpoint, messages=[{"role": "user", "content": "Hi"}])
     seen["checkpoint_answers"] = bool(answer.choices[0].message.content)
 
@@ -158,10 +168,20 @@ def cancel(client: openai.OpenAI, model: str, training: str, seen: dict[str, Any
 
 
 def fail(client: openai.OpenAI, model: str, training: str, seen: dict[str, Any]) -> None:
-    job = client.fine_tuning.jobs.create(model=model, training_file=training, suffix="fails")
+    auto: Any = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    job = client.fine_tuning.jobs.create(
+        model=model,
+        training_file=training,
+        suffix="fails",
+        method={"type": "supervised", "supervised": {"hyperparameters": auto}},
+    )
     failed = until(client, job.id, ENDED, [])
     assert failed.error is not None
     levels = {event.level for event in client.fine_tuning.jobs.list_events(job.id)}
+    leaky = client.fine_tuning.jobs.create(model=model, training_file=training, validation_file=training)
+    refused = until(client, leaky.id, ENDED, [])
+    assert refused.error is not None
+    seen["refused"] = [refused.status, refused.error.code, refused.error.param]
     seen["failed"] = [failed.status, failed.error.code, failed.error.message, sorted(levels)]
 
 

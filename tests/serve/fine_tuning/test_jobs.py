@@ -239,6 +239,7 @@ def test_bad_data_are_refused_with_all_reasons_and_lines_unless_they_are_waived(
         server.client.fine_tuning.jobs.create(model=BASE, training_file="file-few")
     assert refused.value.code == "invalid_training_file" and refused.value.param == "training_file"
     assert "size.too-few" in refused.value.message and str(tmp_path) not in refused.value.message
+    assert 'send metadata {"waive.CODE": "REASON"}' in refused.value.message
     job = server.client.fine_tuning.jobs.create(
         model=BASE, training_file="file-few", metadata={"waive.size.too-few": "a smoke test"}
     )
@@ -306,7 +307,7 @@ def test_jobs_are_listed_newest_first_by_pages_and_metadata(server):
     assert page.has_more and len(page.data) == 2
     with pytest.raises(openai.BadRequestError, match="after"):
         server.client.fine_tuning.jobs.list(after="ftjob-none")
-    for limit in (0, 101, "x"):
+    for limit in (0, 1001, "x"):
         answer = httpx.get(f"{server.url}/fine_tuning/jobs", params={"limit": limit}, headers=headers())
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "limit"
 
@@ -340,6 +341,25 @@ def test_a_key_sees_its_own_jobs_only_and_an_admin_sees_all(server):
     shared = carl.fine_tuning.jobs.create(model=BASE, training_file="file-train")
     assert dora.fine_tuning.jobs.retrieve(shared.id).organization_id == "acme"
     assert [one.id for one in dora.fine_tuning.jobs.list()] == [shared.id]
+
+
+def test_a_key_fine_tunes_only_the_models_that_it_may_use(server):
+    key, _ = create_key(server.world.engine, "limited", models=("other-*",))
+    limited = server.client.with_options(api_key=key)
+    with pytest.raises(openai.PermissionDeniedError) as refused:
+        limited.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert refused.value.code == "model_not_allowed"
+    assert server.world.records.active() == []
+
+
+def test_settings_of_wandb_that_change_nothing_are_named(server, monkeypatch):
+    monkeypatch.setattr("serve.fine_tuning.checks.tracker_problems", lambda *_: [])
+    integration = {"type": "wandb", "wandb": {"project": "mine", "entity": "acme", "tags": ["a"]}}
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train", integrations=[integration])
+    assert job.integrations[0].wandb.project == "mine" and job.integrations[0].wandb.entity == "acme"
+    found = server.world.records.find(job.id)
+    assert found.resolved["spec"]["report"] == {"samples": 0, "trackers": ["wandb"], "project": "mine"}
+    assert "integrations.wandb: entity, tags are not used, only the project is." in server.world.messages(found)
 
 
 # -- wishes, in every state ------------------------------------------------------------------------------------------

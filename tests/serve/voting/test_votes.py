@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select, text
+from sqlalchemy import Engine, func, select, text
 
 from ft_service.errors import UsageError
 from serve.database.audit import audit_log
@@ -187,6 +187,19 @@ def test_tokens_are_digests_at_rest(tmp_path, database):
     content = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert b"desk-r0" in content
     assert token.encode() not in content and token.rsplit(".", 1)[1].encode() not in content
+
+
+def test_the_secret_is_made_once_however_many_processes_need_it_first(database):
+    engines = [open_database(database) for _ in range(8)]
+    together = threading.Barrier(len(engines))
+
+    def first(engine: Engine) -> bytes:
+        together.wait()
+        return voting_secret(engine)
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        secrets = set(pool.map(first, engines))
+    assert len(secrets) == 1 and len(secrets.pop()) == 32
 
 
 def test_a_link_of_another_database_is_not_valid(tmp_path, database):

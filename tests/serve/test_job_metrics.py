@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from serve.fine_tuning import metrics
-from serve.fine_tuning.metrics import update_job_metrics
+from serve import job_metrics as metrics
+from serve.job_metrics import update_job_metrics
 from tests.serve.fine_tuning.job_world import make_world
 
 
