@@ -54,7 +54,7 @@ def create_api(
     api.include_router(playground_routes())
     if database is not None and settings.storage:
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
-    api.include_router(jobs_page_routes(database))
+    api.include_router(jobs_page_routes(database, settings))
     api.include_router(
         fine_tuning_routes(records, settings, {base.name: base.folder for base in models.bases}, in_flight)
     )

@@ -107,7 +107,7 @@ def unresolved_spec(template: Mapping[str, Any], job: JobSettings, storage: str,
         trackers = [name for name in report.get("trackers") or [] if name != "wandb"]
         document["report"] = {**report, "trackers": [*trackers, "wandb"], "project": job.wandb_project}
     document["checkpoint"] = {"publish_epochs": PUBLISHED_EPOCHS, **(document.get("checkpoint") or {})}
-    if owner := re.sub(r"[^A-Za-z0-9._@+-]+", "-", job.owner).lstrip("._@+-")[:_MAX_OWNER]:
+    if owner := queue_owner(job.owner):
         document["queue"] = {**(document.get("queue") or {}), "owner": owner}
     document |= {"name": job.name, "storage": storage}
     return _parse(document, where)
@@ -184,6 +184,11 @@ def _whole_epochs(spec: RunSpec, facts: DatasetFacts) -> int:
     if spec.train.max_steps is not None:
         return max(1, round(spec.train.max_steps * spec.train.global_batch_size / max(1, facts.rows)))
     return max(1, round(spec.train.epochs or TARGET_EPOCHS))
+
+
+def queue_owner(key_name: str) -> str:
+    """The owner in the queue of what a key starts: its name, with other characters than the queue's as dashes."""
+    return re.sub(r"[^A-Za-z0-9._@+-]+", "-", key_name).lstrip("._@+-")[:_MAX_OWNER]
 
 
 def _parse(document: dict[str, Any], where: str) -> RunSpec:

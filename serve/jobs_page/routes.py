@@ -7,14 +7,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from sqlalchemy import Engine
 
+from ft_service.storage.storage import Storage
 from serve.http.keys import JOBS_PATH, client_of
 from serve.http.pages import page_response
 from serve.jobs_page.usage import usage_of_keys
+from serve.settings import ServeSettings
 
 PAGE = Path(__file__).with_name("page.html")
 
 
-def jobs_page_routes(engine: Engine | None) -> APIRouter:
+def jobs_page_routes(engine: Engine | None, settings: ServeSettings) -> APIRouter:
     """GET and HEAD /jobs; GET /v1/fine_tuning/keys."""
     api = APIRouter()
 
@@ -23,11 +25,14 @@ def jobs_page_routes(engine: Engine | None) -> APIRouter:
     def page() -> HTMLResponse:
         return page_response(PAGE)
 
-    if engine is not None:
+    if engine is not None and settings.storage and settings.fine_tuning:
+        storage = Storage(settings.storage)
+        tuning = settings.fine_tuning
 
         @api.get("/v1/fine_tuning/keys")
         def keys(request: Request) -> dict[str, Any]:
             """The client's key with its limits and what it has used; all keys for an admin."""
-            return {"object": "list", "data": usage_of_keys(engine, client_of(request).key), "has_more": False}
+            rows = usage_of_keys(engine, storage, tuning, client_of(request).key)
+            return {"object": "list", "data": rows, "has_more": False}
 
     return api

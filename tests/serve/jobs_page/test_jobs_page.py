@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
 
+from ft_service.cluster.queue.usage import OwnerLimits, QueueLimits, write_limits
 from ft_service.registry.registry import Registry
 from serve.api import create_api
 from serve.database.keys import create_key
@@ -42,6 +44,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     running = world.until(world.job("c"), "running", controller)
     assert world.records.change(running, events=[NewEvent(f"Held up: {EVIL}", level="warn")]) is not None
     create_key(world.engine, "laptop", requests_per_minute=60)
+    write_limits(world.storage, QueueLimits(owners={"laptop": OwnerLimits(max_runs=2, max_gpu_hours=10)}))
     settings = ServeSettings.model_validate(
         {
             "storage": world.storage.root,
@@ -142,11 +145,30 @@ def test_a_running_job_grows_before_the_eyes_and_is_paused_and_resumed_and_cance
     page.locator("#detail .bar .status.cancelled").wait_for()
 
 
+def test_files_show_their_errors_and_are_downloaded_and_deleted(page, server):
+    give_key(page)
+    headers = {"authorization": f"Bearer {KEY}"}
+    sent = {"file": ("bad.jsonl", b'{"messages": 1}\n')}
+    made = httpx.post(f"{server.url}/v1/files", headers=headers, files=sent, data={"purpose": "fine-tune"})
+    assert made.status_code == 200, made.text
+    page.get_by_role("tab", name="Files").click()
+    row = page.locator("#files tr").filter(has_text="bad.jsonl")
+    row.locator(".status.error").wait_for()
+    assert "line 1" in row.locator(".reason").inner_text()
+    with page.expect_download() as download:
+        row.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "bad.jsonl"
+    row.get_by_role("button", name="Delete").click()
+    page.locator("#sure-yes").click()
+    page.locator("#files").get_by_text("There are no files here").wait_for()
+
+
 def test_keys_and_their_jobs_are_shown(page, server):
     give_key(page)
     page.get_by_role("tab", name="Keys and quotas").click()
     row = page.locator("#keys tr").filter(has_text="laptop")
     assert row.locator("td").all_inner_texts()[:6] == ["laptop", "valid", "", "", "all", "60"]
+    assert row.locator("td").all_inner_texts()[8:10] == ["2", "0 of 10"]
     root = page.locator("#keys tr").filter(has_text="FT_API_KEY")
     assert "yes" in root.inner_text()
 
