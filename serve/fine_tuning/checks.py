@@ -18,7 +18,7 @@ from ft_service.preflight import examine_base
 from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
-from serve.fine_tuning.run_spec import JobSettings, Resolved, resolved_spec, unresolved_spec
+from serve.fine_tuning.run_spec import WAIVE_PREFIX, JobSettings, Resolved, resolved_spec, unresolved_spec
 
 _ONE_AT_A_TIME = threading.Lock()
 """A check holds a tokenizer and a whole file's records."""
@@ -102,13 +102,26 @@ def check_job(template: Mapping[str, Any], job: JobSettings, storage: str, resou
         except SpecError as error:
             raise JobRefusedError("invalid_hyperparameters", str(error), None) from None
         except DataError as error:
-            raise JobRefusedError("invalid_training_file", _without_folders(str(error), job), "training_file") from None
+            raise _refused_data(str(error), job) from None
         except (StorageError, ModelError):
             raise
         if plan.fits is False:
             reasons = " ".join([*plan.warnings[:1], *plan.advice])
             raise JobRefusedError("does_not_fit", f"The job does not fit the cluster's GPUs. {reasons}", "model")
     return Checked(resolved, plan, judgements[0].verdict, tuple(plan.warnings))
+
+
+def _refused_data(text: str, job: JobSettings) -> JobRefusedError:
+    """A refusal of the data check, with the API's way to accept its findings."""
+    findings, gate, _ = text.partition("\nFull report: ")
+    if gate:
+        findings += (
+            f'\nTo accept a finding, send metadata {{"{WAIVE_PREFIX}CODE": "REASON"}} with the job; the record of its '
+            "adapter keeps the reason."
+        )
+    is_validation = job.validation is not None and job.validation in findings and job.training not in findings
+    param = "validation_file" if is_validation else "training_file"
+    return JobRefusedError(f"invalid_{param}", _without_folders(findings, job), param)
 
 
 def _without_folders(text: str, job: JobSettings) -> str:

@@ -38,7 +38,7 @@ _CHECKS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="check-job")
 T = TypeVar("T")
 _DEFAULT_CHECKPOINTS = 10
 
-Limit = Annotated[int, Query(ge=1, le=100)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
