@@ -189,10 +189,10 @@ def test_routes_know_no_ray_serve() -> None:
         )
 
 
-def test_only_the_deployment_and_the_metrics_of_fine_tuning_know_ray() -> None:
+def test_only_the_deployment_of_fine_tuning_knows_ray() -> None:
     folder = ROOT / "serve/fine_tuning"
     knowing = {file.name for file in folder.rglob("*.py") if any(name.startswith("ray") for name in imports(file))}
-    assert knowing == {"deployment.py", "metrics.py"}
+    assert knowing == {"deployment.py"}
 
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:

@@ -52,6 +52,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     async def create(http: Request) -> Response:
         """Accept a job; with the header `x-dry-run: true`, only estimate it."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
+        client_of(http).check_may_use(request.model)
         owner = tenant_of(client_of(http))
         if http.headers.get("x-dry-run", "").lower() == "true":
             return JSONResponse(await _checked(jobs.estimate, owner, request))
@@ -61,6 +62,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     async def estimate(http: Request) -> dict[str, Any]:
         """What a job would take: tokens, memory, steps, hours, cost. Writes nothing."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
+        client_of(http).check_may_use(request.model)
         return await _checked(jobs.estimate, tenant_of(client_of(http)), request)
 
     @api.get(_PATH)

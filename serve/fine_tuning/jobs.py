@@ -103,7 +103,7 @@ class Jobs:
                 job = replace(job, resolved=self.check(job).summary())
             names = ", ".join(file.id for file in files.values())
             events = [NewEvent(f"Created fine-tuning job: {job.id}"), NewEvent(f"Validating training file: {names}")]
-            created = self.records.create(job, digest, events)
+            created = self.records.create(job, digest, [*events, *_unused(request)])
         except JobRefusedError as error:
             folder.delete()
             raise _refused(error) from None
@@ -262,6 +262,18 @@ class Jobs:
 
 
 _ENDS: Mapping[State, str] = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
+
+
+def _unused(request: FineTuningJobRequest) -> list[NewEvent]:
+    """What a request asks for that changes nothing."""
+    settings = {
+        name
+        for integration in request.integrations or []
+        for name in ("entity", "name", "tags")
+        if getattr(integration.wandb, name)
+    }
+    names = ", ".join(sorted(settings))
+    return [NewEvent(f"integrations.wandb: {names} are not used, only the project is.", "warn")] if names else []
 
 
 def _has_started(job: Job) -> bool:

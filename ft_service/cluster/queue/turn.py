@@ -100,7 +100,7 @@ class Turn:
             others = self._arrive()
             self._limits = read_limits(self._run.storage).quotas()
             if not others and self._may_start_alone(nodes):
-                return self._entry.workers
+                return self._own.workers
             return self._wait(check, others)
         if self.has_begun:
             return self._take_again()

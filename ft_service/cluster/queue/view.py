@@ -47,7 +47,7 @@ def read_queue(storage: Storage, cluster: str | None = None) -> list[Listed]:
         for file in storage.files(f"{CLUSTERS}/{name}")
         if (entry := _live_entry(storage, name, file)) is not None
     ]
-    return sorted(listed, key=lambda item: _place_in_list(item))
+    return sorted(listed, key=_place_in_list)
 
 
 def find(storage: Storage, run_id: str) -> Entry | None:
@@ -107,6 +107,7 @@ def _live_entry(storage: Storage, cluster: str, file: str) -> Entry | None:
     return entry if holder is not None and holder.token == entry.driver and not holder.is_expired() else None
 
 
-def _place_in_list(item: Listed) -> tuple[str, bool, int, tuple[datetime, str, str]]:
+def _place_in_list(item: Listed) -> tuple[str, bool, int, int, tuple[datetime, str, str]]:
+    """Two runs may have the same place for a moment: each has it from its driver's last look."""
     entry = item.entry
-    return item.cluster, not entry.holds_workers, entry.place or 0, entry.by_arrival
+    return item.cluster, not entry.holds_workers, entry.place or 0, -entry.rank, entry.by_arrival

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ft_service.runs.events import Queued, read_events
+from ft_service.runs.events import Queued, TrainingStarted, read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
 from tests.hosts import ROOT, Cluster
@@ -97,38 +97,43 @@ def state(world: Path, run_id: str) -> str:
     return "" if status is None else status.state
 
 
-def test_runs_that_do_not_fit_together_take_turns_and_a_killed_driver_loses_its_own(
-    cluster: Cluster, world: Path
-) -> None:
+def test_runs_that_do_not_fit_together_take_turns(cluster: Cluster, world: Path) -> None:
+    """One gives way to a higher priority and continues; one is stopped in the queue; a killed driver loses its turn."""
+    low = ("queue.priority=low", "queue.preemptible=true", "train.max_steps=100000")
     with ExitStack() as stack:
-        first = stack.enter_context(started(cluster, world, "first", "train.max_steps=100000"))
+        first = stack.enter_context(started(cluster, world, "first", *low))
         wait_for(world, lambda: state(world, "first") == "running", first, "first")
         second = stack.enter_context(started(cluster, world, "second"))
-        wait_for(world, lambda: "Place 1 in the queue" in message(world, "second"), second, "second")
-        third = stack.enter_context(started(cluster, world, "third", "queue.priority=high", "queue.owner=eve"))
+        assert second.wait(SECONDS) == 0, (world / "second.log").read_text()[-3000:]
+        assert state(world, "second") == "succeeded" and first.poll() is None
+        wait_for(world, lambda: len(trainings(world, "first")) == 2, first, "first")
+        assert trainings(world, "first")[1].repeated == 0  # it had saved a checkpoint
+
+        third = stack.enter_context(started(cluster, world, "third", "queue.priority=low"))
         wait_for(world, lambda: "Place 1 in the queue" in message(world, "third"), third, "third")
-        wait_for(world, lambda: "Place 2 in the queue" in message(world, "second"), second, "second")
-
+        fourth = stack.enter_context(started(cluster, world, "fourth", "queue.priority=low", "queue.owner=eve"))
+        wait_for(world, lambda: "Place 1 in the queue" in message(world, "fourth"), fourth, "fourth")
+        wait_for(world, lambda: "Place 2 in the queue" in message(world, "third"), third, "third")
         listed = queue(world)
-        assert [listed[run]["state"] for run in ("first", "second", "third")] == ["running", "waiting", "waiting"]
-        assert [listed[run]["place"] for run in ("first", "second", "third")] == [None, 2, 1]
-        assert "room for 2 workers; there is room for 0; running: first (2 workers)" in listed["third"]["waits_for"]
-        assert "queued" in ft(world, "runs") and "eve" in ft(world, "queue")
-
-        ft(world, "stop", "third")
-        assert third.wait(SECONDS) == 3
-        assert state(world, "third") == "stopped"
+        assert [listed[run]["state"] for run in ("first", "third", "fourth")] == ["running", "waiting", "waiting"]
+        assert [listed[run]["place"] for run in ("first", "third", "fourth")] == [None, 2, 1]  # eve has used nothing
+        assert "room for 2 workers; there is room for 0; running: first (2 workers)" in listed["fourth"]["waits_for"]
+        ft(world, "stop", "fourth")
+        assert fourth.wait(SECONDS) == 3 and state(world, "fourth") == "stopped"
 
         kill_driver(world, "first")
-        assert second.wait(SECONDS) == 0, (world / "second.log").read_text()[-3000:]
-        assert state(world, "second") == "succeeded"
+        assert third.wait(SECONDS) == 0, (world / "third.log").read_text()[-3000:]
+        assert state(world, "third") == "succeeded"
     assert queue(world) == {}
-    places = [
-        event.place for event in read_events(Storage(str(world / "storage")), "second") if isinstance(event, Queued)
-    ]
-    assert places == [1, 2, 1]
-    usage = json.loads(ft(world, "queue", "usage", "--json"))
-    assert all(owner["gpu_hours"] > 0 for owner in usage["owners"].values())
+    events = read_events(Storage(str(world / "storage")), "third")
+    assert [event.place for event in events if isinstance(event, Queued)] == [1, 2, 1]
+    used = json.loads(ft(world, "queue", "usage", "--json"))
+    assert all(owner["gpu_hours"] > 0 for owner in used["owners"].values())
+
+
+def trainings(world: Path, run_id: str) -> list[TrainingStarted]:
+    events = read_events(Storage(str(world / "storage")), run_id)
+    return [event for event in events if isinstance(event, TrainingStarted)]
 
 
 def message(world: Path, run_id: str) -> str:

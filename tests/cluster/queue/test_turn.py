@@ -1,91 +1,23 @@
 """A driver's turn in the queue: on real storage, with a cluster that the test describes."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ft_service.cluster.queue import turn as turn_module
-from ft_service.cluster.queue.board import Board, read_entry
-from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.queue.board import Board
 from ft_service.cluster.queue.schedule import Node
 from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.queue.usage import OwnerLimits, QueueLimits, used_hours, write_limits
 from ft_service.errors import RunStopped, SpecError, UnreachableError
 from ft_service.runs.events import Queued, read_events
 from ft_service.runs.folder import LEASE_SECONDS, RunFolder
-from ft_service.runs.lease import Lease
-from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
-from tests.cluster.queue.queue_cases import FakeCluster
-
-CPU = {"CPU": 1.0}
-
-
-class Gave(Exception):
-    """A test has looked long enough."""
-
-
-class World:
-    """Drivers that share a storage and a cluster; all of them are this process."""
-
-    def __init__(self, root: Path, stack: ExitStack) -> None:
-        self.storage = Storage(str(root))
-        self.cluster = FakeCluster()
-        self.logged: list[str] = []
-        self._stack = stack
-
-    def driver(self, run_id: str, workers: Any = 1, seconds: float | None = None, **queue: Any) -> Turn:
-        """A driver that holds the lease of its run, and has not entered the queue."""
-        spec = RunSpec.model_validate(
-            {
-                "name": "r",
-                "model": {"base": "b"},
-                "data": {"train": [{"path": "p"}]},
-                "train": {"global_batch_size": 24},
-                "parallel": {"use_gpu": False, "num_workers": workers},
-                "queue": {"owner": "ann", **queue},
-                "storage": self.storage.root,
-            }
-        )
-        run = RunFolder(self.storage, run_id)
-        lease = self._stack.enter_context(Lease(run, self.logged.append))
-        return Turn(run, spec, CPU, lease.token, self.cluster, self.logged.append, lambda count: seconds)
-
-    def entries(self) -> dict[str, Entry]:
-        folder = Board(self.storage, self.cluster.id).folder
-        found = [read_entry(self.storage, f"{folder}/{name}") for name in self.storage.files(folder)]
-        return {entry.run_id: entry for entry in found if entry is not None}
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr("ft_service.runs.lease._SETTLE_SECONDS", 0.0)
-    # All drivers are this process, which a lease takes for one of an earlier boot.
-    monkeypatch.setattr("ft_service.runs.lease._has_ended", lambda holder: False)
-    monkeypatch.setattr(turn_module.time, "sleep", lambda seconds: None)
-    with ExitStack() as stack:
-        yield World(tmp_path, stack)
-
-
-def never() -> None:
-    raise AssertionError("the run waits")
-
-
-def looks(count: int) -> Callable[[], None]:
-    """A check that gives up after so many looks."""
-    left = [count]
-
-    def check() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Gave
-
-    return check
+from tests.cluster.queue.queue_cases import Gave, World, looks, never
 
 
 def counting(name: str, method: Any, calls: list[str]) -> Any:

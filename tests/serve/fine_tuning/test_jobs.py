@@ -343,6 +343,25 @@ def test_a_key_sees_its_own_jobs_only_and_an_admin_sees_all(server):
     assert [one.id for one in dora.fine_tuning.jobs.list()] == [shared.id]
 
 
+def test_a_key_fine_tunes_only_the_models_that_it_may_use(server):
+    key, _ = create_key(server.world.engine, "limited", models=("other-*",))
+    limited = server.client.with_options(api_key=key)
+    with pytest.raises(openai.PermissionDeniedError) as refused:
+        limited.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert refused.value.code == "model_not_allowed"
+    assert server.world.records.active() == []
+
+
+def test_settings_of_wandb_that_change_nothing_are_named(server, monkeypatch):
+    monkeypatch.setattr("serve.fine_tuning.checks.tracker_problems", lambda *_: [])
+    integration = {"type": "wandb", "wandb": {"project": "mine", "entity": "acme", "tags": ["a"]}}
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train", integrations=[integration])
+    assert job.integrations[0].wandb.project == "mine" and job.integrations[0].wandb.entity == "acme"
+    found = server.world.records.find(job.id)
+    assert found.resolved["spec"]["report"] == {"samples": 0, "trackers": ["wandb"], "project": "mine"}
+    assert "integrations.wandb: entity, tags are not used, only the project is." in server.world.messages(found)
+
+
 # -- wishes, in every state ------------------------------------------------------------------------------------------
 
 ANSWERS = {

@@ -1,0 +1,54 @@
+"""Nodes that an autoscaler may still start, from its configuration."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ft_service.cluster.queue import capacity
+from ft_service.cluster.queue.capacity import NodeType, autoscales, joining_nodes, node_types
+from tests.hosts import ROOT
+
+GPU = NodeType("gpu", {"CPU": 8.0, "GPU": 4.0}, 3)
+CPU = NodeType("cpu", {"CPU": 8.0}, 2)
+
+
+def test_of_each_type_as_many_nodes_may_join_as_its_limit_allows_beside_the_living_ones() -> None:
+    living = [
+        ({"ray.io/node-group": "gpu"}, {"CPU": 8.0, "GPU": 4.0}),
+        ({}, {"CPU": 8.0, "memory": 1.0}),
+        ({}, {"CPU": 1.0}),
+    ]
+    joining = joining_nodes([GPU, CPU], living)
+    assert [node.id for node in joining] == ["gpu-0", "gpu-1", "cpu-0"]
+    assert all(node.is_joining and node.free == node.total for node in joining)
+    assert joining_nodes([CPU], [({}, {"CPU": 8.0})] * 5) == []
+
+
+def test_the_shipped_cluster_file_has_types_that_may_join_and_a_head_that_does_not() -> None:
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    types = {kind.name: kind for kind in node_types(config)}
+    assert types and config["head_node_type"] not in types
+    assert all(kind.max_count <= config["max_workers"] for kind in types.values())
+    assert any(kind.resources.get("GPU", 0) >= 1 for kind in types.values())
+
+
+def test_the_limits_are_read_from_the_file_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capacity, "_AUTOSCALER_CONFIG", tmp_path / "none.yaml")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert not autoscales()
+    file = tmp_path / "config.yaml"
+    kinds = {"small": {"resources": {"CPU": 2}, "max_workers": 9}, "head": {"resources": {"CPU": 2}}}
+    file.write_text(yaml.safe_dump({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds}))
+    monkeypatch.setenv("FT_AUTOSCALER_CONFIG", str(file))
+    assert autoscales()
+    assert [(kind.name, kind.max_count) for kind in capacity._node_types(file)] == [("small", 4)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: [", "available_node_types: 3", "max_workers: many"])
+def test_a_file_that_cannot_be_read_means_unknown_limits(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert capacity._node_types(file) == []
