@@ -37,6 +37,18 @@ ROUTES = [
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/{file_id}"),
+    ("GET", "/v1/files/{file_id}/content"),
+    ("GET", "/v1/files/{file_id}/errors"),
+    ("DELETE", "/v1/files/{file_id}"),
+    ("POST", "/v1/uploads"),
+    ("GET", "/v1/uploads/{upload_id}"),
+    ("GET", "/v1/uploads/{upload_id}/parts"),
+    ("POST", "/v1/uploads/{upload_id}/parts"),
+    ("POST", "/v1/uploads/{upload_id}/complete"),
+    ("POST", "/v1/uploads/{upload_id}/cancel"),
 ]
 
 

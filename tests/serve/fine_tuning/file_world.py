@@ -68,14 +68,14 @@ def write_tiny_base(folder: Path) -> Path:
 
 
 @contextmanager
-def file_server(base: Path, folder: Path, **files: object) -> Iterator[FileServer]:
-    """`files` are settings of files."""
+def file_server(base: Path, folder: Path, database: str | None = None, **files: object) -> Iterator[FileServer]:
+    """`files` are settings of files. The database is SQLite, if none is given."""
     (folder / "storage").mkdir()
     bases = BaseSettings(base=str(base), name="tiny")
     settings = ServeSettings.model_validate(
         {
             "storage": str(folder / "storage"),
-            "database": f"sqlite:///{folder}/service.db",
+            "database": database or f"sqlite:///{folder}/service.db",
             "api_key": ROOT_KEY,
             "bases": [bases],
             "fine_tuning": {"templates": {"tiny": {"model": {"base": str(base)}}}, "files": {**FILES, **files}},

@@ -108,8 +108,9 @@ def test_every_line_is_reported_and_valid_ones_are_counted(tmp_path):
         (6, None, "duplicate_key"),
         (7, "messages", "example_missing_assistant_message"),
     ]
-    assert checked.details().startswith("4 errors. line 2: The line is not JSON")
-    assert checked.details().endswith("and 1 more.")
+    details = str(checked.details())
+    assert details.startswith("4 errors. line 2: The line is not JSON")
+    assert details.endswith("and 1 more.")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_tokens_are_those_that_are_trained_on_and_one_tokenizer_counts_once(tmp_
     records = [example(USER, ANSWER), example(USER, {**ANSWER, "content": "A longer answer."}, USER, ANSWER)] * 40
     (counts,) = check(tmp_path, records, tokenizers=tokenizers).counts
     source = DataSource(path="x", format="chat")
-    encoded = chat.encode_batch([convert(record, source) for record in records])
+    encoded = chat.encode_batch([convert(record, source) for record in records])  # type: ignore[misc]
     assert counts.bases == ("a", "b")
     assert counts.tokens == sum(len(one.input_ids) for one in encoded)
     assert counts.trained_tokens == sum(one.num_loss_tokens for one in encoded)
@@ -167,4 +168,4 @@ def test_texts_of_errors_are_short_and_can_be_sent(tmp_path):
     assert checked.num_errors == 2
     for one in checked.listed:
         assert len(one.message) < 600 and one.message.isprintable()
-        assert one.field.isprintable() and one.field.encode()
+        assert one.field is not None and one.field.isprintable() and one.field.encode()
