@@ -93,14 +93,13 @@ def test_upload_create_pause_resume_wait_and_chat(client, world, cluster):
         validation_file=validation,
         suffix="last-words",
         seed=1,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 4}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 20, "batch_size": 4}}},
     )
     client.files.delete(training)  # the job has a link of its own
     wait(client, job.id, "running", "succeeded")
     client.fine_tuning.jobs.pause(job.id)
-    paused = wait(client, job.id, "paused", "succeeded")
-    if paused.status == "paused":
-        assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert wait(client, job.id, "paused", "succeeded").status == "paused"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     done = wait(client, job.id, "succeeded")
     assert done.status == "succeeded", done.error
     assert done.fine_tuned_model == f"ft:{BASE}:ft:last-words:{job.id[6:14]}" and done.trained_tokens > 0
