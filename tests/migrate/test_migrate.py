@@ -17,9 +17,9 @@ from ft_service.migrate.exported import ExportedJob, read_jobs
 from ft_service.migrate.mapping import Mapping, read_mapping
 from ft_service.migrate.migration import MigrationJob, plan_migration
 from ft_service.migrate.rows import read_rows
+from tests.migrate.openai_export import GPT, exported
 from tests.migrate.openai_stand_in import StandIn, error
 
-GPT = "gpt-4o-mini-2024-07-18"
 LLAMA = "llama-3.1-8b-instruct"
 MAPPING = Mapping(models={GPT: LLAMA})
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -58,36 +58,6 @@ PREFERENCE = {
     "preferred_output": [{"role": "assistant", "content": "Hello"}],
     "non_preferred_output": [{"role": "assistant", "content": "What?"}],
 }
-
-
-def exported(**changes: Any) -> dict[str, Any]:
-    """A job as OpenAI's API returns it."""
-    return {
-        "id": "ftjob-old1",
-        "object": "fine_tuning.job",
-        "created_at": 1719000000,
-        "error": None,
-        "fine_tuned_model": f"ft:{GPT}:my-org:desk:9abCDefg",
-        "finished_at": 1719003600,
-        "hyperparameters": {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 1.8},
-        "model": GPT,
-        "organization_id": "org-123",
-        "result_files": ["file-results"],
-        "seed": 42,
-        "status": "succeeded",
-        "trained_tokens": 5768,
-        "training_file": "file-train",
-        "validation_file": None,
-        "estimated_finish": None,
-        "integrations": [],
-        "metadata": {"team": "desk"},
-        "method": {
-            "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 1.8}},
-        },
-        "user_provided_suffix": None,
-        **changes,
-    }
 
 
 def write_rows(file: Path, *rows: Any) -> Path:
