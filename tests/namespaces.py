@@ -107,6 +107,19 @@ class Network:
     def plug_in(self, host: Host) -> None:
         ip("-n", self._names[self.hosts[0].name], "link", "set", "dev", host.name, "up")
 
+    @contextmanager
+    def slow(self, host: Host, rate: str) -> Iterator[None]:
+        """Meanwhile its cable (of any but the first) carries so much in either direction, such as ``400mbit``."""
+        ends = ((self._names[host.name], "eth0"), (self._names[self.hosts[0].name], host.name))
+        limit = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+        for name, device in ends:
+            ip("netns", "exec", name, "tc", "qdisc", "add", "dev", device, *limit)
+        try:
+            yield
+        finally:
+            for name, device in ends:
+                ip("netns", "exec", name, "tc", "qdisc", "del", "dev", device, "root")
+
     def processes(self, host: Host) -> list[psutil.Process]:
         listed = subprocess.run(
             ["ip", "netns", "pids", self._names[host.name]], capture_output=True, text=True, timeout=20

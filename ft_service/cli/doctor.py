@@ -64,6 +64,7 @@ class _Line(Protocol):
 
 def _print(rows: Iterable[tuple[str, _Line]], where: str = "") -> None:
     table = new_table("check", *([where] if where else []), "", "result")
+    table.columns[-1].overflow = "fold"  # a version or path stays whole
     for nodes, check in rows:
         result = f"{check.detail}\n[dim]->[/dim] {check.cure}" if check.cure else check.detail
         table.add_row(check.name, *([nodes] if where else []), _MARKS[check.level], result)

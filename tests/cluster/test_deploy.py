@@ -7,6 +7,7 @@ inside against Kubernetes' own schemas.
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -18,6 +19,7 @@ import yaml
 
 from ft_service.catalog.gpus import GPUS
 from serve.settings import ServeSettings
+from tests.hosts import wait_for
 from tests.needs import needs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,25 +235,24 @@ FAKES = {
     "hostname": "echo 10.0.0.1",
     "ray": 'echo "ray $* mode=$RAY_AUTH_MODE" >> "$CALLS"; case "$*" in start*) exec sleep 60;; esac',
     # As the real one, `ft doctor` returns once both nodes have joined.
-    "ft": 'echo "ft $* address=$RAY_ADDRESS" >> "$CALLS"; [ "$1" = train ] && exit "$EXIT_CODE"; '
+    "ft": 'echo "ft $* address=$RAY_ADDRESS" >> "$CALLS"; [ "$1" = train ] && exec "$TRAIN"; '
     'until [ "$(grep -c "^ray start" "$CALLS")" = 2 ]; do sleep 0.05; done',
 }
 
 
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("exit_code", [0, 3])
-def test_the_slurm_script_starts_ray_everywhere_checks_trains_and_ends(tmp_path: Path, exit_code: int) -> None:
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on two nodes. CALLS names the file of all calls, TRAIN what trains."""
+    (tmp_path / "bin").mkdir()
     for name, body in FAKES.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
         fake = tmp_path / "bin" / name
         fake.write_text(f"#!/bin/bash\n{body}\n")
         fake.chmod(0o700)
-    calls = tmp_path / "calls"
-    environment = {
+    return {
         "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
         "HOME": str(tmp_path),
-        "CALLS": str(calls),
-        "EXIT_CODE": str(exit_code),
+        "CALLS": str(tmp_path / "calls"),
+        "TRAIN": "/bin/true",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "FT_STORAGE": "/mnt/ft/storage",
         "SLURM_JOB_NODELIST": "node[1-2]",
@@ -259,9 +260,17 @@ def test_the_slurm_script_starts_ray_everywhere_checks_trains_and_ends(tmp_path:
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_CPUS_PER_TASK": "96",
     }
-    arguments = ["bash", str(SLURM), "spec.yaml", "--run-id", "a b"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("train", "exit_code"), [("/bin/true", 0), ("/bin/false", 1)])
+def test_the_slurm_script_starts_ray_everywhere_checks_trains_and_ends(
+    slurm: dict[str, str], train: str, exit_code: int
+) -> None:
+    command = ["bash", str(SLURM), "spec.yaml", "--run-id", "a b"]
+    done = subprocess.run(command, env={**slurm, "TRAIN": train}, capture_output=True, text=True, timeout=60)
     assert done.returncode == exit_code, done.stderr
+    calls = Path(slurm["CALLS"])
     lines = calls.read_text().splitlines()
     assert lines[0].startswith("ray get-auth-token --generate")
     starts = [line for line in lines if line.startswith("ray start")]
@@ -272,3 +281,20 @@ def test_the_slurm_script_starts_ray_everywhere_checks_trains_and_ends(tmp_path:
         "ft doctor --cluster --nodes 2 --storage /mnt/ft/storage address=10.0.0.1:24711",
         "ft train spec.yaml --run-id a b address=10.0.0.1:24711",
     ]
+
+
+@pytest.mark.multiprocess
+def test_slurms_signal_reaches_the_run_whose_exit_code_is_the_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
+    """As `ft train` does, the fake saves something after the signal, and then exits with 3."""
+    train = tmp_path / "train"
+    saving = (
+        f"trap 'touch {tmp_path}/saved; exit 3' TERM; touch {tmp_path}/training; while :; do read -t 0.1 <> <(:); done"
+    )
+    train.write_text(f"#!/bin/bash\n{saving}\n")
+    train.chmod(0o700)
+    environment = {**slurm, "TRAIN": str(train)}
+    with subprocess.Popen(["bash", str(SLURM), "spec.yaml"], env=environment, stderr=subprocess.DEVNULL) as job:
+        wait_for((tmp_path / "training").exists, 60, job)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 3
+    assert (tmp_path / "saved").exists()

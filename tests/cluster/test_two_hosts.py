@@ -6,6 +6,7 @@ worker has node rank 0 and its own local rank, and a rendezvous on the loopback 
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.cli.doctor import _merged, _print
+from ft_service.cluster.doctor_nodes import NodeCheck
 from ft_service.runs.folder import RunFolder
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.faults import Attempt, Driver, attempts, last_step, steps
-from tests.hosts import QUICK_HEALTH_CHECKS, Cluster, Host, wait_for
+from tests.hosts import QUICK_HEALTH_CHECKS, ROOT, Cluster, Host, wait_for
 from tests.namespaces import Network, connections, network, reason_to_skip, run_inside
 from tests.worlds import prepared_run, work, write_world
 
@@ -113,6 +116,25 @@ def check_places(hosts: Network, attempt: Attempt) -> None:
     for rank in (0, 1):
         # Nothing of Ray's connects two hosts with workers here: these are rendezvous store and gradients.
         assert (address[names[rank]], address[names[1 - rank]]) in connections(attempt.pid(rank))
+
+
+def test_doctor_names_the_hosts_and_measures_a_slow_cable(hosts: Network, cluster: Cluster, tmp_path: Path) -> None:
+    command = [*cluster.head.inside, sys.executable, "-m", "ft_service.cli.app", "doctor", "--cluster", "--nodes", "3"]
+    command += ["--json", "--storage", str(tmp_path)]
+    with hosts.slow(hosts.hosts[1], "400mbit"):
+        done = subprocess.run(
+            command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=RUN_SECONDS
+        )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    head, *others = (host.address for host in hosts.hosts[:3])
+    for name in ("ports", "clock"):
+        levels = {check["node"]: check["level"] for check in found if check["name"] == name}
+        assert levels == {f"{head}, head": "ok", **dict.fromkeys(others, "ok")}, name
+    assert len([check for check in found if check["name"] == "storage speed"]) == 3
+    [network] = [check for check in found if check["name"] == "gloo between nodes"]
+    _print(_merged([NodeCheck(**check) for check in found]), "node")
+    assert network["level"] == "warn" and network["detail"].endswith("GB/s, slow")
 
 
 @pytest.mark.parametrize(("method", "cut_off"), [("lora", 1), ("full", 0)])

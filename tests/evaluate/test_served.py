@@ -17,9 +17,10 @@ import torch
 
 from ft_service.data.dataset import open_dataset
 from ft_service.errors import UsageError
-from ft_service.evaluate.ask import Endpoint
+from ft_service.evaluate.ask import BASE_HEADER, DIGEST_HEADER, Endpoint
 from ft_service.evaluate.evaluation import Evaluation, read_results
 from ft_service.evaluate.run import Request, evaluate
+from ft_service.registry.promotions import Promotions, alias_of
 from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
@@ -171,6 +172,27 @@ def test_the_loss_of_a_file_is_that_of_the_answers_it_has(world, url, tmp_path):
     assert found is not None
     assert found.tokens == count
     assert found.adapter == pytest.approx(stock_loss(world, ids, count, adapter=True) / count, abs=1e-4)
+
+
+def test_replies_to_the_alias_of_a_promoted_adapter_name_the_adapter_that_answered(world, url):
+    adapter = world.adapters[0]
+    promotions = Promotions(world.registry)
+    promotions.promote(adapter, None, [])
+    alias = alias_of(adapter)
+    body = {"messages": [{"role": "user", "content": "Last word of: red green"}], "max_tokens": 4, "temperature": 0}
+    try:
+        replies = [
+            httpx.post(f"{url}/chat/completions", json={**body, "model": model}) for model in (alias, adapter.id)
+        ]
+    finally:
+        promotions.demote(alias)
+    for reply in replies:
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["model"] == adapter.id
+        assert reply.headers[DIGEST_HEADER] == adapter.digest
+        assert reply.headers[BASE_HEADER] == adapter.base.fingerprint
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert texts[0] == texts[1]
 
 
 PIECES = "*.jsonl"

@@ -1,8 +1,11 @@
-"""The Grafana dashboard asks only for metrics and labels that the server exports, by Ray's names for them."""
+"""Dashboard and alerts ask only for metrics and labels that the server and Ray export, by Ray's names for them."""
 
 import json
 import re
+from pathlib import Path
 
+import ray
+import yaml
 from ray.util.metrics import Counter, Gauge, Histogram
 
 import serve.metrics
@@ -60,3 +63,49 @@ def test_every_metric_is_on_the_dashboard():
 def test_a_base_and_a_model_can_be_chosen():
     names = [one["name"] for one in DASHBOARD["templating"]["list"]]
     assert names == ["datasource", "base", "model"]
+
+
+# -- alerts ----------------------------------------------------------------------------------------------------------
+
+ALERTS = [
+    rule
+    for group in yaml.safe_load((ROOT / "deploy/prometheus/alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
+RAYS_OWN = {
+    "ray_node_disk_utilization_percentage": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_mem_used": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_mem_total": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_gpus_utilization": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_serve_deployment_replica_starts_total": "serve/_private/replica.py",
+}
+"""Metrics of Ray, and the file of Ray that defines each."""
+
+
+def test_alerts_ask_for_metrics_that_exist_with_their_labels():
+    names = exported()
+    for alert in ALERTS:
+        used = re.findall(r"\b(ray_\w+)(?:\{([^}]*)\})?", alert["expr"])
+        assert used, alert["alert"]
+        for name, selectors in used:
+            if name in RAYS_OWN:
+                source = (Path(ray.__file__).parent / RAYS_OWN[name]).read_text()
+                defined = name.removeprefix("ray_")
+                assert f'"{defined}"' in source or f'"{defined.removesuffix("_total")}"' in source, name
+            else:
+                assert set(re.findall(r"(\w+)=~?", selectors)) <= names[name], alert["alert"]
+                grouped = {
+                    label for group in re.findall(r"by \(([^)]*)\)", alert["expr"]) for label in group.split(", ")
+                }
+                assert grouped - {"le"} <= names[name], alert["alert"]
+
+
+def test_alerts_say_what_is_wrong_and_what_to_do():
+    assert len({alert["alert"] for alert in ALERTS}) == len(ALERTS)
+    for alert in ALERTS:
+        assert set(alert) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert alert["labels"]["severity"] in ("page", "ticket")
+        assert set(alert["annotations"]) == {"summary", "action"}
+        shown = set(re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]))
+        grouped = {label for group in re.findall(r"by \(([^)]*)\)", alert["expr"]) for label in group.split(", ")}
+        assert shown and (shown <= grouped or shown == {"ip"}), alert["alert"]  # nodes have the label ip

@@ -61,10 +61,16 @@ class Board:
         self._storage.delete(f"{self.folder}/{entry.file}")
 
     def others(self, own: Entry) -> tuple[list[Entry], list[Left]]:
-        """The entries of other runs: those with a live driver, and those whose driver is gone."""
+        """The entries of other runs: those with a live driver, and those whose driver is gone.
+
+        Writes `own` again if it is missing: another driver removes it after a pause in which no lease was renewed.
+        """
         alive: list[Entry] = []
         left: list[Left] = []
-        for name in self._storage.files(self.folder):
+        names = self._storage.files(self.folder)
+        if own.file not in names:
+            self.write(own)
+        for name in names:
             if name == own.file or not name.endswith(".json"):
                 continue
             entry = read_entry(self._storage, f"{self.folder}/{name}")

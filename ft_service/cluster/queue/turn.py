@@ -25,8 +25,9 @@ from ft_service.text import counted, format_duration
 
 POLL_SECONDS = 1.0
 _FIRST_POLL_SECONDS = 0.1
-_SECONDS_PER_ENTRY = 0.05
-_LONGEST_POLL_SECONDS = 15.0
+_LOCAL_SECONDS_PER_ENTRY = 0.05
+_REMOTE_SECONDS_PER_ENTRY = 0.25
+_LONGEST_POLL_SECONDS = 60.0
 _USAGE_SECONDS = 30.0
 _REPORT_SECONDS = 30.0
 """A run reports a new place at once, and another reason for waiting after this time at the earliest."""
@@ -65,6 +66,8 @@ class Turn:
         self._quick_board = Board(self._quick_run.storage, cluster.id)
         self._board = self._patient_board
         self._entry: Entry | None = None
+        self._is_unsure = False
+        """Whether a write failed, so that storage may have it or not."""
         self._limits = Quotas()
         self._used: tuple[float, dict[str, float]] | None = None
         self._reported: int | None = None
@@ -244,6 +247,7 @@ class Turn:
 
     def _look(self, others: Sequence[Entry]) -> int | None:
         """One look at the queue. Returns the number of workers if the run starts."""
+        self._write()
         while True:
             entry = self._own
             decision = self._decide([_as_waiting(entry), *others])
@@ -304,8 +308,10 @@ class Turn:
         """Change the entry and write it, if that changes anything."""
         entry = self._own
         changed = entry.model_copy(update=changes)
-        if changed != entry:
+        if changed != entry or self._is_unsure:
+            self._is_unsure = True
             self._board.write(changed)
+            self._is_unsure = False
             self._entry = changed
 
     def _others(self) -> list[Entry]:
@@ -370,7 +376,8 @@ class Turn:
 
         The first looks are quick: Ray frees the resources of tasks and workers that have just ended with a delay.
         """
-        pause = min(max(POLL_SECONDS, _SECONDS_PER_ENTRY * num_entries), _LONGEST_POLL_SECONDS)
+        per_entry = _LOCAL_SECONDS_PER_ENTRY if self._run.storage.is_local else _REMOTE_SECONDS_PER_ENTRY
+        pause = min(max(POLL_SECONDS, per_entry * num_entries), _LONGEST_POLL_SECONDS)
         pause = min(pause, _FIRST_POLL_SECONDS * 2.0 ** min(look, 10))
         return pause * random.uniform(0.8, 1.2)  # two runs that withdraw their claims do not meet again
 

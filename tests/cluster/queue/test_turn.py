@@ -10,6 +10,7 @@ import pytest
 
 from ft_service.cluster.queue import turn as turn_module
 from ft_service.cluster.queue.board import Board
+from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import Node
 from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.queue.usage import OwnerLimits, QueueLimits, used_hours, write_limits
@@ -205,6 +206,35 @@ def test_one_run_at_a_time_asks_an_autoscaler_of_unknown_limits(world: World) ->
         second.take(looks(2))
     first.placed(["x"] * 4, None)
     assert second.take(never) == 4
+
+
+def test_a_withdrawal_that_could_not_be_written_is_written_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = world.driver("first", 4)
+    first.take(never)
+    second = world.driver("second", 4)
+    real = Board.write
+    failures = [0]
+
+    def fail_once(self: Board, entry: Entry) -> None:
+        if entry.run_id == "second" and entry.state == "waiting" and not failures[0]:
+            failures[0] = 1
+            raise UnreachableError("away")
+        real(self, entry)
+
+    monkeypatch.setattr(Board, "write", fail_once)
+    with pytest.raises(Gave):
+        second.take(looks(3))
+    assert failures == [1] and world.entries()["second"].state == "waiting"
+
+
+def test_an_entry_that_was_removed_during_a_pause_comes_back(world: World) -> None:
+    first = world.driver("first", 4)
+    first.take(never)
+    first.placed(["n"] * 4, None)
+    for name in world.storage.files(first._board.folder):
+        world.storage.delete(f"{first._board.folder}/{name}")
+    assert first.may_grow()
+    assert world.entries()["first"].state == "running"
 
 
 # -- claims at the same moment ---------------------------------------------------------------------------------------

@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from ft_service.cluster.queue.board import CLUSTERS
+from ft_service.storage.storage import Storage
 from tests.hosts import ROOT
+from tests.storage.test_storage_faults import object_store
 
 pytestmark = pytest.mark.multiprocess
 
-DRIVERS = 4
-ROUNDS = 12
 SECONDS = 120
 DRIVER = """
 import json, sys, time
@@ -26,7 +28,7 @@ from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from tests.cluster.queue.queue_cases import FakeCluster
 
-root, name, workers, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+root, results, name, workers, rounds = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 lease_module._SETTLE_SECONDS = 0.0
 turn_module.POLL_SECONDS = 0.01
 turn_module._FIRST_POLL_SECONDS = 0.01
@@ -48,22 +50,22 @@ for number in range(rounds):
             turn.placed(["n"] * workers, None)
             time.sleep(0.002)
             held.append((start, time.monotonic(), workers))
-Path(root, f"{name}.json").write_text(json.dumps(held))
+Path(results, f"{name}.json").write_text(json.dumps(held))
 """
 """A driver that takes turns on a cluster of four slots, and records when it had workers by the machine's clock."""
 
 
-def test_drivers_that_enter_at_once_never_have_more_workers_than_fit(tmp_path: Path) -> None:
-    sizes = (3, 2, 4, 1)
+def take_turns(root: str, results: Path, sizes: Sequence[int], rounds: int) -> None:
+    """Check that drivers of these sizes, on four slots, never have more workers at once than that."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(tmp_path), f"d{number}", str(sizes[number]), str(ROUNDS)],
+            [sys.executable, "-c", DRIVER, root, str(results), f"d{number}", str(size), str(rounds)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for number in range(DRIVERS)
+        for number, size in enumerate(sizes)
     ]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -73,8 +75,20 @@ def test_drivers_that_enter_at_once_never_have_more_workers_than_fit(tmp_path: P
         process.stdin.flush()
     for process in processes:
         assert process.wait(SECONDS) == 0
-    held = [tuple(item) for number in range(DRIVERS) for item in json.loads((tmp_path / f"d{number}.json").read_text())]
-    assert len(held) == DRIVERS * ROUNDS
+    held = [
+        tuple(item) for number in range(len(sizes)) for item in json.loads((results / f"d{number}.json").read_text())
+    ]
+    assert len(held) == len(sizes) * rounds
     for moment, _, _ in held:
         assert sum(workers for start, end, workers in held if start <= moment < end) <= 4
-    assert not list(tmp_path.glob("queue/clusters/*/*.json"))
+    storage = Storage(root)
+    assert all(storage.files(f"{CLUSTERS}/{cluster}") == [] for cluster in storage.folders(CLUSTERS))
+
+
+def test_drivers_that_enter_at_once_never_have_more_workers_than_fit(tmp_path: Path) -> None:
+    take_turns(str(tmp_path / "storage"), tmp_path, (3, 2, 4, 1), rounds=12)
+
+
+def test_the_same_on_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with object_store(monkeypatch) as (_, _, root):
+        take_turns(root, tmp_path, (3, 2), rounds=3)

@@ -62,3 +62,10 @@ def test_a_study_is_shown_for_exactly_its_weights(made):
     assert votes_about(made.storage, "a" * 64).votes == len(real)
     assert study.lines == result_lines(study_result(votes, MODELS))
     assert stored_studies(made.storage, a_record("b" * 64)) == []
+
+
+def test_a_vote_on_nothing_of_the_study_is_left_out_and_the_others_count(made):
+    before = stored_votes(made.folder)
+    some = made.folder.votes_of(made.study.raters[0])[0][0]
+    made.folder.write_vote(some.model_copy(update={"assignment": "f" * 16}))
+    assert comparable(stored_votes(made.folder)) == comparable(before)
