@@ -77,7 +77,10 @@ class FineTuning:
     def _tidy(self) -> None:
         """Beside the controller, which must not wait for the check of a large file."""
         while not self._stopping.wait(TIDY_SECONDS):
-            self._keeper.tidy()
+            try:
+                self._keeper.tidy()
+            except Exception:
+                logger.exception("files cannot be tidied")
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose controller has ended."""

@@ -26,9 +26,9 @@ from serve.fine_tuning.file_wire import (
     list_page,
 )
 from serve.fine_tuning.files import BLOCK_BYTES, Arrival
-from serve.fine_tuning.multipart import Form, check_declared_length, clean_filename, read_form
+from serve.fine_tuning.multipart import Form, check_declared_length, clean_filename, least_file_bytes, read_form
 from serve.fine_tuning.paging import Order, new_id
-from serve.fine_tuning.tenants import Tenant, tenant_of
+from serve.fine_tuning.tenants import tenant_of
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.keys import client_of
@@ -76,6 +76,8 @@ def file_routes(keeper: FileKeeper) -> APIRouter:
     async def create_file(http: Request) -> FileObject:
         """Upload a file. A training file is checked; if that takes long, its status is `uploaded` until it ends."""
         tenant = tenant_of(client_of(http))
+        check_declared_length(http, int(settings.max_file_mib * MIB))
+        await _in_thread(lambda: records.check_quota(tenant, least_file_bytes(http)))
         file_id = new_id(FILE_PREFIX)
 
         async def receive(arrival: Arrival, form: Form) -> FileObject:
@@ -92,11 +94,10 @@ def file_routes(keeper: FileKeeper) -> APIRouter:
                 return kept.file
             return (await _in_thread(lambda: records.find(tenant, file_id))).shown
 
-        return await arrive(http, tenant, lambda: keeper.store.arrive(file_id), "file", settings.max_file_mib, receive)
+        return await arrive(http, lambda: keeper.store.arrive(file_id), "file", settings.max_file_mib, receive)
 
     async def arrive(
         http: Request,
-        tenant: Tenant,
         begin: Callable[[], Arrival],
         file_field: str,
         max_mib: float,
@@ -232,7 +233,7 @@ def file_routes(keeper: FileKeeper) -> APIRouter:
             return await _in_thread(lambda: records.add_part(known_id, part_id, arrival.size))
 
         return await arrive(
-            http, tenant, lambda: keeper.store.arrive_part(known_id, part_id), "data", settings.max_part_mib, receive
+            http, lambda: keeper.store.arrive_part(known_id, part_id), "data", settings.max_part_mib, receive
         )
 
     @api.post(f"{_UPLOADS}/{{upload_id}}/complete", openapi_extra=reads(CompleteRequest))

@@ -65,9 +65,15 @@ async def read_form(request: Request, file_field: str, max_bytes: int, write: Wr
 
 def check_declared_length(request: Request, max_bytes: int) -> None:
     """Raises `ApiError` 413 for a body that is declared too long, before any of it is read."""
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes + _FORM_BYTES:
+    if least_file_bytes(request) > max_bytes:
         raise too_large(max_bytes)
+
+
+def least_file_bytes(request: Request) -> int:
+    """Bytes that the file of a form has at least, by the declared length of the body."""
+    declared = request.headers.get("content-length", "")
+    is_number = declared.isascii() and declared.isdigit()
+    return max(0, int(declared) - _FORM_BYTES) if is_number else 0
 
 
 def too_large(max_bytes: int) -> ApiError:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from ft_service.text import counted
 MOST_ERRORS = 100_000
 """So many are listed; the others are only counted."""
 _CHAT = DataSource(path="training_file", format="chat")
-_BATCH = 64
+_BATCH_BYTES = 2**20
+"""Of examples whose tokens are counted at once, and one more example."""
+MAX_LINE_BYTES = 8 * 2**20
+"""An example has millions of tokens then. Parsing a longer line would stop all other threads for too long."""
 _MESSAGE_NUMBER = re.compile(r"message (\d+)")
 _CODES = {
     "form.encoding": "invalid_encoding",
@@ -119,9 +122,7 @@ def check_file(path: Path, digest: str, size: int, tokenizers: Sequence[NamedTok
         checked.add(None, None, *problem)
         return checked
     shard = FileShard(0, 0, str(path), "lines", 0, size, 1, digest)
-    conversations = _conversations(read_lines(shard, None), checked)
-    for first in conversations:
-        batch = [first, *islice(conversations, _BATCH - 1)]
+    for batch in _batches(_conversations(read_lines(shard, None, MAX_LINE_BYTES), checked)):
         for tokenizer, counts in zip(tokenizers, checked.counts, strict=True):
             for example in tokenizer.chat.encode_batch(batch):
                 counts.tokens += len(example.input_ids)
@@ -131,6 +132,20 @@ def check_file(path: Path, digest: str, size: int, tokenizers: Sequence[NamedTok
         message = f"The file has {counted(checked.examples, 'example')}, and at least {min_examples} are needed."
         checked.add(None, None, "too_few_examples", message)
     return checked
+
+
+def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    batch: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += sum(len(turn.content) for turn in conversation)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
 def _problem_of_file(path: Path) -> tuple[str, str] | None:

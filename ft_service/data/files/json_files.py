@@ -26,23 +26,25 @@ _BETWEEN = re.compile("[ \t\r\n\ufeff]*")
 _AS_JSON = "Write each record as one line of JSON, with double quotes (in Python: json.dumps)."
 
 
-def read_lines(shard: FileShard, is_wanted: IsWanted | None) -> Iterator[tuple[int, Record | Fault]]:
+def read_lines(
+    shard: FileShard, is_wanted: IsWanted | None, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, Record | Fault]]:
     """The records of some lines, with their line numbers. Blank lines are no records."""
     digest = hashlib.sha256()
     with open(shard.path, "rb") as stream:
         stream.seek(shard.start)
-        lines = _lines(stream, shard.end - shard.start, digest)
+        lines = _lines(stream, shard.end - shard.start, digest, max_line_bytes)
         for number, (line, is_whole) in enumerate(lines, start=shard.first):
             if is_wanted is None or is_wanted(number):
                 if not is_whole:
-                    reason = f"is longer than {MAX_LINE_BYTES // 2**20} MiB"
+                    reason = f"is longer than {max_line_bytes // 2**20} MiB"
                     yield number, Fault("form.unreadable", reason, cure="Split the record.")
                 elif line.strip():
                     yield number, _parsed(line)
     check_digest(shard, digest.hexdigest())
 
 
-def _lines(stream: BinaryIO, size: int, digest: "hashlib._Hash") -> Iterator[tuple[bytes, bool]]:
+def _lines(stream: BinaryIO, size: int, digest: "hashlib._Hash", max_line_bytes: int) -> Iterator[tuple[bytes, bool]]:
     """Each line of the next `size` bytes, and whether it is whole; a longer line than the limit is cut off.
 
     Lines end with LF, CRLF, or CR alone (Excel for Mac).
@@ -55,15 +57,15 @@ def _lines(stream: BinaryIO, size: int, digest: "hashlib._Hash") -> Iterator[tup
         size -= len(block)
         digest.update(block)
         for piece in block.splitlines(keepends=True):
-            if length <= MAX_LINE_BYTES:
+            if length <= max_line_bytes:
                 parts.append(piece)
             length += len(piece)
             if piece.endswith((b"\n", b"\r")):
-                yield b"".join(parts), length <= MAX_LINE_BYTES
+                yield b"".join(parts), length <= max_line_bytes
                 parts = []
                 length = 0
     if parts:
-        yield b"".join(parts), length <= MAX_LINE_BYTES
+        yield b"".join(parts), length <= max_line_bytes
 
 
 def _parsed(line: bytes) -> Record | Fault:

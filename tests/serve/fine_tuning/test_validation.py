@@ -131,6 +131,12 @@ def test_a_file_of_another_kind_is_one_error(tmp_path, content, code):
     assert str(tmp_path) not in str(checked.details())
 
 
+def test_a_line_of_many_megabytes_is_an_error_and_is_not_parsed(tmp_path):
+    long = json.dumps(example(USER, {**ANSWER, "content": "x" * validation.MAX_LINE_BYTES}))
+    checked = check(tmp_path, [example(USER, ANSWER), long, example(USER)])
+    assert found(checked) == [(2, None, "line_too_long"), (3, "messages", "example_missing_assistant_message")]
+
+
 def test_too_few_examples_are_an_error_of_the_file(tmp_path):
     assert found(check(tmp_path, [example(USER, ANSWER)] * 9, min_examples=10)) == [(None, None, "too_few_examples")]
     assert found(check(tmp_path, [example(USER, ANSWER)] * 10, min_examples=10)) == []
@@ -146,7 +152,7 @@ def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, line_end):
 def test_tokens_are_those_that_are_trained_on_and_one_tokenizer_counts_once(tmp_path, base):
     chat = ChatFormat(load_tokenizer(base))
     tokenizers = tuple(tokenizers_of({"a": base, "b": base}))
-    records = [example(USER, ANSWER), example(USER, {**ANSWER, "content": "A longer answer."}, USER, ANSWER)] * 40
+    records = [example(USER, ANSWER), example(USER, {**ANSWER, "content": "A longer answer."}, USER, ANSWER)] * 4000
     (counts,) = check(tmp_path, records, tokenizers=tokenizers).counts
     source = DataSource(path="x", format="chat")
     encoded = chat.encode_batch([convert(record, source) for record in records])  # type: ignore[misc]
