@@ -33,7 +33,7 @@ CALLS = {
     "models.delete": "DELETE /models/{}",
 }
 REFUSED = {
-    "fine_tuning.checkpoints.permissions": "sharing a checkpoint between OpenAI's projects; here, keys have organisations",
+    "fine_tuning.checkpoints.permissions": "sharing between projects of OpenAI; here, keys have organisations",
     "fine_tuning.alpha.graders": "graders of reinforcement fine-tuning, which this service does not have",
 }
 
