@@ -27,9 +27,10 @@ _AS_JSON = "Write each record as one line of JSON, with double quotes (in Python
 
 
 def read_lines(
-    shard: FileShard, is_wanted: IsWanted | None, max_line_bytes: int = MAX_LINE_BYTES
+    shard: FileShard, is_wanted: IsWanted | None, max_line_bytes: int | None = None
 ) -> Iterator[tuple[int, Record | Fault]]:
     """The records of some lines, with their line numbers. Blank lines are no records."""
+    max_line_bytes = MAX_LINE_BYTES if max_line_bytes is None else max_line_bytes
     digest = hashlib.sha256()
     with open(shard.path, "rb") as stream:
         stream.seek(shard.start)
