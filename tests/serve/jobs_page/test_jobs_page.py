@@ -167,6 +167,7 @@ def test_keys_and_their_jobs_are_shown(page, server):
     give_key(page)
     page.get_by_role("tab", name="Keys and quotas").click()
     row = page.locator("#keys tr").filter(has_text="laptop")
+    row.wait_for()
     assert row.locator("td").all_inner_texts()[:6] == ["laptop", "valid", "", "", "all", "60"]
     assert row.locator("td").all_inner_texts()[8:10] == ["2", "0 of 10"]
     root = page.locator("#keys tr").filter(has_text="FT_API_KEY")
