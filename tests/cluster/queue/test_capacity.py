@@ -7,6 +7,8 @@ import yaml
 
 from ft_service.cluster.queue import capacity
 from ft_service.cluster.queue.capacity import NodeType, autoscales, joining_nodes, node_types
+from ft_service.cluster.queue.schedule import could_ever_fit
+from tests.cluster.queue.queue_cases import entry
 from tests.hosts import ROOT
 
 GPU = NodeType("gpu", {"CPU": 8.0, "GPU": 4.0}, 3)
@@ -31,6 +33,13 @@ def test_the_shipped_cluster_file_has_types_that_may_join_and_a_head_that_does_n
     assert types and config["head_node_type"] not in types
     assert all(kind.max_count <= config["max_workers"] for kind in types.values())
     assert any(kind.resources.get("GPU", 0) >= 1 for kind in types.values())
+
+
+def test_the_workers_of_a_shipped_spec_fit_the_nodes_of_the_shipped_cluster_file() -> None:
+    nodes = joining_nodes(node_types(yaml.safe_load((ROOT / "cluster.yaml").read_text())), [])
+    on_h100 = {"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}
+    assert could_ever_fit(entry("r", 8, worker_resources=on_h100), nodes) >= 8
+    assert could_ever_fit(entry("r", 8, worker_resources={**on_h100, "accelerator_type:B200": 0.001}), nodes) == 0
 
 
 def test_the_limits_are_read_from_the_file_that_the_environment_names(

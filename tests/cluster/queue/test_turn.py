@@ -208,23 +208,36 @@ def test_one_run_at_a_time_asks_an_autoscaler_of_unknown_limits(world: World) ->
     assert second.take(never) == 4
 
 
-def test_a_withdrawal_that_could_not_be_written_is_written_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_storage_has_although_its_write_failed_is_withdrawn(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = world.driver("first", 4)
     first.take(never)
     second = world.driver("second", 4)
     real = Board.write
-    failures = [0]
 
-    def fail_once(self: Board, entry: Entry) -> None:
-        if entry.run_id == "second" and entry.state == "waiting" and not failures[0]:
-            failures[0] = 1
-            raise UnreachableError("away")
+    def lose_answer(self: Board, entry: Entry) -> None:
         real(self, entry)
+        if entry.run_id == "second" and entry.state == "claiming" and first._entry is None:
+            world.cluster.living = [Node("n", {"CPU": 4.0}, {"CPU": 0.0})]  # the room is gone meanwhile
+            raise UnreachableError("no answer")
 
-    monkeypatch.setattr(Board, "write", fail_once)
+    seen: list[str] = []
+
+    def end_first() -> None:
+        seen.append(world.entries()["second"].state)
+        assert len(seen) < 10, "the claim stays"
+        if seen[-1] == "claiming":
+            return
+        if first._entry is None:
+            raise Gave
+        first.leave()
+
     with pytest.raises(Gave):
-        second.take(looks(3))
-    assert failures == [1] and world.entries()["second"].state == "waiting"
+        monkeypatch.setattr(Board, "write", lose_answer)
+        second.take(end_first)
+    assert world.entries()["second"].state == "waiting"
+    assert any("no answer" in line for line in world.logged)
 
 
 def test_an_entry_that_was_removed_during_a_pause_comes_back(world: World) -> None:
