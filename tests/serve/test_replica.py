@@ -10,11 +10,12 @@ from serve.engines.engine import EngineStats
 from serve.replica import BaseReplica
 
 ROUNDS = 3
+UserClass: Any = BaseReplica.func_or_class  # type: ignore[attr-defined]  # Serve wraps it in a deployment
 
 
 def test_a_round_of_care_that_fails_does_not_end_the_next_ones(monkeypatch, caplog):
     monkeypatch.setattr(replica, "CARE_SECONDS", 0)
-    cared = BaseReplica.func_or_class.__new__(BaseReplica.func_or_class)
+    cared = UserClass.__new__(UserClass)
     done = asyncio.Event()
     calls: list[str] = []
 
@@ -57,4 +58,4 @@ async def _at_once(work: Any) -> Any:
 @pytest.fixture(autouse=True)
 def no_finalizer(monkeypatch) -> None:
     """Serve awaits `__del__`; here nobody does."""
-    monkeypatch.delattr(BaseReplica.func_or_class, "__del__")
+    monkeypatch.delattr(UserClass, "__del__")
