@@ -21,6 +21,7 @@ from ft_service.errors import FtError, ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
+from serve.coalesce import merge
 from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
@@ -38,6 +39,8 @@ READINESS_SECONDS = 2.0
 _REPLICA_IS_GONE = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
 """`ObjectLostError`: a large chunk lay in the memory of a node that is gone."""
 
+_BEGUN = GenerationChunk("", ())
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,25 +56,32 @@ class Replicas:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """See `serve.engines.engine.Engine.generate`. Asks a second replica if the first dies before it has answered.
 
-        Raises `ApiError` 429 when too many requests wait already.
+        A `whole` answer comes at its end, because nothing of it has been sent when its replica dies: a chunk without
+        tokens says that it has begun, once. Raises `ApiError` 429 when too many requests wait already.
         """
+        has_begun = False
         for attempt in range(1, ATTEMPTS + 1):
             stream = self._generate.remote(request)
             assert isinstance(stream, DeploymentResponseGenerator)
-            has_answered = False
+            held: list[GenerationChunk] = []
             try:
                 async for chunk in stream:
                     if isinstance(chunk, FtError):
                         raise chunk
-                    has_answered = True
-                    yield chunk
+                    if request.whole:
+                        held.append(chunk)
+                    if not (request.whole and has_begun):
+                        has_begun = True
+                        yield _BEGUN if request.whole else chunk
+                if held:
+                    yield merge(held)
                 return
             except BackPressureError:
                 message = f"Too many requests wait for {self._name}. Try again in a moment."
                 raise ApiError(429, message, "overloaded", retry_after=RETRY_SECONDS) from None
             except _REPLICA_IS_GONE as error:
                 logger.warning("request %s: a replica of %s is gone (%s)", request.id, self._name, type(error).__name__)
-                if has_answered or attempt == ATTEMPTS:
+                if (has_begun and not request.whole) or attempt == ATTEMPTS:
                     raise ServingError(f"The replica of {self._name} that was answering has died. Ask again.") from None
             except (asyncio.CancelledError, GeneratorExit):
                 stream.cancel()  # only here: it raises a failure of the stream again

@@ -128,10 +128,13 @@ class BaseReplica:
     async def _take_care(self) -> None:
         while True:
             await asyncio.sleep(CARE_SECONDS)
-            stats = self._engine.stats()
-            self._metrics.export(stats)
-            if stats.loaded_adapters:
-                await self._unload_deleted(stats.loaded_adapters)
+            try:
+                stats = self._engine.stats()
+                self._metrics.export(stats)
+                if stats.loaded_adapters:
+                    await self._unload_deleted(stats.loaded_adapters)
+            except Exception:  # otherwise one failure would end the metrics and the care of this replica for good
+                logger.exception("a round of care failed; the next one is in %g seconds", CARE_SECONDS)
 
     async def _unload_deleted(self, loaded: Sequence[str]) -> None:
         """Drop adapters that are no longer published, whoever deleted them, by whichever way."""

@@ -52,7 +52,16 @@ def _plan(base: "BaseSettings", memory_gib: float) -> ServingPlan:
     precision: Precision = "fp32" if base.dtype == "float32" else "bf16"
     if base.precision == "nf4":
         precision = "nf4"
-    return plan_serving(shape_of(base.base), memory_gib, max(1, base.gpus or 1), precision, base.adapter_gib, RANK)
+    is_vllm = base.engine == "vllm"
+    return plan_serving(
+        shape_of(base.base),
+        memory_gib,
+        max(1, base.gpus or 1),
+        precision,
+        base.adapter_gib,
+        lora_rank=base.max_lora_rank if is_vllm else RANK,
+        max_slots=base.max_batch if is_vllm else None,
+    )
 
 
 def _show(plans: dict[str, ServingPlan], contexts: dict[str, int], gpu: str) -> None:
@@ -69,7 +78,8 @@ def _show(plans: dict[str, ServingPlan], contexts: dict[str, int], gpu: str) -> 
     console.print(table)
     console.print(
         f"GiB on each {gpu} of a replica. Tokens: of prompts and answers that all requests hold at once. "
-        f"Adapters: of rank {RANK} on all linear layers, in memory at once; others are loaded when asked for.",
+        f"Adapters: in memory at once, of rank {RANK} on all linear layers (vllm: slots of max_lora_rank on every "
+        "layer); others are loaded when asked for.",
         style="dim",
         highlight=False,
     )

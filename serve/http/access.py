@@ -8,6 +8,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.http.errors import as_api_error
 from serve.log import log_fields
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -51,6 +52,11 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            # Starlette's own answer to what nobody expected would pass by this middleware: it would have no headers.
+            if status:
+                raise
+            await as_api_error(error).response()(scope, receive, send_with_id)
         finally:
             if scope["path"].removeprefix(scope.get("root_path", "")) not in _QUIET_PATHS:
                 fields = {

@@ -40,6 +40,7 @@ class BaseTokens:
         self.special_ids = frozenset(self.tokenizer.all_special_ids) | {
             token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
+        self._special_by_text = {self.text([token_id]): token_id for token_id in self.special_ids}
         self._chat: ChatFormat | ModelError
         try:
             self._chat = ChatFormat(load_tokenizer(base.folder))
@@ -82,6 +83,10 @@ class BaseTokens:
         ids = self._ids(text, add_special_tokens=True)
         begin = self.tokenizer.bos_token_id
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == begin else ids
+
+    def special_tokens(self, texts: Sequence[str]) -> frozenset[int]:
+        """The ids of those texts that are special tokens. An answer's text never has them."""
+        return frozenset(self._special_by_text[text] for text in texts if text in self._special_by_text)
 
     def ids_without_begin(self, text: str) -> list[int]:
         return self._ids(text, add_special_tokens=False)

@@ -166,14 +166,15 @@ class Translator:
         needed = 1 if max_tokens is None else max_tokens
         if len(prompt_ids) + needed > context:
             raise _too_long(f"has {len(prompt_ids)} in the {param} and {needed} to generate", context, param)
+        tokens = self.tokens(model)
         if request.logit_bias:
-            _check_ids(list(request.logit_bias), self.tokens(model), "logit_bias")
+            _check_ids(list(request.logit_bias), tokens, "logit_bias")
         return GenerationRequest(
             id=request_id,
             prompt_ids=tuple(prompt_ids),
             adapter=model.adapter,
             max_tokens=max_tokens,
-            end_ids=end_ids | model.base.end_ids,
+            end_ids=end_ids | model.base.end_ids | tokens.special_tokens(request.stop_texts),
             sampling=_sampling(request),
             stop=request.stop_texts,
             json_schema=request.response_format.schema_text if request.response_format else None,

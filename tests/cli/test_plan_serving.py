@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from ft_service.catalog.gpus import find_gpu
 from ft_service.cli.app import app
-from ft_service.cli.plan_serving import show_serving_plan
+from ft_service.cli.plan_serving import _plan, show_serving_plan
 from ft_service.errors import ModelError, UsageError
+from serve.settings import BaseSettings
 from tests.hosts import ROOT
 
 H100 = find_gpu("H100")
@@ -20,6 +21,14 @@ def test_a_model_on_a_card_shows_weights_cache_and_adapters(capsys):
     assert plan["fits"] and plan["cache_tokens"] > 400_000 and plan["num_adapters"] == 51
     show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", H100, None, None, as_json=False)
     assert "51" in capsys.readouterr().out.split()
+
+
+def test_a_base_of_vllm_is_planned_with_its_own_slots():
+    def slots(rank: int) -> int:
+        base = BaseSettings(base="meta-llama/Llama-3.1-8B-Instruct", engine="vllm", max_lora_rank=rank)
+        return _plan(base, 79.1).num_adapters
+
+    assert (slots(8), slots(64)) == (64, 11)  # at most max_batch
 
 
 def test_every_base_of_the_shipped_config_fits_eight_h100(capsys):

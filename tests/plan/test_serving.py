@@ -21,6 +21,20 @@ def test_8b_on_an_h100_by_hand():
     assert plan.fits(131_072)
 
 
+def test_vllm_reserves_slots_of_the_largest_rank_for_every_layer():
+    plan = plan_serving(SHAPE_8B, 79.1, lora_rank=64, max_slots=64)
+    # Four times the linear layers of rank 16, and 64 x (128,256 + 4,096) elements for embedding and head each.
+    slot = (4 * 41_943_040 + 2 * 64 * (128_256 + 4_096)) * 2
+    assert plan.adapter_bytes == slot
+    assert plan.num_adapters == 4 * GIB // slot
+    assert plan.adapters == plan.num_adapters * slot
+    assert plan_serving(SHAPE_8B, 79.1, lora_rank=64, max_slots=4).adapters == 4 * slot
+    one = plan_serving(
+        SHAPE_8B, 79.1, adapter_gib=0.1, lora_rank=64, max_slots=64
+    )  # vLLM needs one, whatever the bound
+    assert (one.num_adapters, one.adapters) == (1, slot)
+
+
 def test_70b_needs_two_cards_in_bf16_and_one_in_nf4():
     assert not plan_serving(SHAPE_70B, 79.1).fits(8192)
     assert plan_serving(SHAPE_70B, 79.1, gpus=2).fits(8192)

@@ -469,6 +469,30 @@ def test_a_refusal_never_repeats_a_long_value(call):
         assert response.status_code in (400, 404) and len(response.content) < 1500
 
 
+def test_a_stop_text_that_is_a_special_token_ends_the_answer_at_that_token(call, base):
+    special = load_tokenizer(base.folder).convert_tokens_to_ids("<|eot_id|>")
+    engine = ScriptedEngine(*HELLO)
+    assert call(engine, "/v1/completions", {**COMPLETION, "stop": ["<|eot_id|>", "eot"]}).status_code == 200
+    assert call(engine, "/v1/completions", COMPLETION).status_code == 200
+    with_stop, without = engine.requests
+    assert with_stop.end_ids - without.end_ids == {special}
+
+
+def test_a_failure_that_nobody_expects_has_the_headers_of_every_reply(call, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(routes, "CompletionShape", fail)
+    given = {"x-request-id": "an-id"}
+    for headers in ({}, given):
+        response = call(ScriptedEngine(*HELLO), "/v1/completions", COMPLETION, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        assert "secret" not in response.text
+        assert response.headers["x-should-retry"] == "false"
+        assert response.headers["x-base-fingerprint"] == FINGERPRINT
+        assert headers or response.headers["x-request-id"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_before_the_first_token_sets_the_status(call, stream):
     engine = ScriptedEngine(failure=ServingError("adapter = 'a': adapter_model.safetensors is damaged."))

@@ -1,0 +1,91 @@
+"""What the gateway does when a replica dies, with handles that follow a script instead of Ray's."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+from ray.exceptions import ActorUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from ft_service.errors import FtError, ServingError
+from serve.engines.engine import GenerationChunk, GenerationRequest
+from serve.gateway import Replicas
+
+FIRST = GenerationChunk("a", (1,), cached_tokens=2)
+LAST = GenerationChunk("b", (2,), "length")
+DIES = ActorUnavailableError("gone", b"0" * 16)
+
+Script = Sequence[GenerationChunk | Exception]
+
+
+class ScriptedStream(DeploymentResponseGenerator):
+    def __init__(self, script: Script) -> None:
+        self._items = iter(script)
+
+    def __aiter__(self) -> AsyncGenerator[Any, None]:
+        return self._chunks()
+
+    async def _chunks(self) -> AsyncGenerator[Any, None]:
+        for item in self._items:
+            if isinstance(item, Exception) and not isinstance(item, FtError):
+                raise item
+            yield item
+
+
+class ScriptedHandle:
+    """Follows one script for each request, in their order."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.left: Iterator[Script] = iter(scripts)
+        self.asked = 0
+
+    def options(self, **_: object) -> "ScriptedHandle":
+        return self
+
+    def remote(self, _: GenerationRequest) -> ScriptedStream:
+        self.asked += 1
+        return ScriptedStream(next(self.left))
+
+
+def answer(handle: ScriptedHandle, whole: bool) -> list[GenerationChunk]:
+    replicas = Replicas("tiny", cast(DeploymentHandle, handle))
+    request = GenerationRequest("id", (1,), None, 2, frozenset(), whole=whole)
+
+    async def chunks() -> list[GenerationChunk]:
+        return [chunk async for chunk in replicas.generate(request)]
+
+    return asyncio.run(chunks())
+
+
+def test_a_whole_answer_is_asked_again_when_its_replica_dies_between_its_chunks():
+    handle = ScriptedHandle([FIRST, DIES], [FIRST, LAST])
+    begun, complete = answer(handle, whole=True)
+    assert begun == GenerationChunk("", ())
+    assert complete == GenerationChunk("ab", (1, 2), "length", cached_tokens=2)
+    assert handle.asked == 2
+
+
+def test_a_stream_that_has_begun_is_not_asked_again():
+    handle = ScriptedHandle([FIRST, DIES])
+    with pytest.raises(ServingError, match="has died"):
+        answer(handle, whole=False)
+    assert handle.asked == 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_request_that_no_replica_has_begun_is_asked_again_once(whole):
+    handle = ScriptedHandle([DIES], [FIRST, LAST])
+    assert "".join(chunk.text for chunk in answer(handle, whole)) == "ab"
+    handle = ScriptedHandle([DIES], [DIES])
+    with pytest.raises(ServingError, match="has died"):
+        answer(handle, whole)
+    assert handle.asked == 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_error_of_the_engine_is_not_asked_again(whole):
+    handle = ScriptedHandle([FIRST, ServingError("damaged")])
+    with pytest.raises(ServingError, match="damaged"):
+        answer(handle, whole)
+    assert handle.asked == 1
