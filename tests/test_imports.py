@@ -100,8 +100,12 @@ def light(world: Path) -> RunFolder:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"parallel.zero_stage": "3"}, {"method": "{type: full}"}, {"method": "{type: lora, use_dora: true}"}],
-    ids=["lora under ZeRO-3", "full", "DoRA"],
+    [
+        {"parallel.zero_stage": "3", "train.activation_checkpointing": "true"},
+        {"method": "{type: full}"},
+        {"method": "{type: lora, use_dora: true}"},
+    ],
+    ids=["recomputed lora under ZeRO-3", "full", "DoRA"],
 )
 def test_a_worker_without_4_bit_weights_imports_neither_bitsandbytes_nor_the_compiler(
     world: Path, request: pytest.FixtureRequest, settings: dict[str, str]

@@ -258,6 +258,8 @@ class _NoCompiler(ModuleType):
         # What torch itself calls without anything to compile: each optimizer step, each new process group.
         self.graph_break = lambda *arguments, **options: None
         self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+        # `torch.utils.checkpoint` reads this setting in each forward pass.
+        self.config = SimpleNamespace(error_on_nested_fx_trace=True)
 
     def disable(self, fn: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
         """`fn`, which nothing compiles anyway; without `fn`, a decorator that does the same."""
