@@ -40,7 +40,15 @@ class StepMetrics(BaseModel):
     step: int = Field(ge=1, description="Completed optimizer updates, this one included.")
     epoch: float = Field(description="Passes over the training rows after this step, with fraction.")
     loss: float = Field(description="Training loss of this step's global batch, nats per loss token.")
+    accuracy: float | None = Field(
+        default=None,
+        description="Share of this step's loss tokens whose most likely prediction is right, before its update; null in "
+        "runs of 0.1.0.",
+    )
     validation_loss: float | None = Field(default=None, description="Nats per loss token after this step, if measured.")
+    validation_accuracy: float | None = Field(
+        default=None, description="Share of the validation data's loss tokens predicted after this step, if measured."
+    )
     learning_rate: float = Field(description="Rate of this step's update.")
     grad_norm: float = Field(description="Global L2 norm of the gradient, before clipping.")
     tokens: int = Field(description="Tokens of this step's global batch, padding left out.")

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
@@ -11,7 +12,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.metrics import StepMetrics
 from ft_service.train.batches import Batches, prefetched
 from ft_service.train.nonfinite import nonfinite_error
-from ft_service.train.protocol import Hooks, TrainingState, Workers
+from ft_service.train.protocol import BatchLoss, Hooks, TrainingState, Workers
 from ft_service.train.schedule import planned_learning_rate
 
 
@@ -31,16 +32,17 @@ def train(
     for step in steps:
         started = time.perf_counter()
         rate = planned_learning_rate(plan, state.step)
-        loss_sums = []
+        figures = []
         for number, micro_batch in enumerate(step.micro_batches, start=1):
             hooks.on_progress(f"micro-batch {number} of {len(step.micro_batches)}", state.step + 1)
-            loss_sum = parallel.loss(micro_batch)
-            parallel.backward(loss_sum * (parallel.world_size / step.global_loss_tokens))
-            loss_sums.append(loss_sum.detach())
+            batch_loss = parallel.loss(micro_batch)
+            parallel.backward(batch_loss.loss_sum * (parallel.world_size / step.global_loss_tokens))
+            figures.append(torch.stack([batch_loss.loss_sum.detach(), batch_loss.correct]))
+            del batch_loss
             if number < len(step.micro_batches):
                 parallel.micro_step()
         # One collective, one wait for the device. Every rank must learn at the same step that one was asked to leave.
-        update = parallel.update(rate, torch.stack(loss_sums).sum(), hooks.leave_requested())
+        update = parallel.update(rate, BatchLoss(*torch.stack(figures).sum(0)), hooks.leave_requested())
         loss = update.loss_sum / step.global_loss_tokens
         state.step += 1
         for name, value in (("loss", loss), ("gradient norm", update.grad_norm)):
@@ -49,10 +51,10 @@ def train(
                 raise nonfinite_error(problem, step, batches, parallel, hooks.text_of_row)
         seconds = time.perf_counter() - started
 
-        validation_loss = None
+        validated = None
         if validation is not None and _is_due(state.step, plan.validate_every_steps, plan.num_steps):
-            validation_loss = mean_loss(parallel, validation, lambda: hooks.on_progress("validating", state.step))
-            if _record_validation(state, validation_loss, plan):
+            validated = validate(parallel, validation, lambda: hooks.on_progress("validating", state.step))
+            if _record_validation(state, validated.loss, plan):
                 hooks.on_progress("writing the best weights", state.step)
                 hooks.on_best(state)
         state.loss = loss
@@ -63,7 +65,9 @@ def train(
                 time=datetime.now(UTC),
                 epoch=state.step * plan.global_batch_size / plan.dataset.rows,
                 loss=loss,
-                validation_loss=validation_loss,
+                accuracy=update.correct / step.global_loss_tokens,
+                validation_loss=None if validated is None else validated.loss,
+                validation_accuracy=None if validated is None else validated.accuracy,
                 learning_rate=rate,
                 grad_norm=update.grad_norm,
                 tokens=step.global_tokens,
@@ -89,20 +93,30 @@ def is_complete(state: TrainingState, plan: RunPlan) -> bool:
     return state.stopped_early or state.step >= plan.num_steps
 
 
-def mean_loss(parallel: Workers, batches: Batches, on_batch: Callable[[], None] = lambda: None) -> float:
-    """Loss per loss token over all rows, in nats; the same for every number of ranks.
+@dataclass(frozen=True)
+class Validation:
+    """Figures of all rows, the same for every number of ranks."""
 
-    `on_batch` is called before each batch.
-    """
-    loss_sums = []
+    loss: float
+    """Nats per loss token."""
+    accuracy: float
+    """Share of loss tokens whose most likely prediction is right."""
+
+
+def validate(parallel: Workers, batches: Batches, on_batch: Callable[[], None] = lambda: None) -> Validation:
+    """Measure all rows once. `on_batch` is called before each batch."""
+    figures = []
     loss_tokens = 0
     with parallel.evaluation_mode():
         for step in batches.in_order():
             on_batch()
-            loss_sums += [parallel.loss(micro_batch) for micro_batch in step.micro_batches]
+            for micro_batch in step.micro_batches:
+                batch_loss = parallel.loss(micro_batch)
+                figures.append(torch.stack([batch_loss.loss_sum, batch_loss.correct]))
             loss_tokens += step.global_loss_tokens
     # Read once, at the end, so that the device never waits for the host. fp64, because there may be many.
-    return parallel.sum_over_ranks(torch.stack(loss_sums).double().sum())[0] / loss_tokens
+    loss_sum, correct = parallel.sum_over_ranks(*torch.stack(figures).double().sum(0))
+    return Validation(loss_sum / loss_tokens, correct / loss_tokens)
 
 
 def _is_due(step: int, every: int | None, last: int | None) -> bool:

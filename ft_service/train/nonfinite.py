@@ -25,7 +25,7 @@ def nonfinite_error(
     """
     with parallel.evaluation_mode():
         own_bad_rows = [
-            row for row in step.rows if not math.isfinite(float(parallel.loss(collate([batches.rows[row]]))))
+            row for row in step.rows if not math.isfinite(float(parallel.loss(collate([batches.rows[row]])).loss_sum))
         ]
     bad_rows = [(row, rank) for rank, rows in enumerate(parallel.all_gather_object(own_bad_rows)) for row in rows]
     if not bad_rows:

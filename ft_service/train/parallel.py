@@ -34,7 +34,7 @@ from ft_service.train.gathers import (
     trace_nothing,
 )
 from ft_service.train.optimizer_state import OptimizerState
-from ft_service.train.protocol import Update
+from ft_service.train.protocol import BatchLoss, Update
 
 _GIB = 2**30
 _JOIN_TIMEOUT = timedelta(minutes=30)
@@ -135,7 +135,7 @@ class Parallel:
         self.dtype = torch.bfloat16 if plan.spec.train.precision == "bf16" else torch.float32
         self._engine: Any = None
         self._step_values = torch.empty(0)
-        self._update = Update(math.nan, 0, math.nan, math.nan, math.nan)
+        self._update = Update(math.nan, 0, 0, math.nan, math.nan, math.nan)
         self._extend_group_timeouts()
 
     @property
@@ -264,10 +264,10 @@ class Parallel:
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Loss sum of a micro-batch, in nats; differentiable unless gradients are off."""
-        result: torch.Tensor = self._engine(batch.to(self.device))
-        return result
+    def loss(self, batch: MicroBatch) -> BatchLoss:
+        """Loss sum of a micro-batch, and how many of its loss tokens are predicted."""
+        loss_sum, correct = self._engine(batch.to(self.device)).unbind()
+        return BatchLoss(loss_sum, correct.detach())
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. At the end of a step they are the *mean* over ranks, as ZeRO and DDP reduce them."""
@@ -277,15 +277,16 @@ class Parallel:
         """End a micro-step that is not the last one of its step."""
         self._engine.step()
 
-    def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update:
+    def update(self, learning_rate: float, sums: BatchLoss, leaving: bool) -> Update:
         """End a step's last micro-step: update the weights, unless the loss or the gradient is not finite.
 
-        Every rank must call it. Adds loss and `leaving` up over the ranks, finds the highest memory of any, and waits
-        for the device once. DeepSpeed itself waits more often under offloading, and under ZeRO-0 in bf16.
+        Every rank must call it, with the sums over its micro-batches. Adds these and `leaving` up over the ranks, finds
+        the highest memory of any, and waits for the device once. DeepSpeed itself waits more often under offloading,
+        and under ZeRO-0 in bf16.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._step_values = self._gathered(loss_sum, float(leaving), *self.peak_memory_gib())
+        self._step_values = self._gathered(sums.loss_sum, sums.correct, float(leaving), *self.peak_memory_gib())
         if self.plan.zero_stage > 0:
             self._engine.step()  # calls _read_update, see wrap
         else:
@@ -300,12 +301,13 @@ class Parallel:
 
         ZeRO skips an update whose norm is not finite.
         """
-        sums = self._step_values[:, :2].sum(0)
-        peaks = self._step_values[:, 2:].amax(0)
-        loss_sum, num_leaving, allocated, reserved, grad_norm = torch.cat([sums, peaks, norm.to(sums).view(1)]).tolist()
+        sums = self._step_values[:, :3].sum(0)
+        peaks = self._step_values[:, 3:].amax(0)
+        values = torch.cat([sums, peaks, norm.to(sums).view(1)]).tolist()
+        loss_sum, correct, num_leaving, allocated, reserved, grad_norm = values
         if grad_norm < 0:  # what DeepSpeed reports for a norm that is not finite
             grad_norm = math.inf
-        self._update = Update(loss_sum, num_leaving, allocated, reserved, grad_norm)
+        self._update = Update(loss_sum, correct, num_leaving, allocated, reserved, grad_norm)
         usable = math.isfinite(loss_sum) and math.isfinite(grad_norm)
         return torch.tensor(grad_norm if usable else math.inf)
 

@@ -20,11 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class BatchLoss:
+    """Figures of a micro-batch, or their sums over those of a step: scalars on the device."""
+
+    loss_sum: torch.Tensor
+    """Nats, over the loss tokens; differentiable unless gradients are off."""
+    correct: torch.Tensor
+    """Loss tokens whose most likely prediction is right."""
+
+
+@dataclass(frozen=True)
 class Update:
     """What a step's last micro-step reports, over all ranks. Unless loss and norm are finite, no weight has changed."""
 
     loss_sum: float
     """Nats, over the loss tokens of the step."""
+    correct: float
+    """Loss tokens of the step whose most likely prediction is right."""
     num_leaving: float
     """Ranks that were asked to leave."""
     peak_memory_gib: float
@@ -40,10 +52,10 @@ class Workers(Protocol):
 
     world_size: int
 
-    def loss(self, batch: MicroBatch) -> torch.Tensor: ...
+    def loss(self, batch: MicroBatch) -> BatchLoss: ...
     def backward(self, loss: torch.Tensor) -> None: ...
     def micro_step(self) -> None: ...
-    def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update: ...
+    def update(self, learning_rate: float, sums: BatchLoss, leaving: bool) -> Update: ...
     def evaluation_mode(self) -> AbstractContextManager[None]: ...
     def sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...

@@ -11,7 +11,7 @@ from ft_service.runs.metrics import StepMetrics
 from serve.fine_tuning.job_records import NewEvent
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-"""Of the result file, as OpenAI writes it. The trainer does not count correct tokens, so accuracies are empty."""
+"""Of the result file, as OpenAI writes it. An accuracy is the share of trained tokens that are predicted."""
 
 
 def results_csv(metrics: Sequence[StepMetrics]) -> bytes:
@@ -20,7 +20,8 @@ def results_csv(metrics: Sequence[StepMetrics]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for step in metrics:
-        writer.writerow([step.step, _number(step.loss), "", _number(step.validation_loss), ""])
+        figures = (step.loss, step.accuracy, step.validation_loss, step.validation_accuracy)
+        writer.writerow([step.step, *map(_number, figures)])
     return text.getvalue().encode()
 
 
@@ -38,14 +39,15 @@ def metrics_event(metrics: StepMetrics, num_steps: int) -> NewEvent:
 def checkpoint_metrics(metrics: StepMetrics) -> Mapping[str, Any]:
     """The figures of a step by OpenAI's names. Validations are of the whole validation set."""
     validation = _finite(metrics.validation_loss)
+    accuracy = _finite(metrics.validation_accuracy)
     return {
         "step": metrics.step,
         "train_loss": _finite(metrics.loss),
-        "train_mean_token_accuracy": None,
+        "train_mean_token_accuracy": _finite(metrics.accuracy),
         "valid_loss": validation,
-        "valid_mean_token_accuracy": None,
+        "valid_mean_token_accuracy": accuracy,
         "full_valid_loss": validation,
-        "full_valid_mean_token_accuracy": None,
+        "full_valid_mean_token_accuracy": accuracy,
     }
 
 

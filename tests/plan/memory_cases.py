@@ -101,13 +101,13 @@ def run_case(case: dict[str, Any], world_size: int) -> list[dict[str, int]]:
         micro_batches = batches.step(step).micro_batches
         for number, micro_batch in enumerate(micro_batches, start=1):
             loss = parallel.loss(micro_batch)
-            parallel.backward(loss)
+            parallel.backward(loss.loss_sum)
             if step == 1:
                 most = {name: max(size, most.get(name, size)) for name, size in count(parallel).items()}
             if number < len(micro_batches):
                 parallel.micro_step()
             else:
-                parallel.update(1e-3, loss.detach(), leaving=False)
+                parallel.update(1e-3, loss, leaving=False)
     most["trainable"] = sum(tensor.numel() for tensor in parallel.gather_trained().values())
     parallel.close()
     everyones: list[Any] = [None] * world_size

@@ -23,6 +23,7 @@ from ft_service.plan.memory import Layout, Method, estimate_memory
 from ft_service.train.batches import MicroBatch
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, end_process, prepare_process
+from ft_service.train.protocol import BatchLoss
 from tests.forked import Workers
 from tests.plan.memory_cases import write_llama
 from tests.train.training_cases import model_of, plan_of
@@ -129,8 +130,8 @@ def peak_bytes(case: dict[str, Any]) -> int:
             with record_function(_COUNTED if step == STEPS else "step"):
                 for micro_step in range(1, MICRO_STEPS + 1):
                     loss = parallel.loss(batch)
-                    parallel.backward(loss)
-                    loss = loss.detach()
+                    parallel.backward(loss.loss_sum)
+                    loss = BatchLoss(loss.loss_sum.detach(), loss.correct)
                     if micro_step < MICRO_STEPS:
                         parallel.micro_step()
                 parallel.update(1e-3, loss, leaving=False)

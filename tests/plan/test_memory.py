@@ -145,7 +145,7 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
             parameter.grad = torch.zeros_like(parameter)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(batch).backward()
+        model(batch)[0].backward()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     allocated = peak = 0

@@ -117,12 +117,12 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         batch = batches.step(number)
         for position, micro_batch in enumerate(batch.micro_batches, start=1):
             loss = parallel.loss(micro_batch)
-            parallel.backward(loss * (world_size / batch.global_loss_tokens))
-            losses.append(float(loss.detach()))
+            parallel.backward(loss.loss_sum * (world_size / batch.global_loss_tokens))
+            losses.append(float(loss.loss_sum.detach()))
             if position < len(batch.micro_batches):
                 parallel.micro_step()
             else:
-                parallel.update(1e-3, loss.detach(), leaving=False)
+                parallel.update(1e-3, loss, leaving=False)
             micro_steps += 1
 
     for number in range(WARM_UP_STEPS):

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ft_service.train.batches import Batches
 from ft_service.train.objectives.sft import LossModel
+from ft_service.train.protocol import BatchLoss
 from tests.train.training_cases import TrulyPartitioned, model_of, packed_rows, plan_of
 
 _GLOO_SECONDS = 5.0
@@ -63,7 +64,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         packed_rows(), plan.spec.train.seed, plan.global_batch_size, plan.micro_batch_size, parallel.rank, world_size
     )
     first, second, *_ = batches.step(0).micro_batches
-    parallel.backward(parallel.loss(first))
+    parallel.backward(parallel.loss(first).loss_sum)
     parallel.micro_step()
     gathered = GatheredWeights(model.module)
     loss = parallel.loss(second)
@@ -73,11 +74,11 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         "gathered": gathered.bytes_gathered(),
         "alive": gathered.bytes_alive(),
     }
-    parallel.backward(loss)
-    loss_sum = loss.detach()
+    parallel.backward(loss.loss_sum)
+    sums = BatchLoss(loss.loss_sum.detach(), loss.correct)
     del loss
     result["alive_after_backward"] = gathered.bytes_alive()
-    parallel.update(1e-3, loss_sum, leaving=False)
+    parallel.update(1e-3, sums, leaving=False)
     parallel.close()
     everyones: list[Any] = [None] * world_size
     dist.all_gather_object(everyones, result)

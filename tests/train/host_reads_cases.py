@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ft_service.train.batches import Batches
-from ft_service.train.loop import mean_loss
+from ft_service.train.loop import validate
 from ft_service.train.objectives.sft import LossModel
 from tests.counts import HostReads
 from tests.train.training_cases import TrulyPartitioned, model_of, plan_of, rows_of
@@ -27,14 +27,14 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, list[str]]:
         with HostReads() as reads:
             for micro_batch in step.micro_batches:
                 loss = parallel.loss(micro_batch)
-                parallel.backward(loss * (world_size / step.global_loss_tokens))
+                parallel.backward(loss.loss_sum * (world_size / step.global_loss_tokens))
                 if micro_batch is not step.micro_batches[-1]:
                     parallel.micro_step()
         within = reads.places
         with HostReads() as reads:
-            parallel.update(1e-3, loss.detach(), leaving=False)
+            parallel.update(1e-3, loss, leaving=False)
         at_update = reads.places
     with HostReads() as reads, torch.no_grad():
-        mean_loss(parallel, batches)
+        validate(parallel, batches)
     parallel.close()
     return {"micro-steps": within, "update": at_update, "validation": reads.places}

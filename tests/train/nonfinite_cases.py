@@ -42,11 +42,11 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     def take(number: int) -> Update:
         step = batches.step(number)
         for micro_batch in step.micro_batches[:-1]:
-            parallel.backward(parallel.loss(micro_batch) * (world_size / step.global_loss_tokens))
+            parallel.backward(parallel.loss(micro_batch).loss_sum * (world_size / step.global_loss_tokens))
             parallel.micro_step()
         loss = parallel.loss(step.micro_batches[-1])
-        parallel.backward(loss * (world_size / step.global_loss_tokens))
-        return parallel.update(1e-2, loss.detach(), leaving=False)
+        parallel.backward(loss.loss_sum * (world_size / step.global_loss_tokens))
+        return parallel.update(1e-2, loss, leaving=False)
 
     take(0)
     start = everything(parallel)

@@ -21,7 +21,7 @@ from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.train.batches import Batches, MicroBatch, prefetched
 from ft_service.train.loop import is_complete, train
-from ft_service.train.protocol import Hooks, TrainingState, Update
+from ft_service.train.protocol import BatchLoss, Hooks, TrainingState, Update
 
 LENGTHS = [3, 4, 5, 6, 7, 8, 9, 10]
 
@@ -49,8 +49,13 @@ class PlayedWorkers:
     bad_rows: tuple[int, ...] = ()
     """Rows whose loss is NaN."""
     norm: float = 0.5
+    accuracy: float = 0.25
+    """Of every batch."""
 
-    def loss(self, batch: MicroBatch) -> torch.Tensor:
+    def loss(self, batch: MicroBatch) -> BatchLoss:
+        return BatchLoss(self._loss_sum(batch), torch.tensor(self.accuracy * len(batch.targets)))
+
+    def _loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         if any(LENGTHS[row] in batch.document_lengths for row in self.bad_rows):
             return torch.tensor(math.nan, requires_grad=not self.validating)
         if self.validating:
@@ -65,11 +70,11 @@ class PlayedWorkers:
     def micro_step(self) -> None:
         self.calls.append("micro_step")
 
-    def update(self, learning_rate: float, loss_sum: torch.Tensor, leaving: bool) -> Update:
-        total, num_leaving = self.sum_over_ranks(loss_sum, float(leaving))
+    def update(self, learning_rate: float, sums: BatchLoss, leaving: bool) -> Update:
+        total, correct, num_leaving = self.sum_over_ranks(sums.loss_sum, sums.correct, float(leaving))
         usable = math.isfinite(total) and math.isfinite(self.norm)
         self.calls.append(("update" if usable else "skipped update", learning_rate))
-        return Update(total, num_leaving, 2.5, 3.75, self.norm)
+        return Update(total, correct, num_leaving, 2.5, 3.75, self.norm)
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -216,6 +221,7 @@ def test_on_best_is_called_at_improvements_only() -> None:
 def test_validation_runs_every_n_steps_and_at_the_last_step() -> None:
     seen = run(a_plan(max_steps=7, validate_every=3), PlayedWorkers([3.0, 2.0, 1.0]))
     validated = {m.step: m.validation_loss for m in seen.metrics if m.validation_loss is not None}
+    assert {m.step for m in seen.metrics if m.validation_accuracy == pytest.approx(0.25)} == set(validated)
     assert validated == {3: pytest.approx(3.0), 6: pytest.approx(2.0), 7: pytest.approx(1.0)}
 
 
@@ -345,6 +351,7 @@ def test_training_continues_from_a_given_state() -> None:
     seen = run(a_plan(stopping={"patience": 2}), PlayedWorkers([1.6, 1.0, 1.0]), state=state)
     assert [m.step for m in seen.metrics] == [4]  # the stall before counts
     assert seen.metrics[0].learning_rate == pytest.approx(0.5e-2)
+    assert seen.metrics[0].accuracy == pytest.approx(0.25)
     assert seen.state.stopped_early and seen.state.best_step == 2
     assert seen.metrics[0].tokens == sum(LENGTHS[row] for row in step_rows(0, 3, 4, len(ROWS)))
 

@@ -20,7 +20,7 @@ from ft_service.runs.metrics import StepMetrics
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from ft_service.train.batches import Batches
-from ft_service.train.loop import mean_loss, train
+from ft_service.train.loop import train, validate
 from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel
 from ft_service.train.protocol import Hooks, TrainingState
@@ -195,9 +195,11 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         write(model, parallel, Storage(str(Path(case["export"]).parent)), Path(case["export"]).name)
     result = {
         "losses": [m.loss for m in metrics],
+        "accuracies": [m.accuracy for m in metrics],
+        "validation_accuracies": [m.validation_accuracy for m in metrics if m.validation_accuracy is not None],
         "validation_losses": [m.validation_loss for m in metrics if m.validation_loss is not None],
         "optimizer": type(parallel._engine.basic_optimizer).__name__,
-        "validated_again": mean_loss(parallel, batches()) if case.get("validate_again") else None,
+        "validated_again": validate(parallel, batches()).loss if case.get("validate_again") else None,
         "grad_norms": [m.grad_norm for m in metrics],
         "learning_rates": [m.learning_rate for m in metrics],
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},

@@ -1,4 +1,4 @@
-"""Cross entropy summed over loss tokens, without holding all logits at once.
+"""Cross entropy summed over loss tokens, and right predictions counted, without holding all logits at once.
 
 At a vocabulary of 128,256, the fp32 logits of 8,192 tokens take 4.2 GB, and autograd keeps three such tensors. Here the
 head runs only on positions whose next token is a loss token, one chunk at a time. The gradient of a chunk is computed
@@ -31,19 +31,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_rows = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         grad_hidden = torch.empty_like(hidden) if needs_hidden_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        figures = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             grad_rows = None if grad_hidden is None else grad_hidden[rows]
-            loss_sum += _chunk_loss(hidden[rows], weight, targets[rows], grad_rows, grad_weight)
+            figures += _chunk_loss(hidden[rows], weight, targets[rows], grad_rows, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return loss_sum
+        return figures
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0]
+        scale = grad_outputs[0][0]  # the number of right predictions has no gradient
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
@@ -58,15 +58,17 @@ def _chunk_loss(
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Loss sum of a chunk; writes `grad_hidden` and adds to `grad_weight`.
+    """Loss sum and right predictions of a chunk [2]; writes `grad_hidden` and adds to `grad_weight`.
 
     A separate function, so that its tensors of the vocabulary's width are freed before the next chunk.
     """
     log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
     picked = targets.unsqueeze(1)
-    loss_sum = -log_p.gather(1, picked).sum()
+    log_p_of_targets = log_p.gather(1, picked).squeeze(1)
+    # The highest, and not its index: torch's argmax takes several times as long on a CPU.
+    figures = torch.stack([-log_p_of_targets.sum(), (log_p_of_targets >= log_p.amax(1)).sum()])
     if grad_hidden is None and grad_weight is None:
-        return loss_sum
+        return figures
     grad_logits = log_p.exp_()
     del log_p  # another name of the same fp32 logits, which would keep them alive beside the rounded ones
     grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
@@ -75,21 +77,25 @@ def _chunk_loss(
         torch.mm(grad_logits, weight, out=grad_hidden)
     if grad_weight is not None:
         grad_weight += grad_logits.T @ hidden
-    return loss_sum
+    return figures
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum over N of -log softmax(`hidden` `weight`^T)[target], as an fp32 scalar.
+    """Sum over N of -log softmax(`hidden` `weight`^T)[target], and how many targets are the most likely token.
 
+    fp32 [2]; only the first has a gradient. A target that shares the highest logit counts as most likely.
     `hidden` [N, D] and `weight` [V, D] share a dtype; `targets` [N] is int64. Logits are rounded to that dtype before
     the softmax, as transformers does, and the softmax itself is fp32.
     """
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)
-    return loss
+    figures: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets)
+    return figures
 
 
 class LossHead(nn.Linear):
-    """A language-model head whose forward returns the loss. As a module, so that ZeRO-3 gathers its weight for it."""
+    """A language-model head whose forward returns the figures of `chunked_cross_entropy`.
+
+    It is a module, so that ZeRO-3 gathers its weight.
+    """
 
     @classmethod
     def with_weight_of(cls, head: nn.Linear) -> "LossHead":
@@ -104,7 +110,7 @@ class LossHead(nn.Linear):
 
 
 class LossModel(nn.Module):
-    """The module that DeepSpeed trains: its forward returns the loss sum of one micro-batch."""
+    """The module that DeepSpeed trains: its forward returns the figures of one micro-batch."""
 
     def __init__(self, model: nn.Module, causal_lm: LlamaForCausalLM) -> None:
         """`model` is `causal_lm` itself, or the peft model that wraps it."""
@@ -115,7 +121,10 @@ class LossModel(nn.Module):
         self._causal_lm = (causal_lm,)  # in a tuple, so that its parameters are not registered twice
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Loss sum, in nats, over the micro-batch's loss tokens: an fp32 scalar."""
+        """Loss sum, in nats, over the micro-batch's loss tokens, and how many of them are predicted: fp32 [2].
+
+        Only the first has a gradient. They are one tensor, which passes DeepSpeed's hooks like any output.
+        """
         (causal_lm,) = self._causal_lm
         output = causal_lm.model(
             input_ids=batch.input_ids,
@@ -126,5 +135,5 @@ class LossModel(nn.Module):
         )
         hidden = output.last_hidden_state[0].index_select(0, batch.target_positions)
         del output  # its hidden states are not needed any more, and the head needs memory
-        loss: torch.Tensor = causal_lm.lm_head(hidden, batch.targets)
-        return loss
+        figures: torch.Tensor = causal_lm.lm_head(hidden, batch.targets)
+        return figures

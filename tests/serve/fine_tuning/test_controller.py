@@ -39,10 +39,10 @@ def test_a_job_goes_through_its_states_and_succeeds_only_after_its_model_has_ans
     assert done.trained_tokens == 10 * STEPS and done.finished is not None
     assert world.result_files[done.result_files[0]].decode().splitlines() == [
         "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy",
-        "1,2.000000,,,",
-        "2,1.000000,,,",
-        "3,0.666667,,,",
-        "4,0.500000,,1.500000,",
+        "1,2.000000,0.125000,,",
+        "2,1.000000,0.250000,,",
+        "3,0.666667,0.375000,,",
+        "4,0.500000,0.500000,1.500000,0.250000",
     ]
     assert world.messages(job)[-3:] == [
         "Step 4/4: training loss=0.5000, validation loss=1.5000",

@@ -121,6 +121,7 @@ def test_upload_create_pause_resume_wait_and_chat(client, world, cluster):
     lines = client.files.content(done.result_files[0]).text.splitlines()
     assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, plan.num_steps + 1))
+    assert all(0 <= float(line.split(",")[2]) <= 1 for line in lines[1:])
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=50))
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
     assert steps == list(range(1, plan.num_steps + 1))

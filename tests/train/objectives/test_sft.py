@@ -67,7 +67,7 @@ def test_loss_and_gradients_match_stock_cross_entropy(
 ) -> None:
     chunks_of(chunk_rows, V, monkeypatch)
     hidden, weight, targets = tensors(dtype)
-    found = chunked_cross_entropy(hidden, weight, targets)
+    found, _ = chunked_cross_entropy(hidden, weight, targets)
     expected = stock(hidden, weight, targets)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same bf16 logits, the same fp32 softmax
@@ -79,19 +79,30 @@ def test_loss_and_gradients_match_stock_cross_entropy(
         torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_right_predictions_are_those_of_the_highest_logit(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(chunk_rows, V, monkeypatch)
+    hidden, weight, targets = tensors()
+    most_likely = (hidden @ weight.T).argmax(dim=1)
+    targets = torch.where(torch.arange(N) % 3 == 0, most_likely, (most_likely + 1) % V)
+    _, correct = chunked_cross_entropy(hidden, weight, targets)
+    assert correct.item() == len(range(0, N, 3))
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, weight, targets = tensors()
     weight.requires_grad_(False)
-    chunked_cross_entropy(hidden, weight, targets).backward()
+    chunked_cross_entropy(hidden, weight, targets)[0].backward()
     assert weight.grad is None
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
 
 def test_without_targets_loss_and_gradients_are_zero() -> None:
     hidden, weight, targets = tensors()
-    loss = chunked_cross_entropy(hidden[:0], weight, targets[:0])
+    loss, correct = chunked_cross_entropy(hidden[:0], weight, targets[:0])
     loss.backward()
     assert loss.item() == 0
+    assert correct.item() == 0
     assert hidden.grad is not None and not hidden.grad.any()
     assert weight.grad is not None and not weight.grad.any()
 
@@ -117,7 +128,7 @@ def test_all_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     weight = torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.int64)
     with LargestTensor() as largest:
-        chunked_cross_entropy(hidden, weight, targets).backward()
+        chunked_cross_entropy(hidden, weight, targets)[0].backward()
     assert largest.elements == 8 * vocabulary  # a chunk's logits; [N, V] would be eight times as many
     with LargestTensor() as largest:
         stock(hidden, weight, targets).backward()
@@ -193,8 +204,9 @@ def test_documents_do_not_attend_to_each_other() -> None:
 def test_packed_loss_is_the_sum_of_stock_losses_per_document() -> None:
     rows = random_rows()
     model = a_llama(2, PACKED_ATTENTION)
-    found = LossModel(model, model)(collate(rows))
+    found, correct = LossModel(model, model)(collate(rows))
     stock_model, expected = a_llama(2, "sdpa"), 0.0
+    expected_correct = 0
     for row in rows:
         ends = np.cumsum(row.document_lengths)
         for start, end in zip(ends - row.document_lengths, ends, strict=True):
@@ -202,6 +214,8 @@ def test_packed_loss_is_the_sum_of_stock_losses_per_document() -> None:
             with torch.no_grad():
                 logits = stock_model(input_ids=ids[None]).logits[0, :-1]
             expected += float(F.cross_entropy(logits[mask[1:]], ids[1:][mask[1:]], reduction="sum"))
+            expected_correct += int((logits.argmax(-1) == ids[1:])[mask[1:]].sum())
+    assert correct.item() == expected_correct
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
