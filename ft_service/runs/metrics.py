@@ -42,8 +42,8 @@ class StepMetrics(BaseModel):
     loss: float = Field(description="Training loss of this step's global batch, nats per loss token.")
     accuracy: float | None = Field(
         default=None,
-        description="Share of this step's loss tokens whose most likely prediction is right, before its update; null in "
-        "runs of 0.1.0.",
+        description="Share of this step's loss tokens whose most likely prediction is right, before its update; null "
+        "in runs of 0.1.0.",
     )
     validation_loss: float | None = Field(default=None, description="Nats per loss token after this step, if measured.")
     validation_accuracy: float | None = Field(
