@@ -162,15 +162,22 @@ def measure_case(case: dict[str, Any], arguments: argparse.Namespace, profiler: 
 
 
 def run_worker(arguments: argparse.Namespace) -> None:
-    import torch
+    from ft_service.model.light_imports import light_imports
 
-    from ft_service.train.parallel import end_process, init_process_group
+    names = [arguments.profile] if arguments.profile else list(arguments.cases)
+    # As a worker of a run does. A compiler that nobody calls would still wrap functions of each micro-step.
+    with light_imports(four_bit=any(CASES[name]["method"] is QLORA for name in names)):
+        import torch
+
+        from ft_service.train import worker  # noqa: F401
+        from ft_service.train.parallel import end_process, import_deepspeed, init_process_group
+
+        import_deepspeed(use_gpu=False)
 
     torch.set_num_threads(1)
     init_process_group(use_gpu=False)
     rank = torch.distributed.get_rank()
     profiler = cProfile.Profile(time.thread_time) if arguments.profile and rank == 0 else None
-    names = [arguments.profile] if arguments.profile else arguments.cases
     figures = {name: measure_case(CASES[name], arguments, profiler) for name in names}
     if profiler is not None:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(60)
@@ -183,13 +190,22 @@ def run_worker(arguments: argparse.Namespace) -> None:
 
 
 def measure(checkout: Path, model: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Case -> milliseconds, as the code of `checkout` takes."""
+    """Case -> milliseconds, as the code of `checkout` takes; cases with 4-bit weights in processes of their own."""
+    names = [arguments.profile] if arguments.profile else list(arguments.cases)
+    figures: dict[str, float] = {}
+    for is_4bit in (False, True):
+        if of_kind := [name for name in names if (CASES[name]["method"] is QLORA) == is_4bit]:
+            figures |= measure_together(of_kind, checkout, model, arguments)
+    return {name: figures[name] for name in names}
+
+
+def measure_together(names: list[str], checkout: Path, model: Path, arguments: argparse.Namespace) -> dict[str, float]:
     python = sys.executable if checkout == ROOT else str(checkout / ".venv/bin/python")
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.workers)]
     command += [__file__, "--model", str(model)]
     for name in ("workers", "layers", "steps"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    command += ["--profile", arguments.profile] if arguments.profile else ["--cases", *arguments.cases]
+    command += ["--profile", arguments.profile] if arguments.profile else ["--cases", *names]
     environment = {
         **os.environ,
         "FT_MEASURED_CHECKOUT": str(checkout),

@@ -95,6 +95,29 @@ def trace_nothing() -> None:
     partition_parameters.debug_param2name_id_shape_status = _not_described
 
 
+def count_devices_once() -> None:
+    """Let DeepSpeed remember how many devices this node has.
+
+    ZeRO-3 asks in every micro-step, and on a CPU DeepSpeed starts `numactl` each time to count the NUMA nodes.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    count = accelerator.device_count()
+    accelerator.device_count = lambda: count
+
+
+def mark_backward_directly(model: nn.Module) -> None:
+    """Let DeepSpeed's marks around each module's backward pass skip Python's part of `autograd.Function.apply`.
+
+    For a function of this style, that part reads the signature of its `forward` at each call: six times a layer.
+    """
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            if (function := getattr(module, name, None)) is not None:
+                function.apply = super(torch.autograd.Function, function).apply
+
+
 def _not_described(parameter: nn.Parameter) -> str:
     return ""
 

@@ -27,8 +27,10 @@ from ft_service.train.batches import MicroBatch
 from ft_service.train.compiling import compile_under_flock, compile_with_installed_ninja, end_compilers_with_process
 from ft_service.train.environment import allocator_environment
 from ft_service.train.gathers import (
+    count_devices_once,
     gather_whole_layers,
     keep_gathered,
+    mark_backward_directly,
     release_by_current_prefetches,
     release_weights,
     trace_nothing,
@@ -197,11 +199,13 @@ class Parallel:
             threshold = zero.setdefault("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
             config["zero_optimization"] = gather_whole_layers(model, threshold) | zero
             trace_nothing()
+            count_devices_once()
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer(model, for_cpu), config=config, dist_init_required=False
         )
         if self.gathers_whole_layers:
             release_by_current_prefetches(self._engine.optimizer)
+            mark_backward_directly(model)
             if self.plan.spec.method.type != "full":
                 keep_gathered(self._engine.optimizer, model, [parameter for _, parameter in self._trained()])
         if self.plan.zero_stage > 0:

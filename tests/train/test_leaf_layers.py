@@ -90,3 +90,48 @@ def test_messages_that_are_not_printed_do_not_ask_for_the_rank(
     stage3.print_rank_0("from the first rank", force=True)
     stage3.print_rank_0("from the second rank", force=True)
     assert capsys.readouterr().out == "from the first rank\n"
+
+
+def test_devices_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    class Accelerator:
+        def device_count(self) -> int:
+            counted.append(1)
+            return 3
+
+    accelerator = Accelerator()
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    gathers.count_devices_once()
+    assert [accelerator.device_count() for _ in range(3)] == [3, 3, 3]
+    assert counted == [1]
+
+
+def test_marks_of_the_backward_pass_read_no_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[str] = []
+
+    class Mark(torch.autograd.Function):  # in the style of DeepSpeed's
+        @staticmethod
+        def forward(output: torch.Tensor) -> torch.Tensor:
+            return output.detach()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            passed.append("forward")
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            passed.append("backward")
+            return gradients
+
+    module: Any = torch.nn.Linear(1, 1)
+    module.pre_bwd_fn = Mark
+    gathers.mark_backward_directly(torch.nn.Sequential(module))
+
+    def signature(*_: object) -> None:
+        raise AssertionError("a signature was read")
+
+    monkeypatch.setattr("inspect.signature", signature)
+    x = torch.ones(2, requires_grad=True)
+    module.pre_bwd_fn.apply(x).sum().backward()
+    assert passed == ["forward", "backward"] and x.grad is not None and x.grad.tolist() == [1.0, 1.0]
