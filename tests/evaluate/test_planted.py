@@ -176,7 +176,7 @@ def test_an_engine_that_does_not_repeat_is_seen_on_the_score_card(world, tmp_pat
         evaluate(Request(world.adapters[1].id, suite, world.storage, evaluation_id="restless"), Endpoint(url))
     found = stability_on_the_card(world, 1)
     assert found.adapter.equal_at_zero is not None and found.adapter.equal_with_seed is not None
-    assert found.adapter.equal_at_zero < 0.8
-    assert found.adapter.equal_with_seed < 0.8
+    # About three of four answers are drawn again by chance. That all 32 are has a probability of 1e-4.
+    assert found.adapter.equal_at_zero + found.adapter.equal_with_seed < 2
     assert found.adapter.flips_at_zero is not None and found.adapter.flips_at_zero.low > 0
     assert found.base.equal_at_zero == 1  # weights that are certain repeat themselves on any engine
