@@ -60,8 +60,9 @@ HOST = Host("head", "127.78.0.1", 2)
 
 REPLICA = """
 import asyncio
-import serve.app
-if hasattr(serve.app, "ModelServer"):  # before there were several bases
+import importlib.util
+if importlib.util.find_spec("serve.replica") is None:  # before there were several bases
+    import serve.app
     config = serve.app.complete(serve.app.ServeConfig(storage={storage!r}, base={base!r}))
     replica = serve.app.ModelServer.func_or_class
     asyncio.run(replica.__init__(object.__new__(replica), config))
@@ -72,7 +73,8 @@ else:
     from serve.settings import BaseSettings
     make_engine(BaseSettings(base={base!r}, cache_gib=0.1), Registry(Storage({storage!r})))
 """
-"""What a replica does until it is ready. Ray Serve made the first one this way: its constructor is asynchronous."""
+"""What a replica does until it is ready: Ray Serve imports the module of its class. The first one was made this way,
+because its constructor is asynchronous."""
 
 Figures = dict[str, float]
 console = Console(highlight=False, stderr=True, soft_wrap=True)
