@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ft_service.cli.app import app
+from ft_service.cli.common import console
 from ft_service.cluster.queue import view
 from ft_service.cluster.queue.schedule import Node
 from ft_service.cluster.queue.usage import USAGE, forget_usage, record_usage, used_hours
@@ -17,9 +18,7 @@ from tests.cluster.queue.queue_cases import Gave, World, entry, looks, never, ru
 
 
 def ft(world: World, *arguments: str) -> str:
-    done = CliRunner().invoke(
-        app, [*arguments, "--storage", world.storage.root], catch_exceptions=False, env={"COLUMNS": "200"}
-    )
+    done = CliRunner().invoke(app, [*arguments, "--storage", world.storage.root], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
@@ -64,7 +63,8 @@ def test_a_forecast_for_a_run_that_is_not_there_yet(busy: World) -> None:
     assert set(busy.entries()) == {"first", "second", "third"}
 
 
-def test_ft_queue_lists_who_has_workers_and_then_who_waits(busy: World) -> None:
+def test_ft_queue_lists_who_has_workers_and_then_who_waits(busy: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 200)
     listed = ft_json(busy, "queue")
     assert [(item["run"], item["state"], item["place"]) for item in listed] == [
         ("first", "running", None),
@@ -74,7 +74,7 @@ def test_ft_queue_lists_who_has_workers_and_then_who_waits(busy: World) -> None:
     assert [item["workers"] for item in listed] == [4, 2, 2]
     assert listed[0]["expected_end"] is not None and listed[1]["estimated_start"] is not None
     text = ft(busy, "queue")
-    assert "estimated" in text and "high" in text and "running: first (4 workers)" in text
+    assert "estimated start" in text and "high" in text and "running: first (4 workers)" in text
 
 
 def test_ft_queue_leaves_out_a_driver_that_is_gone_and_removes_nothing(busy: World) -> None:
