@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from typer.testing import CliRunner
 
 from ft_service.cli.app import app
+from ft_service.cli.common import console
 from ft_service.errors import ServingError, UsageError
 from serve.fine_tuning.job_routes import job_routes
 from serve.fine_tuning.jobs import Jobs
@@ -40,6 +41,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         monkeypatch.setenv("FT_API_KEY", KEY)
         monkeypatch.setenv("COLUMNS", "200")
         yield world
+
+
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 200)
 
 
 def ft(*arguments: str) -> str:

@@ -313,7 +313,8 @@ def lines_about(request_id: str, cluster: Cluster) -> list[dict]:
     """Our own fields of all lines in the log files of replicas, where they are about this request."""
     found = []
     for file in cluster.sessions.rglob("logs/serve/replica_*.log"):
-        for line in file.read_text(errors="replace").splitlines():
+        lines = file.read_text(errors="replace").splitlines()
+        for line in (line for line in lines if line.startswith("{")):  # other servers of the cluster log text
             fields = json.loads(line).get("ft") or {}
             if fields.get("request") == request_id:
                 found.append(fields)

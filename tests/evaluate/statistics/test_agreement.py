@@ -1,5 +1,7 @@
 """Agreement of raters, against published examples and evalica; random and one-sided raters are found and reported."""
 
+import re
+
 import evalica
 import numpy as np
 import pandas as pd
@@ -203,8 +205,8 @@ def test_a_judge_is_held_against_every_vote_and_against_what_people_reach_among_
     assert found.alpha.units == 3 and found.alpha.raters == 2
     assert judge_agreement(votes, {("q9", pair): None}) is None
     words = judge_words("judge-1", found)
-    assert words.startswith("judge-1 decides as people do in 57 % of votes, ")
-    assert "; two people decide the same in 60 % of cases, " in words
+    assert re.match(r"judge-1 decides as people do in 57(\.1)? % of votes, ", words)
+    assert re.search(r"; two people decide the same in 60(\.0)? % of cases, ", words)
 
 
 def test_a_judge_that_decides_as_most_people_do_has_an_alpha_of_1() -> None:
