@@ -302,7 +302,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="base-answers-for-unknown",
         file="serve/inference/models.py",
-        old="        if record is None:\n            raise _unknown_model(model_id)",
+        old="        if record is None:\n            raise unknown_model(model_id)",
         new="        if record is None:\n            return next(iter(self._bases.values()))",
         breaks="A request for an adapter that is not published is answered by the base, instead of a 404.",
         tests=("tests/serve/inference/test_routes.py::test_an_unknown_model_is_a_404_and_never_the_base",),
@@ -343,8 +343,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="judge-believed-once",
         file="ft_service/evaluate/judge.py",
-        old='winner: Winner = winners[0] if agreed else "tie"',
-        new="winner: Winner = winners[0]",
+        old="return Decision(named[0], False) if named[0] == named[1] else Decision(None, True)",
+        new="return Decision(named[0], False)",
         breaks="A judge that prefers whatever it reads first decides comparisons.",
         tests=("tests/evaluate/test_run.py::test_a_judge_that_takes_the_first_answer_gives_only_ties",),
     ),

@@ -22,11 +22,11 @@ def test_every_rank_learns_the_most_in_the_collective_of_the_loss(monkeypatch: p
     contributed: list[torch.Tensor] = []
     monkeypatch.setattr(module.dist, "all_gather_into_tensor", lambda out, own: contributed.append(own.clone()))
     for rank in ranks:
-        rank._step_values = rank._gathered(torch.tensor(1.5), 1.0, *rank.peak_memory_gib())
+        rank._step_values = rank._gathered(torch.tensor(1.5), torch.tensor(2.0), 1.0, *rank.peak_memory_gib())
     monkeypatch.setattr(module.dist, "all_gather_into_tensor", lambda out, own: out.copy_(torch.cat(contributed)))
     for rank in ranks:
-        rank._step_values = rank._gathered(torch.tensor(1.5), 1.0, *rank.peak_memory_gib())
+        rank._step_values = rank._gathered(torch.tensor(1.5), torch.tensor(2.0), 1.0, *rank.peak_memory_gib())
         rank._read_update(torch.tensor(0.5))
         update = rank._update
-        assert (update.loss_sum, update.num_leaving, update.grad_norm) == (4.5, 3.0, 0.5)
+        assert (update.loss_sum, update.correct, update.num_leaving, update.grad_norm) == (4.5, 6.0, 3.0, 0.5)
         assert (update.peak_memory_gib, update.peak_reserved_gib) == (30.0, 40.0)
