@@ -182,6 +182,14 @@ def test_gateway_and_routes_know_engines_only_by_their_interface() -> None:
         assert all(name.startswith("serve.engines.engine") for name in engines), file
 
 
+def test_what_is_shared_by_all_http_apis_knows_none_of_them() -> None:
+    own = ("serve.inference", "serve.fine_tuning", "serve.jobs_page", "serve.playground", "serve.voting")
+    for file in (ROOT / "serve/http").rglob("*.py"):
+        assert not any(name.startswith(own) for name in imports(file)), file
+    for file in (ROOT / "serve/inference").rglob("*.py"):
+        assert not any(name.startswith(own[1:]) for name in imports(file)), file
+
+
 def test_routes_know_no_ray_serve() -> None:
     for folder in ("inference", "http", "database", "playground", "voting", "jobs_page"):
         assert not any(

@@ -5,8 +5,8 @@ from serve.fine_tuning.file_wire import FINE_TUNE
 from serve.fine_tuning.files import CONTENT
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import StoredFile
-from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
+from serve.http.tenants import Tenant
 
 RESULT_FILENAME = "step_metrics.csv"
 

@@ -24,8 +24,8 @@ from serve.fine_tuning.file_wire import (
 )
 from serve.fine_tuning.files import Arrival, FileStore
 from serve.fine_tuning.paging import new_id
-from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
+from serve.http.tenants import Tenant
 from serve.settings import FileSettings
 
 MIB = 2**20

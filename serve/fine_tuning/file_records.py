@@ -25,8 +25,8 @@ from serve.fine_tuning.file_wire import (
     UploadPart,
 )
 from serve.fine_tuning.paging import Order, is_id, page_of
-from serve.fine_tuning.tenants import Tenant
 from serve.http.errors import ApiError
+from serve.http.tenants import Tenant
 
 FILE_PREFIX = "file-"
 UPLOAD_PREFIX = "upload_"

@@ -28,11 +28,11 @@ from serve.fine_tuning.file_wire import (
 from serve.fine_tuning.files import BLOCK_BYTES, Arrival
 from serve.fine_tuning.multipart import Form, check_declared_length, clean_filename, least_file_bytes, read_form
 from serve.fine_tuning.paging import Order, new_id
-from serve.fine_tuning.tenants import tenant_of
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.keys import client_of
 from serve.http.openapi import reads
+from serve.http.tenants import tenant_of
 
 BODIES: list[type[BaseModel]] = [UploadRequest, CompleteRequest]
 CHECK_SECONDS = 2.0

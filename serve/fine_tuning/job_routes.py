@@ -15,7 +15,6 @@ from serve.fine_tuning.events import event_stream
 from serve.fine_tuning.file_wire import ListPage, list_page
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import Jobs, known_after
-from serve.fine_tuning.tenants import Tenant, tenant_of
 from serve.fine_tuning.wire import (
     FineTuningJob,
     FineTuningJobCheckpoint,
@@ -26,6 +25,7 @@ from serve.http.body import read_json
 from serve.http.in_flight import InFlight
 from serve.http.keys import client_of
 from serve.http.openapi import reads
+from serve.http.tenants import Tenant, tenant_of
 
 BODIES: list[type[BaseModel]] = [FineTuningJobRequest]
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}

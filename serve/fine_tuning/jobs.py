@@ -25,10 +25,10 @@ from serve.fine_tuning.run_spec import (
     model_name,
     run_name,
 )
-from serve.fine_tuning.tenants import Tenant
 from serve.fine_tuning.webhooks import Deliveries, webhooks_of
 from serve.fine_tuning.wire import FineTuningJobRequest
 from serve.http.errors import ApiError
+from serve.http.tenants import Tenant
 from serve.settings import FineTuningSettings, ServeSettings
 
 TRAINING = "training"

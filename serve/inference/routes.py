@@ -13,12 +13,12 @@ from sqlalchemy import Engine
 from serve.database.audit import audit
 from serve.database.database import session
 from serve.engines.engine import EngineStats
-from serve.fine_tuning.tenants import tenant_of
 from serve.http.body import read_json
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
 from serve.http.keys import Client, client_of
 from serve.http.openapi import reads
+from serve.http.tenants import tenant_of
 from serve.inference.meter import measured
 from serve.inference.models import FINE_TUNED, ServedModel, ServedModels, deletable, delete_published, unknown_model
 from serve.inference.replies import (

@@ -19,11 +19,11 @@ from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.job_routes import job_routes
 from serve.fine_tuning.jobs import Jobs, StoredFile, check_linked
 from serve.fine_tuning.templates import with_templates_read
-from serve.fine_tuning.tenants import Tenant
 from serve.http.access import AccessLog
 from serve.http.errors import ApiError, answer_errors_in_openai_shape
 from serve.http.in_flight import InFlight
 from serve.http.keys import RequireKey
+from serve.http.tenants import Tenant
 from serve.settings import ServeSettings
 from tests.browser import served
 from tests.serve.fine_tuning.job_world import World, make_world

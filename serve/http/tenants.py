@@ -1,4 +1,4 @@
-"""Which files and jobs a client sees: those of its key and of its key's organisation.
+"""Which models, files and jobs a client sees: those of its key and of its key's organisation.
 
 Admin keys see all, and so does everybody on a server without keys.
 """
