@@ -229,7 +229,7 @@ def _reason(reason: FinishReason | None, call: ToolCall | None) -> FinishReason 
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text.decode(errors="replace"), "logprob": token.logprob, "bytes": list(token.text)}
+    return {"token": _name(token.text), "logprob": token.logprob, "bytes": list(token.text)}
 
 
 class CompletionShape:
@@ -288,13 +288,13 @@ class CompletionShape:
             text = self._tokens.token_bytes(self._prompts[index][0]) if token is None else token.text
             # The begin-of-text token that encoding puts before a prompt is not in the prompt's own text.
             is_added = token is None and not echo.encode().startswith(text)
-            names.append(_name(text))
+            names.append(_name(text, "bytes:"))
             offsets.append(self._places[index].push(b"" if is_added else text))
         if prompt:
             self._places[index] = _TextPlace(len(echo))
         for token in answer:
             is_special = token.token_id in self._tokens.special_ids  # they are not in the answer's text
-            names.append(_name(token.text))
+            names.append(_name(token.text, "bytes:"))
             offsets.append(self._places[index].push(b"" if is_special else token.text))
         tokens = [*prompt, *answer]
         return CompletionLogprobs(
@@ -319,19 +319,19 @@ class _TextPlace:
         return begin
 
 
-def _name(text: bytes) -> str:
-    """A token as OpenAI's completions name it: its text, or its bytes if they are part of a character."""
+def _name(text: bytes, mark: str = "") -> str:
+    """A token as OpenAI names it: its text; if it is part of a character, `mark` and its bytes as ``\\xe6\\x97``."""
     try:
         return text.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in text)
+        return mark + "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in text)
 
 
 def _by_name(token: TokenLogprob) -> dict[str, float]:
     """The most likely tokens and the chosen one, by name. Of tokens with the same name the most likely one stays."""
     values: dict[str, float] = {}
     for one in sorted((*token.top, token), key=lambda one: -one.logprob):
-        values.setdefault(_name(one.text), one.logprob)
+        values.setdefault(_name(one.text, "bytes:"), one.logprob)
     return values
 
 
