@@ -26,6 +26,7 @@ from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.http.errors import ApiError
 from serve.http.in_flight import InFlight
 from serve.inference.bases import load_base
+from serve.inference.deletions import Deletions
 from serve.inference.models import ServedModels
 from serve.log import log_with_serve
 from serve.settings import ServeSettings
@@ -150,10 +151,12 @@ class Gateway:
         assert settings.storage
         log_with_serve()
         bases = [load_base(base) for base in settings.bases]
-        models = ServedModels(Registry(Storage(settings.storage)), bases)
+        storage = Storage(settings.storage)
+        models = ServedModels(Registry(storage), bases)
         backends = {name: Replicas(name, handle) for name, handle in handles.items()}
         always_on = [base.model_name for base in settings.bases if not base.may_scale_to_zero]
         readiness = Readiness(serve.get_replica_context().app_name, always_on)
+        Deletions(storage, {base.ref.fingerprint for base in bases}, settings.database).start()
         self._in_flight = InFlight()
         self._api = create_api(models, backends, settings, readiness.missing, self._in_flight)
 

@@ -96,7 +96,8 @@ class Limits(_Settings):
 
     max_body_mib: float = Field(default=8, gt=0, description="Bytes of a request's body.")
     max_queue: int = Field(default=256, ge=1, description="Requests that wait for a base; more get 429.")
-    queue_seconds: float = Field(default=120, gt=0, description="How long a request waits for its first token.")
+    # At most: the files of a deleted adapter go after `SERVED_AFTER_HIDING`, and OpenAI's clients wait no longer.
+    queue_seconds: float = Field(default=120, gt=0, le=600, description="How long a request waits for its first token.")
     request_seconds: float = Field(default=1800, gt=0, description="How long a request may take in all.")
     stop_seconds: float = Field(
         default=60, ge=0, description="How long `ft serve` lets answers go on after Ctrl-C or SIGTERM."

@@ -4,17 +4,25 @@
     adapter    hidden first (record to tombstone): from then on nobody resolves it; then the files
     dataset    renamed or its manifest deleted first: from then on nobody opens it; then the files
 
-`ft prune` completes what was interrupted.
+`ft prune` completes what was interrupted, and so does a server for adapters of its bases.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from ft_service.cleanup.inventory import DATASET_MARKER, RUN_MARKER, Usage, read_usage
-from ft_service.cleanup.needs import DELETION_ORDER, Decision, Inventory, Item, needed_by, prune
+from ft_service.cleanup.needs import (
+    DELETION_ORDER,
+    SERVED_AFTER_HIDING,
+    Decision,
+    Inventory,
+    Item,
+    needed_by,
+    prune,
+)
 from ft_service.errors import FtError, UsageError
-from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.registry.registry import RECORD_FILE, TOMBSTONES, AdapterRecord, Registry
 from ft_service.runs.folder import LEASE_SECONDS, RunFolder, find_run
 from ft_service.runs.lease import Lease
 from ft_service.storage.storage import Storage
@@ -40,14 +48,58 @@ def delete_adapter(storage: Storage, adapter_id: str, now: datetime | None = Non
     Raises `UsageError` if something needs it, and `NotPublishedError` for an unknown id.
     """
     now = now or datetime.now(UTC)
+    record, usage = _unneeded(storage, adapter_id, now)
+    return _delete_published(Registry(storage), record, usage, now)
+
+
+def hide_adapter(storage: Storage, adapter_id: str) -> None:
+    """What a server does: hide an adapter, and leave its files to `delete_hidden_adapters`. Raises as `delete_adapter`.
+
+    Even without a replica that has announced itself, a request may wait for one to start.
+    """
+    record, _ = _unneeded(storage, adapter_id, datetime.now(UTC))
+    Registry(storage).hide(record)
+
+
+def delete_hidden_adapters(
+    storage: Storage, fingerprints: Collection[str], log: Log, now: datetime | None = None
+) -> list[str]:
+    """Delete the files of the bases' hidden adapters, once no server can be answering with them. Returns their ids.
+
+    Two listings if there is nothing to do. Any number of processes may do it at once, and continue what one of them
+    has left half done. One that fails is logged; the others go on.
+    """
+    now = now or datetime.now(UTC)
     registry = Registry(storage)
-    record = registry.resolve(adapter_id)
+    stored = set(storage.folders("adapters"))
+    deleted = []
+    for adapter_id in [name.removesuffix(".json") for name in storage.files(TOMBSTONES)]:
+        if adapter_id not in stored:
+            continue
+        try:
+            tombstone = registry.tombstone(adapter_id)
+            is_due = now - tombstone.deleted >= SERVED_AFTER_HIDING
+            if not is_due or tombstone.record.base.fingerprint not in fingerprints:
+                continue
+            if storage.exists(f"adapters/{adapter_id}/{RECORD_FILE}"):  # its hiding was interrupted at once
+                continue
+            registry.delete_hidden_files(tombstone.record)
+        except FtError as error:
+            log(str(error))
+        else:
+            deleted.append(adapter_id)
+    return deleted
+
+
+def _unneeded(storage: Storage, adapter_id: str, now: datetime) -> tuple[AdapterRecord, Usage]:
+    """The record of what nothing needs, and what else is there. Raises as `delete_adapter`."""
+    record = Registry(storage).resolve(adapter_id)
     item = Item(record.kind, record.id)
     usage = read_usage(storage, now)
     if needs := needed_by(item, usage.inventory, now):
         cure = _cure(item, next((each.alias for each in usage.inventory.published if each.item == item), ""))
         raise UsageError(f"ID = {adapter_id!r}: cannot be deleted, {'; '.join(needs)}. {cure}")
-    return _delete_published(registry, record, usage, now)
+    return record, usage
 
 
 def _cure(item: Item, alias: str) -> str:

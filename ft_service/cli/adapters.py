@@ -144,8 +144,8 @@ def export(
 def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, yes: Yes = False, as_json: AsJson = False) -> None:
     """Hide an adapter or model at once, then delete its files. Its record stays as a tombstone.
 
-    Asks first, unless --yes is given. If a server may still be answering with it, the files stay until
-    `ft prune --yes` finds them unused.
+    Asks first, unless --yes is given. If a server may still be answering with it, the files stay for 15 minutes;
+    then the server deletes them, or `ft prune --yes`.
     """
     from ft_service.cleanup.removal import delete_adapter
     from ft_service.cli.cleanup import deletion_json, show_deletions
@@ -161,7 +161,7 @@ def delete(adapter_id: str, storage: StorageRoot = DEFAULT_STORAGE, yes: Yes = F
     console.print(f"Hidden {adapter_id}: it is no longer listed or served.", highlight=False, soft_wrap=True)
     show_deletions([deletion])
     if deletion.kept:
-        console.print("Delete its files later with: ft prune --yes", highlight=False)
+        console.print("Then the server deletes its files, or you do: ft prune --yes", highlight=False)
     if root.exists(f"runs/{run_id}"):
         console.print(f"Its run keeps weights of its own. Delete them with: ft runs delete {run_id}", highlight=False)
 

@@ -5,12 +5,12 @@ import math
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from ft_service.cleanup.removal import delete_adapter
+from ft_service.cleanup.removal import hide_adapter
 from ft_service.errors import UsageError
 from ft_service.registry.promotions import SUFFIX, Promotions
 from ft_service.registry.registry import AdapterRecord, Listing, Registry, UnreadableRecord
@@ -250,24 +250,27 @@ class ServedModels:
         return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
 
 
-def deletable(model: ServedModel) -> AdapterRecord:
-    """The adapter of a model. Raises `ApiError` 400 for a base."""
+def deletable(model: ServedModel, pinned: Collection[str]) -> AdapterRecord:
+    """The adapter of a model. Raises `ApiError` 400 for a base, and for an adapter that the server's settings pin."""
     if model.adapter is None:
         message = f"{model.id!r} is a base of this server. Take it out of the server's settings."
+        raise ApiError(400, message, "not_deletable", "model")
+    if model.adapter.id in pinned:
+        message = f"{model.adapter.id!r} is pinned. Take it out of `pinned` in the server's settings."
         raise ApiError(400, message, "not_deletable", "model")
     return model.adapter
 
 
 def delete_published(models: ServedModels, model: ServedModel) -> None:
-    """Hide an adapter from now on; its files go once no request can be answering with it.
+    """Hide a `deletable` adapter from now on; its files go once no request can be answering with it (`Deletions`).
 
     Raises `UsageError` if something needs it, `StorageError`; it may be hidden by then.
     """
-    adapter = deletable(model)
+    assert model.adapter is not None
     try:
-        delete_adapter(models.registry.storage, adapter.id)
+        hide_adapter(models.registry.storage, model.adapter.id)
     finally:
-        models.forget(adapter.id)
+        models.forget(model.adapter.id)
         models.forget(model.id)
 
 

@@ -73,6 +73,7 @@ def inference_routes(
     limits = settings.limits
     metrics = Metrics()
     translate = Translator(models, limits)
+    pinned = frozenset(adapter for base in settings.bases for adapter in base.pinned)
 
     def resolve(http: Request, model_id: str | None) -> ServedModel:
         """The model that was asked for; from here on the reply names its weights, whatever it is.
@@ -107,7 +108,7 @@ def inference_routes(
         if not model_id.startswith(FINE_TUNED):
             client.check_is_admin()
         model = await asyncio.to_thread(resolve, http, model_id)  # a fine-tuned model that it sees is its own
-        adapter = deletable(model)
+        adapter = deletable(model, pinned)
         # The entry comes first: there is never a change without one. Nothing is deleted if it cannot be written.
         await note(client, "models.delete", model_id, {"digest": adapter.digest})
         try:

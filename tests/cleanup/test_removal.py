@@ -12,9 +12,15 @@ import pytest
 
 from ft_service.cleanup.inventory import read_usage
 from ft_service.cleanup.needs import Item, prune
-from ft_service.cleanup.removal import delete_adapter, delete_run, delete_unneeded
+from ft_service.cleanup.removal import (
+    delete_adapter,
+    delete_hidden_adapters,
+    delete_run,
+    delete_unneeded,
+    hide_adapter,
+)
 from ft_service.errors import NotPublishedError, StorageError, UsageError
-from ft_service.registry.registry import BaseModelRef, Registry, page_file
+from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry, page_file
 from ft_service.registry.servers import Announcement, ServerNotice
 from ft_service.runs.lease import Lease
 from ft_service.storage.storage import Storage
@@ -298,6 +304,40 @@ def test_a_served_adapter_is_hidden_and_its_files_wait(storage: Storage) -> None
     assert (soon, later) == (False, True)
     server.stop()
     assert going(storage) == {record.id}
+
+
+def test_a_server_deletes_the_files_of_hidden_adapters_of_its_bases_once_they_are_due(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due, failing, other, kept = (
+        publish(storage, f"r{number}", f"d{number}", fingerprint=base)
+        for number, base in enumerate(["f", "f", "g", "f"])
+    )
+    for record in (due, failing, other):
+        hide_adapter(storage, record.id)
+    now = datetime.now(UTC)
+    problems: list[str] = []
+    assert delete_hidden_adapters(storage, {"f"}, problems.append, now + timedelta(minutes=14)) == []
+    delete = Registry.delete_hidden_files
+
+    def fails(registry: Registry, record: AdapterRecord) -> None:
+        if record.id == failing.id:
+            raise StorageError("the disk is away.")
+        delete(registry, record)
+
+    later = now + timedelta(minutes=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "delete_hidden_files", fails)
+        assert delete_hidden_adapters(storage, {"f"}, problems.append, later) == [due.id]
+    assert problems == ["the disk is away."]
+    assert delete_hidden_adapters(storage, {"f"}, problems.append, later) == [failing.id]
+    assert delete_hidden_adapters(storage, {"f"}, problems.append, later) == []
+    assert sorted(storage.folders("adapters")) == sorted([other.id, kept.id])
+    assert Registry(storage).tombstone(due.id).record == due
+    again = publish(storage, "r0", "d0", fingerprint="f")  # the same content
+    assert again.id == due.id
+    assert delete_hidden_adapters(storage, {"f"}, problems.append, later) == []
+    assert storage.exists(f"adapters/{again.id}/adapter_model.safetensors")
 
 
 def test_a_model_that_is_served_cannot_be_deleted(storage: Storage) -> None:

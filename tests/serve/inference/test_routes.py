@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from sqlalchemy.orm import Session
 from transformers import PreTrainedTokenizerBase
 
 from ft_service.chat.format import _DIGESTS_WITHOUT_TOOLS, CHAT_TEMPLATE, ChatFormat, Message
+from ft_service.cleanup.needs import SERVED_AFTER_HIDING
 from ft_service.errors import DatabaseError, ServingError, StorageError
 from ft_service.model.base import load_tokenizer
 from ft_service.model.scratch import train_tokenizer
+from ft_service.registry.promotions import Promotions
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.api import create_api
@@ -31,9 +33,10 @@ from serve.http.errors import ApiError
 from serve.http.rates import Rates
 from serve.inference import routes
 from serve.inference.bases import ServedBase
+from serve.inference.deletions import Deletions
 from serve.inference.models import ServedModels
 from serve.inference.tokens import LONG_CHARACTERS
-from serve.settings import ServeSettings
+from serve.settings import Limits, ServeSettings
 
 CONTEXT = 256
 FINGERPRINT = "ab" * 32
@@ -1111,7 +1114,7 @@ def test_a_deletion_is_in_the_audit_log_before_it_happens_and_so_is_its_failure(
         raise StorageError(f"{adapter_id}: the disk is full.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("serve.inference.models.delete_adapter", fails)
+        patch.setattr("serve.inference.models.hide_adapter", fails)
         backend = ScriptedEngine()
         assert call(backend, f"/v1/models/{record.id}", **options).status_code == 503
     assert before == ["models.delete"]
@@ -1125,6 +1128,45 @@ def test_a_deletion_is_in_the_audit_log_before_it_happens_and_so_is_its_failure(
     last = audit_log(engine)[-1]
     assert (last.action, last.details) == ("models.delete", {"digest": record.digest})
     assert call(ScriptedEngine(), f"/v1/models/{record.id}", **{**options, "method": "GET"}).status_code == 404
+
+
+def test_a_promoted_or_pinned_adapter_is_not_deleted(call, tmp_path):
+    record = publish(tmp_path)
+    promotions = Promotions(Registry(Storage(str(tmp_path))))
+    alias = promotions.promote(record).alias
+    for name in (record.id, alias):
+        response = call(ScriptedEngine(), f"/v1/models/{name}", method="DELETE")
+        assert response.status_code == 400 and alias in response.json()["error"]["message"]
+    promotions.demote(alias)
+    pins = [{"base": "hub/Tiny", "pinned": [record.id]}]
+    response = call(ScriptedEngine(), f"/v1/models/{record.id}", method="DELETE", bases=pins)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "not_deletable")
+    assert "pinned" in response.json()["error"]["message"]
+    assert call(ScriptedEngine(), f"/v1/models/{record.id}").status_code == 200
+
+
+def test_the_files_of_a_deleted_adapter_go_later_and_the_audit_log_has_both(call, tmp_path, database):
+    admin, _ = create_key(open_database(database), "boss", is_admin=True)
+    record = publish(tmp_path)
+    options = {"method": "DELETE", "database": database, "headers": bearer(admin)}
+    assert call(ScriptedEngine(), f"/v1/models/{record.id}", **options).json()["deleted"]
+    storage = Storage(str(tmp_path))
+    folder = f"adapters/{record.id}"
+    now = datetime.now(UTC)
+    gateways = [Deletions(Storage(str(tmp_path)), {FINGERPRINT}, database) for _ in range(2)]
+    Deletions(storage, {"of another base"}, database).complete(now + timedelta(hours=1))
+    gateways[0].complete(now)
+    assert storage.exists(folder)  # a request that was accepted before may still wait
+    for gateway in gateways:
+        gateway.complete(now + timedelta(minutes=16))
+    assert not storage.exists(folder)
+    entries = [(entry.key, entry.action) for entry in audit_log(open_database(database)) if entry.target == record.id]
+    assert entries == [("boss", "models.delete"), ("server", "models.delete.files")]
+
+
+def test_the_files_of_a_deleted_adapter_outlast_the_longest_wait_in_a_queue():
+    longest = next(rule.le for rule in Limits.model_fields["queue_seconds"].metadata if hasattr(rule, "le"))
+    assert timedelta(seconds=longest) < SERVED_AFTER_HIDING
 
 
 def test_nothing_is_deleted_if_the_audit_log_cannot_be_written(call, tmp_path, database, monkeypatch):
