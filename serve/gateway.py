@@ -28,6 +28,7 @@ from serve.http.in_flight import InFlight
 from serve.inference.bases import load_base
 from serve.inference.deletions import Deletions
 from serve.inference.models import ServedModels
+from serve.inference.replies import WAITING
 from serve.log import log_with_serve
 from serve.settings import ServeSettings
 
@@ -41,6 +42,8 @@ _REPLICA_IS_GONE = (RayActorError, ObjectLostError, DeploymentUnavailableError, 
 """`ObjectLostError`: a large chunk lay in the memory of a node that is gone."""
 
 _BEGUN = GenerationChunk("", ())
+QUEUED_SECONDS = 0.1
+"""A request that has no replica after so long waits in the queue of its base."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class Replicas:
             assert isinstance(stream, DeploymentResponseGenerator)
             held: list[GenerationChunk] = []
             try:
+                if not request.whole and await _is_queued(stream):
+                    yield WAITING
                 async for chunk in stream:
                     if isinstance(chunk, FtError):
                         raise chunk
@@ -108,6 +113,14 @@ class Replicas:
         for failure in (result for result in results if isinstance(result, BaseException)):
             logger.warning("a replica of %s did not answer %s: %s", self._name, method, type(failure).__name__)
         return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def _is_queued(stream: DeploymentResponseGenerator) -> bool:
+    """Whether no replica has a place for it within `QUEUED_SECONDS`. An error is left to whoever reads the stream."""
+    assignment = asyncio.wrap_future(stream._replica_result_future)
+    assignment.add_done_callback(lambda done: done.cancelled() or done.exception())
+    done, _ = await asyncio.wait([assignment], timeout=QUEUED_SECONDS)
+    return not done
 
 
 class Readiness:

@@ -74,6 +74,8 @@ class GenerationRequest:
     """The same of the prompt's tokens."""
     json_schema: str | None = None
     """The answer must be JSON of this schema; ``{}`` stands for any JSON object."""
+    text_allowed: bool = False
+    """Beside `json_schema`: the answer may also be text, which does not begin with ``{``."""
     whole: bool = False
     """Nobody reads the answer before its end: all that follows the first chunk may come as one."""
 

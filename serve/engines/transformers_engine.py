@@ -192,17 +192,18 @@ class TransformersEngine:
         try:
             grammar = None
             if request.json_schema is not None:
-                grammar = await asyncio.to_thread(self._grammar, request.json_schema, request.end_ids)
+                grammar = await asyncio.to_thread(self._grammar, request, request.json_schema)
             adapter = await self._adapters.acquire_async(request.adapter) if request.adapter else None
         finally:
             self._num_preparing -= 1
         return Answer.of(request, adapter, grammar)
 
-    def _grammar(self, schema: str, end_ids: frozenset[int]) -> Grammar:
+    def _grammar(self, request: GenerationRequest, schema: str) -> Grammar:
         with self._grammars_lock:
             if self._grammars is None:
                 self._grammars = self._make_grammars()
-        return self._grammars.json(schema, [token_id for token_id in end_ids if token_id < self.info.vocab_size])
+        end_ids = [token_id for token_id in request.end_ids if token_id < self.info.vocab_size]
+        return self._grammars.json(schema, end_ids, request.text_allowed)
 
     def _load_pinned(self, registry: Registry, adapter_ids: Iterable[str]) -> None:
         for adapter_id in adapter_ids:

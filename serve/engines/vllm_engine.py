@@ -46,7 +46,7 @@ from ft_service.errors import FtError, ServingError
 from ft_service.model.base import fingerprint, load_tokenizer, read_config
 from ft_service.registry.registry import Registry
 from ft_service.text import first_line
-from serve.engines.batching.grammar import json_grammar
+from serve.engines.batching.grammar import json_grammar, json_or_text_grammar
 from serve.engines.batching.sampling import is_greedy, name_of, nonfinite_error
 from serve.engines.engine import (
     EngineInfo,
@@ -266,7 +266,7 @@ class VllmEngine:
             raise RefusedRequestError(f"logit_bias: token ids go from 0 to {vocab_size - 1}.", "logit_bias")
         if request.json_schema is not None and request.logprobs is not None:
             # They would be those of the tokens that the schema allows, not the model's own.
-            message = "logprobs: vLLM cannot give them beside response_format. Leave one of the two out."
+            message = "logprobs: vLLM cannot give them beside response_format or strict tools. Leave one of them out."
             raise RefusedRequestError(message, "logprobs")
 
 
@@ -410,7 +410,7 @@ def sampling_params(request: GenerationRequest, vocab_size: int, eos_id: int | N
     end_ids = {token_id for token_id in request.end_ids if token_id < vocab_size}
     structured = None
     if request.json_schema is not None:
-        structured = StructuredOutputsParams(json=_schema(request.json_schema))
+        structured = _structured(request.json_schema, request.text_allowed)
         end_ids |= {eos_id} if eos_id is not None else set()  # the only end that vLLM's grammars know
     try:
         return SamplingParams(
@@ -456,14 +456,14 @@ def dtype_of(folder: Path, settings: BaseSettings) -> torch.dtype:
     return dtype
 
 
-def _schema(schema: str) -> dict[str, Any]:
-    """The schema, with the separators that the other engine has: `json_grammar` writes them into it."""
+def _structured(schema: str, text_allowed: bool) -> StructuredOutputsParams:
+    """The schema with the separators that the other engine has: `json_grammar` writes them into it."""
     try:
-        grammar = json.loads(json_grammar(schema))
+        if text_allowed:
+            return StructuredOutputsParams(grammar=json_or_text_grammar(schema))
+        return StructuredOutputsParams(json=json.loads(json_grammar(schema))["grammars"][0]["json_schema"])
     except (ValueError, TypeError) as error:
         raise _schema_refusal(error) from None
-    with_separators: dict[str, Any] = grammar["grammars"][0]["json_schema"]
-    return with_separators
 
 
 def _seed(sampling: Sampling) -> int | None:

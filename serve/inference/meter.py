@@ -45,7 +45,7 @@ async def measured(
                 yield piece
         outcome = "ok"
     except RefusedRequestError as error:
-        if generation.forces_call and error.param == _SCHEMA_PARAM:
+        if generation.schema_is_of_tools and error.param == _SCHEMA_PARAM:
             raise RefusedRequestError(f"tools{error.message.removeprefix(_SCHEMA_PARAM)}", "tools") from None
         raise
     except (asyncio.CancelledError, GeneratorExit):

@@ -34,17 +34,23 @@ from serve.settings import Limits
 COMMENT = ": waiting\n\n"
 """A line of an event stream that every client skips. It keeps connections open while nothing else is sent."""
 FIRST_QUIET_SECONDS = 1.0
-"""So long an error can still set the status of a stream. Then its headers go out, whether there is a token or not."""
+"""So long an error can still set the status of a stream that an engine works on. Then its headers go out, whether there
+is a token or not."""
 QUIET_SECONDS = 10.0
 _MANY_LOGPROBS = 2000
 """Of a reply. Writing so many takes some 10 ms."""
+
+
+WAITING = GenerationChunk("", ())
+"""Of a stream: it is accepted, and waits for a place. So its headers go out; what an engine finds wrong with it comes
+later, in any case."""
 
 
 class Backend(Protocol):
     """The replicas of one base: each is an engine."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        """See `serve.engines.engine.Engine.generate`."""
+        """See `serve.engines.engine.Engine.generate`. `WAITING` may come before the chunks of a stream."""
         ...
 
     async def unload(self, adapter_digest: str) -> None:
@@ -105,6 +111,9 @@ async def pieces_of(
                     unfinished -= 1
                 elif isinstance(chunk, Exception):
                     raise chunk
+                elif not requests[index].whole and chunk == WAITING:
+                    quiet_seconds = QUIET_SECONDS
+                    yield None
                 else:
                     has_begun = True
                     yield index, chunk

@@ -2,9 +2,11 @@
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from serve.inference.wire import FunctionCall, NamedTool, Tool, ToolCall
+from serve.inference.wire import ANY_OBJECT, FunctionCall, NamedTool, Tool, ToolCall
 
 
 def parse_call(text: str, tools: Sequence[Tool]) -> ToolCall | None:
@@ -33,20 +35,45 @@ def may_become_call(text: str) -> bool:
     return not start or start.startswith("{")
 
 
-def forced_call_schema(tools: Sequence[Tool], choice: object) -> str | None:
-    """The JSON schema of a call of the function that `tool_choice` names, or of any; None if the model may choose."""
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be, as `GenerationRequest` has it."""
+
+    json_schema: str
+    text_allowed: bool
+    from_tools: bool
+    """Whether nothing but the tools asks for it."""
+
+
+def answer_constraint(tools: Sequence[Tool], choice: object, response_schema: str | None) -> Constraint | None:
+    """What tools, `tool_choice` and `response_format` ask for together; None if the answer is free.
+
+    Where the model may choose, an answer that begins as a call is held to the schemas of strict functions; the others
+    then have any parameters. Beside the schema of a response, an answer follows that schema or is a call.
+    """
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    elif choice != "required":
-        return None
-    if len(tools) == 1:
-        return json.dumps(_call_schema(tools[0], "#"))
-    return json.dumps({"anyOf": [_call_schema(tool, f"#/anyOf/{number}") for number, tool in enumerate(tools)]})
+    is_forced = choice == "required" or isinstance(choice, NamedTool)
+    may_call = bool(tools) and response_schema != ANY_OBJECT  # which a call is, too
+    if not is_forced and not (may_call and (response_schema or any(tool.function.strict for tool in tools))):
+        return Constraint(response_schema, False, False) if response_schema else None
+    if is_forced:
+        response_schema = None
+    makers: list[Callable[[str], object]] = []
+    if response_schema is not None:
+        makers.append(partial(_moved, json.loads(response_schema)))
+    makers += [partial(_call_schema, tool, is_exact=bool(is_forced or tool.function.strict)) for tool in tools]
+    text_allowed = not is_forced and response_schema is None
+    if len(makers) == 1:
+        return Constraint(json.dumps(makers[0]("#")), text_allowed, True)
+    any_of = [make(f"#/anyOf/{number}") for number, make in enumerate(makers)]
+    return Constraint(json.dumps({"anyOf": any_of}), text_allowed, response_schema is None)
 
 
-def _call_schema(tool: Tool, place: str) -> dict[str, object]:
-    """`place` is the JSON pointer at which the schema is nested."""
-    parameters = _moved(tool.function.parameters or {"type": "object"}, f"{place}/properties/parameters")
+def _call_schema(tool: Tool, place: str, is_exact: bool) -> dict[str, object]:
+    """`place` is the JSON pointer at which the schema is nested. Not exact: parameters are any object."""
+    given = tool.function.parameters if is_exact else None
+    parameters = _moved(given or {"type": "object"}, f"{place}/properties/parameters")
     return {
         "type": "object",
         "properties": {

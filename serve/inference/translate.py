@@ -12,7 +12,7 @@ from serve.engines.engine import GenerationRequest, Sampling
 from serve.http.errors import ApiError
 from serve.inference.models import ServedModel, ServedModels
 from serve.inference.tokens import BaseTokens
-from serve.inference.tools import forced_call_schema
+from serve.inference.tools import answer_constraint
 from serve.inference.wire import ChatRequest, CompletionRequest, GenerationParameters, NamedTool, Tool
 from serve.settings import Limits
 
@@ -33,7 +33,7 @@ class Generation:
     choices_per_prompt: int = 1
     tools: tuple[Tool, ...] = ()
     """Functions that an answer may call."""
-    forces_call: bool = False
+    schema_is_of_tools: bool = False
     """Whether the JSON schema of the requests comes from `tools`, and not from `response_format`."""
     echoed: tuple[str, ...] = ()
     """With `echo`, the text of each choice's prompt."""
@@ -80,12 +80,9 @@ class Translator:
         )
         if request.logprobs:
             generation = replace(generation, logprobs=request.top_logprobs or 0)
-        schema = forced_call_schema(tools, request.tool_choice)
-        if schema is not None:
-            if generation.json_schema is not None:
-                message = "tool_choice asks for a call and response_format for another answer. Leave one of them out."
-                raise ApiError(400, message, "invalid_value", "tool_choice")
-            generation = replace(generation, json_schema=schema)
+        constraint = answer_constraint(tools, request.tool_choice, generation.json_schema)
+        if constraint is not None:
+            generation = replace(generation, json_schema=constraint.json_schema, text_allowed=constraint.text_allowed)
         requests = self._choices([generation], request)
         return Generation(
             model,
@@ -94,7 +91,7 @@ class Translator:
             len(prompt_ids),
             request.n or 1,
             tools=tuple(tools),
-            forces_call=schema is not None,
+            schema_is_of_tools=constraint is not None and constraint.from_tools,
         )
 
     def completion(self, request: CompletionRequest, model: ServedModel, request_id: str) -> Generation:
@@ -241,16 +238,21 @@ def chat_format(model: ServedModel, tokens: BaseTokens, with_tools: bool) -> Cha
 
 def _offered_tools(request: ChatRequest) -> list[Tool]:
     tools = request.tools or []
-    if isinstance(request.tool_choice, NamedTool) or request.tool_choice == "required":
+    is_forced = isinstance(request.tool_choice, NamedTool) or request.tool_choice == "required"
+    if is_forced:
         named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
         if not tools or (named and named not in {tool.function.name for tool in tools}):
             missing = f"the function {named!r}" if named else "at least one function"
             message = f"tool_choice needs {missing} in tools."
             raise ApiError(400, message, "invalid_value", "tool_choice")
-    if request.tool_choice in (None, "auto") and (strict := [tool for tool in tools if tool.function.strict]):
+    format_type = request.response_format.type if request.response_format else "text"
+    if is_forced and format_type != "text":
+        message = "tool_choice asks for a call and response_format for another answer. Leave one of them out."
+        raise ApiError(400, message, "invalid_value", "tool_choice")
+    if request.tool_choice != "none" and format_type == "json_object" and any(tool.function.strict for tool in tools):
         message = (
-            f"tools: strict = true of {strict[0].function.name!r} needs tool_choice = required or a named function: "
-            "only then is a call held to its schema. Send strict = false to let the model choose."
+            "tools: strict = true cannot be kept beside response_format json_object, which allows any call. Send a "
+            "json_schema, or strict = false."
         )
         raise ApiError(400, message, "unsupported_parameter", "tools")
     return [] if request.tool_choice == "none" else tools

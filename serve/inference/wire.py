@@ -29,6 +29,8 @@ Items = Annotated[list[Item], Field(fail_fast=True)]
 """A list that reports its first wrong item only. An error for each of a million items takes seconds, in which the whole
 process stands still."""
 MAX_BIASED_TOKENS = 1024
+ANY_OBJECT = "{}"
+"""The JSON schema that stands for any object, in `ResponseFormat.schema_text`."""
 TokenIds = Items[Annotated[int, Field(ge=0)]]
 
 
@@ -99,10 +101,10 @@ class ResponseFormat(_FromClient):
 
     @property
     def schema_text(self) -> str | None:
-        """None for text; ``{}`` for any JSON object."""
+        """None for text."""
         if self.type == "text":
             return None
-        return json.dumps(self.json_schema.schema_) if self.json_schema else "{}"
+        return json.dumps(self.json_schema.schema_) if self.json_schema else ANY_OBJECT
 
 
 class GenerationParameters(_FromClient):
@@ -187,7 +189,7 @@ class Function(_FromClient):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """True needs a `tool_choice` that forces a call: only then does a call follow its schema for certain."""
+    """Whether a call follows `parameters` for certain, also where the model may choose to answer with text."""
 
 
 class Tool(_FromClient):

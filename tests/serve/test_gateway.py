@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
@@ -9,8 +10,10 @@ from ray.exceptions import ActorUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ft_service.errors import FtError, ServingError
+from serve import gateway
 from serve.engines.engine import GenerationChunk, GenerationRequest
 from serve.gateway import Replicas
+from serve.inference.replies import WAITING
 
 FIRST = GenerationChunk("a", (1,), cached_tokens=2)
 LAST = GenerationChunk("b", (2,), "length")
@@ -20,8 +23,11 @@ Script = Sequence[GenerationChunk | Exception]
 
 
 class ScriptedStream(DeploymentResponseGenerator):
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, is_assigned: bool = True) -> None:
         self._items = iter(script)
+        self._replica_result_future = Future()
+        if is_assigned:
+            self._replica_result_future.set_result(None)
 
     def __aiter__(self) -> AsyncGenerator[Any, None]:
         return self._chunks()
@@ -36,8 +42,9 @@ class ScriptedStream(DeploymentResponseGenerator):
 class ScriptedHandle:
     """Follows one script for each request, in their order."""
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, has_places: bool = True) -> None:
         self.left: Iterator[Script] = iter(scripts)
+        self.has_places = has_places
         self.asked = 0
 
     def options(self, **_: object) -> "ScriptedHandle":
@@ -45,7 +52,7 @@ class ScriptedHandle:
 
     def remote(self, _: GenerationRequest) -> ScriptedStream:
         self.asked += 1
-        return ScriptedStream(next(self.left))
+        return ScriptedStream(next(self.left), self.has_places)
 
 
 def answer(handle: ScriptedHandle, whole: bool) -> list[GenerationChunk]:
@@ -89,3 +96,11 @@ def test_an_error_of_the_engine_is_not_asked_again(whole):
     with pytest.raises(ServingError, match="damaged"):
         answer(handle, whole)
     assert handle.asked == 1
+
+
+def test_a_stream_that_waits_for_a_place_says_so_and_is_still_asked_again(monkeypatch):
+    monkeypatch.setattr(gateway, "QUEUED_SECONDS", 0)
+    handle = ScriptedHandle([DIES], [FIRST, LAST], has_places=False)
+    assert answer(handle, whole=False) == [WAITING, WAITING, FIRST, LAST]
+    assert len(answer(ScriptedHandle([FIRST, LAST], has_places=False), whole=True)) == 2
+    assert answer(ScriptedHandle([FIRST, LAST]), whole=False) == [FIRST, LAST]

@@ -26,6 +26,9 @@ _LIKE_JSON_DUMPS: "JsonCompileOptions" = {"whitespace_flexible": False, "item_se
 """As calls are written in training. Free white space would let an answer go on with blanks until it is cut off."""
 
 
+_TEXT = r"/(?s:[ \t\r\n]*[^{ \t\r\n].*)?/"
+
+
 class Grammars:
     """Makes grammars over one tokenizer. Thread-safe."""
 
@@ -33,13 +36,13 @@ class Grammars:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
         self._vocab_size = vocab_size
 
-    def json(self, schema: str, end_ids: Iterable[int]) -> "JsonGrammar":
-        """A grammar for one answer; `end_ids` may follow once the JSON is complete.
+    def json(self, schema: str, end_ids: Iterable[int], text_allowed: bool = False) -> "JsonGrammar":
+        """A grammar for one answer; `end_ids` may follow once the JSON is complete. See `GenerationRequest`.
 
         Raises `RefusedRequestError` for a schema that is invalid, or cannot be followed.
         """
         try:
-            grammar = json_grammar(schema)
+            grammar = json_or_text_grammar(schema) if text_allowed else json_grammar(schema)
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
             error = matcher.get_error()
         except (ValueError, TypeError, json.JSONDecodeError) as raised:
@@ -55,6 +58,12 @@ def json_grammar(schema: str) -> str:
     if schema == ANY_OBJECT:
         schema = '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(schema, defaults=_LIKE_JSON_DUMPS)
+
+
+def json_or_text_grammar(schema: str) -> str:
+    """The same in Lark's form, with any text as an alternative that does not begin with ``{``. Raises `ValueError`."""
+    with_separators = json.loads(json_grammar(schema))["grammars"][0]["json_schema"]
+    return f"start: TEXT | json\nTEXT: {_TEXT}\njson: %json {json.dumps(with_separators)}"
 
 
 class JsonGrammar:

@@ -222,6 +222,15 @@ def test_an_answer_follows_its_json_schema(served):
     assert text in ('"red"', '"green"')
 
 
+def test_an_answer_that_may_be_text_is_the_same_text_and_json_of_the_schema_once_it_begins(world, served):
+    schema = '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": false}'
+    free = text_of(served.ask(max_tokens=12))
+    assert text_of(served.ask(max_tokens=12, json_schema=schema, text_allowed=True)) == free
+    opening = dict.fromkeys(world.tokenizer("{", add_special_tokens=False)["input_ids"], 100.0)
+    chunks = served.ask(max_tokens=60, json_schema=schema, text_allowed=True, logit_bias=opening)
+    assert (text_of(chunks), chunks[-1].finish_reason) == ('{"a": 1}', "stop")
+
+
 def test_json_has_the_separators_of_json_dumps_on_either_engine(served):
     properties = '{"a": {"enum": [1, 2]}, "b": {"const": [3, 4]}}'
     schema = f'{{"type": "object", "properties": {properties}, "required": ["a", "b"], "additionalProperties": false}}'

@@ -152,6 +152,11 @@ def test_json_may_end_with_the_end_of_text_of_the_tokenizer():
     assert params.structured_outputs.json["x-guidance"]["item_separator"] == ", "
 
 
+def test_text_beside_a_schema_is_a_grammar():
+    structured = sampling_params(request_of(json_schema="{}", text_allowed=True), VOCAB_SIZE, eos_id=4)
+    assert structured.structured_outputs.grammar.startswith("start: TEXT | json")
+
+
 def test_a_schema_that_is_none_is_refused():
     with pytest.raises(RefusedRequestError, match="response_format"):
         sampling_params(request_of(json_schema="{"), VOCAB_SIZE, eos_id=4)

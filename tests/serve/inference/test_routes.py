@@ -35,6 +35,7 @@ from serve.inference import routes
 from serve.inference.bases import ServedBase
 from serve.inference.deletions import Deletions
 from serve.inference.models import ServedModels
+from serve.inference.replies import WAITING
 from serve.inference.tokens import LONG_CHARACTERS
 from serve.settings import Limits, ServeSettings
 
@@ -530,6 +531,19 @@ def test_a_request_that_waits_too_long_in_the_queue_is_a_429_to_try_again(call, 
     assert int(response.headers["retry-after"]) > 0
 
 
+def test_a_stream_that_waits_for_a_place_sends_its_headers_and_a_comment_at_once(call):
+    failing = ScriptedEngine(WAITING, failure=ServingError("adapter = 'a': adapter_model.safetensors is damaged."))
+    response = call(failing, "/v1/completions", {**COMPLETION, "stream": True})
+    comment, error, _ = response.text.split("\n\n")
+    assert response.status_code == 200 and comment == ": waiting"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "serving_error"
+    response = call(ScriptedEngine(WAITING, *HELLO), "/v1/completions", {**COMPLETION, "stream": True})
+    assert response.text.startswith(": waiting\n\ndata: ") and response.text.endswith("data: [DONE]\n\n")
+    limits = {"queue_seconds": 0.05}  # it has not begun
+    response = call(StuckEngine(WAITING), "/v1/completions", {**COMPLETION, "stream": True}, limits=limits)
+    assert response.text.startswith(": waiting\n\n") and "queue_timeout" in response.text
+
+
 def test_an_answer_that_takes_too_long_is_a_504_and_a_stream_ends_in_an_error(call):
     limits = {"request_seconds": 0.05}
     response = call(StuckEngine(HELLO[0]), "/v1/completions", COMPLETION, limits=limits)
@@ -793,6 +807,49 @@ def test_tool_choice_forces_a_call_by_its_schema_and_none_offers_nothing(base):
     assert engine.requests[0].prompt_ids == chat_ids(base, [Message(role="user", content="Hi")])
 
 
+STRICT = {**ADD, "function": {**ADD["function"], "name": "add-strictly", "strict": True}}
+PERSON = {"type": "object", "$defs": {"Name": {"type": "string"}}, "properties": {"name": {"$ref": "#/$defs/Name"}}}
+
+
+def constraint_of(base: ServedBase, **body: object) -> tuple[dict | None, bool]:
+    engine = ScriptedEngine(*HELLO)
+    assert roomy_call(engine, base, {**CHAT, **body}).status_code == 200
+    request = engine.requests[0]
+    return json.loads(request.json_schema) if request.json_schema else None, request.text_allowed
+
+
+def test_where_the_model_may_choose_a_call_is_held_to_the_schema_of_strict_functions(base):
+    assert constraint_of(base, tools=[ADD]) == (None, False)
+    schema, text_allowed = constraint_of(base, tools=[STRICT], tool_choice="auto")
+    assert text_allowed and schema["properties"]["parameters"] == ADD["function"]["parameters"]
+    schema, text_allowed = constraint_of(base, tools=[ADD, STRICT])
+    assert text_allowed
+    assert [one["properties"]["name"]["const"] for one in schema["anyOf"]] == ["add", "add-strictly"]
+    loose, strict = (one["properties"]["parameters"] for one in schema["anyOf"])
+    assert (loose, strict) == ({"type": "object"}, ADD["function"]["parameters"])
+
+
+def test_beside_the_schema_of_an_answer_the_model_may_still_call(base):
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": PERSON}}
+    for tool in (ADD, STRICT):
+        schema, text_allowed = constraint_of(base, tools=[tool], response_format=response_format)
+        person, call = schema["anyOf"]
+        assert not text_allowed
+        assert at_pointer(schema, person["properties"]["name"]["$ref"]) == PERSON["$defs"]["Name"]
+        assert call["properties"]["name"]["const"] == tool["function"]["name"]
+    assert constraint_of(base, tools=[ADD], response_format={"type": "json_object"}) == ({}, False)
+    assert constraint_of(base, tools=[ADD], tool_choice="none", response_format=response_format) == (PERSON, False)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_forced_call_beside_a_response_format_is_refused(base, choice, kind):
+    response_format = {"type": kind, **({"json_schema": {"schema": PERSON}} if kind == "json_schema" else {})}
+    body = {**CHAT, "tools": [ADD], "tool_choice": choice, "response_format": response_format}
+    error = roomy_call(ScriptedEngine(*HELLO), base, body).json()["error"]
+    assert (error["param"], error["code"]) == ("tool_choice", "invalid_value")
+
+
 NESTED = {
     "type": "object",
     "$defs": {"Place": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Place"}}}},
@@ -872,8 +929,7 @@ def with_function(**changes: object) -> dict[str, object]:
         ),
         ({"tools": [{**ADD, "mood": 1}]}, "tools", "mood"),
         (with_function(examples=["x"]), "tools", "examples"),
-        (with_function(strict=True), "tools", "strict"),
-        ({**with_function(strict=True), "tool_choice": "auto"}, "tools", "strict"),
+        ({**with_function(strict=True), "response_format": {"type": "json_object"}}, "tools", "strict"),
     ],
 )
 def test_what_is_within_a_parameter_is_not_ignored_either(base, changes, param, name):
@@ -888,6 +944,8 @@ def test_what_is_within_a_parameter_is_not_ignored_either(base, changes, param, 
         {"stream_options": {"continuous_usage_stats": False, "include_obfuscation": False, "other": None}},
         with_function(strict=False),
         with_function(strict=None),
+        with_function(strict=True),
+        {**with_function(strict=True), "tool_choice": "auto"},
         {**with_function(strict=True), "tool_choice": "required"},
         {**with_function(strict=True), "tool_choice": {"type": "function", "function": {"name": "add"}}},
         {**with_function(strict=True), "tool_choice": "none"},

@@ -12,7 +12,7 @@ from serve.engines.batching.grammar import Grammars, JsonGrammar
 from serve.engines.batching.sampling import sample
 from serve.engines.batching.step import SamplingRow
 from serve.engines.engine import RefusedRequestError, Sampling
-from serve.inference.tools import forced_call_schema
+from serve.inference.tools import answer_constraint
 from serve.inference.wire import Tool
 from tests.worlds import made_up_texts
 
@@ -50,8 +50,16 @@ _GO |= {"required": ["to"], "additionalProperties": False}
 _TOOLS = [
     Tool.model_validate({"type": "function", "function": {"name": name, "parameters": _GO}}) for name in ("stop", "go")
 ]
-NESTED_CALLS = json.loads(forced_call_schema(_TOOLS, "required") or "")
-NESTED_CALL = json.loads(forced_call_schema(_TOOLS[:1], "required") or "")
+
+
+def _forced(tools: list[Tool]) -> dict:
+    constraint = answer_constraint(tools, "required", None)
+    assert constraint and not constraint.text_allowed
+    return json.loads(constraint.json_schema)
+
+
+NESTED_CALLS = _forced(_TOOLS)
+NESTED_CALL = _forced(_TOOLS[:1])
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +121,44 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars, schema):
 
 def test_a_base_without_end_tokens_answers_in_json_too(grammars):
     assert grammars.json('{"const": 1}', []).allowed_V().any()
+
+
+def choice(tokenizer, grammar: JsonGrammar, text: str) -> bool:
+    """Whether a whole answer may be `text`."""
+    end_id = tokenizer.eos_token_id
+    for token_id in [*tokenizer(text, add_special_tokens=False)["input_ids"], end_id]:
+        if not grammar.allowed_V()[token_id]:
+            return False
+        if token_id != end_id:
+            grammar.accept(token_id)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("text", "is_allowed"),
+    [
+        ("hello {x} 日本", True),
+        ("", True),
+        (" \n hello", True),
+        ('"name": "go"', True),
+        ('{"name": "go", "parameters": {"to": {"city": "Oslo"}}}', True),
+        ('{"name": "rm", "parameters": {}}', False),
+        ('{"name": "go", "parameters": {"to": {"city": "Rome"}}}', False),
+        ('{"name": "go", "parameters": {"to": {"city": "Oslo"}}} and text', False),
+        ('{"name": "go"', False),
+        (' {"name": "go", "parameters": {}}', False),
+    ],
+)
+def test_an_answer_that_may_be_text_is_text_or_json_of_the_schema(tokenizer, grammars, text, is_allowed):
+    grammar = grammars.json(json.dumps(NESTED_CALLS), [tokenizer.eos_token_id], text_allowed=True)
+    assert choice(tokenizer, grammar, text) == is_allowed
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_begins_as_json_is_valid_where_text_is_allowed_too(tokenizer, grammars, seed):
+    end_id = tokenizer.eos_token_id
+    grammar = grammars.json(json.dumps(NESTED_CALLS), [end_id], text_allowed=True)
+    begin = tokenizer("{", add_special_tokens=False)["input_ids"]
+    for token_id in begin:
+        grammar.accept(token_id)
+    jsonschema.validate(json.loads("{" + answer(tokenizer, grammar, end_id, seed)), NESTED_CALLS)
