@@ -129,6 +129,15 @@ class Listing:
     unreadable: tuple[UnreadableRecord, ...]
 
 
+@dataclass(frozen=True)
+class _Parsed:
+    """An index, and what its lines say."""
+
+    lines: dict[str, bytes]
+    by_name: dict[str, AdapterRecord | UnreadableRecord]
+    listing: Listing
+
+
 class _IndexLine(BaseModel):
     """What the index holds for a folder: its record, or why there is none."""
 
@@ -163,7 +172,7 @@ class Registry:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._indexes = {kind: RecordIndex(storage, kind, self._line_reader(kind)) for kind in KINDS}
-        self._parsed: dict[Kind, tuple[dict[str, bytes], Listing]] = {}
+        self._parsed: dict[Kind, _Parsed] = {}
 
     def __reduce__(self) -> tuple[type["Registry"], tuple[Storage]]:
         return Registry, (self.storage,)
@@ -212,9 +221,9 @@ class Registry:
         """
         lines = self._indexes[kind].read()
         earlier = self._parsed.get(kind)
-        if earlier is None or earlier[0] != lines:
-            earlier = self._parsed[kind] = (lines, self._parse(kind, lines))
-        return earlier[1]
+        if earlier is None or earlier.lines != lines:
+            earlier = self._parsed[kind] = self._parse(kind, lines, earlier)
+        return earlier.listing
 
     def records(self, kind: Kind = "adapter") -> list[AdapterRecord]:
         """All records of one kind that can be read, oldest first."""
@@ -372,18 +381,21 @@ class Registry:
             # It may have been written in between.
             return self.storage.read_bytes(path) if self.storage.exists(path) else None
 
-    def _parse(self, kind: Kind, lines: Mapping[str, bytes]) -> Listing:
-        records = []
-        unreadable = []
+    def _parse(self, kind: Kind, lines: dict[str, bytes], earlier: "_Parsed | None") -> "_Parsed":
+        """Lines that have not changed keep their records: the same objects."""
+        parsed: dict[str, AdapterRecord | UnreadableRecord] = {}
         for name, line in lines.items():
+            if earlier is not None and earlier.lines.get(name) == line:
+                parsed[name] = earlier.by_name[name]
+                continue
             try:
-                record = self._record_of(line, _place(kind, name))
+                parsed[name] = self._record_of(line, _place(kind, name))
             except StorageError as error:
-                unreadable.append(UnreadableRecord(name, str(error)))
-            else:
-                records.append(record)
+                parsed[name] = UnreadableRecord(name, str(error))
+        records = [one for one in parsed.values() if isinstance(one, AdapterRecord)]
         records.sort(key=lambda record: record.created)
-        return Listing(tuple(records), tuple(unreadable))
+        unreadable = tuple(one for one in parsed.values() if isinstance(one, UnreadableRecord))
+        return _Parsed(lines, parsed, Listing(tuple(records), unreadable))
 
     def _record_of(self, line: bytes, place: str) -> AdapterRecord:
         try:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Protocol
 
 from ft_service.cleanup.removal import hide_adapter
@@ -26,6 +27,8 @@ OWNERS_SECONDS = 30.0
 _MOST_REMEMBERED = 10_000
 _SHORT_DIGEST = 8
 _REFRESH_SECONDS = 60.0
+_REFRESH_WAIT_SECONDS = 0.3
+"""So long a listing waits for the index to be corrected. With thousands of folders that takes seconds."""
 logger = logging.getLogger(__name__)
 _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 FINE_TUNED = "ft:"
@@ -60,6 +63,11 @@ class ServedModel:
     created: datetime
     base: ServedBase
     adapter: AdapterRecord | None
+
+    @cached_property
+    def entry_json(self) -> bytes:
+        """`entry` as JSON. Made once: an adapter never changes, and there may be thousands."""
+        return self.entry().model_dump_json().encode()
 
     @property
     def root(self) -> str:
@@ -119,6 +127,7 @@ class ServedModels:
         self._known_aliases: dict[str, str | None] = {}
         self._aliases_read = -math.inf
         self._bases = {base.name: ServedModel(base.name, started, base, adapter=None) for base in bases}
+        self._adapters: Mapping[str, ServedModel] = {}
         self._refreshed = float("-inf")
         self._refreshing = threading.Lock()
         self._logged: frozenset[UnreadableRecord] = frozenset()
@@ -151,15 +160,19 @@ class ServedModels:
 
     def all(self) -> list[ServedModel]:
         """The bases, then their adapters, oldest first, then the names of fine-tuned and promoted ones."""
-        adapters = [
-            ServedModel(record.id, record.created, base, record)
-            for record in self._listing().records
-            if (base := self._base_of(record))
-        ]
-        by_id = {model.id: model for model in adapters}
+        earlier = self._adapters
+        by_id: dict[str, ServedModel] = {}
+        for record in self._listing().records:
+            model = earlier.get(record.id)
+            if model is None or model.adapter is not record:
+                base = self._base_of(record)
+                model = ServedModel(record.id, record.created, base, record) if base else None
+            if model is not None:
+                by_id[record.id] = model
+        self._adapters = by_id
         names = {**(self._names.aliases() if self._names else {}), **self._aliases()}
         aliases = [replace(by_id[holder], id=alias) for alias, holder in names.items() if holder in by_id]
-        return [*self._bases.values(), *adapters, *aliases]
+        return [*self._bases.values(), *by_id.values(), *aliases]
 
     def resolve(self, model_id: str) -> ServedModel:
         """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base.
@@ -229,18 +242,24 @@ class ServedModels:
 
     def _listing(self) -> Listing:
         """What is published. Corrects the registry's index now and then, and logs each record that cannot be read."""
-        if time.monotonic() - self._refreshed > _REFRESH_SECONDS and self._refreshing.acquire(blocking=False):
-            try:
-                self.registry.refresh()
-                self._refreshed = time.monotonic()
-            finally:
-                self._refreshing.release()
+        if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+            refresh = threading.Thread(target=self._refresh, name="refresh-index", daemon=True)
+            refresh.start()
+            refresh.join(_REFRESH_WAIT_SECONDS)
         listing = self.registry.listing()
         for unreadable in listing.unreadable:
             if unreadable not in self._logged:
                 logger.warning("not served: %s", unreadable.problem)
         self._logged = frozenset(listing.unreadable)
         return listing
+
+    def _refresh(self) -> None:
+        if self._refreshing.acquire(blocking=False):
+            try:
+                self.registry.refresh()
+                self._refreshed = time.monotonic()
+            finally:
+                self._refreshing.release()
 
     def _base_of(self, record: AdapterRecord) -> ServedBase | None:
         """The base that the adapter was trained on, in the precision of its training if it is served in several."""

@@ -1,7 +1,9 @@
 """The models of a server: one bad record hides no other one, and what is wrong with it is logged once."""
 
+import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.http.errors import ApiError
 from serve.inference.bases import ServedBase
-from serve.inference.models import ServedModels
+from serve.inference.models import ServedModel, ServedModels
 from tests.registry.test_registry import DRAFT
 
 FINGERPRINT = "ab" * 32
@@ -74,3 +76,42 @@ def test_an_index_that_lost_a_record_is_completed_while_the_server_runs(
     registry._indexes["adapter"]._write({})
     monkeypatch.setattr("serve.inference.models._REFRESH_SECONDS", -1.0)  # a minute has passed
     assert [model.id for model in models.all()] == ["tiny", record.id]
+
+
+def test_a_listing_waits_for_no_long_correction_of_the_index(
+    registry: Registry, models: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = publish(registry, tmp_path / "a", "new")
+    done = threading.Event()
+    corrections: list[bool] = []
+
+    def correct() -> None:
+        corrections.append(done.wait(60))
+
+    monkeypatch.setattr("serve.inference.models._REFRESH_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "refresh", correct)
+    for _ in range(2):  # the second one begins no other correction
+        assert [model.id for model in models.all()] == ["tiny", record.id]
+    assert corrections == []
+    done.set()
+    for thread in threading.enumerate():
+        if thread.name == "refresh-index":
+            thread.join()
+    assert corrections == [True]
+
+
+def test_what_has_not_changed_is_read_and_written_once(
+    registry: Registry, models: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, tmp_path / "a", "first")
+    _, first = models.all()
+    publish(registry, tmp_path / "b", "second")
+    written: list[str] = []
+    entry = ServedModel.entry
+    monkeypatch.setattr(ServedModel, "entry", lambda model: written.append(model.id) or entry(model))
+    for _ in range(2):
+        _, again, second = models.all()
+        assert again.adapter is first.adapter
+        assert json.loads(again.entry_json) == entry(first).model_dump(mode="json")
+        assert json.loads(second.entry_json)["id"] == second.id
+    assert written == [first.id, second.id]
