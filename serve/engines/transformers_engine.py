@@ -202,8 +202,9 @@ class TransformersEngine:
         with self._grammars_lock:
             if self._grammars is None:
                 self._grammars = self._make_grammars()
+            grammars = self._grammars
         end_ids = [token_id for token_id in request.end_ids if token_id < self.info.vocab_size]
-        return self._grammars.json(schema, end_ids, request.text_allowed)
+        return grammars.json(schema, end_ids, request.text_allowed)
 
     def _load_pinned(self, registry: Registry, adapter_ids: Iterable[str]) -> None:
         for adapter_id in adapter_ids:

@@ -42,15 +42,18 @@ class Grammars:
         Raises `RefusedRequestError` for a schema that is invalid, or cannot be followed.
         """
         try:
-            grammar = json_or_text_grammar(schema) if text_allowed else json_grammar(schema)
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            text = json_or_text_grammar(schema) if text_allowed else json_grammar(schema)
+            matcher = LLMatcher(self._tokenizer, text, log_level=0)
+            if not matcher.get_error():
+                grammar = JsonGrammar(matcher, self._vocab_size, end_ids)
+                # Some schemas compile, and then cost too much to follow. Of many that can be followed the first
+                # tokens take longest, and here no other answer waits for them.
+                grammar.allowed_V()
+                return grammar
             error = matcher.get_error()
-        except (ValueError, TypeError, json.JSONDecodeError) as raised:
+        except (ValueError, TypeError) as raised:
             error = str(raised)
-        if error:
-            message = f"response_format: the JSON schema cannot be followed ({first_line(error)[:300]}). Simplify it."
-            raise RefusedRequestError(message, "response_format")
-        return JsonGrammar(matcher, self._vocab_size, end_ids)
+        raise _refusal(error)
 
 
 def json_grammar(schema: str) -> str:
@@ -66,6 +69,11 @@ def json_or_text_grammar(schema: str) -> str:
     return f"start: TEXT | json\nTEXT: {_TEXT}\njson: %json {json.dumps(with_separators)}"
 
 
+def _refusal(error: str) -> RefusedRequestError:
+    message = f"response_format: the JSON schema cannot be followed ({first_line(error)[:300]}). Simplify it."
+    return RefusedRequestError(message, "response_format")
+
+
 class JsonGrammar:
     """Where one answer is in its JSON. See `serve.engines.batching.step.Grammar`."""
 
@@ -75,13 +83,21 @@ class JsonGrammar:
         self._bits = torch.zeros((1, -(-vocab_size // _BITS)), dtype=torch.int32)
         self._places = torch.arange(_BITS, dtype=torch.int32)
         self._vocab_size = vocab_size
+        self._allowed_V: torch.Tensor | None = None
 
     def allowed_V(self) -> torch.Tensor:
-        """Bool [V]: the tokens that may come next."""
+        """Bool [V]: the tokens that may come next. Raises `RefusedRequestError` if finding them costs too much."""
+        if self._allowed_V is None:
+            self._allowed_V = self._find_allowed_V()
+        return self._allowed_V
+
+    def _find_allowed_V(self) -> torch.Tensor:
         if self._matcher.is_stopped():  # complete, and nothing can follow
             allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
         else:
             llguidance.torch.fill_next_token_bitmask(self._matcher, self._bits)
+            if error := self._matcher.get_error():
+                raise _refusal(error)
             allowed_V = ((self._bits[0, :, None] >> self._places) & 1).bool().flatten()[: self._vocab_size]
         # llguidance knows one end token, and a request may have others.
         allowed_V[self._end_ids] = self._matcher.is_accepting()
@@ -89,5 +105,6 @@ class JsonGrammar:
 
     def accept(self, token_id: int) -> None:
         """Advance by a token that was allowed."""
+        self._allowed_V = None
         if not self._matcher.consume_token(token_id):
             raise ServingError(f"the token {token_id} does not fit the JSON schema: {self._matcher.get_error()}")

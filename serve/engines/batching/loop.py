@@ -254,7 +254,8 @@ class ModelLoop:
 
     def _append(self, answer: Answer, token: SampledToken) -> None:
         if token.error is not None:
-            self._finish(answer, Event(error=ServingError(token.error)))
+            error = ServingError(token.error) if isinstance(token.error, str) else token.error
+            self._finish(answer, Event(error=error))
             return
         self.scheduler.verify(answer.sequence)
         is_end = token.token_id in answer.request.end_ids

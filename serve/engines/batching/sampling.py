@@ -14,7 +14,7 @@ import torch
 
 from ft_service.errors import ServingError
 from serve.engines.batching.step import SampledToken, SamplingRow, ScoredToken
-from serve.engines.engine import Sampling
+from serve.engines.engine import RefusedRequestError, Sampling
 
 GREEDY_BELOW_TEMPERATURE = 1e-5
 _LIKELY_TOKENS = 1024
@@ -28,7 +28,7 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
     drawn = [index for index, row in enumerate(rows) if not is_greedy(row.sampling)]
     chosen_L = logits_LV.argmax(dim=-1)
     has_choice_L = is_finite_L
-    failed: dict[int, str] = {}
+    failed: dict[int, str | RefusedRequestError] = {}
     if changed or drawn:
         touched = sorted({*changed, *drawn})
         of_touched = torch.tensor(touched, device=logits_LV.device)
@@ -36,6 +36,9 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
         for at, index in enumerate(touched):
             try:
                 _change(values_RV[at], rows[index])
+            except RefusedRequestError as error:
+                failed[index] = error
+                values_RV[at] = -torch.inf
             except Exception as error:  # of a grammar, say: the other rows go on
                 failed[index] = f"the engine failed to constrain the answer ({type(error).__name__}: {error})."
                 values_RV[at] = -torch.inf

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from serve.engines.engine import Sampling
+from serve.engines.engine import RefusedRequestError, Sampling
 
 
 class Grammar(Protocol):
@@ -18,7 +18,8 @@ class Grammar(Protocol):
     def allowed_V(self) -> torch.Tensor:
         """Bool [V] on the CPU: tokens that may come next, the request's end tokens included once the text may end.
 
-        The tensor may be overwritten by the next call.
+        Raises `RefusedRequestError` for a schema that costs too much to follow. The tensor may be overwritten by the
+        next call.
         """
         ...
 
@@ -62,8 +63,9 @@ class SampledToken:
     token_id: int
     scored: ScoredToken | None = None
     """Only where the row has `num_logprobs`."""
-    error: str | None = None
-    """Set when the row's logits are not finite or its grammar allows no token: the text of a `ServingError`."""
+    error: str | RefusedRequestError | None = None
+    """Set when the row's logits are not finite or its grammar allows no token: the text of a `ServingError`. An error
+    of its own if the request is to blame."""
 
 
 class Sample(Protocol):

@@ -369,6 +369,7 @@ def test_tokens_have_their_bytes_even_within_a_character(world, served):
         ),
         ({"json_schema": '{"type": "nonsense"}'}, "response_format", "JSON schema cannot be followed"),
         ({"json_schema": "{"}, "response_format", "JSON schema cannot be followed"),
+        ({"json_schema": "{", "text_allowed": True}, "response_format", "JSON schema cannot be followed"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_by_name_and_harms_nobody(world, cramped, changes, param, message):

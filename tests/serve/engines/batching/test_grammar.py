@@ -119,6 +119,18 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars, schema):
     assert error.value.param == "response_format"
 
 
+def test_a_schema_that_costs_too_much_to_follow_is_the_requests_own_fault(tokenizer, grammars):
+    grammar = grammars.json(json.dumps({"type": "string", "pattern": "(a|b)*" * 3000}), [tokenizer.eos_token_id])
+    grammar.accept(int(grammar.allowed_V().nonzero()[0]))
+    logits = torch.zeros(2, len(tokenizer) + 3)
+    costly, other = sample(
+        logits, [SamplingRow(Sampling(), 1, [1], [], grammar=grammar), SamplingRow(Sampling(), 1, [1], [])]
+    )
+    assert isinstance(costly.error, RefusedRequestError) and costly.error.param == "response_format"
+    assert "too many expressions" in costly.error.message
+    assert other.error is None
+
+
 def test_a_base_without_end_tokens_answers_in_json_too(grammars):
     assert grammars.json('{"const": 1}', []).allowed_V().any()
 
