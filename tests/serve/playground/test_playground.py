@@ -159,3 +159,5 @@ def test_the_page_speaks_japanese_and_fits_a_phone(page):
     assert page.title() == "プレイグラウンド"
     page.get_by_role("button", name="送信").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.locator("#compare").uncheck()
+    assert "両方" not in page.locator("#question").get_attribute("placeholder")
