@@ -124,6 +124,7 @@ class GenerationParameters(_FromClient):
             "session_id",
             "request_id",
             "priority",
+            "cache_salt",  # vLLM's; here no cache is shared in a way that changes an answer
         }
     )
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
@@ -142,6 +143,9 @@ class GenerationParameters(_FromClient):
         "guided_grammar": (),
         "stop_token_ids": ([],),
         "bad_words": ([],),
+        "detokenize": (True,),
+        "return_token_ids": (False,),
+        "include_reasoning": (True, False),
     }
 
     model: str
@@ -231,6 +235,7 @@ class ChatRequest(GenerationParameters):
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         **GenerationParameters.neutral,
+        "best_of": (1,),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

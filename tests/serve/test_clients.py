@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 EARLIER_CLIENT = Path(sys.prefix) / "openai-1"
 """openai 1.109.1 with all it needs; `make setup` installs it."""
 CLIENT_SCRIPT = """
-import json, sys, openai
+import json, sys, openai, pydantic
 client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0, timeout=60)
 model = client.models.list().data[0].id
 asked = {"model": model, "temperature": 0, "seed": 1}
@@ -34,6 +34,11 @@ as_json = client.chat.completions.create(messages=chat, max_tokens=60, response_
 tools = [{"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"up": {"type": "boolean"}}, "required": ["up"], "additionalProperties": False}}}]
 called = client.chat.completions.create(messages=chat, max_tokens=60, tools=tools, tool_choice="required", **asked)
+class Look(pydantic.BaseModel):
+    up: bool
+begin = client.post("/tokenize", body={"prompt": "{", "add_special_tokens": False}, cast_to=object)["tokens"]
+chosen = client.chat.completions.parse(  # strict, and the model may choose: its wish to begin with { makes it a call
+    messages=chat, max_tokens=60, tools=[openai.pydantic_function_tool(Look)], logit_bias={begin[0]: 100}, **asked)
 errors = []
 for wrong in ({"model": "other"}, {"temperature": 9}, {"extra_body": {"nonsense": 1}}):
     try:
@@ -51,6 +56,7 @@ print(json.dumps({
     "json": as_json.choices[0].message.content,
     "call": [called.choices[0].finish_reason, called.choices[0].message.tool_calls[0].function.name,
              called.choices[0].message.tool_calls[0].function.arguments],
+    "chosen": chosen.choices[0].message.tool_calls[0].function.parsed_arguments.up,
     "errors": errors,
 }))
 """
@@ -89,6 +95,7 @@ def test_openais_client_gets_everything_it_asks_for(url, folder):
     assert said["usage"] == [3, 6]
     assert set(json.loads(said["json"])) == {"ok"}
     assert said["call"][:2] == ["tool_calls", "look"] and set(json.loads(said["call"][2])) == {"up"}
+    assert said["chosen"] in (True, False)
     assert said["errors"] == [
         ["NotFoundError", "model_not_found", "model"],
         ["BadRequestError", "invalid_value", "temperature"],
