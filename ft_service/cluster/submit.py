@@ -90,12 +90,20 @@ _STATES: dict[str, SubmissionState] = {
 }
 
 
+_KILLED = {-9, 137}
+"""Exit codes of a driver that got SIGKILL, also from the kernel when memory is short; 137 is a shell's."""
+_LOST = {"JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE"}
+"""Ray's error types of a job whose node is gone."""
+
+
 @dataclass(frozen=True)
 class Submission:
     """What Ray knows of a submitted job. `unknown`: nothing, as after the loss of a head."""
 
     state: SubmissionState
     message: str = ""
+    was_killed: bool = False
+    """It has failed, and did not end by itself: its driver was killed, or its node is gone."""
 
     @property
     def is_alive(self) -> bool:
@@ -135,7 +143,9 @@ class Submissions:
             if "does not exist" in str(error):
                 return Submission("unknown")
             raise self._no_answer(error) from None
-        return Submission(_STATES[str(details.status.value)], details.message or "")
+        was_killed = details.driver_exit_code in _KILLED or str(details.error_type) in _LOST
+        state = _STATES[str(details.status.value)]
+        return Submission(state, details.message or "", was_killed=was_killed and state == "failed")
 
     def stop(self, submission_id: str) -> None:
         """Ask a job to stop; its driver saves a checkpoint. Does nothing if it has ended."""

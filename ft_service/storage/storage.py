@@ -3,7 +3,8 @@
 Writes are atomic: a file or a folder exists completely or not at all. On a file system that is a rename. An object
 store shows only complete objects, so there a folder's *marker* file, named by the caller, is written last.
 
-Calls are retried while the storage does not answer, see `ft_service.storage.retry`.
+Calls are retried while the storage does not answer, see `ft_service.storage.retry`. A folder that was there when it was
+opened, and is not there now, does not answer: it is neither taken for an empty one nor made again.
 """
 
 import functools
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 import pyarrow
 from pyarrow import fs
 
-from ft_service.errors import StorageError
+from ft_service.errors import StorageError, UnreachableError
 from ft_service.storage.retry import Retries, storage_error
 
 _COPY_CHUNK_BYTES = 16 * 1024 * 1024
@@ -66,6 +67,7 @@ class Storage:
         self.retry_seconds = retry_seconds
         self._retries = Retries(f"storage = {root!r}")
         self._fs, self._base = self.retry(self._open)  # a URI without a region makes pyarrow ask the bucket for it
+        self._was_there = self.is_local and os.path.isdir(self._base)
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str, float]]:
         return Storage, (self.root, self.retry_seconds)
@@ -209,6 +211,7 @@ class Storage:
         again uses `retry`.
         """
         full = self._full(path)
+        self._check_is_there()
         try:
             self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
             if self.is_local:
@@ -219,6 +222,7 @@ class Storage:
                         file.flush()
                         os.fsync(file.fileno())
                     os.replace(partial, full)
+                    self._was_there = True
                 finally:
                     with suppress(OSError):
                         partial.unlink(missing_ok=True)
@@ -245,6 +249,7 @@ class Storage:
             self.write_bytes(path, earlier + line.encode() + b"\n")
             return
         full = Path(self._full(path))
+        self._check_is_there()
         try:
             full.parent.mkdir(parents=True, exist_ok=True)
             _append(full, line.encode() + b"\n")
@@ -316,6 +321,7 @@ class Storage:
         full = self._full(path)
         with self._raising(f"{self.uri(source)}: cannot be moved to {path}"):
             if self.is_local:
+                self._check_is_there()
                 Path(full).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self._full(source), full)
             else:
@@ -381,7 +387,15 @@ class Storage:
 
     def _info(self, path: str) -> fs.FileInfo:
         with self._raising(f"storage = {self.root!r}: does not answer"):
-            return self._fs.get_file_info(self._full(path))
+            info = self._fs.get_file_info(self._full(path))
+        if info.type == fs.FileType.NotFound:
+            self._check_is_there()
+        return info
+
+    def _check_is_there(self) -> None:
+        """Raise `UnreachableError` if the root is a folder that has gone, as a file system does that is unmounted."""
+        if self._was_there and not os.path.isdir(self._base):
+            raise UnreachableError(f"storage = {self.root!r}: the folder is gone. Check that it is mounted.")
 
     def _names(self, path: str, kind: fs.FileType) -> list[str]:
         selector = fs.FileSelector(self._full(path), allow_not_found=True)
@@ -389,7 +403,9 @@ class Storage:
             try:
                 infos = self._fs.get_file_info(selector)
             except FileNotFoundError:  # another process deleted the folder after pyarrow had found it
-                return []
+                infos = []
+        if not infos:
+            self._check_is_there()
         return sorted(info.base_name for info in infos if info.type == kind)
 
     def _local_tree(self, folder: Path) -> Iterator[StoredObject]:
@@ -407,9 +423,11 @@ class Storage:
         try:
             yield
         except (OSError, pyarrow.ArrowException) as error:
+            self._check_is_there()
             raise storage_error(problem, error) from None
 
     def _write_error(self, path: str, error: Exception) -> StorageError:
+        self._check_is_there()
         problem = f"storage = {self.root!r}: cannot write {path}"
         return storage_error(problem, error, " Check that it exists, is writable and not full.")
 

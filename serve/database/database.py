@@ -4,6 +4,7 @@
 on NFS or object storage; ``postgresql+pg8000://user:password@host/name`` for several.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_MILLISECONDS = 10_000
 _UPGRADE_LOCK = 0x66745F73
 """Of Postgres' advisory locks: two gateways that start at once must not both upgrade."""
+_NAMED_LOCKS = 0x66745F6C
+"""Of Postgres' advisory locks with two numbers: those of `lock_name`."""
 
 
 def open_database(url: str) -> Engine:
@@ -56,6 +59,19 @@ def session(engine: Engine) -> Iterator[Session]:
     except SQLAlchemyError as error:
         shown = engine.url.render_as_string(hide_password=True)
         raise DatabaseError(f"FT_DATABASE_URL = {shown}: the database failed ({first_line(error)}).") from None
+
+
+def lock_name(opened: Session, name: str) -> None:
+    """Let one transaction at a time hold a name, in all processes: what it reads next stays true until it commits.
+
+    Call it before anything else in the session. SQLite has one writer at a time, whatever the name.
+    """
+    connection = opened.connection()
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    elif connection.dialect.name == "postgresql":
+        number = zlib.crc32(name.encode()) - 2**31
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_NAMED_LOCKS}, {number})")
 
 
 def _make_folder(engine: Engine) -> None:

@@ -133,7 +133,7 @@ class Controller:
     # -- before the run ------------------------------------------------------------------------------------------------
 
     def _validate(self, job: Job) -> None:
-        JobFolder(self._storage, job.id).write_if_absent(job)
+        JobFolder(self._storage, job.id).complete(job)
         resolved = job.resolved
         if resolved is None:
             done = self._work.poll(f"check {job.id}", lambda: self._outside.check(job))
@@ -157,7 +157,6 @@ class Controller:
                 return  # cancelled or paused meanwhile
             job = opened
         assert job.resolved is not None
-        JobFolder(self._storage, job.id).write_if_absent(job)
         run = RunFolder(self._storage, job.run_id)
         run.write_spec_if_absent(RunSpec.model_validate(job.resolved["spec"]))
         self._launcher.submit(job.run_id, self._storage.root, submission_id(job))
@@ -178,6 +177,7 @@ class Controller:
         if has_driver and status is not None and job.wish is None:
             self._watch(job, run, status)
             return
+        JobFolder(self._storage, job.id).check_is_there()
         submission = self._launcher.find(submission_id(job)) if job.attempt else Submission("unknown")
         if job.wish is not None:
             self._fulfil(job, run, recorded, submission, has_driver, has_begun)
@@ -195,6 +195,8 @@ class Controller:
             self._submit(job, recorded)
         elif submission.state == "stopped":
             self._pause(job, recorded, "Ray's job was stopped before the run began")
+        elif submission.was_killed:
+            self._submit_again(job, recorded, "The run's driver was killed before the run began.")
         else:
             message = submission.message or f"Ray's job {submission_id(job)} ended before the run began."
             self._fail(job, "driver_failed", message, None)
@@ -206,20 +208,23 @@ class Controller:
             self._fail(job, "training_failed", recorded.message, None)
         elif recorded.state == "stopped":
             self._pause(job, recorded, f"The run was stopped from outside ({recorded.message})")
-        elif job.attempt >= MAX_ATTEMPTS:
-            self._fail(job, "driver_lost", f"The run lost its driver {job.attempt} times.", None)
         else:
-            message = (
-                f"The run's driver is gone, while the run was {recorded.state}. It is submitted again and goes on from "
-                "its newest checkpoint."
-            )
-            self._records.change(
-                job,
-                "queued",
-                attempt=job.attempt + 1,
-                status_before=_time_of(recorded),
-                events=[NewEvent(message, level="warn")],
-            )
+            reason = f"The run's driver is gone, while the run was {recorded.state}."
+            self._submit_again(job, recorded, reason)
+
+    def _submit_again(self, job: Job, recorded: RunStatus | None, reason: str) -> None:
+        """Open the next attempt, under the same run id; the next look submits it."""
+        if job.attempt >= MAX_ATTEMPTS:
+            self._fail(job, "driver_lost", f"The run lost its driver {job.attempt} times.", None)
+            return
+        message = f"{reason} It is submitted again and goes on from its newest checkpoint."
+        self._records.change(
+            job,
+            "queued",
+            attempt=job.attempt + 1,
+            status_before=_time_of(recorded),
+            events=[NewEvent(message, level="warn")],
+        )
 
     def _watch(self, job: Job, run: RunFolder, status: RunStatus) -> None:
         state: State = "queued" if status.state in ("preparing", "queued") else "running"

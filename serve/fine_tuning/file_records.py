@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, CursorResult, Engine, delete, func, or_, s
 from sqlalchemy.orm import Session
 
 from serve.database.audit import audit
-from serve.database.database import session
+from serve.database.database import lock_name, session
 from serve.database.tables import FileContentRow, FileRow, UploadPartRow, UploadRow, with_utc
 from serve.fine_tuning.file_wire import (
     FINE_TUNE,
@@ -85,8 +85,8 @@ def utc_now() -> datetime:
 class FileRecords:
     """All reads and writes of files and uploads. Thread-safe. Every call raises `DatabaseError` if the database fails.
 
-    `max_key_bytes` is what the files and parts of one key may have in all. Where the database is not SQLite, files that
-    arrive at the same time may exceed it together.
+    `max_key_bytes` is what the files and uploads of one key may have in all. Additions to a key come one after another,
+    so that two at the same time, at two gateways, do not exceed it together.
     """
 
     def __init__(self, engine: Engine, max_key_bytes: int, clock: Clock = utc_now) -> None:
@@ -131,9 +131,10 @@ class FileRecords:
     def add(self, new: NewFile, publish: Callable[[], None], *, within_quota: bool = True) -> FileObject:
         """Add a file; `publish` makes its content available, in the same transaction. Raises `ApiError` 403."""
         with session(self._engine) as opened:
-            self._lock_content(opened, new.digest, new.size)
             if within_quota:
+                _lock_quota(opened, new.owner)
                 self._check_quota(opened, new.owner, new.size)
+            self._lock_content(opened, new.digest, new.size)
             shown = self._add(opened, new)
             publish()
             opened.commit()
@@ -271,6 +272,7 @@ class FileRecords:
             status="pending",
         )
         with session(self._engine) as opened:
+            _lock_quota(opened, owner)
             self._check_quota(opened, owner, size)
             opened.add(row)
             opened.flush()
@@ -438,6 +440,10 @@ class FileRecords:
                 "file": None if file is None else _shown(file),
             }
         )
+
+
+def _lock_quota(opened: Session, owner: Tenant) -> None:
+    lock_name(opened, f"files of {owner.key}")
 
 
 def no_such_file(file_id: str) -> ApiError:

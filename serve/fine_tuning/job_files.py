@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from ft_service.errors import StorageError
+from ft_service.errors import StorageError, UnreachableError
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.job_records import Job
 
@@ -33,6 +33,20 @@ class JobFolder:
         """Record an accepted job, so that it is known without the database."""
         if not self._storage.exists(f"{self.path}/job.json"):
             self._storage.write_json(f"{self.path}/job.json", {"format": 1, **_as_json(job)})
+
+    def check_is_there(self) -> None:
+        """Raise `UnreachableError` unless the accepted job is on storage.
+
+        A file system that is not mounted looks empty, and must not pass for one where nothing has happened yet.
+        """
+        if not self._storage.exists(f"{self.path}/job.json"):
+            raise UnreachableError(f"{self._storage.uri(self.path)}: is missing. Check that the storage is mounted.")
+
+    def complete(self, job: Job) -> None:
+        """Record an accepted job whose gateway was killed just before. Raises as `check_is_there`."""
+        if self._storage.exists(f"{self.path}/data/{_MARKER}"):
+            self.write_if_absent(job)
+        self.check_is_there()
 
     def link_data(self, folder: str, names: Mapping[str, str]) -> None:
         """Link files of `folder` on storage: role -> file name. Doing it again changes nothing."""

@@ -101,15 +101,16 @@ class Jobs:
             folder.link_data(by_folder.pop(), {role: file.name for role, file in files.items()})
             if sum(file.bytes for file in files.values()) <= self._tuning.checked_mib * _MIB:
                 job = replace(job, resolved=self.check(job).summary())
-            names = ", ".join(file.id for file in files.values())
-            events = [NewEvent(f"Created fine-tuning job: {job.id}"), NewEvent(f"Validating training file: {names}")]
-            created = self.records.create(job, digest, [*events, *_unused(request)])
         except JobRefusedError as error:
             folder.delete()
             raise _refused(error) from None
         except BaseException:
             folder.delete_quietly()
             raise
+        names = ", ".join(file.id for file in files.values())
+        events = [NewEvent(f"Created fine-tuning job: {job.id}"), NewEvent(f"Validating training file: {names}")]
+        # If this fails, the row may be there all the same, as when the answer to a commit is lost: the folder stays.
+        created = self.records.create(job, digest, [*events, *_unused(request)])
         if created.id != job.id:
             folder.delete()
         return created

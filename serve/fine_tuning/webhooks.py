@@ -12,9 +12,11 @@ import hmac
 import ipaddress
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -30,6 +32,10 @@ BACKOFF_SECONDS = (5, 30, 120, 600, 3600, 21_600)
 CALL_SECONDS = 10.0
 """So long one call may take in all, whatever the receiver does."""
 AT_ONCE = 20
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
+_LOOKUPS = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook-lookup")
+"""Not the event loop's threads, whose end `asyncio.run` awaits: a name server that does not answer takes minutes."""
 
 Resolve = Callable[[str, int], Sequence[str]]
 
@@ -74,14 +80,33 @@ def allowed_address(url: str, allow_private: bool, lookup: Resolve = resolve) ->
     addresses = lookup(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     for address in addresses:
         found = ipaddress.ip_address(address.partition("%")[0])
-        mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-        if not allow_private and not ((mapped or found).is_global and not (mapped or found).is_multicast):
+        if not allow_private and any(not one.is_global or one.is_multicast for one in _reached(found)):
             raise ForbiddenAddressError(
                 f"{parts.hostname} has the private address {address}. To allow that, set fine_tuning.private_webhooks"
             )
     if not addresses:
         raise OSError(f"{parts.hostname} has no address")
     return addresses[0]
+
+
+def _reached(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> Iterator[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """What a call to an address may reach: of an IPv6 address that contains one of IPv4, that one.
+
+    Mapped and compatible addresses, NAT64, 6to4 and Teredo. Python counts most of them as global.
+    """
+    if isinstance(address, ipaddress.IPv4Address):
+        yield address
+        return
+    embedded = address.ipv4_mapped or address.sixtofour
+    if embedded is None and (address in _NAT64 or address in _IPV4_COMPATIBLE):
+        embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if embedded is not None:
+        yield embedded
+    if address.ipv4_mapped is None:
+        yield address
+    yield from address.teredo or ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,9 @@ class Deliveries:
             return "this address is no longer among the settings"
         try:
             async with asyncio.timeout(CALL_SECONDS):
-                address = await asyncio.to_thread(allowed_address, row.url, self.settings.private_webhooks, self.lookup)
+                private = self.settings.private_webhooks
+                looking_up = partial(allowed_address, row.url, private, self.lookup)
+                address = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, looking_up)
                 status = await _call(row, address, secret.get_secret_value(), self.records.clock())
         except TimeoutError:
             return f"no answer within {CALL_SECONDS:g} s"

@@ -20,6 +20,7 @@ from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.fine_tuning.checks import JobRefusedError
 from serve.fine_tuning.controller import Controller, Outside
+from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job, JobRecords, NewWebhook, request_digest
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Ray:
     trained: list[tuple[str, int]] = field(default_factory=list)
     """Run and step, of every step that was trained."""
     finishes: str = "succeeded"
+    killed: set[str] = field(default_factory=set)
 
     def submit(self, run_id: str, storage: str, submission_id: str) -> None:
         if submission_id in self.submissions:
@@ -82,7 +84,9 @@ class Ray:
 
     def find(self, submission_id: str) -> Submission:
         state: Any = self.submissions.get(submission_id, "unknown")
-        return Submission(state, "the driver printed this" if state == "failed" else "")
+        is_failed = state == "failed"
+        message = "the driver printed this" if is_failed else ""
+        return Submission(state, message, was_killed=is_failed and submission_id in self.killed)
 
     def stop(self, submission_id: str) -> None:
         if self.submissions.get(submission_id) == "pending":
@@ -118,9 +122,23 @@ class Ray:
             self._set(run, "failed", message="step 5: the loss is nan")
             self.submissions[name] = "failed"
 
+    def alive(self) -> list[str]:
+        """Submissions that have a driver, or will."""
+        return [name for name, state in self.submissions.items() if state in ("pending", "running")]
+
+    def kill_drivers(self) -> None:
+        """SIGKILL: they write nothing more, and Ray sees their exit code."""
+        for name in self.alive():
+            self.submissions[name] = "failed"
+            self.killed.add(name)
+        self._expire_leases()
+
     def lose_head(self) -> None:
         """Ray forgets everything, and drivers are gone; their leases are old."""
         self.submissions.clear()
+        self._expire_leases()
+
+    def _expire_leases(self) -> None:
         for name in self.storage.folders("runs"):
             run = RunFolder(self.storage, name)
             if run.lease_holder() is not None:
@@ -216,7 +234,9 @@ class World:
             state="validating_files",
             since=self.clock(),
         )
-        return self.records.create(job, request_digest(digit, BODY))
+        created = self.records.create(job, request_digest(digit, BODY))
+        JobFolder(self.storage, job.id).write_if_absent(job)
+        return created
 
     def find(self, job: Job) -> Job:
         found = self.records.find(job.id)

@@ -172,14 +172,14 @@ def test_while_storage_is_away_a_job_waits_and_then_goes_on(world, monkeypatch):
 def test_a_failure_of_one_job_does_not_hold_up_the_others(world, monkeypatch):
     broken = world.job("a")
     healthy = world.job("b")
-    folder = JobFolder.write_if_absent
+    complete = JobFolder.complete
 
     def fails(self: JobFolder, job) -> None:
         if job.id == broken.id:
             raise RuntimeError("a bug")
-        folder(self, job)
+        complete(self, job)
 
-    monkeypatch.setattr(JobFolder, "write_if_absent", fails)
+    monkeypatch.setattr(JobFolder, "complete", fails)
     controller = world.controller()
     world.until(healthy, "succeeded", controller)
     assert world.find(broken).state == "validating_files" and "a bug" in world.find(broken).trouble

@@ -28,8 +28,11 @@ from serve.database.database import session
 from serve.database.tables import FileRow, UploadRow
 from serve.fine_tuning import file_checks, file_routes, multipart
 from serve.fine_tuning.file_keeper import FileKeeper
+from serve.fine_tuning.file_records import FileRecords, NewFile
 from serve.fine_tuning.files import INCOMING
 from serve.fine_tuning.paging import new_id
+from serve.http.errors import ApiError
+from serve.http.tenants import Tenant
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.settings import BaseSettings, FileSettings, ServeSettings
@@ -291,6 +294,36 @@ def test_a_key_has_a_quota_of_bytes_and_deleting_gives_it_back(client):
     assert error(client.post("/uploads", json=upload_of(MIB))) == (403, "storage_quota_exceeded")
     client.delete(f"/files/{files[0]}")
     assert send(client, content, purpose="user_data").is_success
+
+
+def test_a_quota_holds_for_all_gateways_together(server):
+    """Files and uploads that come to two gateways at the same moment."""
+    owner = Tenant("key-of-this-test", "anna", None, sees_all=False)
+    gateways = [FileRecords(server.engine(), 100) for _ in range(2)]
+    barrier = threading.Barrier(24)
+    published: list[str] = []
+
+    def add(number: int) -> bool:
+        records = gateways[number % 2]
+        file_id = new_id("file-")
+        barrier.wait(60)
+        try:
+            if number % 4 < 2:
+                new = NewFile(file_id, owner, "a", "user_data", f"digest of {number}", 20)
+                records.add(new, lambda: published.append(file_id))
+            else:
+                records.add_upload(new_id("upload_"), owner, "a", "user_data", 20, 60.0, None)
+        except ApiError as error:
+            assert (error.status, error.code) == (403, "storage_quota_exceeded")
+            return False
+        return True
+
+    with ThreadPoolExecutor(24) as pool:
+        accepted = sum(pool.map(add, range(24)))
+    files, _ = gateways[0].list_files(owner, None, None, 100, "asc")
+    assert accepted == 5 and sorted(published) == [file.id for file in files]
+    for file in files:
+        gateways[0].delete(owner, file.id, lambda digest: None)
 
 
 def test_too_many_bodies_at_once_get_429(client, monkeypatch):

@@ -13,12 +13,14 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from ft_service.errors import DatabaseError
 from serve.database.keys import create_key, find_key
 from serve.fine_tuning.job_files import JobFolder
-from serve.fine_tuning.job_records import Job
+from serve.fine_tuning.job_records import Job, JobRecords
 from serve.fine_tuning.job_routes import job_routes
 from serve.fine_tuning.jobs import Jobs, StoredFile, check_linked
 from serve.fine_tuning.templates import with_templates_read
+from serve.fine_tuning.wire import FineTuningJobRequest
 from serve.http.access import AccessLog
 from serve.http.errors import ApiError, answer_errors_in_openai_shape
 from serve.http.in_flight import InFlight
@@ -195,6 +197,108 @@ def test_a_job_lost_between_database_and_storage_is_completed_by_the_retry(serve
     server.world.storage.delete(f"jobs/{job.id}/job.json")  # as if killed just after the commit
     assert server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train").id == job.id
     assert server.world.storage.exists(f"jobs/{job.id}/job.json")
+
+
+class Killed(BaseException):
+    """The gateway is gone, and does nothing more."""
+
+
+def kill_at(number: int, when: str, patch: pytest.MonkeyPatch) -> None:
+    """Lose the gateway at a call of a creation: before it, or after it and before its answer."""
+    calls: list[str] = []
+
+    def wrap(owner: type, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) > number:
+                raise Killed  # a process that is gone deletes nothing either
+            if len(calls) == number and when == "before":
+                raise Killed
+            result = inner(*arguments, **options)
+            if len(calls) == number:
+                raise Killed
+            return result
+
+        patch.setattr(owner, name, call)
+
+    for owner, names in (
+        (JobRecords, ("find_created", "create")),
+        (JobFolder, ("link_data", "write_if_absent", "delete", "delete_quietly")),
+    ):
+        for name in names:
+            wrap(owner, name)
+
+
+@pytest.mark.parametrize("retries", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_gateway_killed_at_any_call_of_a_creation_loses_nothing(server, monkeypatch, number, when, retries):
+    """Also if its client never repeats the request: then there is one job or none."""
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+    gateway = Jobs(server.world.records, server.world.storage, server.settings, server.files)
+    owner = Tenant("root", "root", None, sees_all=True)
+    request = FineTuningJobRequest(model=BASE, training_file="file-train")
+    with monkeypatch.context() as patch:
+        kill_at(number, when, patch)
+        with pytest.raises(Killed):
+            gateway.create(owner, request)
+    if retries:
+        gateway.create(owner, request)
+    active = server.world.records.active()
+    was_committed = (number, when) in ((3, "after"), (4, "before"), (4, "after"))
+    assert len(active) == (1 if retries or was_committed else 0)
+    for job in active:
+        server.world.check = server.check
+        server.world.until(job, "succeeded")
+        assert server.world.ray.submitted == [f"{job.run_id}.1"]
+        assert server.world.storage.exists(f"jobs/{job.id}/job.json")
+
+
+def test_a_commit_whose_answer_is_lost_keeps_the_data_of_its_job(server, monkeypatch):
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+    create = JobRecords.create
+
+    def lose_answer(*arguments: Any) -> Any:
+        create(*arguments)
+        raise DatabaseError("FT_DATABASE_URL: the database failed (the connection is lost).")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobRecords, "create", lose_answer)
+        with pytest.raises(openai.InternalServerError, match="the database failed"):
+            server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    [found] = server.world.records.active()
+    assert found.id == job.id
+    server.world.check = server.check
+    server.world.until(found, "succeeded")
+
+
+def test_sixty_four_creations_at_once_are_sixty_four_jobs(server):
+    """Each is sent twice at the same moment, as clients do that repeat a slow request."""
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+
+    def create(number: int) -> str:
+        suffix = f"{number // 2}/日本 {'x' * (number // 2 % 5)}"
+        return server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train", suffix=suffix).id
+
+    with ThreadPoolExecutor(64) as pool:
+        ids = list(pool.map(create, range(128)))
+    assert len(set(ids)) == 64 and ids[::2] == ids[1::2]
+    active = server.world.records.active()
+    assert {job.id for job in active} == set(ids) == set(server.world.storage.folders("jobs"))
+    assert len({job.run_id for job in active}) == len({job.alias for job in active}) == 64
+    assert all("/" not in job.run_id and job.run_id.isascii() and "/" not in job.alias for job in active)
+
+
+def test_a_base_that_is_no_longer_served_fails_the_job_by_name(server):
+    server.settings.fine_tuning.__dict__["checked_mib"] = 0
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    server.settings.fine_tuning.__dict__["templates"] = {}
+    server.world.check = server.check
+    failed = server.world.until(server.world.records.find(job.id), "failed")
+    assert failed.error["code"] == "model_not_available" and repr(BASE) in failed.error["message"]
 
 
 BAD_BODIES = [

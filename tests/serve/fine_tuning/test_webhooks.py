@@ -24,7 +24,7 @@ def world(tmp_path) -> World:
 
 
 @contextmanager
-def receiver(status: int = 200) -> Iterator[tuple[str, list[tuple[dict[str, str], str]]]]:
+def receiver(status: int = 200, **answer: str) -> Iterator[tuple[str, list[tuple[dict[str, str], str]]]]:
     """Its address, and what it has received."""
     received: list[tuple[dict[str, str], str]] = []
 
@@ -33,6 +33,8 @@ def receiver(status: int = 200) -> Iterator[tuple[str, list[tuple[dict[str, str]
             body = self.rfile.read(int(self.headers["content-length"])).decode()
             received.append(({name.lower(): value for name, value in self.headers.items()}, body))
             self.send_response(status)
+            for name, value in answer.items():
+                self.send_header(name, value)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -111,6 +113,12 @@ def test_a_silent_receiver_costs_a_bounded_time(world, monkeypatch):
         "::1",
         "fd00::1",
         "::ffff:10.0.0.1",
+        "::ffff:a9fe:a9fe",
+        "::10.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b::a9fe:a9fe",
+        "2002:7f00:1::",
+        "fe80::1%eth0",
         "0.0.0.0",
         "224.0.0.1",
     ],
@@ -122,6 +130,71 @@ def test_a_name_with_a_private_address_is_refused(address):
     with pytest.raises(ForbiddenAddressError, match="private_webhooks"):
         allowed_address("https://example.org/hook", False, lookup)
     assert allowed_address("https://example.org/hook", True, lookup) == "93.184.216.34"
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::1", "64:ff9b::93.184.216.34"])
+def test_a_public_address_is_allowed(address):
+    assert allowed_address("https://example.org/hook", False, lambda host, port: [address]) == address
+
+
+def test_a_call_goes_to_the_address_that_was_judged_though_the_name_has_another_one_by_now(world):
+    """A name server whose answers change cannot lead a call elsewhere: the name is looked up once for each call."""
+    looked_up: list[str] = []
+
+    def rebinding(host: str, port: int) -> list[str]:
+        looked_up.append(host)
+        return ["127.0.0.1"] if len(looked_up) == 1 else ["192.0.2.1"]
+
+    with receiver() as (url, received):
+        found = settings(url.replace("127.0.0.1", "hooks.example.org"), private_webhooks=True)
+        end(world, found)
+        Deliveries(world.records, found, rebinding).deliver()
+    [(headers, _)] = received
+    assert looked_up == ["hooks.example.org"] and headers["host"].startswith("hooks.example.org:")
+
+
+def test_a_redirect_is_not_followed(world):
+    with receiver() as (elsewhere, received), receiver(307, location=elsewhere) as (url, redirected):
+        found = settings(url, private_webhooks=True)
+        end(world, found)
+        Deliveries(world.records, found).deliver()
+    world.clock.forward(6)
+    [row] = world.records.due_webhooks(10)
+    assert len(redirected) == 1 and received == [] and row.outcome == "HTTP 307"
+
+
+def test_a_name_server_that_does_not_answer_costs_a_bounded_time(world, monkeypatch):
+    monkeypatch.setattr(webhooks, "CALL_SECONDS", 0.2)
+    answers = threading.Event()
+
+    def silent(host: str, port: int) -> list[str]:
+        answers.wait(60)
+        return []
+
+    found = settings("https://example.org/hook")
+    end(world, found)
+    try:
+        Deliveries(world.records, found, silent).deliver()
+        assert not answers.is_set()
+    finally:
+        answers.set()
+    world.clock.forward(6)
+    [row] = world.records.due_webhooks(10)
+    assert row.outcome == "no answer within 0.2 s"
+
+
+def test_a_dead_receiver_holds_up_no_other(world):
+    with receiver() as (url, received), socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        listener.close()
+        webhook = {"secret": SECRETS[0]}
+        both = {"webhooks": [{"url": dead, **webhook}, {"url": url, **webhook}], "private_webhooks": True}
+        found = FineTuningSettings.model_validate(both)
+        end(world, found)
+        Deliveries(world.records, found).deliver()
+    world.clock.forward(6)
+    [row] = world.records.due_webhooks(10)
+    assert len(received) == 1 and row.url == dead and row.attempts == 1
 
 
 def test_a_refused_address_is_never_called(world):
