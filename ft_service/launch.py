@@ -37,6 +37,7 @@ from ft_service.runs.events import EventLog, Notice, Published
 from ft_service.runs.folder import RunFolder, RunStatus, new_run_id
 from ft_service.runs.lease import Lease
 from ft_service.runs.progress import Log
+from ft_service.runs.recent import begin
 from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.retry import RUN_RETRY_SECONDS
@@ -84,7 +85,7 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             signals.install()  # ray.init has installed its own handler for SIGTERM
             lease.confirm()  # only here, because joining the cluster takes longer than finding out
             folder.set_state("preparing")
-            folder.write_spec_if_absent(spec)
+            begin(folder, spec)
             events.emit(Notice(type="preparing", message=f"Preparing data and plan of {spec.name}."))
             controller = Controller(spec.parallel)
             controller.start()  # it imports Ray Train while the data are prepared

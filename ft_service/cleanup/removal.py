@@ -25,6 +25,7 @@ from ft_service.errors import FtError, UsageError
 from ft_service.registry.registry import RECORD_FILE, TOMBSTONES, AdapterRecord, Registry
 from ft_service.runs.folder import LEASE_SECONDS, RunFolder, find_run
 from ft_service.runs.lease import Lease
+from ft_service.runs.recent import unlist_deleted_runs
 from ft_service.storage.storage import Storage
 
 Log = Callable[[str], None]
@@ -173,6 +174,7 @@ def delete_unneeded(
         for decision in prune(usage.inventory, now):
             if decision.item.kind == kind and decision.item in planned:
                 done.append(_delete(storage, decision, usage, log, now))
+    unlist_deleted_runs(storage, now)
     return done
 
 

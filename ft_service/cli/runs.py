@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,32 +28,44 @@ if TYPE_CHECKING:
 
 _FOLLOW_SECONDS = 1.0
 
+Limit = Annotated[int, typer.Option("--limit", min=1, help="List at most so many runs.")]
+AllRuns = Annotated[bool, typer.Option("--all", help="List all runs, by id. Reads every run.")]
+
 runs_app = typer.Typer(help="The runs on a storage root.", invoke_without_command=True)
 
 
 @runs_app.callback()
-def runs(context: typer.Context, storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
-    """List the runs on a storage root."""
+def runs(
+    context: typer.Context,
+    storage: StorageRoot = DEFAULT_STORAGE,
+    limit: Limit = 50,
+    all_runs: AllRuns = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs on a storage root, those that began last first."""
     if context.invoked_subcommand is not None:
         reject_options_before_subcommand(context)
         return
-    list_runs(storage, as_json)
+    list_runs(storage, limit, all_runs, as_json)
 
 
 @runs_app.command("list")
-def list_runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
-    """List the runs on a storage root."""
+def list_runs(
+    storage: StorageRoot = DEFAULT_STORAGE, limit: Limit = 50, all_runs: AllRuns = False, as_json: AsJson = False
+) -> None:
+    """List the runs on a storage root, those that began last first."""
     from ft_service.cluster.queue.view import read_queue
     from ft_service.runs.events import read_events
-    from ft_service.runs.folder import RunFolder
     from ft_service.runs.history import attempts, wasted_steps
+    from ft_service.runs.recent import READERS, newest_runs
 
     root = Storage(storage)
-    all_statuses = [RunFolder(root, run_id).status() for run_id in root.folders("runs")]
-    statuses = [status for status in all_statuses if status is not None]
+    statuses = newest_runs(root, None if all_runs else limit)
     is_any_queued = any(status.state == "queued" for status in statuses)
     places = {item.entry.run_id: item.entry.place for item in read_queue(root)} if is_any_queued else {}
-    attempts_of = {status.run_id: attempts(read_events(root, status.run_id)) for status in statuses}
+    with ThreadPoolExecutor(READERS) as pool:
+        histories = pool.map(lambda status: attempts(read_events(root, status.run_id)), statuses)
+        attempts_of = dict(zip([status.run_id for status in statuses], histories, strict=True))
     if as_json:
         print_json(
             [
@@ -70,6 +83,8 @@ def list_runs(storage: StorageRoot = DEFAULT_STORAGE, as_json: AsJson = False) -
         tries = attempts_of[status.run_id]
         for line in run_lines(status, len(tries), wasted_steps(tries), console.width):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if len(statuses) == limit and not all_runs:
+        console.print(f"The {limit} runs that began last. Older ones: --limit N, or --all", highlight=False)
 
 
 def run_lines(status: "RunStatus", num_attempts: int, num_wasted: int, width: int) -> list[str]:

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field
@@ -51,6 +52,9 @@ EPOCHS_FOLDER = "epochs"
 
 LEASE_SECONDS = 45.0
 """A driver that has not renewed its lease for this long is gone."""
+
+NAMED_RUNS = 20
+"""Existing runs that an error names."""
 
 _WAIT_SECONDS = 1.0
 
@@ -202,13 +206,14 @@ class RunFolder:
         self.storage.write_bytes(file, text.encode())
         return self.storage.uri(file)
 
-    def write_spec_if_absent(self, spec: RunSpec) -> None:
-        """Save the spec of a new run, which makes it resumable; an existing spec stays."""
-        if not self.storage.exists(f"{self.path}/spec.yaml"):
-            self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())
+    def has_spec(self) -> bool:
+        return self.storage.exists(f"{self.path}/spec.yaml")
+
+    def write_spec(self, spec: RunSpec) -> None:
+        self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())
 
     def write_plan(self, spec: RunSpec, plan: RunPlan, sources: list[DatasetRef]) -> None:
-        self.storage.write_bytes(f"{self.path}/spec.yaml", dump_run_spec(spec).encode())
+        self.write_spec(spec)
         self._write("plan.json", plan)
         self._write("dataset.json", RunDataset(facts=plan.dataset, sources=sources))
 
@@ -292,11 +297,14 @@ def new_run_id(name: str) -> str:
 
 
 def find_run(storage: Storage, run_id: str) -> RunFolder:
-    """The run of that id. Raises `NotPublishedError`, which lists the existing ids."""
-    known = storage.folders("runs")
-    if run_id not in known:
+    """The run of that id. Raises `NotPublishedError`, which names those with a similar id, or some of the others."""
+    is_name = run_id not in ("", ".", "..") and "/" not in run_id
+    if not is_name or not storage.exists(f"runs/{run_id}"):
+        known = storage.folders("runs")
+        close = get_close_matches(run_id, known, n=3) or known[:NAMED_RUNS]
+        more = f", and {len(known) - len(close)} more (ft runs)" if len(known) > len(close) else ""
         raise NotPublishedError(
-            f"run = {run_id!r}: does not exist on {storage.root}. Existing runs: {', '.join(known) or 'none'}."
+            f"run = {run_id!r}: does not exist on {storage.root}. Existing runs: {', '.join(close) or 'none'}{more}."
         )
     return RunFolder(storage, run_id)
 

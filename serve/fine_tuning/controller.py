@@ -23,6 +23,7 @@ from ft_service.errors import DatabaseError, FtError
 from ft_service.runs.folder import ENDED as RUN_ENDED
 from ft_service.runs.folder import Request, RunFolder, RunStatus
 from ft_service.runs.metrics import StepMetrics, read_metrics
+from ft_service.runs.recent import begin
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from ft_service.text import counted, error_line
@@ -158,7 +159,7 @@ class Controller:
             job = opened
         assert job.resolved is not None
         run = RunFolder(self._storage, job.run_id)
-        run.write_spec_if_absent(RunSpec.model_validate(job.resolved["spec"]))
+        begin(run, RunSpec.model_validate(job.resolved["spec"]))
         self._launcher.submit(job.run_id, self._storage.root, submission_id(job))
         if job.trouble is not None:
             self._records.change(job, trouble=None)
