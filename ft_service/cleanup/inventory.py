@@ -26,7 +26,7 @@ from ft_service.cleanup.needs import (
 from ft_service.errors import FtError, StorageError, UnreachableError
 from ft_service.registry.promotions import Promotions, alias_of
 from ft_service.registry.registry import RECORD_FILE, TOMBSTONES, AdapterRecord, Registry
-from ft_service.registry.servers import SERVERS, server_notices
+from ft_service.registry.servers import SERVERS, ServerNotice, server_notices
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.lease import may_be_alive
 from ft_service.storage.storage import Storage, StoredObject
@@ -99,11 +99,7 @@ def read_usage(storage: Storage, now: datetime | None = None) -> Usage:
         runs=[_run(storage, item.id, _names(files[item])) for item in files if item.kind == "run"],
         published=published,
         datasets=_datasets({item.id: _names(files[item]) for item in files if item.kind == "dataset"}),
-        servers=[
-            ServerFacts(name, _model_on(notice.base.id), notice.base.fingerprint)
-            for name, notice in notices.items()
-            if not notice.is_expired(now)
-        ],
+        servers=_servers(notices, now),
         leftovers=[
             Leftover(item.id, _why_left(item.id), may_be_in_use=item.id not in expired)
             for item in files
@@ -111,6 +107,30 @@ def read_usage(storage: Storage, now: datetime | None = None) -> Usage:
         ],
     )
     return Usage(inventory, dict(files), dict(other))
+
+
+def read_adapter_needs(storage: Storage, record: AdapterRecord, now: datetime | None = None) -> Inventory:
+    """What `needed_by` asks for one adapter: itself, its run, the servers. Reads no other run and no other adapter."""
+    now = now or datetime.now(UTC)
+    item = Item("adapter", record.id)
+    names = set(storage.files(f"adapters/{record.id}"))
+    is_hidden = storage.exists(f"{TOMBSTONES}/{record.id}.json")
+    aliases = Promotions(Registry(storage)).holders([alias_of(record)])
+    facts = _published(storage, item, names, is_hidden, aliases)
+    run_names = set(storage.files(f"runs/{record.run_id}"))
+    return Inventory(
+        runs=[_run(storage, record.run_id, run_names)] if run_names else [],
+        published=[facts] if facts is not None else [],
+        servers=_servers(server_notices(storage), now),
+    )
+
+
+def _servers(notices: Mapping[str, ServerNotice], now: datetime) -> list[ServerFacts]:
+    return [
+        ServerFacts(name, _model_on(notice.base.id), notice.base.fingerprint)
+        for name, notice in notices.items()
+        if not notice.is_expired(now)
+    ]
 
 
 def _item_of(path: str, expired: Collection[str]) -> Item | None:

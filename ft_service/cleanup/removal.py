@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from ft_service.cleanup.inventory import DATASET_MARKER, RUN_MARKER, Usage, read_usage
+from ft_service.cleanup.inventory import DATASET_MARKER, RUN_MARKER, Usage, read_adapter_needs, read_usage
 from ft_service.cleanup.needs import (
     DELETION_ORDER,
     SERVED_AFTER_HIDING,
@@ -58,7 +58,13 @@ def hide_adapter(storage: Storage, adapter_id: str) -> None:
 
     Even without a replica that has announced itself, a request may wait for one to start.
     """
-    record, _ = _unneeded(storage, adapter_id, datetime.now(UTC))
+    now = datetime.now(UTC)
+    record = Registry(storage).resolve(adapter_id)
+    if record.kind == "adapter":
+        inventory = read_adapter_needs(storage, record, now)
+    else:  # any run and any adapter may need it
+        inventory = read_usage(storage, now).inventory
+    _refuse_if_needed(record, inventory, now)
     Registry(storage).hide(record)
 
 
@@ -95,12 +101,16 @@ def delete_hidden_adapters(
 def _unneeded(storage: Storage, adapter_id: str, now: datetime) -> tuple[AdapterRecord, Usage]:
     """The record of what nothing needs, and what else is there. Raises as `delete_adapter`."""
     record = Registry(storage).resolve(adapter_id)
-    item = Item(record.kind, record.id)
     usage = read_usage(storage, now)
-    if needs := needed_by(item, usage.inventory, now):
-        cure = _cure(item, next((each.alias for each in usage.inventory.published if each.item == item), ""))
-        raise UsageError(f"ID = {adapter_id!r}: cannot be deleted, {'; '.join(needs)}. {cure}")
+    _refuse_if_needed(record, usage.inventory, now)
     return record, usage
+
+
+def _refuse_if_needed(record: AdapterRecord, inventory: Inventory, now: datetime) -> None:
+    item = Item(record.kind, record.id)
+    if needs := needed_by(item, inventory, now):
+        cure = _cure(item, next((each.alias for each in inventory.published if each.item == item), ""))
+        raise UsageError(f"ID = {record.id!r}: cannot be deleted, {'; '.join(needs)}. {cure}")
 
 
 def _cure(item: Item, alias: str) -> str:

@@ -6,6 +6,7 @@ The alias is `<base short name>-<run name>@promoted`. A promotion is one small o
 and whole: a request gets the earlier adapter or the new one. The object keeps who was promoted before.
 """
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
@@ -80,21 +81,22 @@ class Promotions:
             content = self._storage.read_bytes(file)  # written in between
         return Promotion.parse(content, self._storage.uri(file))
 
-    def holders(self) -> dict[str, str | None]:
-        """Alias -> id of the adapter that holds it; None where the promotion cannot be read."""
+    def holders(self, aliases: Collection[str] | None = None) -> dict[str, str | None]:
+        """Alias -> id of the adapter that holds it, of all or of these; None where the promotion cannot be read."""
+        if aliases is None:
+            names = sorted(self._storage.files(PROMOTIONS))
+            aliases = [name.removesuffix(".json") + SUFFIX for name in names if name.endswith(".json")]
         found: dict[str, str | None] = {}
-        for name in sorted(self._storage.files(PROMOTIONS)):
-            if name.endswith(".json"):
-                alias = name.removesuffix(".json") + SUFFIX
-                try:
-                    promotion = self.find(alias)
-                except UnreachableError:
-                    raise
-                except StorageError:
-                    found[alias] = None
-                else:
-                    if promotion is not None:
-                        found[alias] = promotion.adapter_id
+        for alias in aliases:
+            try:
+                promotion = self.find(alias)
+            except UnreachableError:
+                raise
+            except StorageError:
+                found[alias] = None
+            else:
+                if promotion is not None:
+                    found[alias] = promotion.adapter_id
         return found
 
     def of(self, record: AdapterRecord) -> Promotion | None:

@@ -1,6 +1,7 @@
 """Deleting on folders and object storage: what is needed stays; a crash leaves nothing half-referenced."""
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ft_service.cleanup.inventory import read_usage
+from ft_service.cleanup.inventory import read_adapter_needs, read_usage
 from ft_service.cleanup.needs import Item, prune
 from ft_service.cleanup.removal import (
     delete_adapter,
@@ -20,6 +21,7 @@ from ft_service.cleanup.removal import (
     hide_adapter,
 )
 from ft_service.errors import NotPublishedError, StorageError, UsageError
+from ft_service.registry.promotions import Promotions
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry, page_file
 from ft_service.registry.servers import Announcement, ServerNotice
 from ft_service.runs.lease import Lease
@@ -425,3 +427,22 @@ def test_what_belongs_to_no_item_is_counted_and_never_deleted(storage: Storage) 
     usage = read_usage(storage)
     assert usage.inventory.items == [] and set(usage.other) == {"bases", "notes.txt", "runs"}
     assert usage.total_bytes == 10
+
+
+def test_hiding_an_adapter_reads_nothing_of_others_and_is_refused_like_deleting_it(storage: Storage) -> None:
+    for number in range(20):
+        write_run(storage, f"r{number}", "succeeded", f"d{number}", base="b")
+    records = [publish(storage, f"r{number}", f"d{number}") for number in range(20)]
+    Promotions(Registry(storage)).promote(records[1])
+    write_run(storage, "r2", "running", "d2", base="b", live=True)
+    for needed in records[1:3]:
+        with pytest.raises(UsageError) as refused:
+            hide_adapter(storage, needed.id)
+        with pytest.raises(UsageError, match=re.escape(str(refused.value))):
+            delete_adapter(storage, needed.id)
+    inventory = read_adapter_needs(storage, records[0])
+    everything = read_usage(storage).inventory
+    item = Item("adapter", records[0].id)
+    assert inventory.published == [each for each in everything.published if each.item == item]
+    assert inventory.runs == [each for each in everything.runs if each.id == "r0"]
+    assert inventory.servers == everything.servers

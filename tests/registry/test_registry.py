@@ -120,6 +120,7 @@ class ObjectStore(Storage):
     def __init__(self, root: str) -> None:
         super().__init__(root)
         self._fs = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
+        self._was_there = False  # it has no folders, so none can be gone
 
 
 @pytest.fixture(params=[Storage, ObjectStore])
