@@ -26,7 +26,7 @@ from serve.database.tables import (
     WebhookRow,
     with_utc,
 )
-from serve.fine_tuning.job_states import ENDED, State, Wish, check_legal
+from serve.fine_tuning.job_states import ACTIVE, ENDED, State, Wish, check_legal
 
 CREATE_WINDOW = timedelta(minutes=10)
 """So long the same request of the same key gets the same job: clients repeat a request that was slow, without saying
@@ -130,9 +130,9 @@ class JobRecords:
 
     def active(self) -> list[Job]:
         """The jobs that have not ended, oldest first."""
-        statement = select(FineTuningJobRow).where(FineTuningJobRow.state.not_in(ENDED))
-        with session(self.engine) as opened:
-            return [_job(row) for row in opened.scalars(statement.order_by(FineTuningJobRow.created))]
+        statement = select(FineTuningJobRow).where(FineTuningJobRow.state.in_(ACTIVE))
+        with session(self.engine) as opened:  # sorted here: SQLite would read all jobs in the order of their creation
+            return sorted((_job(row) for row in opened.scalars(statement)), key=lambda job: (job.created, job.id))
 
     def list_jobs(
         self,

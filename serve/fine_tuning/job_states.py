@@ -1,13 +1,14 @@
 """The states of a fine-tuning job, and which may follow which."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 State = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Wish = Literal["pause", "cancel"]
 """What a client asked for and the run has not done yet. Never a state: the run still uses its workers."""
 
 ENDED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
+ACTIVE: frozenset[State] = frozenset(get_args(State)) - ENDED
 
 LEGAL: Mapping[State, frozenset[State]] = {
     "validating_files": frozenset({"queued", "paused", "failed", "cancelled"}),
