@@ -166,6 +166,7 @@ class Gateway:
         bases = [load_base(base) for base in settings.bases]
         storage = Storage(settings.storage)
         models = ServedModels(Registry(storage), bases)
+        models.read_ahead()
         backends = {name: Replicas(name, handle) for name, handle in handles.items()}
         always_on = [base.model_name for base in settings.bases if not base.may_scale_to_zero]
         readiness = Readiness(serve.get_replica_context().app_name, always_on)

@@ -244,6 +244,11 @@ def load_config(file: Path) -> ServerConfig:
         raise UsageError(
             f"--config = {str(file)!r}: has no application with import_path: {IMPORT_PATH}. See serve/config.yaml."
         ) from None
+    if application.get("deployments"):
+        raise UsageError(
+            f"--config = {str(file)!r}: deployments are Ray Serve's own settings, which only serve deploy reads. Set "
+            "replicas or autoscaling in args, and leave deployments out."
+        )
     settings = read_settings(arguments, f"{file}: args.")
     return ServerConfig(settings, http_options.get("host", "127.0.0.1"), http_options.get("port", 8000))
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 from ft_service.cleanup.removal import hide_adapter
-from ft_service.errors import UsageError
+from ft_service.errors import FtError, UsageError
 from ft_service.registry.promotions import SUFFIX, Promotions
 from ft_service.registry.registry import AdapterRecord, Listing, Registry, UnreadableRecord
 from serve.http.errors import ApiError
@@ -173,6 +173,19 @@ class ServedModels:
         names = {**(self._names.aliases() if self._names else {}), **self._aliases()}
         aliases = [replace(by_id[holder], id=alias) for alias, holder in names.items() if holder in by_id]
         return [*self._bases.values(), *by_id.values(), *aliases]
+
+    def read_ahead(self) -> threading.Thread:
+        """List everything once in the background, so that the first client of a large registry waits for nothing."""
+        thread = threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
+        thread.start()
+        return thread
+
+    def _read_ahead(self) -> None:
+        try:
+            for model in self.all():
+                _ = model.entry_json
+        except FtError as error:  # whoever lists then gets the error
+            logger.warning("cannot list the models ahead of time: %s", error)
 
     def resolve(self, model_id: str) -> ServedModel:
         """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base.

@@ -124,6 +124,7 @@ def test_an_incomplete_base_fails_before_ray_starts(world, tmp_path, free_port):
         ),
         ("applications: [{import_path: 'serve.app:app', args: {nonsense: 1}}]", ["nonsense"]),
         ("applications: [{import_path: 'other:app'}]", ["serve.app:app"]),
+        ("applications: [{import_path: 'serve.app:app', deployments: [{name: x}]}]", ["deployments", "replicas"]),
         ("applications: [", ["is not YAML"]),
         ("just text", ["serve/config.yaml"]),
         (None, ["cannot be read"]),

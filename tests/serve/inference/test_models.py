@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.errors import StorageError
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.http.errors import ApiError
@@ -115,3 +116,19 @@ def test_what_has_not_changed_is_read_and_written_once(
         assert json.loads(again.entry_json) == entry(first).model_dump(mode="json")
         assert json.loads(second.entry_json)["id"] == second.id
     assert written == [first.id, second.id]
+
+
+def test_what_is_read_ahead_is_not_written_again_and_a_failure_is_logged(
+    registry: Registry, models: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    record = publish(registry, tmp_path / "a", "new")
+    models.read_ahead().join()
+    monkeypatch.setattr(ServedModel, "entry", None)
+    assert [json.loads(model.entry_json)["id"] for model in models.all()] == ["tiny", record.id]
+
+    def fails(kind: str = "adapter") -> None:
+        raise StorageError("the storage is away.")
+
+    monkeypatch.setattr(registry, "listing", fails)
+    models.read_ahead().join()
+    assert "the storage is away" in caplog.text

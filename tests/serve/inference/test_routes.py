@@ -248,6 +248,27 @@ def test_a_printed_answer_may_be_sent_back(call, base):
     assert engine.requests[0].prompt_ids == chat_ids(base, messages)
 
 
+_FUNCTION = {"name": "add", "parameters": {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object"}}
+_TOOL = {"type": "function", "function": _FUNCTION}
+UNASKED = {
+    "Open WebUI": {"stream": True, "user": {"name": "A", "role": "admin"}, "chat_id": "c", "session_id": "s"},
+    "LangChain": {"tools": [_TOOL], "tool_choice": "auto", "parallel_tool_calls": False, "logprobs": False, "n": 1},
+    "AI SDK": {"tools": [{**_TOOL, "function": {**_FUNCTION, "strict": True}}], "tool_choice": "auto"},
+    "LiteLLM": {"metadata": {"a": "b"}, "store": False, "service_tier": "auto", "frequency_penalty": 0},
+    "vLLM's defaults": {
+        **{"top_k": -1, "min_p": 0, "repetition_penalty": 1, "length_penalty": 1.0, "ignore_eos": False, "best_of": 1},
+        **{"skip_special_tokens": True, "include_stop_str_in_output": False, "detokenize": True, "min_tokens": 0},
+        **{"return_token_ids": False, "include_reasoning": True, "cache_salt": "x", "stop_token_ids": []},
+        **{"guided_json": None, "chat_template_kwargs": {}, "add_generation_prompt": True, "echo": False},
+    },
+}
+
+
+@pytest.mark.parametrize("client", UNASKED)
+def test_what_clients_send_unasked_is_accepted(base, client):
+    assert roomy_call(ScriptedEngine(*HELLO), base, {**CHAT, **UNASKED[client]}).status_code == 200
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
