@@ -26,7 +26,7 @@ SHORT_QUEUE = 8
 PATIENCE_SECONDS = 90.0
 """A writer looks more often than this. After a longer silence the next in line writes, and after as long again the one
 behind it."""
-_MOST_TURNS = 10
+_MOST_TURNS = 3
 
 
 class Snapshot(StoredFile):

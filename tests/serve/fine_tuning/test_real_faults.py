@@ -81,8 +81,9 @@ class World:
     def controller(self) -> Iterator["subprocess.Popen[bytes]"]:
         """A controller in a process of its own. It is killed when the block ends."""
         command = [sys.executable, "-c", CONTROLLER, self.url, self.storage.root, self.cluster.dashboard]
+        environment = {**self.cluster.environment, "RAY_API_SERVER_ADDRESS": self.cluster.dashboard}
         with (self.folder / "controller.log").open("ab") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=self.cluster.environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             yield process
         finally:
