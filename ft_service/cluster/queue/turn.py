@@ -378,7 +378,8 @@ class Turn:
 
     def _decide(self, entries: Sequence[Entry]) -> Decision:
         now = datetime.now(UTC)
-        return decide(entries, self._cluster.nodes(), self._limits, self._used_hours(now), now)
+        used = self._used_hours(now)  # which also reads the limits again
+        return decide(entries, self._cluster.nodes(), self._limits, used, now)
 
     def _used_hours(self, now: datetime) -> dict[str, float]:
         if self._used is None or time.monotonic() - self._used[0] > _USAGE_SECONDS:
