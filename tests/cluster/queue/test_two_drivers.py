@@ -3,23 +3,21 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
+import boto3
 import pytest
 
 from ft_service.cluster.queue import turn as turn_module
-from ft_service.cluster.queue.board import CLUSTERS, Board
+from ft_service.cluster.queue.board import CLUSTERS
 from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.snapshot import Snapshots
 from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.queue.usage import QueueLimits
-from ft_service.runs import lease as lease_module
 from ft_service.runs.folder import LeaseHolder, RunFolder
-from ft_service.runs.lease import Lease
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from tests.cluster.queue.queue_cases import FakeCluster, Gave, entry, looks, running
@@ -35,9 +33,7 @@ import json, sys, time
 from pathlib import Path
 from ft_service.cluster.queue import turn as turn_module
 from ft_service.cluster.queue.turn import Turn
-from ft_service.runs import lease as lease_module
 from ft_service.runs.folder import RunFolder
-from ft_service.runs.lease import Lease
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from tests.cluster.queue.queue_cases import FakeCluster
@@ -111,64 +107,52 @@ def test_the_same_on_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # -- a long queue ----------------------------------------------------------------------------------------------------
 
 
-def cost_of_a_look(root: str, count: int, requests: Callable[[], int]) -> tuple[int, int]:
-    """The requests of the writer's look, and of another's, where `count` other runs wait."""
+def waiting_on(root: str, count: int) -> tuple[Turn, list[Entry]]:
+    """A driver that waits behind `count` others and knows them, and their entries. None of the others has a process."""
     storage = Storage(root)
     cluster = FakeCluster(id=f"cluster-of-{count}")
     time = datetime.now(UTC)
     resources = {"worker_resources": {"CPU": 1.0}}
-    crowd = [
-        running(f"all-{count}", {"n": 4}, **resources),
-        *(entry(f"r{count}-{number}", 4, number, **resources) for number in range(count)),
-    ]
-    threads = [threading.Thread(target=write_entry, args=(storage, cluster, one, time)) for one in crowd]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    spec = RunSpec.model_validate(
-        {
-            "name": "r",
-            "model": {"base": "b"},
-            "data": {"train": [{"path": "p"}]},
-            "train": {"global_batch_size": 24},
-            "parallel": {"use_gpu": False, "num_workers": 4},
-            "storage": root,
-        }
-    )
-    costs = []
-    with Lease(RunFolder(storage, f"own-{count}"), print) as lease:
-        turn = Turn(RunFolder(storage, f"own-{count}"), spec, {"CPU": 1.0}, lease.token, cluster, print)
-        with suppress(Gave):
-            turn.take(looks(1))
-        snapshots = Snapshots(storage, cluster.id)
-        snapshots.read()
-        snapshots.write(crowd[1], [turn._own, crowd[0], *crowd[2:]], {}, QueueLimits())
-        look_again(turn)
-        for is_writer in (False, True):
-            before = requests()
-            if is_writer:
-                snapshots.read()
-                snapshots.resign(crowd[1], [turn._own, *crowd])
-                before = requests()
-                turn._known = [one for one in turn._known if one.holds_workers]  # it is the first in line
-                turn._known += [one.model_copy(update={"arrival": time + timedelta(days=9)}) for one in crowd[1:]]
-            assert look_again(turn) is None
-            costs.append(requests() - before)
-    return costs[0], costs[1]
+    first = running(f"all-{count}", {"n": 4}, **resources)
+    crowd = [first, *(entry(f"r{count}-{number}", 4, number, **resources) for number in range(count))]
+
+    where = urlsplit(root)
+    store = boto3.client("s3", endpoint_url=f"http://{parse_qs(where.query)['endpoint_override'][0]}")
+    for one in crowd:
+        holder = LeaseHolder(token=one.driver, host="h", machine="another", pid=1, time=time)
+        for path, content in ((f"runs/{one.run_id}/lease.json", holder), (f"{CLUSTERS}/{cluster.id}/{one.file}", one)):
+            store.put_object(Bucket=where.netloc, Key=f"root/{path}", Body=content.model_dump_json().encode())
+    document = {
+        "name": "r",
+        "model": {"base": "b"},
+        "data": {"train": [{"path": "p"}]},
+        "train": {"global_batch_size": 24},
+        "parallel": {"use_gpu": False, "num_workers": 4},
+        "storage": root,
+    }
+    run = RunFolder(storage, f"own-{count}")
+    turn = Turn(run, RunSpec.model_validate(document), {"CPU": 1.0}, "own-token", cluster, print)
+    with pytest.raises(Gave):
+        turn.take(looks(1))
+    return turn, crowd
 
 
-def write_entry(storage: Storage, cluster: FakeCluster, one: Entry, time: datetime) -> None:
-    holder = LeaseHolder(token=one.driver, host="h", machine="another", pid=1, time=time)
-    storage.write_json(f"runs/{one.run_id}/lease.json", holder.model_dump(mode="json"))
-    Board(storage, cluster.id).write(one)
-
-
-def test_two_hundred_runs_that_wait_cost_each_other_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 600.0)
-    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.0)
+def test_a_run_that_waits_with_two_hundred_others_sends_two_requests_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turn_module.time, "sleep", lambda seconds: None)
     with object_store(monkeypatch) as (_, gate, root):
-        follower, writer = cost_of_a_look(root, 20, lambda: gate.requests)
-        assert cost_of_a_look(root, 200, lambda: gate.requests)[0] == follower <= 2
-        assert 20 * 2 <= writer <= 20 * 5
+        for count in (20, 200):
+            turn, crowd = waiting_on(root, count)
+            storage = Storage(root)
+            snapshots = Snapshots(storage, f"cluster-of-{count}")
+            snapshots.read()
+            snapshots.write(crowd[1], [turn._own, crowd[0], *crowd[2:]], {}, QueueLimits())
+            assert look_again(turn) is None
+            before = gate.requests
+            assert look_again(turn) is None
+            assert gate.requests - before == 2
+            if count == 20:
+                snapshots.resign(crowd[1], [turn._own, crowd[0]])  # so that it is the first in line, and writes
+                before = gate.requests
+                for _ in range(2):
+                    assert look_again(turn) is None
+                assert gate.requests - before > 2 * count
