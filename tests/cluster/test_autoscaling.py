@@ -227,6 +227,7 @@ def holder_of_all_nodes(storage: Storage, config: dict[str, Any]) -> Iterator[No
             yield
         finally:
             board.delete(claim)
+    storage.delete(run.path)
 
 
 def test_a_run_waits_for_its_turn_before_it_asks_for_nodes(trained: Trained) -> None:
