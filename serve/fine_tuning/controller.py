@@ -189,7 +189,7 @@ class Controller:
             self._begin(job, recorded, submission)
         else:
             assert recorded is not None
-            self._after_the_driver(job, run, recorded)
+            self._after_the_driver(job, run, recorded, submission)
 
     def _begin(self, job: Job, recorded: RunStatus | None, submission: Submission) -> None:
         if submission.state == "unknown":
@@ -202,14 +202,14 @@ class Controller:
             message = submission.message or f"Ray's job {submission_id(job)} ended before the run began."
             self._fail(job, "driver_failed", message, None)
 
-    def _after_the_driver(self, job: Job, run: RunFolder, recorded: RunStatus) -> None:
+    def _after_the_driver(self, job: Job, run: RunFolder, recorded: RunStatus, submission: Submission) -> None:
         """No driver is left: the run has failed, was stopped by somebody else, or lost its driver."""
         job = self._report_metrics(job, run) or job
         if recorded.state == "failed":
             self._fail(job, "training_failed", recorded.message, None)
-        elif recorded.state == "stopped":
+        elif recorded.state == "stopped" and submission.state != "unknown":
             self._pause(job, recorded, f"The run was stopped from outside ({recorded.message})")
-        else:
+        else:  # a head that was shut down stops its drivers with SIGTERM, and nobody asked for that
             reason = f"The run's driver is gone, while the run was {recorded.state}."
             self._submit_again(job, recorded, reason)
 

@@ -1,5 +1,7 @@
 """Ray's autoscaler starts nodes of cluster.yaml's shapes when a run asks for them, and ends them when they are idle.
 
+A run asks once it is its turn: while another run has all that may join, it waits in the queue and starts no node.
+
 The autoscaler is the one of `ray up` (version 2); only the provider is fake: it starts raylets on this machine instead
 of instances. Their GPUs are numbers for placement; what trains here trains on the CPU type. That run has secrets in its
 environment, which must be in nothing that it leaves.
@@ -9,7 +11,9 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,15 @@ from typer.testing import CliRunner
 
 from examples.quickstart.quickstart import OBJECT_STORE_BYTES
 from ft_service.cli.app import app
+from ft_service.cluster.queue.board import Board
+from ft_service.cluster.queue.capacity import RayNodes, joining_nodes, node_types
+from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.queue.schedule import could_ever_fit
 from ft_service.cluster.ray_cluster import request_resources
+from ft_service.runs.events import Queued, read_events
 from ft_service.runs.folder import RunFolder
+from ft_service.runs.lease import Lease
+from ft_service.storage.storage import Storage
 from tests.faults import Driver
 from tests.hosts import QUICK_HEALTH_CHECKS, ROOT, Cluster, Host, wait_for
 from tests.shared_cluster import OFTEN, joined
@@ -128,6 +139,9 @@ class Trained:
     run: RunFolder
     world: Path
     node_types: frozenset[str]
+    waited_for: str
+    """Why it waited in the queue."""
+    nodes_while_it_waited: dict[str, int]
 
 
 CANARIES = {
@@ -155,21 +169,70 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Train
     (world / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     at_home = copy.copy(cluster)
     at_home.environment = {**cluster.environment, **CANARIES, "HOME": str(world)}
-    node_types: set[str] = set()
+    types: set[str] = set()
     with joined(cluster):
         spec = Path(run.storage.uri(f"{run.path}/spec.yaml"))
-        driver = Driver(at_home, spec, run, [], world / "driver.log")
+        with holder_of_all_nodes(run.storage, config):
+            driver = Driver(at_home, spec, run, [], world / "driver.log")
+            try:
+                wait_for(lambda: queued(run) is not None or driver.has_ended(), RUN_SECONDS, log=driver.log)
+            except BaseException:
+                driver.end()
+                raise
+            waiting = queued(run)
+            while_it_waited = dict(workers(cluster))
         try:
 
             def has_ended() -> bool:
-                node_types.update(workers(cluster))
+                types.update(workers(cluster))
                 return driver.has_ended()
 
             wait_for(has_ended, RUN_SECONDS, log=driver.log)
             driver.wait(1)
         finally:
             driver.end()
-    return Trained(run, world, frozenset(node_types))
+    waited_for = "" if waiting is None else waiting.waits_for
+    return Trained(run, world, frozenset(types), waited_for, while_it_waited)
+
+
+def queued(run: RunFolder) -> Queued | None:
+    """The newest report of its place in the queue."""
+    events = read_events(run.storage, run.run_id)
+    return next((event for event in reversed(events) if isinstance(event, Queued)), None)
+
+
+@contextmanager
+def holder_of_all_nodes(storage: Storage, config: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile a run has claimed all CPUs that may join. It asks Ray for nothing."""
+    run = RunFolder(storage, "holder")
+    board = Board(storage, RayNodes().id)
+    with Lease(run, print) as lease:
+        now = datetime.now(UTC)
+        claim = Entry(
+            run_id=run.run_id,
+            driver=lease.token,
+            owner="ann",
+            priority="normal",
+            preemptible=False,
+            state="claiming",
+            arrival=now,
+            since=now,
+            worker_counts=[1],
+            worker_resources={"CPU": 1.0},
+            started=now,
+        )
+        claim = claim.model_copy(update={"workers": could_ever_fit(claim, joining_nodes(node_types(config), []))})
+        board.write(claim)
+        try:
+            yield
+        finally:
+            board.delete(claim)
+    storage.delete(run.path)
+
+
+def test_a_run_waits_for_its_turn_before_it_asks_for_nodes(trained: Trained) -> None:
+    assert "there is room for 0; running: holder" in trained.waited_for
+    assert trained.nodes_while_it_waited == {}
 
 
 def test_a_run_on_cpus_starts_a_cpu_node_and_leaves_it_to_end(cluster: Cluster, trained: Trained) -> None:

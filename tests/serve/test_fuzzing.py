@@ -35,6 +35,8 @@ ROUTES = [
     ("GET", "/v1/fine_tuning/jobs"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}"),
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"),
     ("POST", "/v1/files"),
@@ -64,6 +66,13 @@ def url(tmp_path_factory) -> Iterator[str]:
     }
     with local_server(make_world(folder), max_context=64, **settings) as address:
         yield address.removesuffix("/v1")
+
+
+def test_every_route_of_files_and_jobs_is_among_them(url):
+    paths = httpx.get(f"{url}/openapi.json", headers=AUTHORIZED, timeout=SECONDS).json()["paths"]
+    prefixes = ("/v1/files", "/v1/uploads", "/v1/fine_tuning")
+    known = {(method.upper(), path) for path, item in paths.items() if path.startswith(prefixes) for method in item}
+    assert known - set(ROUTES) == set()
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES, ids=[path for _, path in ROUTES])

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.queue.snapshot import Snapshot
 from ft_service.data.dataset import DatasetManifest
 from ft_service.data.gate.findings import Judgement
 from ft_service.errors import NewerFormatError, StorageError
@@ -45,6 +46,7 @@ KINDS: dict[str, type[StoredFile]] = {
     "server-notice": ServerNotice,
     "index-header": IndexHeader,
     "queue-entry": Entry,
+    "queue-snapshot": Snapshot,
     "study": StudyFile,
     "study-rater": RaterFile,
     "study-added": AddedFile,

@@ -6,6 +6,7 @@ import http.server
 import itertools
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -896,6 +897,7 @@ class Gate:
         self._server_port = server_port
         self.port = 0
         self.connections = 0
+        self.requests = 0
         self.open()
 
     def open(self) -> None:
@@ -917,13 +919,13 @@ class Gate:
                 self.connections += 1
                 there = socket.create_connection(("127.0.0.1", self._server_port))
                 self._sockets += [here, there]
-                for source, target in ((here, there), (there, here)):
-                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+                for source, target, is_request in ((here, there, True), (there, here, False)):
+                    threading.Thread(target=self._carry, args=(source, target, is_request), daemon=True).start()
 
-    @staticmethod
-    def _carry(source: socket.socket, target: socket.socket) -> None:
+    def _carry(self, source: socket.socket, target: socket.socket, is_request: bool) -> None:
         with suppress(OSError):
             while content := source.recv(65536):
+                self.requests += is_request and re.match(rb"(GET|HEAD|PUT|POST|DELETE) /", content) is not None
                 target.sendall(content)
         with suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)

@@ -60,10 +60,15 @@ class Board:
     def delete(self, entry: Entry) -> None:
         self._storage.delete(f"{self.folder}/{entry.file}")
 
+    def keep(self, own: Entry) -> None:
+        """Write `own` again if it is missing: another driver removes it after a pause in which no lease was renewed."""
+        if not self._storage.exists(f"{self.folder}/{own.file}"):
+            self.write(own)
+
     def others(self, own: Entry) -> tuple[list[Entry], list[Left]]:
         """The entries of other runs: those with a live driver, and those whose driver is gone.
 
-        Writes `own` again if it is missing: another driver removes it after a pause in which no lease was renewed.
+        Writes `own` again if it is missing, as `keep` does.
         """
         alive: list[Entry] = []
         left: list[Left] = []

@@ -15,7 +15,8 @@ from ft_service.cluster.queue.board import Board, Left
 from ft_service.cluster.queue.capacity import ClusterNodes
 from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import Decision, Limits, Node, Quotas, could_ever_fit, decide, room_for
-from ft_service.cluster.queue.usage import forget_usage, read_limits, record_usage, used_hours
+from ft_service.cluster.queue.snapshot import SHORT_QUEUE, Snapshots
+from ft_service.cluster.queue.usage import QueueLimits, forget_usage, read_limits, record_usage, used_hours
 from ft_service.errors import Problem, SpecError, StorageError
 from ft_service.runs.events import EventLog, Queued
 from ft_service.runs.folder import RunFolder
@@ -26,6 +27,7 @@ from ft_service.text import counted, format_duration
 POLL_SECONDS = 1.0
 _FIRST_POLL_SECONDS = 0.1
 _LOCAL_SECONDS_PER_ENTRY = 0.05
+"""Also on an object store, where a long queue has a snapshot."""
 _REMOTE_SECONDS_PER_ENTRY = 0.25
 _LONGEST_POLL_SECONDS = 60.0
 _USAGE_SECONDS = 30.0
@@ -65,9 +67,13 @@ class Turn:
         self._patient_board = Board(run.storage, cluster.id)
         self._quick_board = Board(self._quick_run.storage, cluster.id)
         self._board = self._patient_board
+        self._snapshots = Snapshots(self._quick_run.storage, cluster.id)
+        self._known: list[Entry] = []
+        """The other entries, as this driver has seen them last."""
         self._entry: Entry | None = None
         self._is_unsure = False
         """Whether a write failed, so that storage may have it or not."""
+        self._stored_limits = QueueLimits()
         self._limits = Quotas()
         self._used: tuple[float, dict[str, float]] | None = None
         self._reported: int | None = None
@@ -139,10 +145,7 @@ class Turn:
         """Whether a run of higher priority needs the workers of this one. Records that they leave."""
         if self._entry is None or not self._entry.preemptible or self._entry.state != "running":
             return False
-        others = self._others()
-        if not any(other.rank > self._entry.rank and not other.holds_workers for other in others):
-            return False
-        if self._run.run_id not in self._decide([self._entry, *others]).leaves:
+        if self._is_told_that(lambda others: not self._is_wanted(others)) or not self._is_wanted(self._others()):
             return False
         self._write(state="leaving")
         return True
@@ -156,7 +159,24 @@ class Turn:
 
     def may_grow(self) -> bool:
         """Whether no other run waits for the room that more workers of this one would take."""
+        if self._is_told_that(lambda others: any(not other.holds_workers for other in others)):
+            return False
         return all(other.holds_workers for other in self._others())
+
+    def _is_wanted(self, others: Sequence[Entry]) -> bool:
+        """Whether a waiting run needs the workers of this one."""
+        entry = self._own
+        if not any(other.rank > entry.rank and not other.holds_workers for other in others):
+            return False
+        return entry.run_id in self._decide([entry, *others]).leaves
+
+    def _is_told_that(self, holds: Callable[[Sequence[Entry]], bool]) -> bool:
+        """Whether the snapshot of a long queue shows something, so that this driver need not read all entries."""
+        if len(self._known) <= SHORT_QUEUE:
+            return False
+        self._snapshots.read()
+        snapshot = self._snapshots.current
+        return snapshot is not None and self._snapshots.is_fresh() and holds(self._without_own(snapshot.entries))
 
     def leave(self) -> None:
         """Leave the queue. A storage error here must not hide how the run ends."""
@@ -164,6 +184,7 @@ class Turn:
             return
         entry = self._entry
         self._entry = None
+        self._snapshots.resign(entry, self._known)
         try:
             if entry.started is not None:
                 now = datetime.now(UTC)
@@ -232,7 +253,7 @@ class Turn:
         for look in itertools.count():
             try:
                 if others is None:
-                    others = self._others()
+                    others = self._others_while_waiting()
                 if (count := self._look(others)) is not None:
                     return count
                 is_storage_away = False
@@ -258,6 +279,7 @@ class Turn:
                 if count:
                     workers = min(count, entry.workers)
                     self._write(workers=workers, place=None, waits_for="", estimated_start=None)
+                    self._snapshots.resign(self._own, [self._own, *others])
                     if self._reported is not None:
                         self._log(f"The run starts after {self._waited()} in the queue.")
                     return workers
@@ -318,7 +340,35 @@ class Turn:
         others, left = self._board.others(self._own)
         for gone in left:
             self._remove(gone)
+        self._known = others
         return others
+
+    def _others_while_waiting(self) -> list[Entry]:
+        """What a waiting run decides on: in a long queue the snapshot, so that its length does not make a look dearer.
+
+        A snapshot without the own entry is older than that entry, or does not know it any more.
+        """
+        if len(self._known) <= SHORT_QUEUE and not self._snapshots.is_writer(self._own):
+            return self._others()
+        is_new = self._snapshots.read()
+        if self._snapshots.must_write(self._own, self._known):
+            others = self._others()
+            hours = self._used_hours(datetime.now(UTC))
+            self._snapshots.write(self._own, others, hours, self._stored_limits)
+            return others
+        snapshot = self._snapshots.current
+        if is_new and snapshot is not None:
+            if any(entry.file == self._own.file for entry in snapshot.entries):
+                self._known = self._without_own(snapshot.entries)
+                self._stored_limits = snapshot.limits
+                self._limits = snapshot.limits.quotas()
+                self._used = (time.monotonic(), snapshot.used_hours)
+            else:
+                self._board.keep(self._own)
+        return self._known
+
+    def _without_own(self, entries: Sequence[Entry]) -> list[Entry]:
+        return [entry for entry in entries if entry.run_id != self._run.run_id]
 
     def _remove(self, gone: Left) -> None:
         """Remove the entry of a driver that is gone, and record what it used until its last sign of life."""
@@ -328,12 +378,14 @@ class Turn:
 
     def _decide(self, entries: Sequence[Entry]) -> Decision:
         now = datetime.now(UTC)
-        return decide(entries, self._cluster.nodes(), self._limits, self._used_hours(now), now)
+        used = self._used_hours(now)  # which also reads the limits again
+        return decide(entries, self._cluster.nodes(), self._limits, used, now)
 
     def _used_hours(self, now: datetime) -> dict[str, float]:
         if self._used is None or time.monotonic() - self._used[0] > _USAGE_SECONDS:
             storage = self._quick_run.storage
-            self._limits = read_limits(storage).quotas()
+            self._stored_limits = read_limits(storage)
+            self._limits = self._stored_limits.quotas()
             self._used = (time.monotonic(), used_hours(storage, now, self._limits.window_hours))
         return self._used[1]
 
@@ -376,7 +428,8 @@ class Turn:
 
         The first looks are quick: Ray frees the resources of tasks and workers that have just ended with a delay.
         """
-        per_entry = _LOCAL_SECONDS_PER_ENTRY if self._run.storage.is_local else _REMOTE_SECONDS_PER_ENTRY
+        is_quick = self._run.storage.is_local or num_entries > SHORT_QUEUE
+        per_entry = _LOCAL_SECONDS_PER_ENTRY if is_quick else _REMOTE_SECONDS_PER_ENTRY
         pause = min(max(POLL_SECONDS, per_entry * num_entries), _LONGEST_POLL_SECONDS)
         pause = min(pause, _FIRST_POLL_SECONDS * 2.0 ** min(look, 10))
         return pause * random.uniform(0.8, 1.2)  # two runs that withdraw their claims do not meet again

@@ -272,6 +272,21 @@ def test_two_claims_at_the_same_moment_that_do_not_fit_start_one_after_the_other
     assert first.take(never) == 3
 
 
+def test_two_claims_at_the_same_moment_do_not_exceed_a_quota_together(world: World) -> None:
+    write_limits(world.storage, QueueLimits(owners={"ann": OwnerLimits(max_runs=1)}))
+    first = claim_without_a_look(world, "first", 1)
+    second = claim_without_a_look(world, "second", 1)
+    others = [first._arrive(), second._arrive()]
+    with pytest.raises(Gave):
+        first._wait(looks(1), others[0])
+    with pytest.raises(Gave):
+        second._wait(looks(1), others[1])
+    assert second.take(never) == 1
+    with pytest.raises(Gave):
+        first.take(looks(3))
+    assert world.entries()["first"].waits_for == "the quota of ann: 1 run at once"
+
+
 def test_claims_that_fit_together_both_start(world: World) -> None:
     late = claim_without_a_look(world, "late", 2)
     assert world.driver("early", 2).take(never) == 2

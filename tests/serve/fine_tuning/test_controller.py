@@ -120,6 +120,20 @@ def test_a_lost_head_resubmits_under_the_same_run_id(world):
     assert steps_reported(world, job) == [1, 2, 3, 4]
 
 
+def test_a_head_that_is_shut_down_and_stops_the_run_resubmits_it(world):
+    """Its drivers get SIGTERM, and save a checkpoint."""
+    job = world.job()
+    controller = world.controller()
+    world.until(job, "running", controller)
+    RunFolder(world.storage, job.run_id).write_request(Request(kind="stop", reason="SIGTERM received"))
+    world.ray.advance()
+    assert RunFolder(world.storage, job.run_id).recorded_state() == "stopped"
+    world.ray.lose_head()
+    world.until(job, "succeeded", controller)
+    assert world.ray.submitted == [f"{job.run_id}.1", f"{job.run_id}.2"]
+    assert steps_reported(world, job) == [1, 2, 3, 4]
+
+
 def test_a_head_lost_before_the_driver_began_resubmits_the_same_attempt(world):
     job = world.job()
     controller = world.controller()

@@ -1,8 +1,10 @@
 """Jobs over HTTP with the stock client: accepted, refused with all reasons, listed, paused, resumed and cancelled."""
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 
 from ft_service.errors import DatabaseError
+from serve.database import database
 from serve.database.keys import create_key, find_key
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job, JobRecords
@@ -290,6 +293,30 @@ def test_sixty_four_creations_at_once_are_sixty_four_jobs(server):
     assert {job.id for job in active} == set(ids) == set(server.world.storage.folders("jobs"))
     assert len({job.run_id for job in active}) == len({job.alias for job in active}) == 64
     assert all("/" not in job.run_id and job.run_id.isascii() and "/" not in job.alias for job in active)
+
+
+def test_while_the_database_is_locked_requests_get_a_503_that_says_so(server, monkeypatch):
+    monkeypatch.setattr(database, "_BUSY_MILLISECONDS", 20)
+    server.world.engine.dispose()  # later connections wait no longer than that
+    with closing(sqlite3.connect(str(server.world.engine.url.database))) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(openai.InternalServerError) as locked:
+            server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+        other.rollback()
+    assert (locked.value.status_code, locked.value.code) == (503, "database_error") and "locked" in locked.value.message
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert [found.id for found in server.world.records.active()] == [job.id]
+
+
+def test_while_the_storage_is_away_requests_get_a_503_and_write_nothing(server):
+    root = Path(server.world.storage.root)
+    root.rename(root.with_name("away"))
+    with pytest.raises(openai.InternalServerError) as away:
+        server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert (away.value.status_code, away.value.code) == (503, "storage_error") and "is gone" in away.value.message
+    assert not root.exists() and server.world.records.active() == []
+    root.with_name("away").rename(root)
+    assert server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train").status == "validating_files"
 
 
 def test_a_base_that_is_no_longer_served_fails_the_job_by_name(server):

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 
 from ft_service.registry.registry import Registry
-from ft_service.runs.folder import RunFolder
+from ft_service.runs.folder import LEASE_SECONDS, RunFolder
 from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.fine_tuning.job_files import JobFolder
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 
 HEAD = Host("head", "127.0.0.1", 1)
 SECONDS = 240
-STEPS = 400
+STEPS = 1200
 CONTROLLER = """
 import sys, time
 from types import SimpleNamespace
@@ -81,8 +81,9 @@ class World:
     def controller(self) -> Iterator["subprocess.Popen[bytes]"]:
         """A controller in a process of its own. It is killed when the block ends."""
         command = [sys.executable, "-c", CONTROLLER, self.url, self.storage.root, self.cluster.dashboard]
+        environment = {**self.cluster.environment, "RAY_API_SERVER_ADDRESS": self.cluster.dashboard}
         with (self.folder / "controller.log").open("ab") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=self.cluster.environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             yield process
         finally:
@@ -179,17 +180,26 @@ def test_a_job_outlives_its_driver_rays_head_its_controller_the_database_and_the
     def is_training_after(step: int) -> Callable[[], bool]:
         return lambda: world.find(job).state == "running" and world.find(job).last_step > step
 
+    def let_lease_expire() -> None:
+        """The killed driver's lease becomes as old as it would be after 45 s."""
+        holder = run.lease_holder()
+        assert holder is not None and not psutil.pid_exists(holder.pid)
+        old = holder.model_copy(update={"time": holder.time - timedelta(seconds=LEASE_SECONDS)})
+        world.storage.write_json(f"{run.path}/lease.json", old.model_dump(mode="json"))
+
     with world.controller() as first:
         world.until(job, lambda: driver() is not None and run.recorded_state() == "preparing")
         killed = driver()
         assert killed is not None
         kill_all([killed])
+        let_lease_expire()
 
         world.until(job, is_training_after(15))
         assert world.find(job).attempt == 2
         first.send_signal(signal.SIGKILL)
         world.cluster.kill(HEAD)
         before = world.find(job)
+        let_lease_expire()
 
     world.cluster.start(HEAD)
     wait_for(lambda: answers(world.cluster), START_SECONDS)
