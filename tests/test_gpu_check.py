@@ -72,3 +72,14 @@ def test_training_and_tests_of_the_check_need_no_other_package(tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", imports], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.multiprocess
+def test_the_environment_of_the_check_has_the_torch_of_another_virtual_environment(tmp_path: Path) -> None:
+    """`--system-site-packages` alone shows the packages of the Python that a virtual environment was made with."""
+    assert sys.prefix != sys.base_prefix
+    command = ["make", "gpu-check", f"PYTHON={sys.executable}", f"GPU_VENV={tmp_path}/venv", f"WHEELS={tmp_path}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert "torch sees no GPU" in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
