@@ -6,6 +6,7 @@ Legend: T tokens of all packed documents, H query heads, K key/value heads, E he
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def packed_attention(
 
 
 @cache
-def allows_grouped_heads(attend: Callable[..., object]) -> dict[str, bool]:
+def allows_grouped_heads(attend: Callable[..., object]) -> dict[str, Any]:
     """The argument with which `attend` takes fewer key heads than query heads.
 
     torch's `varlen_attn` has it from torch 2.12 on. Before that, it takes them as it is.
