@@ -59,12 +59,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The machine's own torch, and the missing packages from the internet or from WHEELS, a folder that gpu-wheels filled.
+# The machine's own torch, also if it is in a virtual environment, and the other packages from the internet or from
+# WHEELS, a folder that gpu-wheels filled.
 GPU_VENV := .venv-gpu
 gpu-check:
-	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
-	$(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
-		$$($(PYTHON) benchmarks/gpu_check.py --packages)
+	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU_VENV)
+	$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' > "$$($(GPU_VENV)/bin/python \
+		-c 'import sysconfig; print(sysconfig.get_path("purelib"))')/machine.pth"
+	grep -vE '^(torch|nvidia-[a-z0-9-]*|triton)==' constraints.txt > $(GPU_VENV)/constraints.txt
+	$(PYTHON) -m pip --python $(GPU_VENV)/bin/python install --quiet --constraint $(GPU_VENV)/constraints.txt \
+		$(if $(WHEELS),--no-index --find-links $(WHEELS)) $$($(PYTHON) benchmarks/gpu_check.py --packages)
 	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(PIECE:%=--piece %)
 
 # On a machine with internet and the same Python version; torch stays behind, for the GPU machine has its own.

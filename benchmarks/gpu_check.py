@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 PIECE_SECONDS = 480
 TOTAL_SECONDS = 1500
+END_SECONDS = 45
+"""From SIGTERM to SIGKILL: torchrun gives its workers 30."""
 LEAST_SECONDS = 60
 """A piece does not start with less time left."""
 MIN_TORCH = (2, 11)
@@ -155,23 +158,30 @@ def shape_of(model: str, dry: bool) -> "ModelShape":
     )
 
 
-def this_gpu(dry: bool) -> "Gpu":
-    """The catalogue's entry for this GPU, with the memory that torch reports. Raises SystemExit for an unknown GPU."""
-    import torch
+@cache
+def device_facts() -> dict[str, Any]:
+    """Name and bytes of the first GPU, from a process of its own: this one must not hold memory of that GPU."""
+    facts = "import json, torch; p = torch.cuda.get_device_properties(0); print(json.dumps([p.name, p.total_memory]))"
+    printed = subprocess.run([sys.executable, "-c", facts], capture_output=True, text=True, check=True).stdout
+    name, num_bytes = json.loads(printed.splitlines()[-1])
+    return {"name": name, "memory_gib": num_bytes / 2**30}
 
+
+def this_gpu(dry: bool) -> "Gpu":
+    """The catalogue's entry for this GPU, with the memory that torch reports. Raises ValueError for an unknown GPU."""
     from ft_service.catalog.gpus import GPUS, find_gpu, known_gpus
 
     if dry:
         return GPUS[DRY_GPU]
-    properties = torch.cuda.get_device_properties(0)
-    memory_gib = properties.total_memory / 2**30
-    words = properties.name.replace("NVIDIA ", "").replace("GeForce ", "GeForce-").split()
+    device = device_facts()
+    memory_gib = device["memory_gib"]
+    words = device["name"].replace("NVIDIA ", "").replace("GeForce ", "GeForce-").split()
     names = ["-".join(words[:count]) for count in range(len(words), 0, -1)]
     # "NVIDIA A100-SXM4-80GB" is an A100 of 80 GB.
     names += [f"{names[-1].split('-')[0]}-{round(memory_gib / 10) * 10}G", names[-1].split("-")[0]]
     gpu = next(filter(None, map(find_gpu, names)), None)
     if gpu is None:
-        sys.exit(f"GPU {properties.name!r} is not in the catalogue. {known_gpus(names[-1])}")
+        raise ValueError(f"GPU {device['name']!r} is not in the catalogue. {known_gpus(names[-1])}")
     return replace(gpu, memory_gib=memory_gib)
 
 
@@ -393,12 +403,14 @@ def run_side(arguments: argparse.Namespace) -> None:
             figures = run_stock(training, arguments.model, arguments.dry, arguments.recompute)
     except torch.OutOfMemoryError as error:
         figures = {"error": f"out of memory: {str(error).splitlines()[0]}", "out_of_memory": True}
-    if int(os.environ.get("RANK", "0")) == 0:
+    failed = "error" in figures
+    if failed or int(os.environ.get("RANK", "0")) == 0:
         arguments.side_file.write_text(json.dumps(figures))
     # Exit without Python's shutdown: see ft_service.train.parallel.end_process. A barrier would hang after an error.
+    # torchrun ends the other workers when one fails; they may wait for this one in a collective.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(int(failed))
 
 
 # -- a piece ---------------------------------------------------------------------------------------------------------
@@ -460,6 +472,10 @@ def run_within(command: list[str], environment: dict[str, str], seconds: float) 
     try:
         output, _ = process.communicate(timeout=max(1.0, seconds))
     except BaseException as error:
+        # Trap: torchrun's workers are in sessions of their own, and hold the pipe. torchrun ends them on SIGTERM.
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
@@ -563,7 +579,11 @@ def check_piece(piece: str, dry: bool, clock: Clock) -> dict[str, Any]:
     if clock.left < LEAST_SECONDS:
         return {"skipped": "no time left; run it alone", "goal": None, "holds": None}
     began = time.monotonic()
-    return {**CHECKS[piece](piece, dry, clock), "seconds": time.monotonic() - began}
+    try:
+        result = CHECKS[piece](piece, dry, clock)
+    except Exception as error:  # the other pieces go on
+        result = {"goal": None, "holds": False, "error": f"{type(error).__name__}: {error}"}
+    return {**result, "seconds": time.monotonic() - began}
 
 
 def num_gpus() -> int:
@@ -583,9 +603,9 @@ def machine(dry: bool) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or None,
-        "device": "cpu" if dry else torch.cuda.get_device_name(0),
+        "device": "cpu" if dry else device_facts()["name"],
         "gpus": 0 if dry else num_gpus(),
-        "gpu_memory_gib": None if dry else torch.cuda.get_device_properties(0).total_memory / 2**30,
+        "gpu_memory_gib": None if dry else device_facts()["memory_gib"],
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -615,6 +635,8 @@ def summary_row(piece: str, result: dict[str, Any]) -> str:
     verdict = {True: "holds", False: "FAILS", None: "-"}[result["holds"]]
     if "skipped" in result:
         return f"{piece:12} {result['skipped']}"
+    if "figures" not in result and "ours" not in result:
+        return f"{piece:12} {result['error'][:80]}  {verdict}"
     if piece == "tests":
         return f"{piece:12} {result['figures']['tests']} tests, {result['figures']['skipped']} skipped  {verdict}"
     ours = result["ours"]

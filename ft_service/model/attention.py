@@ -3,6 +3,11 @@
 Legend: T tokens of all packed documents, H query heads, K key/value heads, E head width.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,7 +50,7 @@ def packed_attention(
             longest,
             scale=scaling,
             window_size=(-1, 0),  # no limit to the left, nothing to the right: causal
-            enable_gqa=q.shape[1] != k.shape[1],
+            **(allows_grouped_heads(varlen_attn) if q.shape[1] != k.shape[1] else {}),
         )
         assert isinstance(out, torch.Tensor)
         return out.unsqueeze(0), None
@@ -56,6 +61,15 @@ def packed_attention(
         for q, k, v in zip(*(tensor.split(document_lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), None
+
+
+@cache
+def allows_grouped_heads(attend: Callable[..., object]) -> dict[str, Any]:
+    """The argument with which `attend` takes fewer key heads than query heads.
+
+    torch's `varlen_attn` has it from torch 2.12 on. Before that, it takes them as it is.
+    """
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
 
 
 def register_packed_attention() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, LlamaAttention, LlamaMLP, LlamaRMSNorm
 
@@ -38,6 +39,8 @@ def use_training_layers(model: nn.Module) -> None:
         elif kind is LlamaMLP and module.config.hidden_act == "silu":
             module.inputs = LinearGroup([module.gate_proj, module.up_proj])
             forward = _mlp_forward
+        elif kind is DoraLinearLayer:
+            forward = _dora_forward
         elif issubclass(kind, LoraLayer):
             module.alone = LinearGroup([module])
             if module.alone.is_plain:
@@ -218,3 +221,17 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     (adapter,) = group.adapters
     (output,) = group.compute(x, adapter.dropout(x) if adapter.drops else None)
     return output
+
+
+def _dora_forward(
+    self: Any, x: torch.Tensor, *, base_layer: nn.Module, base_result: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """peft's own, but with dropout the base layer computes the product of the dropped input x.
+
+    peft computes it with `F.linear`, which keeps the weight alive until the backward pass: a gathered one, or under
+    QLoRA an unpacked one. If nothing is dropped, peft gives the base layer's own product as `base_result`.
+    """
+    if base_result is None:
+        base_result = base_layer(x)
+    result: torch.Tensor = DoraLinearLayer.forward(self, x, base_layer=base_layer, base_result=base_result, **kwargs)
+    return result

@@ -28,6 +28,7 @@ def activation_bytes(
     targets: Set[str],
     lora_rank: int,
     use_dora: bool,
+    has_dropout: bool = False,
     checkpointing: bool,
     kept_layers: int = 0,
     loss: int,
@@ -36,7 +37,8 @@ def activation_bytes(
     """Peak bytes of both passes minus `loss`: the sum of the result and `loss` is the peak.
 
     With checkpointing, a layer saves only its input, and runs again before its backward pass; the last `kept_layers`
-    layers save everything all the same. `flash=False` means attention as on a CPU.
+    layers save everything all the same. `has_dropout` is that of the adapters. `flash=False` means attention and
+    dropout as on a CPU.
     """
     full = method == "full"
     saved = tokens * saved_per_token(
@@ -46,9 +48,10 @@ def activation_bytes(
         targets=targets,
         lora_rank=lora_rank,
         use_dora=use_dora,
+        has_dropout=has_dropout,
         flash=flash,
     )
-    temporary = _temporary(shape, tokens, element_bytes, method, targets, use_dora)
+    temporary = _temporary(shape, tokens, element_bytes, method, targets, use_dora, has_dropout)
     final_norm = tokens * _norm(shape.hidden_size, element_bytes, False)
     rotary_angles = tokens * 2 * element_bytes * shape.head_dim
     hidden = tokens * element_bytes * shape.hidden_size
@@ -73,17 +76,19 @@ def saved_per_token(
     targets: Set[str],
     lora_rank: int,
     use_dora: bool,
+    has_dropout: bool = False,
     flash: bool,
 ) -> int:
     """Bytes per token that one layer's forward pass saves for its backward pass.
 
     A linear layer saves its input only for the gradient of a weight: its own, or that of an adapter's A. An adapter
-    also saves A's output, of the width of the rank.
+    also saves A's output, of the width of the rank. With dropout, each adapter reads, and saves, an input of its own,
+    and dropout saves which elements it keeps.
     """
     e = element_bytes
     query = shape.num_heads * shape.head_dim
     key_value = shape.num_kv_heads * shape.head_dim
-    saves_input = _ALL if full else targets
+    saves_input: Set[str] = _ALL if full else frozenset() if has_dropout else targets
     norms = _norm(shape.hidden_size, e, bool(saves_input & {"q_proj", "k_proj", "v_proj"}))
     norms += _norm(shape.hidden_size, e, bool(saves_input & {"gate_proj", "up_proj"}))
     # Queries, keys and values, the output of attention, and fp32 log-sum-exp per head.
@@ -94,6 +99,9 @@ def saved_per_token(
     # gate, up, and silu(gate) up if the next layer saves its input.
     mlp = e * shape.intermediate_size * (2 + ("down_proj" in saves_input))
     adapters = 0 if full else e * lora_rank * len(targets)
+    if has_dropout and not full:  # one byte an element on a GPU; a factor in the type of the input on a CPU
+        kept = 1 if flash else e
+        adapters += (e + kept) * sum(columns for name, _, columns in shape.linear_shapes() if name in targets)
     if use_dora:
         # The gradient of the magnitude needs the outputs of base and adapter.
         adapters += e * 2 * sum(rows for name, rows, _ in shape.linear_shapes() if name in targets)
@@ -106,7 +114,13 @@ def _norm(width: int, element_bytes: int, output_read: bool) -> int:
 
 
 def _temporary(
-    shape: ModelShape, tokens: int, element_bytes: int, method: str, targets: Set[str], use_dora: bool
+    shape: ModelShape,
+    tokens: int,
+    element_bytes: int,
+    method: str,
+    targets: Set[str],
+    use_dora: bool,
+    has_dropout: bool,
 ) -> int:
     """Bytes that the widest operation of a layer needs in addition to what the layer has saved."""
     wide = shape.intermediate_size
@@ -120,7 +134,11 @@ def _temporary(
     if use_dora:  # forward: A and B applied to an identity matrix, and the norm of W + BA, which copies both
         copies = 4 if method == "qlora" else 3
         adapted = [(rows, columns) for name, rows, columns in shape.linear_shapes() if name in targets]
-        elements = max([elements, *(columns * columns + copies * rows * columns for rows, columns in adapted)])
+        # With dropout, the layer's own input and product exist beside those of the adapter.
+        undropped = tokens if has_dropout else 0
+        products = (columns * columns + copies * rows * columns for rows, columns in adapted)
+        others = (undropped * (rows + columns) for rows, columns in adapted)
+        elements = max([elements, *map(sum, zip(products, others, strict=True))])
     return element_bytes * elements
 
 

@@ -90,6 +90,8 @@ class Layout:
     lora_rank: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
     use_dora: bool = False
+    has_dropout: bool = False
+    """Whether adapters have dropout, so that each saves an input of its own."""
 
     @property
     def element_bytes(self) -> int:
@@ -372,6 +374,7 @@ def _activation_bytes(shape: ModelShape, layout: Layout, loss: int) -> int:
         targets=_target_names(shape, layout.target_modules),
         lora_rank=layout.lora_rank,
         use_dora=layout.use_dora,
+        has_dropout=layout.has_dropout,
         checkpointing=layout.activation_checkpointing,
         kept_layers=layout.kept_layers,
         loss=loss,

@@ -110,6 +110,7 @@ def search_space(spec: RunSpec, workers_per_node: int) -> SearchSpace:
         lora_rank=spec.method.lora_rank,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_dora=spec.method.use_dora,
+        has_dropout=spec.method.lora_dropout > 0,
     )
     return SearchSpace(
         layout,

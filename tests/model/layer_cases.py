@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,8 +22,33 @@ class LayerCounts:
     """What autograd keeps for the backward pass, without weights; the layer's input is part of it."""
 
 
-def layer_counts(shape: ModelShape, tokens: int, *, rank: int | None, stock: bool = False) -> LayerCounts:
-    """bf16, two documents. `rank` is that of LoRA on all linear layers; None trains the layer itself.
+class _DropoutOfGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        dropped, mask = torch.native_dropout(x, p, True)
+        ctx.scale = 1 / (1 - p)
+        ctx.save_for_backward(mask)
+        result: torch.Tensor = dropped
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.where(mask, gradients[0], 0.0).mul_(ctx.scale), None
+
+
+def dropout_as_on_a_gpu(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """A replacement for `F.dropout`, which saves a mask in x's type on a CPU, and makes copies in its backward pass."""
+    if not training:
+        return x
+    dropped: torch.Tensor = _DropoutOfGpu.apply(x, p)
+    return dropped
+
+
+def layer_counts(
+    shape: ModelShape, tokens: int, *, rank: int | None, dropout: float = 0.0, stock: bool = False
+) -> LayerCounts:
+    """bf16, two documents. `rank` and `dropout` are those of LoRA on all linear layers; None trains the layer itself.
 
     `stock` leaves the layers as transformers and peft compute them.
     """
@@ -40,7 +66,7 @@ def layer_counts(shape: ModelShape, tokens: int, *, rank: int | None, stock: boo
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config).bfloat16()
     if rank is not None:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
         get_peft_model(model, lora, autocast_adapter_dtype=False).train()
     if not stock:
         use_training_layers(model)
@@ -58,7 +84,7 @@ def layer_counts(shape: ModelShape, tokens: int, *, rank: int | None, stock: boo
         saved[storage._cdata] = storage
         return tensor
 
-    with Traffic() as traffic:
+    with Traffic() as traffic, mock.patch("torch.nn.functional.dropout", dropout_as_on_a_gpu):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = layer(x, position_embeddings=(angles, angles), document_lengths=lengths, document_offsets=offsets)
         output.backward(torch.empty_like(output))

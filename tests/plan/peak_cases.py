@@ -9,8 +9,10 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from ft_service.train.objectives.sft import LossModel
 from ft_service.train.parallel import Parallel, end_process, prepare_process
 from ft_service.train.protocol import BatchLoss
 from tests.forked import Workers
+from tests.model.layer_cases import dropout_as_on_a_gpu
 from tests.plan.memory_cases import write_llama
 from tests.train.training_cases import model_of, plan_of
 
@@ -57,6 +60,16 @@ LAYOUTS = {
     for stage in (1, 2, 3)
     for recomputed, (checkpointing, kept_layers) in RECOMPUTED.items()
 }
+LAYOUTS |= {
+    f"lora with dropout, {name.removeprefix('lora ')}": replace(layout, has_dropout=True)
+    for name, layout in LAYOUTS.items()
+    if layout.method == "lora" and layout.kept_layers == 0
+}
+LAYOUTS |= {
+    f"do{name.removeprefix('lo')}": replace(layout, use_dora=True)
+    for name, layout in LAYOUTS.items()
+    if layout.method == "lora" and layout.zero_stage == 3 and layout.kept_layers == 0
+}
 STEPS = 3
 """The last one is counted. ZeRO-3 learns the order of its gathers in the others."""
 MICRO_STEPS = 2
@@ -78,7 +91,7 @@ def peaks(base: Path, results: Path) -> dict[str, int]:
     cases = {
         name: {
             "base": str(base),
-            "method": {"type": "full"} if layout.method == "full" else {"type": layout.method, "lora_rank": RANK},
+            "method": method_of(layout),
             "stage": layout.zero_stage,
             "micro": 1,
             "precision": layout.precision,
@@ -92,6 +105,13 @@ def peaks(base: Path, results: Path) -> dict[str, int]:
     assert worker.returncode == 0, printed[-8000:]
     counted: dict[str, int] = json.loads(results.read_text())
     return counted
+
+
+def method_of(layout: Layout) -> dict[str, Any]:
+    if layout.method == "full":
+        return {"type": "full"}
+    dropout = 0.1 if layout.has_dropout else 0.0
+    return {"type": layout.method, "lora_rank": RANK, "lora_dropout": dropout, "use_dora": layout.use_dora}
 
 
 class AlwaysUpdates(Parallel):
@@ -120,7 +140,8 @@ def run_cases_of_one_worker(cases: dict[str, dict[str, Any]], results: Path) -> 
 def peak_bytes(case: dict[str, Any]) -> int:
     """The most that torch's allocator has handed out in a step, from the construction of the engine on."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    dropout = mock.patch("torch.nn.functional.dropout", dropout_as_on_a_gpu)
+    with dropout, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         plan = plan_of(case, WORKERS).model_copy(update={"kept_layers": case["kept_layers"]})
         parallel = AlwaysUpdates(plan)
         model = model_of(plan, parallel)

@@ -16,11 +16,12 @@ from ft_service.model.base import read_config
 from ft_service.model.load import WholeWeights
 from ft_service.model.trainable import TrainableModel
 from ft_service.model.weight_files import WeightFiles
-from ft_service.plan.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_bytes
+from ft_service.plan.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_bytes, saved_per_token
 from ft_service.plan.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.train.batches import MicroBatch
 from ft_service.train.objectives.sft import _CHUNK_BYTES, LossModel
 from tests.forked import run_cases
+from tests.model.layer_cases import layer_counts
 from tests.plan.memory_cases import COMPONENTS, run_case, write_sized_base
 from tests.train.training_cases import plan_of
 
@@ -171,6 +172,9 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
         ("few tokens", "full", "bf16"),
         ("few tokens", "qlora", "bf16"),
         ("few tokens", "dora", "bf16"),
+        ("grouped heads", "lora with dropout", "bf16"),
+        ("few tokens", "dora with dropout", "bf16"),
+        ("few tokens", "quantised dora with dropout", "bf16"),
     ],
 )
 def test_activations_and_loss_are_predicted_within_15_percent(
@@ -183,8 +187,10 @@ def test_activations_and_loss_are_predicted_within_15_percent(
     spec: dict[str, Any] = {"type": method, "lora_rank": 8}
     if method == "full":
         spec = {"type": "full"}
-    elif method == "dora":
-        spec |= {"type": "lora", "use_dora": True}
+    elif method.endswith(("dora", "with dropout")):
+        spec["type"] = "qlora" if method.startswith("quantised") else "lora"
+        spec["use_dora"] = "dora" in method
+        spec["lora_dropout"] = 0.1 if method.endswith("with dropout") else 0.0
     elif method == "q and v only":
         spec |= {"type": "lora", "target_modules": ["q_proj", "v_proj"]}
     case = {
@@ -211,7 +217,8 @@ def test_activations_and_loss_are_predicted_within_15_percent(
         method=spec["type"],
         targets=set(spec.get("target_modules", ALL_LINEAR)),
         lora_rank=8,
-        use_dora=method == "dora",
+        use_dora=spec.get("use_dora", False),
+        has_dropout=spec.get("lora_dropout", 0) > 0,
         checkpointing=checkpointing,
         kept_layers=kept_layers,
         loss=loss,
@@ -219,6 +226,29 @@ def test_activations_and_loss_are_predicted_within_15_percent(
     )
     assert measured > 10e6
     assert (activations + loss) / measured == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("base", ["Llama-3.1-8B", "Llama-3.1-405B"])
+@pytest.mark.parametrize(("rank", "dropout"), [(None, 0.0), (16, 0.0), (16, 0.1)], ids=["full", "lora", "dropout"])
+def test_a_large_layer_saves_for_its_backward_pass_what_the_model_says(
+    base: str, rank: int | None, dropout: float
+) -> None:
+    """On torch's meta device, with attention and dropout as on a GPU."""
+    facts = models.find(base)
+    assert facts is not None
+    tokens = 512
+    counted = layer_counts(facts.shape, tokens, rank=rank, dropout=dropout).saved_bytes
+    planned = tokens * saved_per_token(
+        facts.shape,
+        element_bytes=2,
+        full=rank is None,
+        targets=ALL_LINEAR,
+        lora_rank=rank or 0,
+        use_dora=False,
+        has_dropout=dropout > 0,
+        flash=True,
+    )
+    assert planned == pytest.approx(counted, abs=64)
 
 
 def test_the_model_assumes_the_loss_chunk_size_used_on_gpus() -> None:

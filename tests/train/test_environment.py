@@ -11,7 +11,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
-from ft_service.train import worker_group
+from ft_service.train import environment, worker_group
 from ft_service.train.environment import ALLOCATOR_VARIABLES, allocator_environment, threads_per_worker
 from ft_service.train.parallel import prepare_process
 from tests.plan.test_plan import FACTS, SPEC, shape_of
@@ -71,6 +71,21 @@ def test_torch_accepts_the_allocator_settings() -> None:
         assert "pinned_max_cached_size_mb:1" in torch._C._accelerator_getAllocatorSettings()
     finally:
         torch._C._accelerator_setAllocatorSettings(before)
+
+
+@pytest.mark.parametrize(
+    ("installed", "settings"),
+    [
+        ("2.11.0+cu130", "expandable_segments:True"),
+        ("2.13.0", "expandable_segments:True,pinned_max_cached_size_mb:1"),
+        ("3.0.1+cpu", "expandable_segments:True,pinned_max_cached_size_mb:1"),
+    ],
+)
+def test_an_older_torch_gets_no_setting_that_it_would_refuse(
+    monkeypatch: pytest.MonkeyPatch, installed: str, settings: str
+) -> None:
+    monkeypatch.setattr(environment, "version", lambda package: {"torch": installed}[package])
+    assert allocator_environment() == {"PYTORCH_ALLOC_CONF": settings}
 
 
 def test_offloading_uses_all_cores_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "lora_rank": 4},
     "lora on two": {"type": "lora", "lora_rank": 4, "target_modules": ["q_proj", "v_proj"]},
     "qlora": {"type": "qlora", "lora_rank": 4},
+    "dora with dropout": {"type": "lora", "lora_rank": 4, "use_dora": True, "lora_dropout": 0.5},
 }
 
 
@@ -40,13 +41,15 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
             ("lora on two", "bf16", False),
             ("qlora", "bf16", False),
             ("qlora", "bf16", True),
+            ("dora with dropout", "bf16", False),
+            ("dora with dropout", "bf16", True),
         )
     }
     return run_cases(run_case, cases, 2)
 
 
 def test_no_gathered_weight_is_alive_after_forward(counts: dict[str, dict[str, list[int]]]) -> None:
-    assert len(counts) == 8
+    assert len(counts) == 10
     for name, found in counts.items():
         for worker in range(2):
             assert found["gathered"][worker] >= found["whole"][worker] > 0, name  # all of it was counted
