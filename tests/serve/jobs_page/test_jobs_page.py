@@ -15,7 +15,7 @@ from serve.fine_tuning.job_records import Job, NewEvent
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.settings import BaseSettings, ServeSettings
-from tests.browser import chromium, served
+from tests.browser import chromium, page_at, served
 from tests.serve.fine_tuning.file_world import EXAMPLE, jsonl, write_tiny_base
 from tests.serve.fine_tuning.job_world import World, make_world
 from tests.serve.test_health import Idle
@@ -23,7 +23,6 @@ from tests.serve.test_health import Idle
 pytestmark = pytest.mark.multiprocess  # the browser's
 
 KEY = "a-key-of-this-test"
-WAIT = 20_000
 GOOD = [{"messages": [{"role": "user", "content": f"Question {n}?"}, *EXAMPLE["messages"][1:]]} for n in range(12)]
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
@@ -72,16 +71,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser, server):
-    context = browser.new_context(locale="en-US", viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(WAIT)
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
-    page.goto(f"{server.url}/jobs")
-    yield page
-    context.close()
-    assert problems == []
+    with page_at(browser, f"{server.url}/jobs") as page:
+        yield page
 
 
 def give_key(page) -> None:
