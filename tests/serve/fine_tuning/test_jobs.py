@@ -14,9 +14,9 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from ft_service.errors import DatabaseError
 from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import Node
+from ft_service.errors import DatabaseError
 from ft_service.runs.folder import LeaseHolder, RunFolder
 from serve.database.keys import create_key, find_key
 from serve.fine_tuning.job_files import JobFolder
