@@ -19,6 +19,7 @@ from ft_service.catalog.models import ModelShape
 from ft_service.cluster.queue.capacity import RayNodes, autoscales
 from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.ray_cluster import connect, is_submitted_job, map_on_cluster
+from ft_service.cluster.room import room_per_worker
 from ft_service.cluster.signals import StopSignals
 from ft_service.data.dataset import JUDGEMENT_FILE, PreparedDataset
 from ft_service.data.gate import Judgement
@@ -46,7 +47,7 @@ from ft_service.text import counted, error_line
 from ft_service.train.attempts import Attempts
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.continuation import check_data, check_settings, continued_plan
-from ft_service.train.worker_group import Controller, room_per_worker
+from ft_service.train.worker_group import Controller
 
 DATA_REPORT_FILE = "data.html"
 _SAMPLE_SECONDS = 1200.0

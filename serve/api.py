@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from ft_service.cluster.queue.capacity import ClusterNodes
 from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.database.keys import find_key
@@ -37,11 +38,12 @@ def create_api(
     settings: ServeSettings,
     missing: Callable[[], Awaitable[Collection[str]]] = _none_missing,
     in_flight: InFlight | None = None,
+    cluster: ClusterNodes | None = None,
 ) -> FastAPI:
     """The application over the engines of each base, by the base's name.
 
     `missing` names the bases that cannot answer yet; readiness depends on it. `in_flight` counts requests, and stops
-    the server.
+    the server. `cluster` trains fine-tuning jobs, where it is known.
     """
     in_flight = in_flight or InFlight()
     database = open_database(settings.database) if settings.database else None
@@ -56,7 +58,7 @@ def create_api(
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
     api.include_router(jobs_page_routes(database, settings))
     api.include_router(
-        fine_tuning_routes(records, settings, {base.name: base.folder for base in models.bases}, in_flight)
+        fine_tuning_routes(records, settings, {base.name: base.folder for base in models.bases}, in_flight, cluster)
     )
     describe(
         api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES, *file_routes.BODIES, *job_routes.BODIES]

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayError
@@ -17,6 +18,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from ft_service.cluster.queue.capacity import RayNodes
 from ft_service.errors import FtError, ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
@@ -149,6 +151,13 @@ class Readiness:
         return tuple(base for base in self._bases if not deployments[base].replica_states.get(ReplicaState.RUNNING))
 
 
+def _training_cluster(settings: ServeSettings) -> RayNodes | None:
+    """This cluster, if it is the one that trains fine-tuning jobs."""
+    address = settings.fine_tuning.ray_address if settings.fine_tuning else ""
+    dashboard = address.removeprefix("http://").rstrip("/")
+    return RayNodes() if address == "auto" or dashboard == ray._private.worker.get_dashboard_url() else None
+
+
 @serve.deployment
 @serve.ingress()
 class Gateway:
@@ -172,7 +181,9 @@ class Gateway:
         readiness = Readiness(serve.get_replica_context().app_name, always_on)
         Deletions(storage, {base.ref.fingerprint for base in bases}, settings.database).start()
         self._in_flight = InFlight()
-        self._api = create_api(models, backends, settings, readiness.missing, self._in_flight)
+        self._api = create_api(
+            models, backends, settings, readiness.missing, self._in_flight, _training_cluster(settings)
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api

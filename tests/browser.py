@@ -6,16 +6,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = "chromium"
+WAIT_MILLISECONDS = 20_000
 
 
 @contextmanager
@@ -34,6 +35,23 @@ def chromium() -> Iterator["Browser"]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def page_at(browser: "Browser", address: str, **options: Any) -> Iterator["Page"]:
+    """A page in a context of its own: English, in a window of a desk. Fails on errors of scripts and of the policy."""
+    context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1280, "height": 800}, **options})
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MILLISECONDS)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
+    page.goto(address)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert problems == []
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ft_service.cli.compare import compare
 from ft_service.cli.data import data_app
 from ft_service.cli.doctor import doctor
 from ft_service.cli.evaluate import evaluate
+from ft_service.cli.files import files_app
 from ft_service.cli.jobs import jobs_app
 from ft_service.cli.keys import keys_app
 from ft_service.cli.migrate import migrate_app
@@ -70,6 +71,7 @@ app.command()(du)
 app.command()(serve)
 app.command()(top)
 app.add_typer(keys_app, name="keys")
+app.add_typer(files_app, name="files")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(study_app, name="study")
 app.add_typer(migrate_app, name="migrate")

@@ -1,6 +1,5 @@
-"""`ft jobs`: fine-tuning jobs of a server, over HTTP: list, show, follow, cancel, pause and resume them."""
+"""`ft jobs`: fine-tuning jobs of a server, over HTTP: create, list, show, follow, cancel, pause and resume them."""
 
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -10,16 +9,109 @@ import typer
 
 from ft_service.cli.common import AsJson, console, new_table, print_item, print_json
 from ft_service.cli.serve import DEFAULT_URL
-from ft_service.errors import ServingError, UsageError
-from ft_service.text import format_duration
+from ft_service.cli.server_requests import (
+    TIMEOUT_SECONDS,
+    Server,
+    address_of,
+    ask,
+    checked,
+    headers,
+    moment,
+    no_address,
+    pages,
+    silent,
+)
+from ft_service.errors import UsageError
+from ft_service.text import counted, format_duration
 
 jobs_app = typer.Typer(help="Fine-tuning jobs of a server; its key is FT_API_KEY.", no_args_is_help=True)
 
-Server = Annotated[str, typer.Option("--server", metavar="URL", envvar="FT_SERVER", help="The server's address.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job: ftjob-...")]
-_PAGE = 100
-_TIMEOUT_SECONDS = 30.0
+CREATE_SECONDS = 300.0
+"""Checking files that are not small takes time."""
 _FACTS = ("model", "fine_tuned_model", "training_file", "validation_file", "seed", "trained_tokens")
+
+
+@jobs_app.command("create")
+def create(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a base that can be fine-tuned.")],
+    training_file: Annotated[str, typer.Argument(metavar="FILE", help="Id of the training file: ft files upload.")],
+    validation_file: Annotated[str | None, typer.Option(metavar="ID", help="Id of the validation file.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of row order, adapter and dropout.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: auto.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step; default: auto.")] = None,
+    learning_rate_multiplier: Annotated[float | None, typer.Option(help="Times the template's rate.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Can be repeated.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate tokens, steps, memory, hours, cost and the queue.")
+    ] = False,
+    server: Server = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Create a job, or estimate it: what it would take, and when it would start."""
+    hyperparameters = {
+        "n_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate_multiplier": learning_rate_multiplier,
+    }
+    body = {
+        "model": model,
+        "training_file": training_file,
+        "validation_file": validation_file,
+        "suffix": suffix,
+        "seed": seed,
+        "metadata": _metadata(metadata or []),
+        "hyperparameters": {name: value for name, value in hyperparameters.items() if value is not None} or None,
+    }
+    given = {name: value for name, value in body.items() if value is not None}
+    path = "/fine_tuning/jobs/estimate" if dry_run else "/fine_tuning/jobs"
+    made = ask(server, "POST", path, json=given, timeout=CREATE_SECONDS)
+    if as_json:
+        print_json(made)
+    elif dry_run:
+        print_item(f"{made['model']}: {counted(made['steps'], 'step')}", *_estimate_lines(made))
+    else:
+        details = [made["status_details"]] if made.get("status_details") else []
+        print_item(f"{made['id']}  {made['status']}", *details)
+
+
+def _metadata(pairs: list[str]) -> dict[str, str] | None:
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--metadata = {pair!r}: is no pair. Write KEY=VALUE.")
+        found[key] = value
+    return found or None
+
+
+def _estimate_lines(estimate: dict[str, Any]) -> list[str]:
+    """An estimate in sentences."""
+    queue = estimate["queue"]
+    sure = "" if estimate["exact"] else ", estimated from a part of the file"
+    lines = [
+        f"data: {counted(estimate['examples'], 'example')} in {counted(estimate['rows'], 'row')}{sure}",
+        f"tokens: {estimate['tokens']:,} in all epochs, {estimate['loss_tokens']:,} of them trained on",
+        "hyperparameters: " + ", ".join(f"{name} {value}" for name, value in estimate["hyperparameters"].items()),
+    ]
+    if estimate["memory_gib"] is not None:
+        room = f" of {estimate['gpu_memory_gib']:.0f} GiB" if estimate["gpu_memory_gib"] else ""
+        lines.append(f"memory of a worker: {estimate['memory_gib']:.1f} GiB{room}")
+    if estimate["seconds"] is not None:
+        cost = f", {estimate['cost_usd']:.2f} USD" if estimate["cost_usd"] is not None else ""
+        lines.append(f"time: {format_duration(estimate['seconds'])}, {estimate['gpu_hours']:.2f} GPU-hours{cost}")
+    if queue["place"] is None:
+        lines.append(f"queue: {counted(queue['runs_waiting'], 'run')} waiting")
+    elif queue["place"] == 0:
+        lines.append("queue: it would start at once")
+    else:
+        lines.append(f"queue: place {queue['place']}; it would wait for {queue['waits_for'] or 'the runs before it'}")
+    if queue["place"] and queue["estimated_start"]:
+        lines.append(f"expected start: {moment(queue['estimated_start'])} UTC")
+    if queue["estimated_finish"]:
+        lines.append(f"expected end: {moment(queue['estimated_finish'])} UTC")
+    return [*lines, *(f"warning: {warning}" for warning in estimate["warnings"])]
 
 
 @jobs_app.command("list")
@@ -31,7 +123,7 @@ def list_all(
 ) -> None:
     """List jobs, the newest first."""
     jobs = []
-    for job in _pages(server, "/fine_tuning/jobs"):
+    for job in pages(server, "/fine_tuning/jobs"):
         if status is None or job["status"] == status:
             jobs.append(job)
         if len(jobs) == last:
@@ -39,17 +131,26 @@ def list_all(
     if as_json:
         print_json(jobs)
         return
-    table = new_table("id", "status", "model", "created (UTC)", "expected end (UTC)")
+    table = new_table("id", "status", "model", "created (UTC)", "expected end (UTC)", "waits for")
     for job in jobs:
         name = job["fine_tuned_model"] or job["model"]
-        table.add_row(job["id"], job["status"], name, _moment(job["created_at"]), _moment(job["estimated_finish"]))
+        waiting = job.get("waiting") or {}
+        place = f"place {waiting['place']}: " if waiting.get("place") else ""
+        table.add_row(
+            job["id"],
+            job["status"],
+            name,
+            moment(job["created_at"]),
+            moment(job["estimated_finish"]),
+            place + waiting.get("waits_for", ""),
+        )
     console.print(table)
 
 
 @jobs_app.command("show")
 def show(job: JobId, server: Server = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show one job: its status, and why it failed or waits."""
-    found = _ask(server, "GET", _path(job))
+    found = ask(server, "GET", _path(job))
     if as_json:
         print_json(found)
         return
@@ -59,11 +160,13 @@ def show(job: JobId, server: Server = DEFAULT_URL, as_json: AsJson = False) -> N
     for name in ("hyperparameters", "metadata"):
         if found.get(name):
             facts.append(f"{name}: {', '.join(f'{key} {value}' for key, value in found[name].items())}")
-    facts.append(f"created: {_moment(found['created_at'])} UTC")
+    facts.append(f"created: {moment(found['created_at'])} UTC")
     facts.append(
-        f"ended: {_moment(ended)} UTC" if ended else f"expected end: {_moment(found['estimated_finish']) or '?'}"
+        f"ended: {moment(ended)} UTC" if ended else f"expected end: {moment(found['estimated_finish']) or '?'}"
     )
     facts.append(f"time: {format_duration(max(seconds, 0))}")
+    if found.get("status_details"):
+        facts.append(f"details: {found['status_details']}")
     facts += [f"result file: {file}" for file in found["result_files"]]
     error = found.get("error") or {}
     if error.get("message"):
@@ -87,7 +190,7 @@ def events(
             _print_event(event, as_json)
         return
     found = []
-    for event in _pages(server, f"{_path(job)}/events"):
+    for event in pages(server, f"{_path(job)}/events"):
         found.append(event)
         if len(found) == last:
             break
@@ -117,7 +220,7 @@ def resume(job: JobId, server: Server = DEFAULT_URL, as_json: AsJson = False) ->
 
 
 def _act(server: str, job: str, action: str, as_json: bool) -> None:
-    found = _ask(server, "POST", f"{_path(job)}/{action}")
+    found = ask(server, "POST", f"{_path(job)}/{action}")
     if as_json:
         print_json(found)
     else:
@@ -130,44 +233,12 @@ def _print_event(event: dict[str, Any], as_json: bool) -> None:
         return
     level = "" if event["level"] == "info" else f" {event['level']}:"
     console.print(
-        f"{_moment(event['created_at'])}{level} {event['message']}", highlight=False, markup=False, soft_wrap=True
+        f"{moment(event['created_at'])}{level} {event['message']}", highlight=False, markup=False, soft_wrap=True
     )
-
-
-def _moment(seconds: int | None) -> str:
-    return "" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
-
-
-# -- the server --------------------------------------------------------------------------------------------------------
 
 
 def _path(job: str) -> str:
     return f"/fine_tuning/jobs/{quote(job, safe='')}"
-
-
-def _pages(server: str, path: str) -> Iterator[dict[str, Any]]:
-    """The items of a list, page after page."""
-    after = None
-    while True:
-        page = _ask(server, "GET", path, {"limit": _PAGE, **({"after": after} if after else {})})
-        yield from page["data"]
-        if not page.get("has_more") or not page["data"]:
-            return
-        after = page["data"][-1]["id"]
-
-
-def _ask(server: str, method: str, path: str, query: dict[str, Any] | None = None) -> dict[str, Any]:
-    import httpx
-
-    try:
-        response = httpx.request(
-            method, _address(server) + path, params=query, headers=_headers(), timeout=_TIMEOUT_SECONDS
-        )
-    except httpx.InvalidURL:
-        raise _no_address(server) from None
-    except httpx.HTTPError as error:
-        raise _silent(server, error) from None
-    return _checked(server, response.status_code, response.content)
 
 
 def _stream(server: str, job: str) -> Iterator[dict[str, Any]]:
@@ -179,12 +250,12 @@ def _stream(server: str, job: str) -> Iterator[dict[str, Any]]:
     last = None
     failures = 0
     while True:
-        headers = {**_headers(), "accept": "text/event-stream", **({"last-event-id": last} if last else {})}
+        sent = {**headers(), "accept": "text/event-stream", **({"last-event-id": last} if last else {})}
         try:
-            address = f"{_address(server)}{_path(job)}/events"
-            with httpx.stream("GET", address, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
+            address = f"{address_of(server)}{_path(job)}/events"
+            with httpx.stream("GET", address, headers=sent, timeout=TIMEOUT_SECONDS) as response:
                 if not response.is_success:
-                    _checked(server, response.status_code, response.read())
+                    checked(server, response.status_code, response.read())
                 for line in response.iter_lines():
                     if line == "data: [DONE]":
                         return
@@ -194,41 +265,8 @@ def _stream(server: str, job: str) -> Iterator[dict[str, Any]]:
                         last = event["id"]
                         yield event
         except httpx.InvalidURL:
-            raise _no_address(server) from None
+            raise no_address(server) from None
         except httpx.HTTPError as error:
             failures += 1
             if failures == 5:
-                raise _silent(server, error) from None
-
-
-def _checked(server: str, status: int, content: bytes) -> dict[str, Any]:
-    import json
-
-    try:
-        reply = json.loads(content)
-    except ValueError:
-        reply = None
-    if status < 400 and isinstance(reply, dict):
-        return reply
-    try:
-        reason = reply["error"]["message"]
-    except (KeyError, TypeError):
-        reason = f"answers {status}, so it is no server of ft serve"
-    raise ServingError(f"--server = {server!r}: {reason}")
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get("FT_API_KEY", "").strip()
-    return {"authorization": f"Bearer {key}"} if key else {}
-
-
-def _address(server: str) -> str:
-    return server.rstrip("/").removesuffix("/v1") + "/v1"
-
-
-def _no_address(server: str) -> UsageError:
-    return UsageError(f"--server = {server!r}: is no address. Use http://HOST:PORT.")
-
-
-def _silent(server: str, error: Exception) -> ServingError:
-    return ServingError(f"--server = {server!r}: does not answer ({type(error).__name__}). Is the server up?")
+                raise silent(server, error) from None

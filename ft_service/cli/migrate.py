@@ -12,6 +12,8 @@ from ft_service.text import counted
 if TYPE_CHECKING:
     from ft_service.migrate.migration import MigrationJob
 
+_COMPARISON_FOLDER = Path("migration")
+
 migrate_app = typer.Typer(help="Carry fine-tuning jobs of another service over.", no_args_is_help=True)
 
 
@@ -69,6 +71,158 @@ def openai(
         _show(planned, dry_run)
     if any(one.outcome in ("refused", "failed") for one in planned):
         raise SystemExit(1)
+
+
+Jobs = Annotated[Path, typer.Argument(metavar="JOBS", help="JSON or JSON lines of client.fine_tuning.jobs.list().")]
+Files = Annotated[Path, typer.Option("--files", metavar="FOLDER", help="Validation files, named <file id>.jsonl.")]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option("--questions", metavar="JOB=FILE", help="Questions of a job that has no validation file."),
+]
+OnlyJobs = Annotated[list[str] | None, typer.Option("--job", help="Only this job. Can be repeated.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Questions of each job, drawn with a fixed seed.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", min=1, max=512, help="Questions asked at once.")]
+
+
+@migrate_app.command("record")
+def record(
+    jobs: Jobs,
+    files: Files,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the answers are written.")],
+    only: OnlyJobs = None,
+    questions: Questions = None,
+    server: Annotated[
+        str, typer.Option(metavar="URL", help="The API that has the earlier models.")
+    ] = "https://api.openai.com/v1",
+    key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of that API.")] = None,
+    limit: Limit = 200,
+    max_tokens: MaxTokens = 256,
+    concurrency: Concurrency = 8,
+) -> None:
+    """Record the answers of the earlier models to their validation files, while they still answer.
+
+    They are the left side of `ft migrate compare`. Run again, it asks only what is missing. Exit code 1: some
+    questions have no answer.
+    """
+    from ft_service.cli.evaluate_view import ProgressLine
+    from ft_service.errors import DataError, UsageError
+    from ft_service.evaluate.ask import Endpoint
+    from ft_service.migrate.compare import Asking
+    from ft_service.migrate.recorded import record as record_answers
+
+    asking = Asking(limit=limit, max_tokens=max_tokens, concurrency=concurrency, questions=_questions(questions))
+    is_complete = True
+    for job in _planned(jobs, files, only):
+        model = job.source.fine_tuned_model
+        if job.outcome == "skipped" or model is None:
+            continue
+        shown = ProgressLine()
+        try:
+            count, remarks = record_answers(
+                job,
+                model,
+                Endpoint(server, key),
+                out,
+                asking.held_out(job),
+                asking.seed,
+                concurrency,
+                lambda done, total, job=job, shown=shown: shown(job.source.id, done, total),  # type: ignore[misc]
+            )
+        except (UsageError, DataError) as error:
+            is_complete = False
+            print_item(f"{job.source.id}  {model}", *str(error).split("\n"))
+            continue
+        is_complete = is_complete and not any("have no answer" in remark for remark in remarks)
+        place = out / f"{job.source.id}.jsonl"
+        print_item(f"{job.source.id}  {model}", f"{counted(count, 'answer')}: {place}", *remarks)
+    if not is_complete:
+        raise SystemExit(1)
+
+
+@migrate_app.command("compare")
+def compare(
+    jobs: Jobs,
+    files: Files,
+    recorded: Annotated[Path, typer.Option(metavar="FOLDER", help="Recorded answers, named <job id>.jsonl.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where the answers and the page are kept.")
+    ] = _COMPARISON_FOLDER,
+    only: OnlyJobs = None,
+    questions: Questions = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="f1, exact, number, rouge_l, chrf. Can be repeated; the first counts."),
+    ] = None,
+    language: Annotated[str, typer.Option(help="Of the answers: en or ja.")] = "en",
+    limit: Limit = 200,
+    max_tokens: MaxTokens = 256,
+    concurrency: Concurrency = 8,
+    server: Annotated[str, typer.Option(metavar="URL", envvar="FT_SERVER", help="The server's address.")] = DEFAULT_URL,
+    key: Annotated[str | None, typer.Option(envvar="FT_API_KEY", help="Key of that server.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the recorded answers of the earlier models with those of the new ones, with intervals.
+
+    Writes a page. Run again, it asks only what is missing. Exit code 1: some jobs cannot be compared.
+    """
+    from ft_service.cli.evaluate_view import ProgressLine, comparison_table
+    from ft_service.evaluate.ask import Endpoint
+    from ft_service.migrate.compare import Asking, compare_jobs, comparison_page
+    from ft_service.migrate.create import FineTuningServer
+
+    asking = Asking(
+        metrics=tuple(metric or ("f1",)),
+        language=language,
+        limit=limit,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        questions=_questions(questions),
+    )
+    connection = FineTuningServer(server, key)
+    try:
+        planned = _planned(jobs, files, only)
+        endpoint = Endpoint(connection.url, key)
+        found = compare_jobs(planned, connection, endpoint, recorded, out, asking, ProgressLine())
+    finally:
+        connection.close()
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "comparison.html"
+    page.write_text(comparison_page(found), encoding="utf-8")
+    if as_json:
+        print_json([one.as_json() for one in found])
+    else:
+        for one in found:
+            print_item(f"{one.new_model or '?'} against {one.old_model or one.source}", f"job {one.source}")
+            if one.rows:
+                console.print(comparison_table(one.rows, "earlier", "new"))
+            for line in (one.sentence, *one.remarks):
+                if line:
+                    print_item(f"  {line}")
+        print_item(str(page))
+    if not found or any(one.comparison is None for one in found):
+        raise SystemExit(1)
+
+
+def _planned(jobs: Path, files: Path, only: list[str] | None) -> "list[MigrationJob]":
+    """The jobs with their files. What a model is called here does not matter: new models are found by their origin."""
+    from ft_service.migrate.exported import read_jobs
+    from ft_service.migrate.mapping import Mapping
+    from ft_service.migrate.migration import plan_migration
+
+    return plan_migration(read_jobs(jobs), Mapping(), files, only=tuple(only or ()))
+
+
+def _questions(pairs: list[str] | None) -> dict[str, Path]:
+    from ft_service.errors import UsageError
+
+    found = {}
+    for pair in pairs or []:
+        job, equals, file = pair.partition("=")
+        if not equals or not Path(file).is_file():
+            raise UsageError(f"--questions = {pair!r}: is no JOB=FILE of a file that exists.")
+        found[job] = Path(file)
+    return found
 
 
 def _as_json(planned: "list[MigrationJob]") -> dict[str, object]:

@@ -48,12 +48,17 @@ class FineTuningServer:
 
     def find_job(self, source_id: str) -> str | None:
         """The id of the job that carries `source_id` in its metadata, and did not fail."""
+        job = self.migrated_job(source_id)
+        return None if job is None else str(job["id"])
+
+    def migrated_job(self, source_id: str) -> dict[str, Any] | None:
+        """The newest job that carries `source_id` in its metadata, and did not fail."""
         query = {f"metadata[{ORIGIN}]": source_id, "limit": "100"}
-        jobs = self._send("GET", "/fine_tuning/jobs", params=query).get("data", [])
+        jobs: list[dict[str, Any]] = self._send("GET", "/fine_tuning/jobs", params=query).get("data", [])
         for job in jobs:
             is_origin = (job.get("metadata") or {}).get(ORIGIN) == source_id  # a server may ignore the filter
             if is_origin and job.get("status") not in ("failed", "cancelled"):
-                return str(job["id"])
+                return job
         return None
 
     def upload(self, file: Path, report: RowReport) -> str:

@@ -64,6 +64,11 @@ class TrackedRun:
     settings: Mapping[str, Any]
     """Setting -> value, with dotted names, and the figures of the plan."""
     storage: Storage
+    name: str | None = None
+    """Shown instead of the run's id."""
+    entity: str | None = None
+    """W&B's user or team."""
+    tags: Sequence[str] = ()
 
     def local_folder(self, name: str) -> Path:
         """The folder `name` below the storage root. Raises `StorageError` on an object store."""
@@ -78,7 +83,10 @@ def tracked_run(run: "RunFolder") -> TrackedRun:
     settings = dict(_flat(plan.spec.model_dump(mode="json")))
     for name in _PLAN_FIGURES:
         settings[f"plan.{name}"] = getattr(plan, name)
-    return TrackedRun(run.run_id, plan.spec.report.project, settings, run.storage)
+    report = plan.spec.report
+    return TrackedRun(
+        run.run_id, report.project, settings, run.storage, report.run_name, report.entity, tuple(report.tags)
+    )
 
 
 def new_tracker(name: str, run: TrackedRun) -> Tracker:
@@ -227,7 +235,9 @@ class Wandb:
         self._run = wandb.init(
             project=self._tracked.project,
             id=self._tracked.run_id,
-            name=self._tracked.run_id,
+            name=self._tracked.name or self._tracked.run_id,
+            entity=self._tracked.entity,
+            tags=list(self._tracked.tags) or None,
             config=dict(self._tracked.settings),
             dir=folder,
             mode=mode,  # never the default: it asks for a key on the terminal
@@ -287,8 +297,9 @@ class Mlflow:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            tags = {self._TAG: self._tracked.run_id}
-            created = self._client.create_run(experiment_id, run_name=self._tracked.run_id, tags=tags)
+            tags = {**dict.fromkeys(self._tracked.tags, "true"), self._TAG: self._tracked.run_id}
+            name = self._tracked.name or self._tracked.run_id
+            created = self._client.create_run(experiment_id, run_name=name, tags=tags)
             self._id = created.info.run_id
         self._record_settings(found[0].data.params if found else {})
         return max((metric.step for metric in self._client.get_metric_history(self._id, "loss")), default=0)

@@ -271,6 +271,13 @@ class ReportSpec(_Section):
         "Each needs its package.",
     )
     project: str = Field(default="ft-service", min_length=1, description="W&B's project, MLflow's experiment.")
+    entity: str | None = Field(
+        default=None, min_length=1, description="W&B's user or team (default: that of the API key)."
+    )
+    run_name: str | None = Field(
+        default=None, min_length=1, description="Name of the run in W&B and MLflow (default: the run's id)."
+    )
+    tags: list[str] = Field(default_factory=list, description="Tags of the run in W&B and MLflow.")
     samples: int = Field(
         default=4, ge=0, le=64, description="Number of validation prompts to answer with base and adapter."
     )

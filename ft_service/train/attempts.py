@@ -20,6 +20,7 @@ from ft_service.cluster.ray_cluster import (
     request_resources,
     this_node_id,
 )
+from ft_service.cluster.room import room_per_worker
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
@@ -33,7 +34,7 @@ from ft_service.text import counted
 from ft_service.train.checkpoints.manifest import Checkpoints
 from ft_service.train.deaths import HANG_CURE, DeathReason, TrainingDied
 from ft_service.train.watchdog import ranks_without_stacks
-from ft_service.train.worker_group import WORKER, Controller, NoRoom, WorkerGroup, room_per_worker
+from ft_service.train.worker_group import WORKER, Controller, NoRoom, WorkerGroup
 
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 1.0

@@ -24,8 +24,8 @@ from ray.train.v2._internal.execution.worker_group import state as train_state
 from ray.train.v2._internal.execution.worker_group import worker_group as train_worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from ft_service.catalog.gpus import find_gpu
 from ft_service.cluster.ray_cluster import kill_actors, remove_placement_groups, this_node_id
+from ft_service.cluster.room import ray_accelerator_type, resources_per_worker
 from ft_service.errors import FtError, ModelUnreachableError, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
@@ -219,19 +219,6 @@ def _had_no_room(error: BaseException | None) -> bool:
     return type(getattr(error, "controller_failure", None)).__name__ in _NO_ROOM
 
 
-def resources_per_worker(parallel: ParallelSpec) -> dict[str, float]:
-    """What Ray reserves for each worker."""
-    return {"CPU": parallel.reserved_cpus, **({"GPU": 1} if parallel.use_gpu else {})}
-
-
-def room_per_worker(parallel: ParallelSpec) -> dict[str, float]:
-    """What a node must have free for each worker: `resources_per_worker`, and the type of its GPU."""
-    resources = resources_per_worker(parallel)
-    if parallel.accelerator_type:  # the amount is the one that Ray Train requests
-        resources[f"accelerator_type:{ray_accelerator_type(parallel.accelerator_type)}"] = 0.001
-    return resources
-
-
 def worker_environment(parallel: ParallelSpec) -> dict[str, str]:
     """The environment variables of a worker."""
     environment = {
@@ -293,9 +280,3 @@ def _as_ft_error(error: ray.train.TrainingFailedError) -> FtError:
     # The full text of Ray's error may fill a screen: it goes to log and file, and its first line into the message.
     reason = DeathReason("worker", type(causes[0]).__name__, str(causes[0]))
     return TrainingDied(f"worker {rank} failed: {reason_line(causes[0])}", reason, details)
-
-
-def ray_accelerator_type(name: str | None) -> str | None:
-    """Ray's exact name: the spec may say rtx-4090 for GeForce-RTX-4090, and Ray would wait forever for such a node."""
-    gpu = find_gpu(name)
-    return gpu.name if gpu else name

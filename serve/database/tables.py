@@ -296,6 +296,8 @@ class FineTuningJobRow(Base):
     """The newest step whose metrics are among the events."""
     trouble: Mapped[str | None] = mapped_column(Text)
     """What holds the job up at the moment, such as a Ray that does not answer."""
+    waiting: Mapped[dict[str, object] | None] = mapped_column(JSON)
+    """Its place in the queue, what it waits for, and when it is expected to start. See `serve.fine_tuning.waiting`."""
 
 
 class JobCreateRow(Base):

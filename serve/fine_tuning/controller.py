@@ -13,7 +13,7 @@ result file.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from ft_service.cluster.queue.entry import Entry
@@ -32,6 +32,7 @@ from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job, JobRecords, NewCheckpoint, NewEvent, NewWebhook
 from serve.fine_tuning.job_states import State
 from serve.fine_tuning.results import checkpoint_metrics, estimated_finish, metrics_event, results_csv
+from serve.fine_tuning.waiting import PREPARATION, in_queue, queue_text
 from serve.fine_tuning.work import Work
 
 LEASE = "fine-tuning controller"
@@ -229,11 +230,19 @@ class Controller:
 
     def _watch(self, job: Job, run: RunFolder, status: RunStatus) -> None:
         state: State = "queued" if status.state in ("preparing", "queued") else "running"
-        if state == "queued" and (entry := find_entry(self._storage, job.run_id)) and not entry.holds_workers:
-            self._report_place(job, entry)
-            return
+        if state == "queued":
+            entry = find_entry(self._storage, job.run_id)
+            if entry is None or not entry.holds_workers:
+                self._report_waiting(job, entry)
+                return
         if state == "running" and job.state == "queued":
-            changed = self._records.change(job, "running", trouble=None, events=[NewEvent("Fine-tuning job started")])
+            changed = self._records.change(
+                job,
+                "running",
+                trouble=None,
+                estimated_finish=self._planned_finish(job),
+                events=[NewEvent("Fine-tuning job started")],
+            )
             if changed is None:
                 return
             job = changed
@@ -241,17 +250,29 @@ class Controller:
             job = self._records.change(job, trouble=None) or job
         self._report_metrics(job, run)
 
-    def _report_place(self, job: Job, entry: Entry) -> None:
-        """Record what the run waits for. A new place is an event, another reason is not."""
-        place = f"Place {entry.place or '?'} in the queue of the cluster"
-        text = f"{place}; waits for {entry.waits_for}." if entry.waits_for else f"{place}."
-        finish = None
-        if entry.estimated_start is not None and entry.expected_seconds is not None:
-            finish = entry.estimated_start + timedelta(seconds=entry.expected_seconds)
-        if text != job.trouble or finish != job.estimated_finish:
-            is_new = not (job.trouble or "").startswith(place)
-            events = [NewEvent(text)] if is_new else []
-            self._records.change(job, trouble=text, estimated_finish=finish, events=events)
+    def _report_waiting(self, job: Job, entry: Entry | None) -> None:
+        """Record what the run waits for. A new place is an event, another reason is not.
+
+        `entry` None: its driver has not entered the queue yet, and the forecast of the job's creation still holds.
+        """
+        if entry is None:
+            waiting = {**in_queue(None, "", None), **(job.waiting or {}), "place": None, "waits_for": PREPARATION}
+            finish = job.estimated_finish
+        else:
+            waiting = in_queue(entry.place, entry.waits_for, entry.estimated_start)
+            seconds = entry.expected_seconds or _planned_seconds(job)
+            finish = None
+            if entry.estimated_start is not None and seconds is not None:
+                finish = entry.estimated_start + timedelta(seconds=seconds)
+        if waiting != job.waiting or finish != job.estimated_finish or job.trouble is not None:
+            is_new = entry is not None and (job.waiting is None or waiting["place"] != job.waiting["place"])
+            events = [NewEvent(queue_text(waiting), data=waiting)] if is_new else []
+            self._records.change(job, trouble=None, waiting=waiting, estimated_finish=finish, events=events)
+
+    def _planned_finish(self, job: Job) -> datetime | None:
+        """When a run that starts now ends by the plan; measured steps correct it."""
+        seconds = _planned_seconds(job)
+        return None if seconds is None else self._records.clock() + timedelta(seconds=seconds)
 
     def _report_metrics(self, job: Job, run: RunFolder) -> Job | None:
         """Add the steps that are not among the events yet. None if there is none, or the job has changed."""
@@ -267,7 +288,7 @@ class Controller:
             changed = self._records.change(
                 job,
                 last_step=reported[-1].step,
-                estimated_finish=estimated_finish(metrics, num_steps),
+                estimated_finish=estimated_finish(metrics, num_steps) or job.estimated_finish,
                 events=[metrics_event(step, num_steps) for step in reported],
             )
         if len(new) <= _EVENTS_AT_ONCE and (changed is not None or not new):
@@ -385,6 +406,10 @@ def _checkpoints(job: Job, run: RunFolder, metrics: Sequence[StepMetrics]) -> li
         for step, adapter in sorted(adapters.items())
         if step in by_step
     ]
+
+
+def _planned_seconds(job: Job) -> float | None:
+    return None if job.resolved is None else job.resolved.get("seconds")
 
 
 def _time_of(status: RunStatus | None) -> str | None:

@@ -70,6 +70,7 @@ class Job:
     result_files: Sequence[str] = ()
     last_step: int = 0
     trouble: str | None = None
+    waiting: Mapping[str, Any] | None = None
 
     @property
     def hex(self) -> str:
@@ -259,12 +260,13 @@ class JobRecords:
     ) -> Job | None:
         """The job after a change, with its events; None, and nothing changed, if the job is no longer as `job` says.
 
-        Entering a state that ends the job clears its wish. Raises `ValueError` for an illegal transition.
+        Another state clears what the job waits for; one that ends the job also clears its wish. Raises `ValueError`
+        for an illegal transition.
         """
         now = self.clock()
         if state is not None and state != job.state:
             check_legal(job.state, state)
-            changes |= {"state": state, "since": now}
+            changes = {"waiting": None, **changes, "state": state, "since": now}
             if state in ENDED:
                 changes |= {"finished": now, "wish": None, "trouble": None, "estimated_finish": None}
         row = FineTuningJobRow

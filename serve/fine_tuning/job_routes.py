@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
@@ -15,6 +16,7 @@ from serve.fine_tuning.events import event_stream
 from serve.fine_tuning.file_wire import ListPage, list_page
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import Jobs, known_after
+from serve.fine_tuning.waiting import status_details, waiting_reply
 from serve.fine_tuning.wire import (
     FineTuningJob,
     FineTuningJobCheckpoint,
@@ -46,7 +48,10 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
     api = APIRouter()
 
     def answer(job: Job) -> JSONResponse:
-        return JSONResponse(job_reply(job, organization).model_dump(mode="json"))
+        return JSONResponse(reply(job).model_dump(mode="json"))
+
+    def reply(job: Job) -> FineTuningJob:
+        return job_reply(job, organization, jobs.records.clock())
 
     @api.post(_PATH, openapi_extra=reads(FineTuningJobRequest), response_model=FineTuningJob)
     async def create(http: Request) -> Response:
@@ -60,7 +65,7 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
 
     @api.post(f"{_PATH}/estimate", openapi_extra=reads(FineTuningJobRequest))
     async def estimate(http: Request) -> dict[str, Any]:
-        """What a job would take: tokens, memory, steps, hours, cost. Writes nothing."""
+        """What a job would take: tokens, memory, steps, hours, cost, its place in the queue. Writes nothing."""
         request = await read_json(http, FineTuningJobRequest, _MOST_MIB)
         client_of(http).check_may_use(request.model)
         return await _checked(jobs.estimate, tenant_of(client_of(http)), request)
@@ -74,23 +79,23 @@ def job_routes(jobs: Jobs, organization: str, in_flight: InFlight) -> APIRouter:
             if (match := _METADATA.fullmatch(name))
         }
         found, has_more = jobs.list_jobs(tenant_of(client_of(http)).visible(FineTuningJobRow), limit, after, wanted)
-        return list_page([job_reply(job, organization) for job in found], has_more)
+        return list_page([reply(job) for job in found], has_more)
 
     @api.get(f"{_PATH}/{{job_id}}")
     def retrieve(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.find(job_id, tenant_of(client_of(http))), organization)
+        return reply(jobs.find(job_id, tenant_of(client_of(http))))
 
     @api.post(f"{_PATH}/{{job_id}}/cancel")
     def cancel(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.cancel(job_id, tenant_of(client_of(http))), organization)
+        return reply(jobs.cancel(job_id, tenant_of(client_of(http))))
 
     @api.post(f"{_PATH}/{{job_id}}/pause")
     def pause(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.pause(job_id, tenant_of(client_of(http))), organization)
+        return reply(jobs.pause(job_id, tenant_of(client_of(http))))
 
     @api.post(f"{_PATH}/{{job_id}}/resume")
     def resume(http: Request, job_id: str) -> FineTuningJob:
-        return job_reply(jobs.resume(job_id, tenant_of(client_of(http))), organization)
+        return reply(jobs.resume(job_id, tenant_of(client_of(http))))
 
     @api.get(f"{_PATH}/{{job_id}}/events", response_model=ListPage[FineTuningJobEvent])
     async def events(
@@ -127,8 +132,8 @@ async def _checked(act: Callable[[Tenant, FineTuningJobRequest], T], owner: Tena
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def job_reply(job: Job, organization: str) -> FineTuningJob:
-    """A job in OpenAI's shape."""
+def job_reply(job: Job, organization: str, now: datetime) -> FineTuningJob:
+    """A job in OpenAI's shape, and what it waits for."""
     request = job.request
     hyperparameters = _hyperparameters(job)
     return FineTuningJob.model_validate(
@@ -151,6 +156,8 @@ def job_reply(job: Job, organization: str) -> FineTuningJob:
             "integrations": request.get("integrations") or [],
             "metadata": request.get("metadata") or {},
             "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "status_details": status_details(job, now),
+            "waiting": waiting_reply(job),
         }
     )
 

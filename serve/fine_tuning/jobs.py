@@ -8,12 +8,13 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement
 
-from ft_service.cluster.queue.view import read_queue
+from ft_service.cluster.queue.capacity import ClusterNodes
 from ft_service.errors import StorageError
 from ft_service.plan.facts import Resources
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.checks import Checked, JobRefusedError, check_job
 from serve.fine_tuning.controller import Outside
+from serve.fine_tuning.forecast import Forecasts, JobForecast
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job, JobRecords, NewEvent, request_digest
 from serve.fine_tuning.job_states import ENDED, State
@@ -25,6 +26,7 @@ from serve.fine_tuning.run_spec import (
     model_name,
     run_name,
 )
+from serve.fine_tuning.waiting import in_queue, queue_text
 from serve.fine_tuning.webhooks import Deliveries, webhooks_of
 from serve.fine_tuning.wire import FineTuningJobRequest
 from serve.http.errors import ApiError
@@ -70,12 +72,21 @@ class Files(Protocol):
 class Jobs:
     """All that the routes do with jobs. Blocking; raises `ApiError`, `DatabaseError` and `StorageError`."""
 
-    def __init__(self, records: JobRecords, storage: Storage, settings: ServeSettings, files: Files) -> None:
+    def __init__(
+        self,
+        records: JobRecords,
+        storage: Storage,
+        settings: ServeSettings,
+        files: Files,
+        cluster: ClusterNodes | None = None,
+    ) -> None:
+        """`cluster` trains the jobs; None where its nodes are unknown. See `serve.fine_tuning.forecast`."""
         assert settings.fine_tuning
         self.records = records
         self._storage = storage
         self._tuning = settings.fine_tuning
         self._files = files
+        self._forecasts = Forecasts(storage, cluster)
 
     # -- creating ------------------------------------------------------------------------------------------------------
 
@@ -97,10 +108,14 @@ class Jobs:
         folder = JobFolder(self._storage, job.id)
         by_folder = {file.folder for file in files.values()}
         assert len(by_folder) == 1
+        forecast_events: list[NewEvent] = []
         try:
             folder.link_data(by_folder.pop(), {role: file.name for role, file in files.items()})
             if sum(file.bytes for file in files.values()) <= self._tuning.checked_mib * _MIB:
-                job = replace(job, resolved=self.check(job).summary())
+                checked = self.check(job)
+                forecast = self._forecast(job, checked)
+                forecast_events = _forecast_events(forecast)
+                job = _with_forecast(replace(job, resolved=checked.summary()), forecast)
         except JobRefusedError as error:
             folder.delete()
             raise _refused(error) from None
@@ -110,7 +125,7 @@ class Jobs:
         names = ", ".join(file.id for file in files.values())
         events = [NewEvent(f"Created fine-tuning job: {job.id}"), NewEvent(f"Validating training file: {names}")]
         # If this fails, the row may be there all the same, as when the answer to a commit is lost: the folder stays.
-        created = self.records.create(job, digest, [*events, *_unused(request)])
+        created = self.records.create(job, digest, [*events, *forecast_events])
         if created.id != job.id:
             folder.delete()
         return created
@@ -129,12 +144,16 @@ class Jobs:
             )
         except JobRefusedError as error:
             raise _refused(error) from None
-        queue = [listed.entry for listed in read_queue(self._storage)]
-        waiting = {entry.run_id for entry in queue if not entry.holds_workers}
-        waiting |= {other.run_id for other in self.records.active() if other.state in ("validating_files", "queued")}
+        forecast = self._forecast(job, checked)
         summary = {name: value for name, value in checked.summary().items() if name != "spec"}
-        place = {"runs_waiting": len(waiting), "runs_with_workers": sum(entry.holds_workers for entry in queue)}
-        return {"object": "fine_tuning.job.estimate", "model": job.model, "queue": place, **summary}
+        if forecast.warning:
+            summary["warnings"] = [*summary["warnings"], forecast.warning]
+        return {"object": "fine_tuning.job.estimate", "model": job.model, "queue": forecast.as_json(), **summary}
+
+    def _forecast(self, job: Job, checked: Checked) -> JobForecast:
+        estimate = checked.plan.estimate
+        seconds = None if estimate is None else estimate.seconds
+        return self._forecasts.of(job.run_id, checked.spec, seconds, self.records.active(), self.records.clock())
 
     def check(self, job: Job) -> Checked:
         """Spec, data and plan of a job whose data are linked. Raises `JobRefusedError`."""
@@ -265,16 +284,24 @@ class Jobs:
 _ENDS: Mapping[State, str] = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
 
 
-def _unused(request: FineTuningJobRequest) -> list[NewEvent]:
-    """What a request asks for that changes nothing."""
-    settings = {
-        name
-        for integration in request.integrations or []
-        for name in ("entity", "name", "tags")
-        if getattr(integration.wandb, name)
-    }
-    names = ", ".join(sorted(settings))
-    return [NewEvent(f"integrations.wandb: {names} are not used, only the project is.", "warn")] if names else []
+def _with_forecast(job: Job, forecast: JobForecast) -> Job:
+    """A new job with what the queue says of it: kept until its driver knows more."""
+    if forecast.place is None:
+        return job
+    waiting = in_queue(None, "", forecast.estimated_start)
+    return replace(job, waiting=waiting, estimated_finish=forecast.estimated_finish)
+
+
+def _forecast_events(forecast: JobForecast) -> list[NewEvent]:
+    events = []
+    if forecast.place:
+        start = forecast.estimated_start
+        expected = f" It is expected to start at {start:%Y-%m-%d %H:%M} UTC." if start else ""
+        waiting = in_queue(forecast.place, forecast.waits_for, start)
+        events.append(NewEvent(queue_text(waiting) + expected, data=waiting))
+    if forecast.warning:
+        events.append(NewEvent(forecast.warning, "warn"))
+    return events
 
 
 def _has_started(job: Job) -> bool:
@@ -335,7 +362,7 @@ def job_settings(job: Job, tuning: FineTuningSettings, training: str, validation
             for name, reason in job.metadata.items()
             if name.startswith(WAIVE_PREFIX)
         },
-        wandb_project=None if wandb is None else wandb["project"],
+        wandb=wandb,
         owner=request.get("_key", job.key),
     )
 

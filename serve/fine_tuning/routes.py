@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
+from ft_service.cluster.queue.capacity import ClusterNodes
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.file_keeper import FileKeeper
@@ -19,16 +20,21 @@ from serve.settings import ServeSettings
 
 
 def fine_tuning_routes(
-    records: JobRecords | None, settings: ServeSettings, bases: Mapping[str, Path], in_flight: InFlight
+    records: JobRecords | None,
+    settings: ServeSettings,
+    bases: Mapping[str, Path],
+    in_flight: InFlight,
+    cluster: ClusterNodes | None = None,
 ) -> APIRouter:
-    """`records` None: the server has no database. `bases` are names and folders, for counts of tokens."""
+    """`records` None: the server has no database. `bases` are names and folders, for counts of tokens. `cluster`
+    trains the jobs; None where its nodes are unknown."""
     settings = with_templates_read(settings)
     if settings.fine_tuning is None or records is None or settings.storage is None:
         missing = "a database: set FT_DATABASE_URL" if settings.fine_tuning else "the setting fine_tuning"
         return _absent(f"Fine-tuning is not set up on this server. It needs {missing} (docs/fine-tuning.md).")
     storage = Storage(settings.storage)
     keeper = FileKeeper(records.engine, storage, settings.fine_tuning.files, bases)
-    jobs = Jobs(records, storage, settings, ApiFiles(keeper))
+    jobs = Jobs(records, storage, settings, ApiFiles(keeper), cluster)
     api = APIRouter()
     api.include_router(file_routes(keeper))
     api.include_router(job_routes(jobs, settings.fine_tuning.organization, in_flight))

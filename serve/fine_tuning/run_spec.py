@@ -61,7 +61,8 @@ class JobSettings:
     """Where the data come from, for the adapter's record."""
     license: str
     waive: Mapping[str, str]
-    wandb_project: str | None
+    wandb: Mapping[str, Any] | None
+    """`project`, and perhaps `entity`, `name` and `tags`."""
     owner: str = ""
     """Whose run it is, for the quotas and the fair share of the queue."""
 
@@ -102,15 +103,21 @@ def unresolved_spec(template: Mapping[str, Any], job: JobSettings, storage: str,
     data["waive"] = {**(data.get("waive") or {}), **job.waive}
     document["data"] = data
     document["train"] = {**(document.get("train") or {}), "seed": job.seed % _MAX_SEED}
-    if job.wandb_project is not None:
+    if job.wandb is not None:
         report = dict(document.get("report") or {})
         trackers = [name for name in report.get("trackers") or [] if name != "wandb"]
-        document["report"] = {**report, "trackers": [*trackers, "wandb"], "project": job.wandb_project}
+        document["report"] = {**report, "trackers": [*trackers, "wandb"], **_report_settings(job.wandb)}
     document["checkpoint"] = {"publish_epochs": PUBLISHED_EPOCHS, **(document.get("checkpoint") or {})}
     if owner := queue_owner(job.owner):
         document["queue"] = {**(document.get("queue") or {}), "owner": owner}
     document |= {"name": job.name, "storage": storage}
     return _parse(document, where)
+
+
+def _report_settings(wandb: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run spec's `report` for the fields of the `wandb` integration."""
+    names = {"project": "project", "entity": "entity", "name": "run_name", "tags": "tags"}
+    return {names[field]: value for field, value in wandb.items() if value}
 
 
 def resolved_spec(spec: RunSpec, job: JobSettings, facts: DatasetFacts, where: str) -> Resolved:

@@ -33,9 +33,9 @@ class RequestedMethod(_Request):
 
 class RequestedWandb(_Request):
     project: str = Field(min_length=1)
-    entity: str | None = None
-    name: str | None = None
-    tags: list[str] | None = None
+    entity: str | None = Field(default=None, min_length=1, max_length=200)
+    name: str | None = Field(default=None, min_length=1, max_length=200)
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(default=None, max_length=50)
 
 
 class RequestedIntegration(_Request):
@@ -94,6 +94,15 @@ class Integration(BaseModel):
     wandb: Wandb
 
 
+class Waiting(BaseModel):
+    """What a job waits for. Not of OpenAI's API; its clients pass it on."""
+
+    place: int | None = Field(default=None, description="Among the waiting runs of the cluster, from 1.")
+    waits_for: str
+    since: int
+    estimated_start: int | None = None
+
+
 class FineTuningJob(BaseModel):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -114,6 +123,8 @@ class FineTuningJob(BaseModel):
     integrations: list[Integration]
     metadata: dict[str, str]
     method: Method
+    status_details: str | None = Field(default=None, description="In sentences, what a job waits for and how long.")
+    waiting: Waiting | None = None
 
 
 class FineTuningJobEvent(BaseModel):

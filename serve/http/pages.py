@@ -1,4 +1,7 @@
-"""Self-contained pages. A page's own script is the only one that may run in it, and it may ask only this server."""
+"""Self-contained pages. A page's own script is the only one that may run in it, and it may ask only this server.
+
+What pages share is in shell/: a page that has the comments `/* shell.css */` and `/* shell.js */` gets the files there.
+"""
 
 import base64
 import hashlib
@@ -7,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from fastapi.responses import HTMLResponse
+
+SHELL = Path(__file__).with_name("shell")
 
 
 def page_response(file: Path) -> HTMLResponse:
@@ -26,6 +31,8 @@ def page_response(file: Path) -> HTMLResponse:
 def _page(file: Path) -> tuple[str, str]:
     """The page and its content security policy, which names the script and the style by their digests."""
     page = file.read_text(encoding="utf-8")
+    for shared in SHELL.iterdir():
+        page = page.replace(f"/* {shared.name} */", shared.read_text(encoding="utf-8").rstrip())
     script = _digest(page, "script")
     style = _digest(page, "style")
     policy = (

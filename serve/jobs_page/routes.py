@@ -17,7 +17,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 def jobs_page_routes(engine: Engine | None, settings: ServeSettings) -> APIRouter:
-    """GET and HEAD /jobs; GET /v1/fine_tuning/keys."""
+    """GET and HEAD /jobs; GET /v1/fine_tuning/keys and /v1/fine_tuning/bases."""
     api = APIRouter()
 
     @api.get(JOBS_PATH, include_in_schema=False)
@@ -34,5 +34,12 @@ def jobs_page_routes(engine: Engine | None, settings: ServeSettings) -> APIRoute
             """The client's key with its limits and what it has used; all keys for an admin."""
             rows = usage_of_keys(engine, storage, tuning, client_of(request).key)
             return {"object": "list", "data": rows, "has_more": False}
+
+        @api.get("/v1/fine_tuning/bases")
+        def bases(request: Request) -> dict[str, Any]:
+            """The models that the client may fine-tune."""
+            client = client_of(request)
+            data = [{"id": name, "object": "fine_tuning.base"} for name in tuning.templates if client.may_use(name)]
+            return {"object": "list", "data": data, "has_more": False}
 
     return api

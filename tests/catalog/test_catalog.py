@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForC
 from ft_service.catalog import models
 from ft_service.catalog.gpus import find_gpu
 from ft_service.catalog.models import MODELS, ModelFacts, ModelShape
+from ft_service.cluster.room import ray_accelerator_type
 from ft_service.errors import ModelError
-from ft_service.train.worker_group import ray_accelerator_type
 
 TEXT_MODELS = [model for model in MODELS if not model.vision]
 TEXT_SHAPES = {model.shape: model for model in TEXT_MODELS}.values()

@@ -31,7 +31,8 @@ def no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def tracked(storage: Storage, **changes: Any) -> TrackedRun:
-    return TrackedRun(RUN, "support", {**SETTINGS, **changes}, storage)
+    shown = {"name": "first try", "entity": "acme", "tags": ("a", "b")}
+    return TrackedRun(RUN, "support", {**SETTINGS, **changes}, storage, **shown)
 
 
 def interrupted_and_resumed(name: str, storage: Storage) -> None:
@@ -64,7 +65,7 @@ def test_mlflow_keeps_the_first_value_of_a_repeated_step(storage: Storage) -> No
     client = MlflowClient(tracking_uri=Path(storage.uri("mlflow")).as_uri())
     experiment = client.get_experiment_by_name("support")
     [run] = client.search_runs([experiment.experiment_id])
-    assert run.info.run_name == RUN
+    assert run.info.run_name == "first try" and {"a", "b"} <= run.data.tags.keys()
     assert run.info.status == "FINISHED"
     assert run.data.params["train.learning_rate"] == "0.0002"
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [
@@ -103,6 +104,7 @@ def test_wandb_offline_holds_a_resumed_run_in_one_folder(storage: Storage) -> No
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert run.run_id == RUN
     assert run.project == "support"
+    assert (run.display_name, run.entity, list(run.tags)) == ("first try", "acme", ["a", "b"])
     assert config["method.type"] == "lora"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ft_service.cluster.room import resources_per_worker
 from ft_service.plan.facts import Resources
 from ft_service.plan.make import make_plan
 from ft_service.plan.plan import RunPlan
@@ -97,5 +98,5 @@ def test_offloading_uses_all_cores_of_the_node(monkeypatch: pytest.MonkeyPatch) 
     assert threads_per_worker(plan("parallel.offload=cpu", "parallel.cpus_per_worker=3")) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "200")
     assert threads_per_worker(plan("parallel.offload=cpu")) == 1
-    assert worker_group.resources_per_worker(plan("parallel.offload=cpu").spec.parallel)["CPU"] == 1
-    assert worker_group.resources_per_worker(plan("parallel.cpus_per_worker=3").spec.parallel)["CPU"] == 3
+    assert resources_per_worker(plan("parallel.offload=cpu").spec.parallel)["CPU"] == 1
+    assert resources_per_worker(plan("parallel.cpus_per_worker=3").spec.parallel)["CPU"] == 3

@@ -26,7 +26,9 @@ from serve.fine_tuning import file_routes
 from serve.fine_tuning.answers import Answers
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.controller import Controller
+from serve.fine_tuning.file_checks import FileChecks
 from serve.fine_tuning.file_keeper import FileKeeper
+from serve.fine_tuning.file_records import FoundFile
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
 from serve.fine_tuning.templates import with_templates_read
@@ -118,19 +120,32 @@ def conformance_server(folder: Path) -> Iterator[ConformanceServer]:
     registry = Registry(world.storage)
     ray = PublishingRay(world.storage, registry=registry, base=base, work=folder / "adapters")
     received: list[tuple[dict[str, str], str]] = []
-    # A file whose check ends later is `uploaded` in the reply. Large files take that long; here, all do.
-    with _receiver(received) as hook, patch.object(file_routes, "CHECK_SECONDS", 0.0):
+    with _receiver(received) as hook:
         settings = with_templates_read(_settings(world.storage.root, str(world.engine.url), base, hook))
         models = ServedModels(registry, [load_base(one) for one in settings.bases])
         api = create_api(models, {BASE: OneWord()}, settings)
         record = WireRecord(api)
-        with served(record) as url, _controller(world.engine, world.storage, settings, models, ray):  # type: ignore[arg-type]
+        running = _controller(world.engine, world.storage, settings, models, ray)
+        with _slow_checks(record), served(record) as url, running:  # type: ignore[arg-type]
             server = ConformanceServer(f"{url}/v1", KEY, BASE, folder, record, openapi=api.openapi())
             yield server
             client = openai.OpenAI(api_key="none", webhook_secret=SECRET)
             for headers, body in received:
                 event = client.webhooks.unwrap(body, headers)
                 server.webhooks.append(event.to_dict(mode="json"))
+
+
+@contextmanager
+def _slow_checks(record: WireRecord) -> Iterator[None]:
+    """A file whose check ends later is `uploaded` in the reply. Large files take that long; here, all do."""
+    check = FileChecks.check
+
+    def check_after_the_reply(self: FileChecks, file: FoundFile) -> None:
+        record.wait_until_shown(file.id)
+        check(self, file)
+
+    with patch.object(file_routes, "CHECK_SECONDS", 0.0), patch.object(FileChecks, "check", check_after_the_reply):
+        yield
 
 
 def _settings(storage: str, database: str, base: Path, hook: str) -> ServeSettings:

@@ -5,6 +5,7 @@ Stands around the application of a server, so that it sees every client alike, a
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ _REPLIES = {
     ("model", True): "ModelDeleted",
 }
 """`object` of a reply, and whether it has `deleted`."""
+SHOWN_SECONDS = 30.0
 _PART = re.compile(rb'name="([^"]+)"(; filename="[^"]*")?[^\r]*\r\n(?:[^\r]+\r\n)*\r\n(.*?)\r\n--', re.DOTALL)
 _NESTED = re.compile(r"\[([^\]]+)\]")
 
@@ -65,6 +67,9 @@ class WireRecord:
     """Client (`python 3.x`) and call (`POST /files`)."""
     refusals: list[tuple[str, int, Any]] = field(default_factory=list)
     """Call, status and body of each error."""
+    shown: set[str] = field(default_factory=set)
+    """Ids of all that replies showed, and of the files in them."""
+    _has_shown: threading.Condition = field(default_factory=threading.Condition)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,6 +95,11 @@ class WireRecord:
         await self.app(scope, receive_and_keep, keep_and_send)
         self._record(scope, bytes(sent), status, bytes(got))
 
+    def wait_until_shown(self, name: str) -> None:
+        """Return once a reply has shown this id, or after a time in which every reply has long been sent."""
+        with self._has_shown:
+            self._has_shown.wait_for(lambda: name in self.shown, timeout=SHOWN_SECONDS)
+
     def record_webhook(self, payload: dict[str, Any]) -> None:
         kind = str(payload["type"]).rpartition(".")[2].title()
         self.facts |= set(facts_in(payload, f"FineTuningJob{kind}WebhookEvent"))
@@ -104,7 +114,12 @@ class WireRecord:
         if name := ROUTES.get(call):
             values = sent_values(headers.get("content-type", ""), sent, scope["query_string"].decode())
             self.facts |= set(facts_in(values, name))
-        for item in _items(_json(got)):
+        items = list(_items(_json(got)))
+        with self._has_shown:
+            replied = [one for item in items for one in (item, item.get("file"))]
+            self.shown |= {str(one["id"]) for one in replied if isinstance(one, dict) and "id" in one}
+            self._has_shown.notify_all()
+        for item in items:
             if kind := _REPLIES.get((item.get("object", ""), "deleted" in item)):
                 self.facts |= set(facts_in(item, kind))
 

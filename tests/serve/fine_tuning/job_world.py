@@ -190,6 +190,8 @@ class World:
     refusal: JobRefusedError | None = None
     answer: Exception | None = None
     controllers: int = 0
+    seconds: float | None = None
+    """What the plan expects of a run."""
 
     def controller(self, records: Any = None, launcher: Any = None) -> Controller:
         """A new controller process."""
@@ -201,7 +203,7 @@ class World:
     def check(self, job: Job) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        return SimpleNamespace(summary=lambda: resolved(self.storage))
+        return SimpleNamespace(summary=lambda: {**resolved(self.storage), "seconds": self.seconds})
 
     def ask(self, alias: str) -> None:
         if self.answer is not None:

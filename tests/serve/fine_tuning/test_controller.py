@@ -230,12 +230,38 @@ def test_a_job_that_waits_in_the_queue_reports_its_place_and_when_it_will_be_don
         controller.step()
     waiting = world.find(job)
     assert waiting.state == "queued" and (waiting.estimated_finish - start).total_seconds() == 60
+    assert waiting.waiting == {
+        "place": 1,
+        "waits_for": "1 GPU, which run other-1 has",
+        "estimated_start": int(start.timestamp()),
+    }
     assert [message for message in world.messages(job) if message.startswith("Place")] == [
         "Place 2 in the queue of the cluster; waits for 1 GPU, which run other-1 has.",
         "Place 1 in the queue of the cluster; waits for 1 GPU, which run other-1 has.",
     ]
     world.storage.delete(path)
-    assert world.until(job, "succeeded", controller).trouble is None
+    done = world.until(job, "succeeded", controller)
+    assert done.trouble is None and done.waiting is None
+
+
+def test_a_run_whose_driver_prepares_says_so_and_its_end_is_planned_before_it_is_measured(world):
+    world.seconds = 90.0
+    job = world.job()
+    controller = world.controller()
+    world.until(job, "queued", controller)
+    controller.step()
+    world.ray.advance()
+    controller.step()
+    preparing = world.find(job)
+    assert preparing.state == "queued" and preparing.waiting["waits_for"] == "its data to be prepared"
+    world.ray.advance()
+    controller.step()
+    running = world.find(job)
+    assert running.state == "running" and running.waiting is None and running.last_step == 1
+    assert (running.estimated_finish - world.clock()).total_seconds() == 90
+    world.ray.advance()
+    controller.step()
+    assert world.find(job).estimated_finish != running.estimated_finish  # at the measured pace
 
 
 # -- pause, resume, cancel -------------------------------------------------------------------------------------------

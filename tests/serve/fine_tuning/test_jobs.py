@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.queue.schedule import Node
 from ft_service.errors import DatabaseError
+from ft_service.runs.folder import LeaseHolder, RunFolder
 from serve.database import database
 from serve.database.keys import create_key, find_key
 from serve.fine_tuning.job_files import JobFolder
@@ -418,10 +422,105 @@ def test_an_estimate_writes_nothing(server):
         == {
             "runs_waiting": 0,
             "runs_with_workers": 0,
+            "place": 0,
+            "waits_for": "",
+            "estimated_start": int(server.world.clock().timestamp()),
+            "estimated_finish": None,
         }
     )
     assert first["hyperparameters"] == {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert server.world.records.active() == [] and server.world.storage.folders("jobs") == []
+
+
+class TwoSlots:
+    """A cluster with two CPUs."""
+
+    id = "cluster-1"
+    grows = False
+    free = 2.0
+
+    def nodes(self) -> list[Node]:
+        return [Node("n", {"CPU": 2.0}, {"CPU": self.free})]
+
+    def may_grow_beyond(self) -> bool:
+        return self.grows
+
+    def node_name(self, node_id: str) -> str:
+        return node_id
+
+
+def run_with_workers(world: World, workers: int, seconds: float) -> None:
+    """A run of the cluster that has workers for so long."""
+    now = world.clock()
+    run = RunFolder(world.storage, "other-1")
+    holder = LeaseHolder(token="t", host="h", machine="m", pid=1, time=datetime.now(UTC))
+    world.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
+    entry = Entry(
+        run_id="other-1",
+        driver="t",
+        owner="anna",
+        priority="normal",
+        preemptible=False,
+        state="running",
+        arrival=now,
+        since=now,
+        worker_counts=[workers],
+        worker_resources={"CPU": 1.0},
+        workers=workers,
+        nodes={"n": workers},
+        started=now,
+        expected_end=now + timedelta(seconds=seconds),
+    )
+    world.storage.write_json(f"queue/clusters/cluster-1/{entry.file}", entry.model_dump(mode="json"))
+
+
+def test_the_estimate_and_a_new_job_have_the_forecast_of_the_queue(server):
+    jobs = Jobs(server.world.records, server.world.storage, server.settings, server.files, TwoSlots())
+    owner = Tenant("root", "root", None, True)
+    body = FineTuningJobRequest(model=BASE, training_file="file-train")
+    start = int(server.world.clock().timestamp())
+    free = jobs.estimate(owner, body)
+    assert (free["queue"]["place"], free["queue"]["estimated_start"]) == (0, start)
+    run_with_workers(server.world, 2, seconds=600)
+    busy = jobs.estimate(owner, body)["queue"]
+    assert (busy["place"], busy["estimated_start"]) == (1, start + 600) and busy["runs_with_workers"] == 1
+    assert busy["waits_for"] == "room for 1 worker; there is room for 0; running: other-1 (2 workers)"
+    job = jobs.create(owner, body)
+    assert job.waiting["estimated_start"] == start + 600
+    assert any(message.startswith("Place 1 in the queue") for message in server.world.messages(job))
+    server.world.clock.forward(1)
+    second = jobs.estimate(owner, body)["queue"]  # the job above comes first, although its driver is not there yet
+    assert (second["place"], second["runs_waiting"]) == (2, 1)
+
+
+def test_a_run_that_the_cluster_has_no_room_for_is_announced(server):
+    cluster = TwoSlots()
+    jobs = Jobs(server.world.records, server.world.storage, server.settings, server.files, cluster)
+    server.settings.fine_tuning.templates[BASE]["parallel"]["num_workers"] = 4
+    owner = Tenant("root", "root", None, True)
+    body = FineTuningJobRequest(model=BASE, training_file="file-train")
+    assert "The run needs 4 workers, and the cluster has room for 2" in jobs.estimate(owner, body)["warnings"][-1]
+    assert any("needs 4 workers" in message for message in server.world.messages(jobs.create(owner, body)))
+    cluster.grows = True
+    assert not any("needs 4 workers" in warning for warning in jobs.estimate(owner, body)["warnings"])
+
+
+def test_a_waiting_job_says_what_it_waits_for_and_how_long(server):
+    job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train")
+    assert job.to_dict()["waiting"]["waits_for"] == "the check of its files"
+    server.world.until(server.world.records.find(job.id), "queued")
+    waiting = {"place": 3, "waits_for": "room for 2 workers", "estimated_start": 1_800_000_000}
+    server.world.records.change(server.world.records.find(job.id), waiting=waiting)
+    server.world.clock.forward(720)
+    job = server.client.fine_tuning.jobs.retrieve(job.id)
+    since = int(server.world.records.find(job.id).since.timestamp())
+    assert job.to_dict()["waiting"] == {**waiting, "since": since}
+    assert job.to_dict()["status_details"] == (
+        "Place 3 in the queue. Waits for room for 2 workers; for 12m00s so far. Expected to start at 2027-01-15 08:00 "
+        "UTC."
+    )
+    server.client.fine_tuning.jobs.pause(job.id)
+    assert server.client.fine_tuning.jobs.retrieve(job.id).to_dict()["status_details"] is None
 
 
 def test_jobs_are_listed_newest_first_by_pages_and_metadata(server):
@@ -483,14 +582,19 @@ def test_a_key_fine_tunes_only_the_models_that_it_may_use(server):
     assert server.world.records.active() == []
 
 
-def test_settings_of_wandb_that_change_nothing_are_named(server, monkeypatch):
+def test_the_settings_of_wandb_reach_the_run(server, monkeypatch):
     monkeypatch.setattr("serve.fine_tuning.checks.tracker_problems", lambda *_: [])
     integration = {"type": "wandb", "wandb": {"project": "mine", "entity": "acme", "tags": ["a"]}}
     job = server.client.fine_tuning.jobs.create(model=BASE, training_file="file-train", integrations=[integration])
     assert job.integrations[0].wandb.project == "mine" and job.integrations[0].wandb.entity == "acme"
     found = server.world.records.find(job.id)
-    assert found.resolved["spec"]["report"] == {"samples": 0, "trackers": ["wandb"], "project": "mine"}
-    assert "integrations.wandb: entity, tags are not used, only the project is." in server.world.messages(found)
+    assert found.resolved["spec"]["report"] == {
+        "samples": 0,
+        "trackers": ["wandb"],
+        "project": "mine",
+        "entity": "acme",
+        "tags": ["a"],
+    }
 
 
 # -- wishes, in every state ------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def job(**changes: Any) -> JobSettings:
         "source": "file-1, uploaded by anna",
         "license": "CC0-1.0",
         "waive": {},
-        "wandb_project": None,
+        "wandb": None,
     }
     return JobSettings(**{**values, **changes})
 
@@ -87,7 +87,7 @@ def test_a_job_changes_its_template_and_nothing_else():
         hyperparameters=Hyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=0.5),
         validation="/data/valid",
         waive={"size.too-few": "a test"},
-        wandb_project="mine",
+        wandb={"project": "mine", "entity": "acme", "name": "first try", "tags": ["a", "b"]},
     )
     found = resolved_spec(unresolved_spec(template, asked, "/storage", "job"), asked, facts(80, 40), "job")
     spec = found.spec
@@ -100,6 +100,7 @@ def test_a_job_changes_its_template_and_nothing_else():
         ("/data/valid", "chat"),
     ]
     assert spec.report.trackers == ["tensorboard", "wandb"] and spec.report.project == "mine"
+    assert (spec.report.entity, spec.report.run_name, spec.report.tags) == ("acme", "first try", ["a", "b"])
     assert found.hyperparameters == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
     assert template["train"] == {"learning_rate": 1e-3, "max_steps": 10, "global_batch_size": 8}
 

@@ -12,15 +12,18 @@ from ft_service.registry.registry import Registry
 from serve.api import create_api
 from serve.database.keys import create_key
 from serve.fine_tuning.job_records import Job, NewEvent
+from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
-from serve.settings import ServeSettings
-from tests.browser import chromium, served
+from serve.settings import BaseSettings, ServeSettings
+from tests.browser import chromium, page_at, served
+from tests.serve.fine_tuning.file_world import EXAMPLE, jsonl, write_tiny_base
 from tests.serve.fine_tuning.job_world import World, make_world
+from tests.serve.test_health import Idle
 
 pytestmark = pytest.mark.multiprocess  # the browser's
 
 KEY = "a-key-of-this-test"
-WAIT = 20_000
+GOOD = [{"messages": [{"role": "user", "content": f"Question {n}?"}, *EXAMPLE["messages"][1:]]} for n in range(12)]
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
 
@@ -45,15 +48,17 @@ def server(tmp_path_factory) -> Iterator[Server]:
     assert world.records.change(running, events=[NewEvent(f"Held up: {EVIL}", level="warn")]) is not None
     create_key(world.engine, "laptop", requests_per_minute=60)
     write_limits(world.storage, QueueLimits(owners={"laptop": OwnerLimits(max_runs=2, max_gpu_hours=10)}))
+    base = BaseSettings(base=str(write_tiny_base(tmp_path_factory.mktemp("base"))), name="tiny")
     settings = ServeSettings.model_validate(
         {
             "storage": world.storage.root,
             "api_key": KEY,
             "database": str(world.engine.url),
-            "fine_tuning": {"organization": "acme"},
+            "bases": [base],
+            "fine_tuning": {"organization": "acme", "templates": {"tiny": {"parallel": {"use_gpu": False}}}},
         }
     )
-    api = create_api(ServedModels(Registry(world.storage), []), {}, settings)
+    api = create_api(ServedModels(Registry(world.storage), [load_base(base)]), {"tiny": Idle()}, settings)
     with served(api) as address:
         yield Server(address, world, done, running, failed)
 
@@ -66,16 +71,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser, server):
-    context = browser.new_context(locale="en-US", viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(WAIT)
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
-    page.goto(f"{server.url}/jobs")
-    yield page
-    context.close()
-    assert problems == []
+    with page_at(browser, f"{server.url}/jobs") as page:
+        yield page
 
 
 def give_key(page) -> None:
@@ -154,13 +151,101 @@ def test_files_show_their_errors_and_are_downloaded_and_deleted(page, server):
     page.get_by_role("tab", name="Files").click()
     row = page.locator("#files tr").filter(has_text="bad.jsonl")
     row.locator(".status.error").wait_for()
-    assert "line 1" in row.locator(".reason").inner_text()
+    row.get_by_role("button", name="Show errors (1)").click()
+    row.locator(".errors").get_by_text("Line 1").wait_for()
     with page.expect_download() as download:
         row.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == "bad.jsonl"
     row.get_by_role("button", name="Delete").click()
     page.locator("#sure-yes").click()
-    page.locator("#files").get_by_text("There are no files here").wait_for()
+    row.wait_for(state="detached")
+
+
+def drop_files(page, files: list[dict[str, str]]) -> None:
+    page.evaluate(
+        """files => {
+            const transfer = new DataTransfer();
+            for (const file of files) transfer.items.add(new File([file.content], file.name));
+            const drop = document.querySelector("#drop");
+            for (const name of ["dragenter", "dragover", "drop"])
+                drop.dispatchEvent(new DragEvent(name, { bubbles: true, cancelable: true, dataTransfer: transfer }));
+        }""",
+        files,
+    )
+
+
+def test_dropped_and_chosen_files_are_uploaded_and_their_errors_shown_by_line(page, server):
+    give_key(page)
+    page.get_by_role("tab", name="Files").click()
+    bad = jsonl(*GOOD, {"messages": [{"role": EVIL, "content": "x"}]}, {"messages": 1}).decode()
+    drop_files(
+        page, [{"name": "dropped.jsonl", "content": jsonl(*GOOD).decode()}, {"name": "wrong.jsonl", "content": bad}]
+    )
+    good = page.locator(".upload").filter(has_text="dropped.jsonl")
+    good.locator(".status.processed").wait_for()
+    good.get_by_text("12 valid examples").wait_for()
+    wrong = page.locator(".upload").filter(has_text="wrong.jsonl")
+    wrong.locator(".errors").get_by_text("Line 14").wait_for()
+    wrong.locator(".errors").get_by_text("unrecognized_role").wait_for()
+    assert page.title() == "Fine-tuning"
+    wrong.get_by_role("button", name="Hide").click()
+    page.locator("#chooser").set_input_files(
+        [{"name": "chosen.jsonl", "mimeType": "application/jsonl", "buffer": jsonl(*GOOD, *GOOD)}]
+    )
+    page.locator("#files tr").filter(has_text="chosen.jsonl").locator(".status.processed").wait_for()
+    page.locator("#chooser").set_input_files([{"name": "empty.jsonl", "mimeType": "application/jsonl", "buffer": b""}])
+    page.locator(".upload .reason").get_by_text("file is empty").wait_for()
+    page.evaluate("showTab('jobs')")
+
+
+def test_a_job_is_estimated_and_then_created(page, server):
+    give_key(page)
+    page.get_by_role("tab", name="Files").click()
+    drop_files(page, [{"name": "for-a-job.jsonl", "content": jsonl(*GOOD).decode()}])
+    page.locator(".upload .status.processed").wait_for()
+    page.get_by_role("tab", name="Jobs").click()
+    page.get_by_role("button", name="New job").focus()
+    page.keyboard.press("Enter")
+    dialog = page.locator("#create-dialog")
+    dialog.get_by_label("Name of the model (suffix)").fill("desk")
+    option = dialog.locator("#create-training option").filter(has_text="for-a-job.jsonl").first
+    dialog.locator("#create-training").select_option(option.get_attribute("value"))
+    dialog.get_by_label("Epochs").fill("2")
+    dialog.get_by_label("Metadata").fill("no pair")
+    page.keyboard.press("Tab")
+    dialog.get_by_role("button", name="Estimate").click()
+    dialog.locator(".reason").get_by_text('"no pair" is no pair').wait_for()
+    assert not dialog.get_by_role("button", name="Create job").is_visible()
+    dialog.get_by_label("Metadata").fill("")
+    dialog.get_by_role("button", name="Estimate").click()
+    dialog.locator(".reason").get_by_text("size.too-few").wait_for()
+    dialog.get_by_label("Metadata").fill("waive.size.too-few=a test")
+    dialog.get_by_role("button", name="Estimate").click()
+    dialog.get_by_text("would start at once").wait_for()
+    assert "n_epochs: 2" in dialog.locator("#estimate").inner_text()
+    page.keyboard.press("Enter")  # the button that creates the job has the focus
+    page.locator("#detail dd").get_by_text("the check of its files").wait_for()
+    assert page.locator(".job[aria-current=true]").get_by_text("waits for the check of its files").count() == 1
+    made = httpx.get(f"{server.url}/v1/fine_tuning/jobs?limit=1", headers={"authorization": f"Bearer {KEY}"}).json()
+    job = server.world.records.find(made["data"][0]["id"])
+    assert job.request["suffix"] == "desk" and job.metadata == {"waive.size.too-few": "a test"}
+    page.get_by_role("button", name="Cancel job").click()
+    page.locator("#sure-yes").click()
+    page.locator("#detail .bar .status.cancelled").wait_for()
+
+
+def test_a_waiting_job_shows_its_place(page, server):
+    world = server.world
+    world.clock.forward(60)  # the lease of the controller before
+    waiting = world.until(world.job("d"), "queued", world.controller())
+    kept = {"place": 3, "waits_for": "room for 2 workers", "estimated_start": 1_900_000_000}
+    assert world.records.change(waiting, waiting=kept) is not None
+    give_key(page)
+    choose(page, waiting)
+    page.locator("#detail dd").get_by_text("place 3 · room for 2 workers (since").wait_for()
+    page.locator("#detail dd").get_by_text("2030").wait_for()
+    page.locator(".job").get_by_text("place 3 · waits for room for 2 workers").wait_for()
+    world.records.change(world.find(waiting), "cancelled")
 
 
 def test_keys_and_their_jobs_are_shown(page, server):

@@ -13,12 +13,11 @@ from serve.engines.engine import EngineStats, GenerationChunk, GenerationRequest
 from serve.inference.bases import ServedBase
 from serve.inference.models import ServedModels
 from serve.settings import ServeSettings
-from tests.browser import chromium, served
+from tests.browser import chromium, page_at, served
 
 pytestmark = pytest.mark.multiprocess  # the browser's
 
 KEY = "a-key-of-this-test"
-WAIT = 20_000
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
 
@@ -83,16 +82,8 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def page(browser, url):
-    context = browser.new_context(locale="en-US", viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(WAIT)
-    problems = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
-    page.goto(url)
-    yield page
-    context.close()
-    assert problems == []
+    with page_at(browser, url) as page:
+        yield page
 
 
 def give_key(page) -> None:

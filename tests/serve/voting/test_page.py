@@ -1,6 +1,7 @@
 """The vote page in a real browser, by keyboard: blind, in two languages, on a phone, safe against answers."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from sqlalchemy import select, text
@@ -8,12 +9,11 @@ from sqlalchemy import select, text
 from serve.database.database import open_database, session
 from serve.database.tables import VoteRow
 from serve.voting.studies import close_study, delete_rater
-from tests.browser import chromium, served
+from tests.browser import chromium, page_at, served
 from tests.serve.voting.voting_world import EVIL, MODELS, make_study, voting_api
 
 pytestmark = pytest.mark.multiprocess  # the browser's
 
-WAIT = 20_000
 AXES = ("naturalness", "correctness", "stability", "house style")
 
 
@@ -33,23 +33,8 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def open_page(browser):
-    contexts = []
-    problems: list[str] = []
-
-    def opened(address: str, locale: str = "en-US", **options):
-        context = browser.new_context(locale=locale, **{"viewport": {"width": 1280, "height": 800}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda said: problems.append(said.text) if "Content Security" in said.text else None)
-        page.goto(address)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert problems == []
+    with ExitStack() as pages:
+        yield lambda address, **options: pages.enter_context(page_at(browser, address, **options))
 
 
 def study_at(world, name: str, **study):
