@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -89,6 +90,10 @@ class Server:
     def is_stopping(self) -> bool:
         return httpx.get(f"{self.url}/ready", timeout=SECONDS).status_code == 503
 
+    def gateway(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(one for one in children if one.is_running() and "ServeReplica:ft:gateway" in "".join(one.cmdline()))
+
     def exit_code(self) -> int:
         return self.process.wait(SECONDS)
 
@@ -132,8 +137,14 @@ class Stream:
         return done == "[DONE]" and choices[-1]["finish_reason"] == "length" and len(text.split()) == TOKENS
 
     def is_cut_off(self) -> bool:
-        """Whether its connection broke."""
-        return isinstance(self._end.exception(SECONDS), httpx.TransportError)
+        """Whether its connection broke, or the proxy had the time to say that its gateway is gone."""
+        return isinstance(self._end.exception(SECONDS), httpx.TransportError) or self.error() == "gateway_died"
+
+    def error(self) -> str | None:
+        """The code of the error event that it ends in."""
+        self.wait()
+        error = json.loads(self.events[-1]).get("error") if self.events[-1] != "[DONE]" else None
+        return error["code"] if error else None
 
 
 @pytest.fixture
@@ -173,8 +184,7 @@ def test_streams_that_take_longer_than_allowed_are_cut_with_an_error(start):
     server, begun, queued = start(0.5)
     server.press_ctrl_c()
     for stream in (begun, queued):
-        stream.wait()
-        assert json.loads(stream.events[-1])["error"]["code"] == "server_stopping"
+        assert stream.error() == "server_stopping"
     assert server.exit_code() == 0
 
 
@@ -186,3 +196,11 @@ def test_a_second_signal_stops_at_once(start):
     assert server.exit_code() == 0
     assert begun.is_cut_off() and "[DONE]" not in begun.events
     assert "Stopping at once." in server.printed()
+
+
+def test_a_gateway_that_dies_ends_its_streams_with_an_error_and_is_replaced(start, tmp_path):
+    server, begun, queued = start(0)
+    server.gateway().kill()
+    assert (begun.error(), queued.error()) == ("gateway_died", "gateway_died")
+    release(tmp_path / "tiny")
+    assert server.ask().status_code == 200
