@@ -3,6 +3,7 @@
 Needs neither Ray nor the rest of this project: every proxy imports it.
 """
 
+import asyncio
 import json
 import os
 from typing import Any
@@ -22,6 +23,10 @@ RAY_SETTINGS = {
 """Environment variables. Ray reads them when its processes start, so `ft serve` sets them for a Ray that it starts, and
 a cluster of your own has them on every node (docs/serving.md)."""
 RETRY_SECONDS = 2
+SMALL_BYTES = 64 * 1024
+EARLY_SECONDS = 0.05
+"""A body that has not arrived by then goes the usual way."""
+_BODY = "ft_service.body"
 _API = "/v1/"
 _PLAIN_TEXT = b"text/plain"
 _EVENTS = b"text/event-stream"
@@ -37,7 +42,74 @@ def prepare_ray() -> None:
 
 def proxy_middlewares() -> list[Middleware]:
     """Called by each of Serve's proxies at its start."""
-    return [Middleware(ProxyErrors)]
+    return [Middleware(SendBodyAlong), Middleware(ProxyErrors)]
+
+
+class SendBodyAlong:
+    """ASGI middleware of the proxy. A small body is in the scope that the gateway gets, and need not be asked for.
+
+    Serve sends a gateway the scope alone, and the gateway fetches the body by a call to the proxy's actor. That call
+    is made all the same, for gateways without `BodyFromScope`, but no request waits for it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _API in scope["path"] and 0 < _content_length(scope) <= SMALL_BYTES:
+            try:
+                async with asyncio.timeout(EARLY_SECONDS):
+                    first = await receive()
+            except TimeoutError:  # a slow client; the gateway limits how long it may take
+                pass
+            else:
+                if first["type"] == "http.request" and not first.get("more_body", False):
+                    scope[_BODY] = first["body"]
+                receive = _again(first, receive)
+        await self._app(scope, receive, send)
+
+
+class BodyFromScope:
+    """ASGI middleware of the gateway: reads a body that `SendBodyAlong` has put into the scope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = scope.pop(_BODY, None)
+        if body is not None:
+            receive = _body_first(body, receive)
+        await self._app(scope, receive, send)
+
+
+def _again(first: Message, receive: Receive) -> Receive:
+    unread = [first]
+
+    async def receive_again() -> Message:
+        return unread.pop() if unread else await receive()
+
+    return receive_again
+
+
+def _body_first(body: bytes, receive: Receive) -> Receive:
+    is_read = False
+
+    async def receive_body_first() -> Message:
+        nonlocal is_read
+        if not is_read:
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":  # the same body, the usual way
+                return message
+
+    return receive_body_first
+
+
+def _content_length(scope: Scope) -> int:
+    value = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return int(value) if value.isdigit() else 0
 
 
 class ProxyErrors:

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from serve.transport import RAY_SETTINGS, ProxyErrors, prepare_ray, proxy_middlewares
+from serve import transport
+from serve.transport import (
+    RAY_SETTINGS,
+    SMALL_BYTES,
+    BodyFromScope,
+    ProxyErrors,
+    SendBodyAlong,
+    prepare_ray,
+    proxy_middlewares,
+)
 from tests.hosts import ROOT
 
 PLAIN = [(b"content-type", b"text/plain; charset=utf-8")]
@@ -37,7 +46,7 @@ def sent_after(*messages: dict[str, Any], path: str = "/v1/completions") -> list
     async def receive() -> Any:
         raise AssertionError("nothing is read")
 
-    (middleware,) = proxy_middlewares()
+    middleware = proxy_middlewares()[-1]
     scope = {"type": "http", "path": path, "headers": [(b"x-request-id", b"abc")]}
 
     async def run() -> None:
@@ -125,5 +134,109 @@ def test_the_documentation_names_the_settings():
 def test_the_proxy_can_import_what_the_settings_name():
     from ray.serve._private.utils import call_function_from_import_path
 
-    (middleware,) = call_function_from_import_path(RAY_SETTINGS["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
-    assert middleware.cls is ProxyErrors
+    found = call_function_from_import_path(RAY_SETTINGS["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
+    assert [middleware.cls for middleware in found] == [SendBodyAlong, ProxyErrors]
+
+
+def received(*parts: dict[str, Any], length: bytes, takes_body: bool) -> tuple[list[dict[str, Any]], int]:
+    """What an application behind proxy and gateway receives of a request, and how often it asked the proxy for it."""
+    left = list(parts)
+    asked = 0
+    got: list[dict[str, Any]] = []
+
+    async def from_client() -> Any:
+        return left.pop(0) if left else await asyncio.Event().wait()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            got.append(dict(await receive()))
+            if not got[-1].get("more_body", False):
+                return
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        """Hands a copy of the scope to the gateway, which asks for the rest."""
+
+        async def ask_proxy() -> Any:
+            nonlocal asked
+            asked += 1
+            return await receive()
+
+        gateway = BodyFromScope(application) if takes_body else application
+        await gateway(dict(scope), ask_proxy, send)
+
+    async def run() -> None:
+        scope = {"type": "http", "path": "/v1/completions", "headers": [(b"content-length", length)]}
+        await SendBodyAlong(serve)(scope, from_client, no_answer)
+
+    asyncio.run(run())
+    return got, asked
+
+
+async def no_answer(message: Any) -> None:
+    raise AssertionError(message)
+
+
+def request_part(body: bytes, more: bool = False) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def test_a_small_body_comes_with_the_request():
+    assert received(request_part(b"{}"), length=b"2", takes_body=True) == ([request_part(b"{}")], 0)
+
+
+def test_a_gateway_without_the_middleware_gets_the_body_the_usual_way():
+    assert received(request_part(b"{}"), length=b"2", takes_body=False) == ([request_part(b"{}")], 1)
+
+
+def test_a_body_that_is_large_or_comes_in_parts_goes_the_usual_way():
+    parts = [request_part(b"{", more=True), request_part(b"}")]
+    assert received(*parts, length=b"2", takes_body=True) == (parts, 2)
+    whole = request_part(b" " * (SMALL_BYTES + 1))
+    assert received(whole, length=str(SMALL_BYTES + 1).encode(), takes_body=True) == ([whole], 1)
+    assert received(request_part(b"{}"), length=b"two", takes_body=True) == ([request_part(b"{}")], 1)
+
+
+def test_a_client_that_is_slow_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(transport, "EARLY_SECONDS", 0)
+    late = request_part(b"{}")
+
+    async def run() -> list[Any]:
+        has_begun = asyncio.Event()
+        got: list[Any] = []
+
+        async def from_client() -> Any:
+            await has_begun.wait()
+            return late
+
+        async def serve(scope: Any, receive: Any, send: Any) -> None:
+            has_begun.set()
+            got.extend([sorted(scope), await receive()])
+
+        scope = {"type": "http", "path": "/v1/completions", "headers": [(b"content-length", b"2")]}
+        await SendBodyAlong(serve)(scope, from_client, no_answer)
+        return got
+
+    assert asyncio.run(run()) == [["headers", "path", "type"], late]
+
+
+def test_a_client_that_goes_away_is_noticed_after_the_body():
+    gone = {"type": "http.disconnect"}
+
+    async def run() -> list[Any]:
+        left = [request_part(b"{}"), gone]
+        got: list[Any] = []
+
+        async def from_proxy() -> Any:
+            return left.pop(0)
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            got.extend([await receive(), await receive()])
+
+        async def serve(scope: Any, receive: Any, send: Any) -> None:
+            await BodyFromScope(application)(dict(scope), receive, send)
+
+        scope = {"type": "http", "path": "/v1/completions", "headers": [(b"content-length", b"2")]}
+        await SendBodyAlong(serve)(scope, from_proxy, no_answer)
+        return got
+
+    assert asyncio.run(run()) == [request_part(b"{}"), gone]
