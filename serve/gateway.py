@@ -54,7 +54,7 @@ class Replicas:
     def __init__(self, name: str, handle: DeploymentHandle) -> None:
         self._name = name
         self._handle = handle
-        # Over gRPC a chunk costs less CPU than over Ray's object store, and plain pickle writes it in a quarter of
+        # Over gRPC a chunk costs less CPU than over Ray's object store, and plain pickle writes it in a third of
         # the time of cloudpickle, Serve's default (docs/benchmarks.md).
         self._generate = handle.options(
             stream=True,

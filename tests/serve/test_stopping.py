@@ -20,7 +20,7 @@ import yaml
 
 from ft_service.storage.storage import Storage
 from tests.hosts import ROOT, wait_for
-from tests.serve.scripted import HELD, hold, release
+from tests.serve.scripted import DIE, HELD, hold, release
 from tests.worlds import SMALL, write_base
 
 pytestmark = pytest.mark.cluster
@@ -83,8 +83,8 @@ class Server:
         """Every process of a terminal's foreground gets it, Ray's included."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def ask(self) -> httpx.Response:
-        body = {"model": "tiny", "prompt": [5, 1], "max_tokens": 1}
+    def ask(self, kind: int = 5) -> httpx.Response:
+        body = {"model": "tiny", "prompt": [kind, 1], "max_tokens": 1}
         return httpx.post(f"{self.url}/completions", json=body, timeout=SECONDS)
 
     def is_stopping(self) -> bool:
@@ -198,9 +198,12 @@ def test_a_second_signal_stops_at_once(start):
     assert "Stopping at once." in server.printed()
 
 
-def test_a_gateway_that_dies_ends_its_streams_with_an_error_and_is_replaced(start, tmp_path):
+def test_gateways_and_replicas_that_die_end_their_answers_with_an_error_and_are_replaced(start, tmp_path):
     server, begun, queued = start(0)
     server.gateway().kill()
     assert (begun.error(), queued.error()) == ("gateway_died", "gateway_died")
     release(tmp_path / "tiny")
+    assert server.ask().status_code == 200
+    died = server.ask(DIE)  # with the settings of `ft serve`; the tests of a shared cluster have Ray's own
+    assert died.status_code == 500 and "has died" in died.json()["error"]["message"]
     assert server.ask().status_code == 200
