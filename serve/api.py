@@ -25,6 +25,7 @@ from serve.inference.routes import BODIES, inference_routes
 from serve.jobs_page.routes import jobs_page_routes
 from serve.playground.routes import playground_routes
 from serve.settings import ServeSettings
+from serve.transport import BodyFromScope
 from serve.voting import routes as voting
 
 
@@ -96,4 +97,5 @@ def create_api(
             allow_headers=["*"],  # OpenAI's client in a page sends a dozen `x-stainless-*`, and new ones come
             expose_headers=[REQUEST_ID_HEADER, DIGEST_HEADER, BASE_HEADER, "retry-after"],
         )
+    api.add_middleware(BodyFromScope)
     return api

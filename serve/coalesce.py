@@ -1,7 +1,7 @@
 """Fewer and larger chunks: what a chunk costs between two processes, one more token in it does not."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from itertools import chain
 
@@ -9,12 +9,12 @@ from serve.engines.engine import GenerationChunk
 
 
 async def coalesced(
-    chunks: AsyncGenerator[GenerationChunk, None], interval: float | None
+    chunks: AsyncGenerator[GenerationChunk, None], interval: Callable[[], float] | None
 ) -> AsyncGenerator[GenerationChunk, None]:
-    """The same answer in fewer chunks: the first one at once, then at most one every `interval` seconds, or at the end.
+    """The same answer in fewer chunks: the first one at once, then at most one every `interval()` seconds.
 
-    `interval` None leaves it at two. The last chunk is not delayed. An error comes after all that was generated before
-    it. Closing the generator closes `chunks`.
+    `interval` is asked again for each chunk; None leaves the answer at two. The last chunk is not delayed. An error
+    comes after all that was generated before it. Closing the generator closes `chunks`.
     """
     received: list[GenerationChunk] = []
     loop = asyncio.get_running_loop()
@@ -31,7 +31,7 @@ async def coalesced(
                     if sent_at is None:
                         wake.set()
                     elif interval is not None and timer is None:
-                        timer = loop.call_at(sent_at + interval, wake.set)
+                        timer = loop.call_at(sent_at + interval(), wake.set)
         finally:
             wake.set()
 

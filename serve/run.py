@@ -32,6 +32,7 @@ from serve.http.keys import is_loopback
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.settings import ServeSettings, load_config, read_settings
+from serve.transport import prepare_ray
 
 APP_NAME = "ft"
 LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
@@ -99,8 +100,7 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
     with ExitStack() as started:
         try:
             if not ray_address:
-                # From the HTTP proxy to the gateway, too. Every process of this Ray inherits it.
-                os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+                prepare_ray()  # every process of this Ray inherits it
             connect(ray_address)
             started.callback(ray.shutdown)
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own

@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -14,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")  # as `ft serve` does
+    from serve.transport import prepare_ray
+
+    prepare_ray()  # as `ft serve` does
     import ray
     from ray import serve
 

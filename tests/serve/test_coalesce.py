@@ -1,7 +1,7 @@
 """Chunks are merged without a change to the answer."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import pytest
 
@@ -9,7 +9,11 @@ from ft_service.errors import ServingError
 from serve.coalesce import coalesced, merge
 from serve.engines.engine import GenerationChunk, TokenLogprob
 
-LONG = 3600.0
+
+def long() -> float:
+    return 3600.0
+
+
 CHUNKS = [GenerationChunk(f"{number} ", (number,), "stop" if number == 9 else None) for number in range(10)]
 
 
@@ -21,11 +25,11 @@ async def at_once(error: Exception | None = None) -> AsyncGenerator[GenerationCh
         raise error
 
 
-async def collect_coalesced(interval: float | None) -> list[GenerationChunk]:
+async def collect_coalesced(interval: Callable[[], float] | None) -> list[GenerationChunk]:
     return [chunk async for chunk in coalesced(at_once(), interval)]
 
 
-@pytest.mark.parametrize("interval", [LONG, None])
+@pytest.mark.parametrize("interval", [long, None])
 def test_the_first_chunk_comes_at_once_and_the_end_is_not_delayed(interval):
     first, last = asyncio.run(collect_coalesced(interval))
     assert first == CHUNKS[0]
@@ -34,7 +38,7 @@ def test_the_first_chunk_comes_at_once_and_the_end_is_not_delayed(interval):
 
 
 def test_chunks_that_come_slower_than_the_interval_stay_apart():
-    chunks = asyncio.run(collect_coalesced(0.0))
+    chunks = asyncio.run(collect_coalesced(float))
     assert merge(chunks) == merge(CHUNKS)
     assert len(chunks) > 2
 
@@ -50,7 +54,7 @@ def test_a_chunk_goes_out_when_its_time_has_come_though_no_other_follows():
         yield CHUNKS[9]
 
     async def run() -> list[GenerationChunk]:
-        chunks = coalesced(two_then_wait(), 0.001)
+        chunks = coalesced(two_then_wait(), lambda: 0.001)
         first_two = [await anext(chunks), await anext(chunks)]
         held.set()
         return [*first_two, *[chunk async for chunk in chunks]]
@@ -62,7 +66,7 @@ def test_an_error_comes_after_what_was_generated_before_it():
     async def run() -> list[GenerationChunk]:
         received = []
         with pytest.raises(ServingError, match="broken"):
-            async for chunk in coalesced(at_once(ServingError("broken")), LONG):
+            async for chunk in coalesced(at_once(ServingError("broken")), long):
                 received.append(chunk)
         return received
 
@@ -75,7 +79,7 @@ def test_an_error_before_the_first_chunk_is_raised():
         yield
 
     with pytest.raises(ServingError, match="broken"):
-        asyncio.run(anext(coalesced(fails(), LONG)))
+        asyncio.run(anext(coalesced(fails(), long)))
 
 
 def test_closing_it_closes_the_engines_generator():
@@ -90,7 +94,7 @@ def test_closing_it_closes_the_engines_generator():
             ended.append(True)
 
     async def run() -> None:
-        chunks = coalesced(endless(), LONG)
+        chunks = coalesced(endless(), long)
         await anext(chunks)
         await chunks.aclose()
         assert ended

@@ -7,7 +7,7 @@ import pytest
 
 from serve import replica
 from serve.engines.engine import EngineStats
-from serve.replica import BaseReplica
+from serve.replica import CHUNK_SECONDS, CHUNKS_PER_SECOND, LONGEST_CHUNK_SECONDS, BaseReplica, chunk_seconds
 
 ROUNDS = 3
 UserClass: Any = BaseReplica.func_or_class  # type: ignore[attr-defined]  # Serve wraps it in a deployment
@@ -59,3 +59,9 @@ async def _at_once(work: Any) -> Any:
 def no_finalizer(monkeypatch) -> None:
     """Serve awaits `__del__`; here nobody does."""
     monkeypatch.delattr(UserClass, "__del__")
+
+
+def test_a_replica_sends_a_bounded_number_of_chunks_but_every_stream_moves():
+    assert chunk_seconds(1) == CHUNK_SECONDS
+    assert 16 / chunk_seconds(16) == pytest.approx(CHUNKS_PER_SECOND)
+    assert chunk_seconds(10_000) == LONGEST_CHUNK_SECONDS

@@ -14,12 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
 from ft_service.storage.storage import Storage
 from tests.hosts import ROOT, wait_for
-from tests.serve.scripted import HELD, hold, release
+from tests.serve.scripted import DIE, HELD, hold, release
 from tests.worlds import SMALL, write_base
 
 pytestmark = pytest.mark.cluster
@@ -82,12 +83,16 @@ class Server:
         """Every process of a terminal's foreground gets it, Ray's included."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def ask(self) -> httpx.Response:
-        body = {"model": "tiny", "prompt": [5, 1], "max_tokens": 1}
+    def ask(self, kind: int = 5) -> httpx.Response:
+        body = {"model": "tiny", "prompt": [kind, 1], "max_tokens": 1}
         return httpx.post(f"{self.url}/completions", json=body, timeout=SECONDS)
 
     def is_stopping(self) -> bool:
         return httpx.get(f"{self.url}/ready", timeout=SECONDS).status_code == 503
+
+    def gateway(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(one for one in children if one.is_running() and "ServeReplica:ft:gateway" in "".join(one.cmdline()))
 
     def exit_code(self) -> int:
         return self.process.wait(SECONDS)
@@ -132,8 +137,14 @@ class Stream:
         return done == "[DONE]" and choices[-1]["finish_reason"] == "length" and len(text.split()) == TOKENS
 
     def is_cut_off(self) -> bool:
-        """Whether its connection broke."""
-        return isinstance(self._end.exception(SECONDS), httpx.TransportError)
+        """Whether its connection broke, or the proxy had the time to say that its gateway is gone."""
+        return isinstance(self._end.exception(SECONDS), httpx.TransportError) or self.error() == "gateway_died"
+
+    def error(self) -> str | None:
+        """The code of the error event that it ends in."""
+        self.wait()
+        error = json.loads(self.events[-1]).get("error") if self.events[-1] != "[DONE]" else None
+        return error["code"] if error else None
 
 
 @pytest.fixture
@@ -173,8 +184,7 @@ def test_streams_that_take_longer_than_allowed_are_cut_with_an_error(start):
     server, begun, queued = start(0.5)
     server.press_ctrl_c()
     for stream in (begun, queued):
-        stream.wait()
-        assert json.loads(stream.events[-1])["error"]["code"] == "server_stopping"
+        assert stream.error() == "server_stopping"
     assert server.exit_code() == 0
 
 
@@ -186,3 +196,14 @@ def test_a_second_signal_stops_at_once(start):
     assert server.exit_code() == 0
     assert begun.is_cut_off() and "[DONE]" not in begun.events
     assert "Stopping at once." in server.printed()
+
+
+def test_gateways_and_replicas_that_die_end_their_answers_with_an_error_and_are_replaced(start, tmp_path):
+    server, begun, queued = start(0)
+    server.gateway().kill()
+    assert (begun.error(), queued.error()) == ("gateway_died", "gateway_died")
+    release(tmp_path / "tiny")
+    assert server.ask().status_code == 200
+    died = server.ask(DIE)  # with the settings of `ft serve`; the tests of a shared cluster have Ray's own
+    assert died.status_code == 500 and "has died" in died.json()["error"]["message"]
+    assert server.ask().status_code == 200
