@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 
 from fastapi import FastAPI
 from ray import serve
@@ -30,6 +30,7 @@ from serve.inference.deletions import Deletions
 from serve.inference.models import ServedModels
 from serve.inference.replies import WAITING
 from serve.log import log_with_serve
+from serve.model_apps import application_of
 from serve.settings import ServeSettings
 
 ATTEMPTS = 2
@@ -123,6 +124,28 @@ async def _is_queued(stream: DeploymentResponseGenerator) -> bool:
     return not done
 
 
+class Backends(Mapping[str, Replicas]):
+    """The replicas of every base by its name: those of the settings, and of the full models that were asked so far."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle], application: str) -> None:
+        """`application` is the server's own on Ray Serve."""
+        self._application = application
+        self._all = {name: Replicas(name, handle) for name, handle in handles.items()}
+
+    def __getitem__(self, name: str) -> Replicas:
+        """A handle waits for its deployment, so a model may be asked before it is deployed again after a restart."""
+        if name not in self._all:
+            handle = serve.get_deployment_handle(name, application_of(self._application, name), _check_exists=False)
+            self._all[name] = Replicas(name, handle)
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._all))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
 class Readiness:
     """Which bases have no replica, although they must have one. Serve's controller knows."""
 
@@ -166,9 +189,10 @@ class Gateway:
         bases = [load_base(base) for base in settings.bases]
         storage = Storage(settings.storage)
         models = ServedModels(Registry(storage), bases)
-        backends = {name: Replicas(name, handle) for name, handle in handles.items()}
+        application = serve.get_replica_context().app_name
+        backends = Backends(handles, application)
         always_on = [base.model_name for base in settings.bases if not base.may_scale_to_zero]
-        readiness = Readiness(serve.get_replica_context().app_name, always_on)
+        readiness = Readiness(application, always_on)
         Deletions(storage, {base.ref.fingerprint for base in bases}, settings.database).start()
         self._in_flight = InFlight()
         self._api = create_api(models, backends, settings, readiness.missing, self._in_flight)
