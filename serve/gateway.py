@@ -39,7 +39,7 @@ BROADCAST_SECONDS = 5.0
 READINESS_SECONDS = 2.0
 """So old an answer about readiness may be: load balancers ask often, and the controller has other work."""
 
-_REPLICA_IS_GONE = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
+_REPLICA_IS_GONE = (RayActorError, ObjectLostError, ReplicaUnavailableError)
 """`ObjectLostError`: a large chunk lay in the memory of a node that is gone."""
 
 _BEGUN = GenerationChunk("", ())
@@ -86,6 +86,11 @@ class Replicas:
             except BackPressureError:
                 message = f"Too many requests wait for {self._name}. Try again in a moment."
                 raise ApiError(429, message, "overloaded", retry_after=RETRY_SECONDS) from None
+            except DeploymentUnavailableError:  # a full model that was deleted on Serve, until it is deployed again
+                if has_begun:
+                    raise ServingError(f"{self._name} was taken away while it was answering. Ask again.") from None
+                message = f"{self._name} is not deployed at this moment. Try again."
+                raise ApiError(503, message, "not_ready", retry_after=RETRY_SECONDS) from None
             except _REPLICA_IS_GONE as error:
                 logger.warning("request %s: a replica of %s is gone (%s)", request.id, self._name, type(error).__name__)
                 if (has_begun and not request.whole) or attempt == ATTEMPTS:

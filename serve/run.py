@@ -191,7 +191,7 @@ def _stop_serving(name: str, local: bool, stop_seconds: float) -> None:
     except KeyboardInterrupt:
         print("Stopping at once.", flush=True)
         if not local:
-            for one in {name, *_full_models(name)} & serve.status().applications.keys():
+            for one in {name, *_full_models(name)}.intersection(serve.status().applications):
                 serve.delete(one, _blocking=False)
     finally:
         if local:
@@ -248,7 +248,7 @@ def _delete_all(names: Collection[str]) -> None:
     for name in names:
         serve.delete(name, _blocking=False)
     deadline = time.monotonic() + _DELETE_SECONDS
-    while set(names) & serve.status().applications.keys() and time.monotonic() < deadline:
+    while set(names).intersection(serve.status().applications) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
 
