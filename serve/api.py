@@ -12,6 +12,7 @@ from ft_service.storage.storage import Storage
 from serve.database.database import open_database
 from serve.database.keys import find_key
 from serve.fine_tuning import file_routes, job_routes
+from serve.fine_tuning.full_models import FullModels
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.routes import fine_tuning_routes
 from serve.http.access import REQUEST_ID_HEADER, AccessLog
@@ -51,6 +52,8 @@ def create_api(
     records = JobRecords(database) if database is not None else None
     if records is not None:
         models.add_names(records)
+        if settings.fine_tuning is not None:
+            models.add_bases(FullModels(records, models.registry, settings, models.bases))
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors_in_openai_shape(api)
     api.include_router(inference_routes(models, backends, settings, database, in_flight))

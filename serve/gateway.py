@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 
 import ray
 from fastapi import FastAPI
@@ -32,6 +32,7 @@ from serve.inference.deletions import Deletions
 from serve.inference.models import ServedModels
 from serve.inference.replies import WAITING
 from serve.log import log_with_serve
+from serve.model_apps import application_of
 from serve.settings import ServeSettings
 
 ATTEMPTS = 2
@@ -40,7 +41,7 @@ BROADCAST_SECONDS = 5.0
 READINESS_SECONDS = 2.0
 """So old an answer about readiness may be: load balancers ask often, and the controller has other work."""
 
-_REPLICA_IS_GONE = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
+_REPLICA_IS_GONE = (RayActorError, ObjectLostError, ReplicaUnavailableError)
 """`ObjectLostError`: a large chunk lay in the memory of a node that is gone."""
 
 _BEGUN = GenerationChunk("", ())
@@ -94,6 +95,11 @@ class Replicas:
             except BackPressureError:
                 message = f"Too many requests wait for {self._name}. Try again in a moment."
                 raise ApiError(429, message, "overloaded", retry_after=RETRY_SECONDS) from None
+            except DeploymentUnavailableError:  # a full model that was deleted on Serve, until it is deployed again
+                if has_begun:
+                    raise ServingError(f"{self._name} was taken away while it was answering. Ask again.") from None
+                message = f"{self._name} is not deployed at this moment. Try again."
+                raise ApiError(503, message, "not_ready", retry_after=RETRY_SECONDS) from None
             except _REPLICA_IS_GONE as error:
                 logger.warning("request %s: a replica of %s is gone (%s)", request.id, self._name, type(error).__name__)
                 if (has_begun and not request.whole) or attempt == ATTEMPTS:
@@ -130,6 +136,28 @@ async def _is_queued(stream: DeploymentResponseGenerator) -> bool:
     assignment.add_done_callback(lambda done: done.cancelled() or done.exception())
     done, _ = await asyncio.wait([assignment], timeout=QUEUED_SECONDS)
     return not done
+
+
+class Backends(Mapping[str, Replicas]):
+    """The replicas of every base by its name: those of the settings, and of the full models that were asked so far."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle], application: str) -> None:
+        """`application` is the server's own on Ray Serve."""
+        self._application = application
+        self._all = {name: Replicas(name, handle) for name, handle in handles.items()}
+
+    def __getitem__(self, name: str) -> Replicas:
+        """A handle waits for its deployment, so a model may be asked before it is deployed again after a restart."""
+        if name not in self._all:
+            handle = serve.get_deployment_handle(name, application_of(self._application, name), _check_exists=False)
+            self._all[name] = Replicas(name, handle)
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._all))
+
+    def __len__(self) -> int:
+        return len(self._all)
 
 
 class Readiness:
@@ -183,9 +211,10 @@ class Gateway:
         storage = Storage(settings.storage)
         models = ServedModels(Registry(storage), bases)
         models.read_ahead()
-        backends = {name: Replicas(name, handle) for name, handle in handles.items()}
+        application = serve.get_replica_context().app_name
+        backends = Backends(handles, application)
         always_on = [base.model_name for base in settings.bases if not base.may_scale_to_zero]
-        readiness = Readiness(serve.get_replica_context().app_name, always_on)
+        readiness = Readiness(application, always_on)
         Deletions(storage, {base.ref.fingerprint for base in bases}, settings.database).start()
         self._in_flight = InFlight()
         self._api = create_api(

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -31,6 +32,7 @@ from serve.app import GATEWAY, build_app, complete
 from serve.http.keys import is_loopback
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
+from serve.model_apps import applications_of
 from serve.settings import ServeSettings, load_config, read_settings
 from serve.transport import prepare_ray
 
@@ -188,8 +190,9 @@ def _stop_serving(name: str, local: bool, stop_seconds: float) -> None:
             serve.shutdown()
     except KeyboardInterrupt:
         print("Stopping at once.", flush=True)
-        if not local and name in serve.status().applications:
-            serve.delete(name, _blocking=False)
+        if not local:
+            for one in {name, *_full_models(name)}.intersection(serve.status().applications):
+                serve.delete(one, _blocking=False)
     finally:
         if local:
             _set_global_client(None)  # it would be used again with the next Ray of this process
@@ -235,11 +238,22 @@ def _requests_in_flight(gateways: DeploymentHandle, method: str) -> int:
 
 
 def _delete(name: str) -> None:
+    """Delete the application, then those of its full models, which it would deploy again."""
+    _delete_all([name])
+    _delete_all(_full_models(name))
+
+
+def _delete_all(names: Collection[str]) -> None:
     """`serve.delete` itself gives up after a minute, with a traceback."""
-    serve.delete(name, _blocking=False)
+    for name in names:
+        serve.delete(name, _blocking=False)
     deadline = time.monotonic() + _DELETE_SECONDS
-    while name in serve.status().applications and time.monotonic() < deadline:
+    while set(names).intersection(serve.status().applications) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+
+
+def _full_models(name: str) -> list[str]:
+    return list(applications_of(name, serve.status().applications).values())
 
 
 def _deploy(settings: ServeSettings, name: str) -> None:

@@ -134,6 +134,12 @@ class FileSettings(_Settings):
     min_examples: int = Field(default=10, ge=1, description="Examples that a training file has at least.")
 
 
+class FullModelReplicas(Autoscaling):
+    """Replicas of each model that a `full` job has made. All else is as its base has it."""
+
+    max_replicas: int = Field(default=1, ge=1, description="Replicas at most of each model that a `full` job has made.")
+
+
 class FineTuningSettings(_Settings):
     """OpenAI's fine-tuning API: jobs become runs on a Ray cluster. It needs a database."""
 
@@ -160,6 +166,7 @@ class FineTuningSettings(_Settings):
     )
     gpu_type: str | None = Field(default=None, description="GPU type of the cluster, for plans and estimates.")
     price_per_gpu_hour: float | None = Field(default=None, ge=0, description="US dollars, for estimates.")
+    full_models: FullModelReplicas = FullModelReplicas()
     files: FileSettings = FileSettings()
     webhooks: tuple[WebhookSettings, ...] = Field(default=(), description="Called when a job ends.")
     private_webhooks: bool = Field(

@@ -62,8 +62,8 @@ def hide_adapter(storage: Storage, adapter_id: str) -> None:
     record = Registry(storage).resolve(adapter_id)
     if record.kind == "adapter":
         inventory = read_adapter_needs(storage, record, now)
-    else:  # any run and any adapter may need it
-        inventory = read_usage(storage, now).inventory
+    else:  # any run and any adapter may need it; a server stops serving what is hidden
+        inventory = replace(read_usage(storage, now).inventory, servers=())
     _refuse_if_needed(record, inventory, now)
     Registry(storage).hide(record)
 
@@ -111,6 +111,21 @@ def _refuse_if_needed(record: AdapterRecord, inventory: Inventory, now: datetime
     if needs := needed_by(item, inventory, now):
         cure = _cure(item, next((each.alias for each in inventory.published if each.item == item), ""))
         raise UsageError(f"ID = {record.id!r}: cannot be deleted, {'; '.join(needs)}. {cure}")
+
+
+def finish_deletion(storage: Storage, adapter_id: str, now: datetime | None = None) -> Deletion:
+    """Delete the files of an adapter or model that was hidden, unless something still needs them.
+
+    Without effect on one that is published, or was never there.
+    """
+    now = now or datetime.now(UTC)
+    usage = read_usage(storage, now)
+    hidden = next((each for each in usage.inventory.published if each.item.id == adapter_id and each.hidden), None)
+    if hidden is None or hidden.listed:
+        return Deletion(Item("model", adapter_id), 0)
+    if needs := needed_by(hidden.item, usage.inventory, now):
+        return Deletion(hidden.item, 0, kept="; ".join(needs))
+    return _finish_deleting(storage, hidden.item, usage, now)
 
 
 def _cure(item: Item, alias: str) -> str:

@@ -2,20 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ft_service.catalog.gpus import Gpu
 from ft_service.cli.common import console, new_table, print_json
 from ft_service.errors import UsageError
-from ft_service.plan.serving import GIB, Precision, ServingPlan, plan_serving
+from ft_service.plan.serving import GIB, ServingPlan
 from ft_service.plan.table import shape_of
 from ft_service.text import format_count
 
-if TYPE_CHECKING:
-    from serve.settings import BaseSettings
-
 RANK = 16
-CONTEXT = 8192
 
 
 def show_serving_plan(
@@ -25,6 +20,8 @@ def show_serving_plan(
 
     Raises `UsageError` when a base does not fit, after everything is printed, and `ModelError` for an unknown model.
     """
+    from serve.fine_tuning.templates import full_parents
+    from serve.fit import context_of, plan_base
     from serve.settings import BaseSettings, load_config
 
     memory_gib = gpu_memory_gib or (gpu.memory_gib if gpu else None)
@@ -33,35 +30,27 @@ def show_serving_plan(
     is_config = target.endswith((".yaml", ".yml"))
     if is_config and gpus is not None:
         raise UsageError(f"--gpus = {gpus}: no effect with a config, which sets gpus for each base. Leave out.")
-    bases = load_config(Path(target)).settings.bases if is_config else (BaseSettings(base=target, gpus=gpus),)
-    plans = {base.model_name: _plan(base, memory_gib) for base in bases}
-    contexts = {base.model_name: base.max_context or CONTEXT for base in bases}
+    settings = load_config(Path(target)).settings if is_config else None
+    bases = settings.bases if settings else (BaseSettings(base=target, gpus=gpus),)
+    plans = {base.model_name: plan_base(base, shape_of(base.base), memory_gib) for base in bases}
+    contexts = {base.model_name: context_of(base) for base in bases}
     if as_json:
         print_json({name: _as_json(plan, contexts[name]) for name, plan in plans.items()})
     else:
         _show(plans, contexts, gpu.name if gpu else f"{memory_gib:g} GiB")
+        if settings and (parents := full_parents(settings)):
+            console.print(
+                f"Each model that a full job of {', '.join(parents)} makes is a base too: it takes what its parent "
+                "takes, on GPUs of its own, while it is asked.",
+                style="dim",
+                highlight=False,
+            )
     too_large = [name for name, plan in plans.items() if not plan.fits(contexts[name])]
     if too_large:
         raise UsageError(
             f"{', '.join(too_large)}: no room for one request of {contexts[too_large[0]]:,} tokens. Use more GPUs for "
             "a replica (gpus), precision: nf4, a GPU with more memory, or a smaller adapter_gib or max_context."
         )
-
-
-def _plan(base: "BaseSettings", memory_gib: float) -> ServingPlan:
-    precision: Precision = "fp32" if base.dtype == "float32" else "bf16"
-    if base.precision == "nf4":
-        precision = "nf4"
-    is_vllm = base.engine == "vllm"
-    return plan_serving(
-        shape_of(base.base),
-        memory_gib,
-        max(1, base.gpus or 1),
-        precision,
-        base.adapter_gib,
-        lora_rank=base.max_lora_rank if is_vllm else RANK,
-        max_slots=base.max_batch if is_vllm else None,
-    )
 
 
 def _show(plans: dict[str, ServingPlan], contexts: dict[str, int], gpu: str) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ft_service.data.convert import BadRecord, convert
 from ft_service.data.files.datasets_library import HUB_PREFIX, is_saved_dataset
+from ft_service.data.files.remote import is_remote
 from ft_service.data.files.shard import Fault
 from ft_service.data.read import files_of, read_shard, scan, source_error
 from ft_service.errors import Problem
@@ -42,7 +43,7 @@ def _problems(section: str, sources: object, with_columns: bool) -> Iterator[Pro
         if (source := _source(entry)) is None:
             continue
         if (error := source_error(source)) is not None:
-            path = str(Path(source.path).expanduser())
+            path = source.path if is_remote(source.path) else str(Path(source.path).expanduser())
             message, _, fix = str(error).removeprefix(f"{path}: ").partition(". ")
             yield Problem(f"{setting}.path", source.path, message, fix)
         elif with_columns and _is_valid(entry) and _is_small(source):
@@ -68,7 +69,7 @@ def _is_valid(entry: object) -> bool:
 
 
 def _is_small(source: DataSource) -> bool:
-    if source.path.startswith(HUB_PREFIX) or is_saved_dataset(Path(source.path).expanduser()):
+    if source.path.startswith(HUB_PREFIX) or is_remote(source.path) or is_saved_dataset(Path(source.path).expanduser()):
         return False
     try:
         return sum(file.stat().st_size for file in files_of(source)[0]) <= _SMALL_BYTES

@@ -7,7 +7,7 @@ that has the file. Only a JSON array is read whole. A record that cannot be read
 import hashlib
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ft_service.data.files.content import SUFFIXES, Content, content_of, is_named_as_data
@@ -22,6 +22,7 @@ from ft_service.data.files.datasets_library import (
 from ft_service.data.files.encoding import Utf8Check, other_encoding_fault
 from ft_service.data.files.json_files import read_array, read_lines
 from ft_service.data.files.parquet_files import digest_of_end, read_parquet, row_groups
+from ft_service.data.files.remote import is_remote, local_copy, missing_error
 from ft_service.data.files.shard import Fault, FileShard, IsWanted, Record, ShardChanged
 from ft_service.errors import DataError
 from ft_service.spec.schema import DataSource
@@ -66,26 +67,32 @@ def scan(number: int, source: DataSource, shard_bytes: int = SHARD_BYTES) -> Sca
         )
         return Scan((source.path,), shards, hashlib.sha256(fingerprint(source, rows).encode()).hexdigest())
     files, foreign = files_of(source)
+    shown = [source.path] if is_remote(source.path) else [str(file) for file in files]
     digest = hashlib.sha256()
     shards = ()
     notes: list[tuple[str, str]] = []
-    for at, file in enumerate(files):
+    for at, (file, name) in enumerate(zip(files, shown, strict=True)):
         try:
             content = content_of(file) or Content("lines")
             file_shards, file_digest = _split(number, at, file, content, shard_bytes)
         except OSError as error:
             raise DataError(
-                f"{file}: cannot be read ({error.strerror or error}). Check that it is a file, and its permissions."
+                f"{name}: cannot be read ({error.strerror or error}). Check that it is a file, and its permissions."
             ) from None
         digest.update(file_digest + file.suffix.encode())
-        shards += file_shards
+        shards += tuple(replace(shard, path=name) for shard in file_shards)
         if content.note:
-            notes.append((str(file), content.note))
-    return Scan(tuple(map(str, files)), shards, digest.hexdigest(), tuple(map(str, foreign)), tuple(notes))
+            notes.append((name, content.note))
+    return Scan(tuple(shown), shards, digest.hexdigest(), tuple(map(str, foreign)), tuple(notes))
 
 
 def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
-    """The files of a source, sorted by name, and the files of its folder that are not read. Raises `DataError`."""
+    """The files of a source, sorted by name, and the files of its folder that are not read. Raises `DataError`.
+
+    A file on object storage is copied to this machine.
+    """
+    if is_remote(source.path):
+        return [_checked_copy(source.path)], []
     path = Path(source.path).expanduser()
     if path.is_dir():
         inside = sorted(path.iterdir())
@@ -98,6 +105,16 @@ def files_of(source: DataSource) -> tuple[list[Path], list[Path]]:
     if not is_named_as_data(path):
         _check_content(path)
     return [path], []
+
+
+def _checked_copy(uri: str) -> Path:
+    copy = local_copy(uri)
+    if not is_named_as_data(copy):
+        try:
+            _check_content(copy)
+        except DataError as error:
+            raise DataError(str(error).replace(str(copy), uri)) from None
+    return copy
 
 
 def _folders_with_data(inside: list[Path]) -> str:
@@ -147,6 +164,8 @@ def source_error(source: DataSource) -> DataError | None:
     """Why the files of a source cannot be read; None if they can, or if it is a hub dataset."""
     if source.path.startswith(HUB_PREFIX) or is_saved_dataset(Path(source.path).expanduser()):
         return None
+    if is_remote(source.path):
+        return missing_error(source.path)
     try:
         files_of(source)
     except DataError as error:
@@ -161,6 +180,8 @@ def read_shard(
 
     With `is_wanted`, records of other numbers are skipped, unparsed where possible. Raises `ShardChanged`.
     """
+    if is_remote(source.path):
+        shard = replace(shard, path=str(local_copy(source.path)))
     try:
         for number, record in _records_of(shard, source, is_wanted):
             if is_wanted is None or is_wanted(number):

@@ -67,8 +67,8 @@ class DataSource(_Section):
 
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME:SPLIT "
-        "(hub:NAME:CONFIGURATION:SPLIT).",
+        description="A .jsonl, .json, .csv or .parquet file, also at an s3:// or gs:// URI; a folder of them; or "
+        "hub:NAME:SPLIT (hub:NAME:CONFIGURATION:SPLIT).",
     )
     format: Literal["alpaca", "chat", "text"] = Field(default="alpaca", description="Layout of a record.")
     columns: dict[str, str] = Field(

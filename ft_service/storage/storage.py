@@ -93,8 +93,11 @@ class Storage:
         return isinstance(self._fs, fs.LocalFileSystem)
 
     def uri(self, path: str) -> str:
-        """Where `path` is, for a person: a local path or a URI."""
-        return f"{self._base}/{path}" if self.is_local else f"{self.root.rstrip('/')}/{path}"
+        """Where `path` is: a local path, or a URI with the options of the root's (``?region=...``)."""
+        if self.is_local:
+            return f"{self._base}/{path}"
+        place, mark, options = self.root.partition("?")
+        return f"{place.rstrip('/')}/{path}{mark}{options}"
 
     def check_writable(self) -> None:
         """Write and delete a probe file. Raises `StorageError` now instead of after hours of training."""
@@ -128,6 +131,18 @@ class Storage:
         if len(content) != nbytes:
             raise StorageError(f"{self.uri(path)}: is too short.")
         return content
+
+    @_retried
+    def download(self, path: str, target: Path) -> None:
+        """Copy a file to `target` on this machine, in blocks. `target` may be left in part if that fails."""
+        with self._raising(f"{self.uri(path)}: cannot be read"):
+            fs.copy_files(
+                self._full(path),
+                str(target),
+                source_filesystem=self._fs,
+                destination_filesystem=fs.LocalFileSystem(),
+                chunk_size=_COPY_CHUNK_BYTES,
+            )
 
     def read_json(self, path: str) -> Any:
         try:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ft_service.catalog.gpus import find_gpu
+from ft_service.data.files.remote import delete_copies
 from ft_service.data.gate import Judgement
 from ft_service.data.gate.waivers import check_waivers, enforce
 from ft_service.data.prepare import measure_dataset
@@ -19,6 +21,8 @@ from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.run_spec import WAIVE_PREFIX, JobSettings, Resolved, resolved_spec, unresolved_spec
+from serve.fit import full_model_problem
+from serve.settings import BaseSettings
 
 _ONE_AT_A_TIME = threading.Lock()
 """A check holds a tokenizer and a whole file's records."""
@@ -80,9 +84,17 @@ class Checked:
         }
 
 
-def check_job(template: Mapping[str, Any], job: JobSettings, storage: str, resources: Resources) -> Checked:
-    """Spec, data and plan of a job; writes nothing. Raises `JobRefusedError`, and `StorageError` or `ModelError`
-    where a later attempt may pass."""
+def check_job(
+    template: Mapping[str, Any],
+    job: JobSettings,
+    storage: str,
+    resources: Resources,
+    served: BaseSettings | None = None,
+) -> Checked:
+    """Spec, data and plan of a job; writes nothing. `served` is how its base is served, and the model of a `full` job.
+
+    Raises `JobRefusedError`, and `StorageError` or `ModelError` where a later attempt may pass.
+    """
     where = "fine-tuning job"
     with _ONE_AT_A_TIME:
         try:
@@ -105,9 +117,15 @@ def check_job(template: Mapping[str, Any], job: JobSettings, storage: str, resou
             raise _refused_data(str(error), job) from None
         except (StorageError, ModelError):
             raise
+        finally:
+            delete_copies()
         if plan.fits is False:
             reasons = " ".join([*plan.warnings[:1], *plan.advice])
             raise JobRefusedError("does_not_fit", f"The job does not fit the cluster's GPUs. {reasons}", "model")
+        if served is not None and spec.method.type == "full":
+            gpu = find_gpu(resources.gpu_type)
+            if problem := full_model_problem(served, shape, gpu.memory_gib if gpu else None):
+                raise JobRefusedError("cannot_be_served", problem, "model")
     return Checked(resolved, plan, judgements[0].verdict, tuple(plan.warnings))
 
 

@@ -31,6 +31,7 @@ from serve.fine_tuning.checks import Checked, JobRefusedError
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job, JobRecords, NewCheckpoint, NewEvent, NewWebhook
 from serve.fine_tuning.job_states import State
+from serve.fine_tuning.model_servers import DoesNotStartError
 from serve.fine_tuning.results import checkpoint_metrics, estimated_finish, metrics_event, results_csv
 from serve.fine_tuning.waiting import PREPARATION, in_queue, queue_text
 from serve.fine_tuning.work import Work
@@ -41,6 +42,8 @@ MAX_ATTEMPTS = 20
 """Submissions of a run whose driver is lost again and again."""
 ANSWER_SECONDS = 900.0
 """So long a published adapter may take to answer; its base may have to load first."""
+FULL_ANSWER_SECONDS = 6 * 3600.0
+"""So long a full model may take, unless its replicas fail: a GPU may have to become free first."""
 _EVENTS_AT_ONCE = 200
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,9 @@ class Outside:
     """The calls that report the end of a job."""
     deliver: Callable[[], None]
     """Delivers webhooks that are due."""
+    serve_model: Callable[[str], None] = lambda _model: None
+    """Makes the model of a full job a base of the server. Raises `FtError` unless it is one, and `DoesNotStartError` if
+    its replicas fail."""
 
 
 def submission_id(job: Job) -> str:
@@ -342,6 +348,8 @@ class Controller:
         metrics = read_metrics(self._storage, job.run_id)
         if job.adapter is None:
             events = [NewEvent(f"New fine-tuned model created: {job.alias}")]
+            if job.is_full:
+                events.append(NewEvent("The model becomes a base of the server. It is loaded and asked."))
             changed = self._records.change(job, _running(job), adapter=recorded.published, events=events)
             if changed is None:
                 return
@@ -354,13 +362,15 @@ class Controller:
             job = changed
         checkpoints = _checkpoints(job, run, metrics)
         names = [job.alias, *(checkpoint.adapter for checkpoint in checkpoints if checkpoint.adapter != job.adapter)]
-        done = self._work.poll(f"ask {job.id}", lambda: self._ask(names))
+        done = self._work.poll(f"ask {job.id}", lambda: self._ask(job, names))
         if done is None:
             return
         try:
             done.result()
         except FtError as error:
-            if self._records.clock() - recorded.time < timedelta(seconds=ANSWER_SECONDS):
+            may_wait_for_gpus = job.is_full and not isinstance(error, DoesNotStartError)
+            seconds = FULL_ANSWER_SECONDS if may_wait_for_gpus else ANSWER_SECONDS
+            if self._records.clock() - recorded.time < timedelta(seconds=seconds):
                 raise
             message = f"{job.adapter} is published, but does not answer: {error}"
             self._fail(job, "model_does_not_answer", message, None)
@@ -373,7 +383,9 @@ class Controller:
             checkpoints=checkpoints,
         )
 
-    def _ask(self, names: Sequence[str]) -> None:
+    def _ask(self, job: Job, names: Sequence[str]) -> None:
+        if job.is_full and job.adapter is not None:
+            self._outside.serve_model(job.adapter)
         for name in names:
             self._outside.answers(name)
 

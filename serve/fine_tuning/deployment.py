@@ -6,13 +6,15 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping
+from functools import partial
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from ft_service.cleanup.removal import finish_deletion
 from ft_service.cluster.submit import Submissions
-from ft_service.errors import DatabaseError, ServingError, UsageError
+from ft_service.errors import DatabaseError, FtError, ServingError, UsageError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
 from serve.database.database import open_database
@@ -20,14 +22,18 @@ from serve.fine_tuning.answers import Answers
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.controller import Controller
 from serve.fine_tuning.file_keeper import FileKeeper
+from serve.fine_tuning.full_models import FullModels
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
+from serve.fine_tuning.model_servers import ModelServers
 from serve.fine_tuning.work import Threads
-from serve.gateway import Replicas
+from serve.gateway import Backends
 from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.job_metrics import update_job_metrics
 from serve.log import log_with_serve
+from serve.model_apps import ServeApps
+from serve.replica import MakeEngine, make_engine
 from serve.settings import ServeSettings
 
 STEP_SECONDS = 2.0
@@ -40,7 +46,9 @@ logger = logging.getLogger(__name__)
 class FineTuning:
     """A controller in a thread. A second replica, or that of another server, waits for the lease."""
 
-    async def __init__(self, settings: ServeSettings, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: ServeSettings, handles: Mapping[str, DeploymentHandle], make_engine: MakeEngine = make_engine
+    ) -> None:
         log_with_serve()
         tuning = settings.fine_tuning
         assert settings.storage and tuning
@@ -51,18 +59,26 @@ class FineTuning:
         self._records = records = JobRecords(database)
         models = ServedModels(Registry(storage), [load_base(base) for base in settings.bases])
         models.add_names(records)
-        backends = {name: Replicas(name, handle) for name, handle in handles.items()}
+        full_models = FullModels(records, models.registry, settings, models.bases)
+        models.add_bases(full_models)
+        application = serve.get_replica_context().app_name
+        backends = Backends(handles, application)
+        apps = ServeApps(application, settings, make_engine)
+        self._model_servers = ModelServers(full_models, apps, partial(_finish_deletion, storage))
         answers = Answers(models, backends, settings.limits)
         self._work = Threads()
         launcher = Submissions(_address(tuning.ray_address))
         bases = {base.name: base.folder for base in models.bases}
         self._keeper = FileKeeper(database, storage, tuning.files, bases)
-        outside = outside_of(records, storage, settings, ApiFiles(self._keeper), answers.check)
+        outside = outside_of(
+            records, storage, settings, ApiFiles(self._keeper), answers.check, self._model_servers.ensure
+        )
         self._controller = Controller(records, storage, launcher, outside, self._work, uuid.uuid4().hex)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
         threading.Thread(target=self._tidy, name="tidy-files", daemon=True).start()
+        threading.Thread(target=self._serve_models, name="serve-models", daemon=True).start()
 
     def _run(self) -> None:
         while not self._stopping.wait(STEP_SECONDS):
@@ -82,6 +98,16 @@ class FineTuning:
             except Exception:
                 logger.exception("files cannot be tidied")
 
+    def _serve_models(self) -> None:
+        """Beside the controller too: each server has its own deployments, whoever holds the lease."""
+        while not self._stopping.wait(STEP_SECONDS):
+            try:
+                self._model_servers.step()
+            except FtError as error:
+                logger.warning("full models: %s", error)
+            except Exception:
+                logger.exception("full models cannot be served")
+
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose controller has ended."""
         if not self._thread.is_alive():
@@ -97,6 +123,10 @@ class FineTuning:
                 await asyncio.to_thread(self._controller.release)
             except DatabaseError as error:
                 logger.warning("%s", error)
+
+
+def _finish_deletion(storage: Storage, model_id: str) -> bool:
+    return not finish_deletion(storage, model_id).kept
 
 
 def _address(configured: str) -> str:

@@ -28,6 +28,7 @@ INCOMING = "files/incoming"
 PARTS = "files/parts"
 ERRORS = "files/errors"
 BLOCK_BYTES = 2**20
+_FLUSH_BYTES = 32 * 2**20
 LEFTOVER_SECONDS = 24 * 3600.0
 """An arrival that is older is not going on any more."""
 _ID_CHARACTERS = 24
@@ -46,6 +47,8 @@ class Arrival:
         self.size = 0
         self._sha256 = hashlib.sha256()
         self._md5 = hashlib.md5(usedforsecurity=False)
+        self._flushes = not storage.is_local
+        self._flushed = 0
         self._writing = storage.writing(path)
         self._stream = self._writing.__enter__()
 
@@ -67,6 +70,17 @@ class Arrival:
         self._sha256.update(data)
         self._md5.update(data)
         self.size += len(data)
+        if self._flushes and self.size - self._flushed >= _FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Wait for what is on its way: pyarrow keeps every part of an object in memory until it has arrived."""
+        try:
+            self._stream.flush()
+        except (OSError, pyarrow.ArrowException) as error:
+            self._writing.__exit__(type(error), error, None)  # raises `StorageError`
+            raise
+        self._flushed = self.size
 
     def finish(self) -> None:
         self._writing.__exit__(None, None, None)
@@ -147,11 +161,12 @@ class FileStore:
                 raise StorageError(f"{path}: is missing.")
             yield path
             return
-        with tempfile.NamedTemporaryFile(prefix="ft-file-") as copy:
-            for block in self._blocks(f"{CONTENT}/{digest}", size):
-                copy.write(block)
-            copy.flush()
-            yield Path(copy.name)
+        with tempfile.TemporaryDirectory(prefix="ft-file-") as folder:
+            copy = Path(folder, digest)
+            self.storage.download(f"{CONTENT}/{digest}", copy)
+            if copy.stat().st_size != size:
+                raise StorageError(f"{self.storage.uri(f'{CONTENT}/{digest}')}: has not the size that was recorded.")
+            yield copy
 
     # -- errors of training files --------------------------------------------------------------------------------------
 

@@ -32,6 +32,10 @@ CREATE_WINDOW = timedelta(minutes=10)
 """So long the same request of the same key gets the same job: clients repeat a request that was slow, without saying
 so."""
 _ATTEMPTS = 5
+_MOST_NAMED = 500
+"""Values in one condition."""
+_SERVED_STATES = ("running", "succeeded")
+"""A job's model is asked for a completion while the job is still running."""
 
 Clock = Callable[[], datetime]
 Level = Literal["info", "warn", "error"]
@@ -80,6 +84,12 @@ class Job:
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.request.get("metadata") or {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its model is a base of its own. Known once its files are checked."""
+        spec = (self.resolved or {}).get("spec") or {}
+        return (spec.get("method") or {}).get("type") == "full"
 
     @property
     def folder(self) -> str:
@@ -380,6 +390,17 @@ class JobRecords:
             return {
                 alias: str(adapter) for statement in (jobs, checkpoints) for alias, adapter in opened.execute(statement)
             }
+
+    def parents_of(self, models: Sequence[str]) -> dict[str, str]:
+        """Model id -> the base that it was trained from, for those that a job has published and that may answer."""
+        row = FineTuningJobRow
+        found: dict[str, str] = {}
+        with session(self.engine) as opened:
+            for start in range(0, len(models), _MOST_NAMED):
+                named = row.adapter.in_(models[start : start + _MOST_NAMED])
+                statement = select(row.adapter, row.model).where(named, row.state.in_(_SERVED_STATES))
+                found |= {str(model): parent for model, parent in opened.execute(statement)}
+        return found
 
     def owners(self, adapter: str | None = None) -> dict[str, list[tuple[str, str | None]]]:
         """Key and organisation of the jobs that have published each adapter, or the one named."""

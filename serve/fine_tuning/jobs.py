@@ -31,7 +31,7 @@ from serve.fine_tuning.webhooks import Deliveries, webhooks_of
 from serve.fine_tuning.wire import FineTuningJobRequest
 from serve.http.errors import ApiError
 from serve.http.tenants import Tenant
-from serve.settings import FineTuningSettings, ServeSettings
+from serve.settings import BaseSettings, FineTuningSettings, ServeSettings
 
 TRAINING = "training"
 VALIDATION = "validation"
@@ -85,6 +85,7 @@ class Jobs:
         self.records = records
         self._storage = storage
         self._tuning = settings.fine_tuning
+        self._bases = {base.model_name: base for base in settings.bases}
         self._files = files
         self._forecasts = Forecasts(storage, cluster)
 
@@ -141,6 +142,7 @@ class Jobs:
                 job_settings(job, self._tuning, paths[TRAINING], paths.get(VALIDATION)),
                 self._storage.root,
                 resources_of(self._tuning),
+                self._bases.get(job.model),
             )
         except JobRefusedError as error:
             raise _refused(error) from None
@@ -157,15 +159,10 @@ class Jobs:
 
     def check(self, job: Job) -> Checked:
         """Spec, data and plan of a job whose data are linked. Raises `JobRefusedError`."""
-        return check_linked(job, self._storage, self._tuning)
+        return check_linked(job, self._storage, self._tuning, self._bases.get(job.model))
 
     def _accept(self, owner: Tenant, request: FineTuningJobRequest) -> dict[str, StoredFile]:
         """The files of a request, by their role. Raises `ApiError` 400 for what no job can have."""
-        if not self._storage.is_local:
-            message = (
-                "Fine-tuning over HTTP needs storage that is a folder of all machines, and this is an object store."
-            )
-            raise ApiError(501, message, "storage_not_supported")
         self._template(request.model)
         method = request.method.type if request.method else "supervised"
         if method != "supervised":
@@ -371,8 +368,8 @@ def resources_of(tuning: FineTuningSettings) -> Resources:
     return Resources(gpu_type=tuning.gpu_type, price_per_gpu_hour=tuning.price_per_gpu_hour)
 
 
-def check_linked(job: Job, storage: Storage, tuning: FineTuningSettings) -> Checked:
-    """Raises `JobRefusedError`."""
+def check_linked(job: Job, storage: Storage, tuning: FineTuningSettings, served: BaseSettings | None = None) -> Checked:
+    """`served` is how its base is served. Raises `JobRefusedError`."""
     folder = JobFolder(storage, job.id)
     try:
         template = template_of(tuning, job.model)
@@ -382,19 +379,29 @@ def check_linked(job: Job, storage: Storage, tuning: FineTuningSettings) -> Chec
     if training is None:
         raise StorageError(f"{storage.uri(folder.path)}: has no training data.")
     settings = job_settings(job, tuning, training, folder.data(VALIDATION))
-    return check_job(template, settings, storage.root, resources_of(tuning))
+    return check_job(template, settings, storage.root, resources_of(tuning), served)
 
 
 def outside_of(
-    records: JobRecords, storage: Storage, settings: ServeSettings, files: Files, answers: Callable[[str], None]
+    records: JobRecords,
+    storage: Storage,
+    settings: ServeSettings,
+    files: Files,
+    answers: Callable[[str], None],
+    serve_model: Callable[[str], None] = lambda _model: None,
 ) -> Outside:
-    """What the controller asks of the rest of the service. `answers` asks a model for a completion."""
+    """What the controller asks of the rest of the service.
+
+    `answers` asks a model for a completion, `serve_model` makes the model of a full job a base.
+    """
     tuning = settings.fine_tuning
     assert tuning
+    bases = {base.model_name: base for base in settings.bases}
     return Outside(
-        check=lambda job: check_linked(job, storage, tuning),
+        check=lambda job: check_linked(job, storage, tuning, bases.get(job.model)),
         answers=answers,
         add_result_file=files.add_result,
         webhooks=lambda job, state: webhooks_of(tuning, job, state, records.clock()),
         deliver=Deliveries(records, tuning).deliver,
+        serve_model=serve_model,
     )

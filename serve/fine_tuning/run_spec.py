@@ -107,7 +107,8 @@ def unresolved_spec(template: Mapping[str, Any], job: JobSettings, storage: str,
         report = dict(document.get("report") or {})
         trackers = [name for name in report.get("trackers") or [] if name != "wandb"]
         document["report"] = {**report, "trackers": [*trackers, "wandb"], **_report_settings(job.wandb)}
-    document["checkpoint"] = {"publish_epochs": PUBLISHED_EPOCHS, **(document.get("checkpoint") or {})}
+    if (document.get("method") or {}).get("type") != "full":  # which publishes its final model only
+        document["checkpoint"] = {"publish_epochs": PUBLISHED_EPOCHS, **(document.get("checkpoint") or {})}
     if owner := queue_owner(job.owner):
         document["queue"] = {**(document.get("queue") or {}), "owner": owner}
     document |= {"name": job.name, "storage": storage}

@@ -30,6 +30,20 @@ def with_templates_read(settings: ServeSettings) -> ServeSettings:
     return settings.model_copy(update={"fine_tuning": tuning.model_copy(update={"templates": templates})})
 
 
+def full_parents(settings: ServeSettings) -> list[str]:
+    """Bases whose jobs train all weights, so that their models are bases too.
+
+    Raises `UsageError` as `with_templates_read` does.
+    """
+    tuning = with_templates_read(settings).fine_tuning
+    templates = tuning.templates if tuning else {}
+    return [
+        name
+        for name, template in templates.items()
+        if isinstance(template, dict) and (template.get("method") or {}).get("type") == "full"
+    ]
+
+
 def _checked(
     name: str, template: str | dict[str, Any], bases: Mapping[str, BaseSettings], storage: str
 ) -> Mapping[str, Any]:
@@ -41,11 +55,6 @@ def _checked(
     document.setdefault("model", {"base": base.base, **({"revision": base.revision} if base.revision else {})})
     if "train" in (document.get("data") or {}):
         raise UsageError(f"{where}: has data.train, and a job brings its own. Remove it.")
-    method = document.get("method")
-    if isinstance(method, dict) and method.get("type") == "full":
-        raise UsageError(
-            f"{where}: method.type = full makes a new base, which a running server cannot load. Use lora or qlora."
-        )
     try:
         unresolved_spec(document, _EXAMPLE, storage, where)
     except SpecError as error:

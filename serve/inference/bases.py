@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ft_service.model.base import fingerprint, read_config, resolve_base
+from ft_service.model.base import is_remote, read_config, resolve_base
+from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import BaseModelRef
 from serve.settings import BaseSettings
 
@@ -26,19 +27,28 @@ class ServedBase:
     """Token ids that end a text, from the base's generation config."""
     precision: Precision
     """How the weights are stored while they are served."""
+    parent: str | None = None
+    """Name of the base that it was trained from, for the model of a `full` job."""
 
     @property
     def name(self) -> str:
         return self.ref.short_name
 
 
-def load_base(settings: BaseSettings) -> ServedBase:
-    """Raises `ModelError` if the base does not exist, is half-downloaded or has no tokenizer."""
-    folder = resolve_base(settings.base, settings.revision)
+def load_base(settings: BaseSettings, parent: str | None = None, *, weights: bool = True) -> ServedBase:
+    """Raises `ModelError` if the base does not exist, is half-downloaded or has no tokenizer.
+
+    With `weights` False, those of a base on object storage are not downloaded, only read in part for the fingerprint.
+    """
+    folder = resolve_base(settings.base, settings.revision, weights=weights)
     config = read_config(folder)
+    files = WeightFiles(settings.base if is_remote(settings.base) and not weights else folder)
     model_context = int(config["max_position_embeddings"])
     ref = BaseModelRef(
-        id=settings.base, revision=settings.revision, short_name=settings.model_name, fingerprint=fingerprint(folder)
+        id=settings.base,
+        revision=settings.revision,
+        short_name=settings.model_name,
+        fingerprint=files.fingerprint(),
     )
     return ServedBase(
         ref=ref,
@@ -47,6 +57,7 @@ def load_base(settings: BaseSettings) -> ServedBase:
         vocab_size=int(config["vocab_size"]),
         end_ids=_end_ids(folder, config),
         precision=_precision(settings, config),
+        parent=parent,
     )
 
 

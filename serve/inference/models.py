@@ -55,6 +55,18 @@ class ModelNames(Protocol):
         ...
 
 
+class AddedBases(Protocol):
+    """Bases that fine-tuning jobs have made while the server runs."""
+
+    def find(self, record: AdapterRecord) -> ServedBase | None:
+        """A published model as a base; None for one that this server does not serve."""
+        ...
+
+    def all(self) -> Sequence[tuple[AdapterRecord, ServedBase]]:
+        """All of them, with their records."""
+        ...
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model by its HTTP name, with the fingerprints of its weights. `adapter` None is the base."""
@@ -63,6 +75,13 @@ class ServedModel:
     created: datetime
     base: ServedBase
     adapter: AdapterRecord | None
+    full: AdapterRecord | None = None
+    """The record of a base that a fine-tuning job has made."""
+
+    @property
+    def published(self) -> AdapterRecord | None:
+        """The record of what a run has published; None for a base of the server's settings."""
+        return self.adapter or self.full
 
     @cached_property
     def entry_json(self) -> bytes:
@@ -104,12 +123,12 @@ class ServedModel:
             id=self.id,
             created=int(self.created.timestamp()),
             root=self.root,
-            parent=self.base.name if self.adapter else None,
+            parent=self.base.name if self.adapter else self.base.parent,
             base_fingerprint=self.base.ref.fingerprint,
             base_precision=self.base.precision,
             max_model_len=self.base.context_length,
-            digest=self.adapter.digest if self.adapter else None,
-            record=self.adapter.model_dump(mode="json") if self.adapter else None,
+            digest=self.published.digest if self.published else None,
+            record=self.published.model_dump(mode="json") if self.published else None,
             note=self.note,
         )
 
@@ -132,6 +151,7 @@ class ServedModels:
         self._refreshing = threading.Lock()
         self._logged: frozenset[UnreadableRecord] = frozenset()
         self._names: ModelNames | None = None
+        self._added: AddedBases | None = None
         self._named: dict[str, str] = {}
         self._owners: dict[str, tuple[Sequence[Owner], float]] = {}
 
@@ -139,11 +159,15 @@ class ServedModels:
         """Serve adapters under these names too."""
         self._names = names
 
+    def add_bases(self, added: AddedBases) -> None:
+        """Serve these bases too, and the adapters that are published for them."""
+        self._added = added
+
     def owners(self, model: ServedModel) -> Sequence[Owner]:
         """Whose model it is; empty: everybody's."""
-        if model.adapter is None or self._names is None:
+        if model.published is None or self._names is None:
             return ()
-        adapter = model.adapter.id
+        adapter = model.published.id
         now = time.monotonic()
         owners, found = self._owners.get(adapter, ((), -math.inf))
         is_a_jobs = model.id.startswith(FINE_TUNED)  # so it has an owner, perhaps since a moment ago
@@ -155,21 +179,25 @@ class ServedModels:
         return owners
 
     def all_owners(self) -> Mapping[str, Sequence[Owner]]:
-        """Of every adapter that belongs to somebody."""
+        """Of every adapter and full model that belongs to somebody."""
         return self._names.owners() if self._names else {}
 
     def all(self) -> list[ServedModel]:
-        """The bases, then their adapters, oldest first, then the names of fine-tuned and promoted ones."""
+        """The bases, then what jobs have made, oldest first, then the names of fine-tuned and promoted models."""
+        added = self._added.all() if self._added else ()
+        bases = [*self.bases, *(base for _, base in added)]
+        served = {id(base) for base in bases}
         earlier = self._adapters
-        by_id: dict[str, ServedModel] = {}
+        adapters: dict[str, ServedModel] = {}
         for record in self._listing().records:
             model = earlier.get(record.id)
-            if model is None or model.adapter is not record:
-                base = self._base_of(record)
+            if model is None or model.adapter is not record or id(model.base) not in served:
+                base = _base_of(record, bases)
                 model = ServedModel(record.id, record.created, base, record) if base else None
             if model is not None:
-                by_id[record.id] = model
-        self._adapters = by_id
+                adapters[record.id] = model
+        self._adapters = adapters
+        by_id = {**{record.id: _full_model(record, base) for record, base in added}, **adapters}
         names = {**(self._names.aliases() if self._names else {}), **self._aliases()}
         aliases = [replace(by_id[holder], id=alias) for alias, holder in names.items() if holder in by_id]
         return [*self._bases.values(), *by_id.values(), *aliases]
@@ -228,6 +256,9 @@ class ServedModels:
         if record is None:
             raise unknown_model(model_id)
         if record.kind == "model":
+            added = self._added.find(record) if self._added else None
+            if added is not None:
+                return _full_model(record, added)
             uri = self.registry.storage.uri(f"models/{record.id}")
             raise _not_found(f"The model {model_id!r} is not an adapter. Start a server with FT_BASE={uri}.")
         base = self._base_of(record)
@@ -275,34 +306,49 @@ class ServedModels:
                 self._refreshing.release()
 
     def _base_of(self, record: AdapterRecord) -> ServedBase | None:
-        """The base that the adapter was trained on, in the precision of its training if it is served in several."""
-        # The same checkpoint may have another folder or name where it was trained, so compare its content.
-        fitting = [base for base in self.bases if base.ref.fingerprint == record.base.fingerprint]
-        wants_nf4 = record.method.get("type") == "qlora"
-        return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
+        base = _base_of(record, self.bases)
+        if base is None and self._added is not None:
+            base = _base_of(record, [added for _, added in self._added.all()])
+        return base
+
+
+def _base_of(record: AdapterRecord, bases: Sequence[ServedBase]) -> ServedBase | None:
+    """The base that the adapter was trained on, in the precision of its training if it is served in several."""
+    # The same checkpoint may have another folder or name where it was trained, so compare its content.
+    fitting = [base for base in bases if base.ref.fingerprint == record.base.fingerprint]
+    wants_nf4 = record.method.get("type") == "qlora"
+    return min(fitting, key=lambda base: (base.precision == "nf4") != wants_nf4, default=None)
+
+
+def _full_model(record: AdapterRecord, base: ServedBase) -> ServedModel:
+    return ServedModel(record.id, record.created, base, adapter=None, full=record)
 
 
 def deletable(model: ServedModel, pinned: Collection[str]) -> AdapterRecord:
-    """The adapter of a model. Raises `ApiError` 400 for a base, and for an adapter that the server's settings pin."""
-    if model.adapter is None:
+    """What a run has published as this model.
+
+    Raises `ApiError` 400 for a base of the server's settings, and for an adapter that they pin.
+    """
+    if model.published is None:
         message = f"{model.id!r} is a base of this server. Take it out of the server's settings."
         raise ApiError(400, message, "not_deletable", "model")
-    if model.adapter.id in pinned:
-        message = f"{model.adapter.id!r} is pinned. Take it out of `pinned` in the server's settings."
+    if model.published.id in pinned:
+        message = f"{model.published.id!r} is pinned. Take it out of `pinned` in the server's settings."
         raise ApiError(400, message, "not_deletable", "model")
-    return model.adapter
+    return model.published
 
 
 def delete_published(models: ServedModels, model: ServedModel) -> None:
-    """Hide a `deletable` adapter from now on; its files go once no request can be answering with it (`Deletions`).
+    """Hide a `deletable` model from now on; its files go once no request can be answering with it (`Deletions`; those
+    of a full model by `serve.fine_tuning.model_servers`).
 
     Raises `UsageError` if something needs it, `StorageError`; it may be hidden by then.
     """
-    assert model.adapter is not None
+    assert model.published is not None
     try:
-        hide_adapter(models.registry.storage, model.adapter.id)
+        hide_adapter(models.registry.storage, model.published.id)
     finally:
-        models.forget(model.adapter.id)
+        models.forget(model.published.id)
         models.forget(model.id)
 
 

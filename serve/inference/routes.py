@@ -92,7 +92,7 @@ def inference_routes(
         owners = {} if tenant.sees_all else models.all_owners()
 
         def is_visible(model: ServedModel) -> bool:
-            of_model = owners.get(model.adapter.id, ()) if model.adapter else ()
+            of_model = owners.get(model.published.id, ()) if model.published else ()
             return client.may_use(model.id) and tenant.sees_one_of(of_model)
 
         entries = b",".join(model.entry_json for model in models.all() if is_visible(model))
@@ -118,7 +118,8 @@ def inference_routes(
             await note(client, "models.delete.failed", model_id, {"error": type(error).__name__})
             raise
         finally:  # it may be hidden already, and a replica that still needs it loads it again
-            await backends[model.base.name].unload(adapter.digest)
+            if model.adapter is not None:
+                await backends[model.base.name].unload(adapter.digest)
         return DeletedModel(id=model_id)
 
     async def note(client: Client, action: str, target: str, details: Mapping[str, object]) -> None:

@@ -57,7 +57,8 @@ class Translator:
         self._tokens = {base.name: BaseTokens(base) for base in models.bases}
 
     def tokens(self, model: ServedModel) -> BaseTokens:
-        return self._tokens[model.base.name]
+        """Those of a full model are its parent's: training does not change a tokenizer."""
+        return self._tokens[model.base.parent or model.base.name]
 
     def chat(self, request: ChatRequest, model: ServedModel, request_id: str) -> Generation:
         tokens = self.tokens(model)

@@ -7,8 +7,10 @@ from typer.testing import CliRunner
 
 from ft_service.catalog.gpus import find_gpu
 from ft_service.cli.app import app
-from ft_service.cli.plan_serving import _plan, show_serving_plan
+from ft_service.cli.plan_serving import show_serving_plan
 from ft_service.errors import ModelError, UsageError
+from ft_service.plan.table import shape_of
+from serve.fit import plan_base
 from serve.settings import BaseSettings
 from tests.hosts import ROOT
 
@@ -26,7 +28,7 @@ def test_a_model_on_a_card_shows_weights_cache_and_adapters(capsys):
 def test_a_base_of_vllm_is_planned_with_its_own_slots():
     def slots(rank: int) -> int:
         base = BaseSettings(base="meta-llama/Llama-3.1-8B-Instruct", engine="vllm", max_lora_rank=rank)
-        return _plan(base, 79.1).num_adapters
+        return plan_base(base, shape_of(base.base), 79.1).num_adapters
 
     assert (slots(8), slots(64)) == (64, 11)  # at most max_batch
 
@@ -56,3 +58,14 @@ def test_a_plan_needs_a_known_model_and_a_gpu():
         show_serving_plan("meta-llama/Llama-3.1-8B-Instruct", None, None, None, as_json=False)
     with pytest.raises(ModelError):
         show_serving_plan("nobody/nothing", H100, None, None, as_json=False)
+
+
+def test_a_config_with_full_templates_says_what_their_models_take(tmp_path, capsys):
+    config = (ROOT / "serve/config.yaml").read_text()
+    show_serving_plan(str(ROOT / "serve/config.yaml"), H100, None, None, as_json=False)
+    assert "full job" not in capsys.readouterr().out
+    changed = config.replace("method: {type: qlora, lora_rank: 16, lora_alpha: 32}", "method: {type: full}")
+    (tmp_path / "config.yaml").write_text(changed)
+    show_serving_plan(str(tmp_path / "config.yaml"), H100, None, None, as_json=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a full job of llama-3.1-8b-instruct makes is a base too: it takes what its parent takes" in shown

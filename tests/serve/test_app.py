@@ -8,7 +8,7 @@ import pytest
 from ft_service.errors import ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
-from serve.app import resources
+from serve.base_app import resources
 from serve.replica import BaseReplica, make_engine
 from serve.settings import BaseSettings
 

@@ -7,12 +7,15 @@ from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorUnavailableError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ft_service.errors import FtError, ServingError
 from serve import gateway
 from serve.engines.engine import GenerationChunk, GenerationRequest
-from serve.gateway import Replicas
+from serve.gateway import Backends, Replicas
+from serve.http.errors import ApiError
 from serve.inference.replies import WAITING
 
 FIRST = GenerationChunk("a", (1,), cached_tokens=2)
@@ -104,3 +107,26 @@ def test_a_stream_that_waits_for_a_place_says_so_and_is_still_asked_again(monkey
     assert answer(handle, whole=False) == [WAITING, WAITING, FIRST, LAST]
     assert len(answer(ScriptedHandle([FIRST, LAST], has_places=False), whole=True)) == 2
     assert answer(ScriptedHandle([FIRST, LAST]), whole=False) == [FIRST, LAST]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_that_is_not_deployed_at_the_moment_is_a_503_that_says_when_to_come_back(whole):
+    handle = ScriptedHandle([DeploymentUnavailableError(DeploymentID("tiny", "ft.tiny"))])
+    with pytest.raises(ApiError, match="is not deployed at this moment") as refused:
+        answer(handle, whole)
+    assert refused.value.status == 503 and refused.value.retry_after is not None and handle.asked == 1
+
+
+def test_full_models_are_found_in_applications_of_their_own_once_they_are_asked(monkeypatch):
+    found: list[tuple[str, str]] = []
+
+    def get_handle(name: str, application: str, **_: object) -> ScriptedHandle:
+        found.append((name, application))
+        return ScriptedHandle()
+
+    monkeypatch.setattr(gateway.serve, "get_deployment_handle", get_handle)
+    backends = Backends({"tiny": cast(DeploymentHandle, ScriptedHandle())}, "ft")
+    assert list(backends) == ["tiny"] and isinstance(backends["tiny"], Replicas)
+    assert backends["tiny-run-1"] is backends["tiny-run-1"]
+    assert list(backends) == ["tiny", "tiny-run-1"] and len(backends) == 2
+    assert found == [("tiny-run-1", "ft.tiny-run-1")]

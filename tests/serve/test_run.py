@@ -223,9 +223,11 @@ def test_a_name_that_would_hide_other_routes_is_refused(world, name):
     assert f"--name = {name!r}" in refused(UsageError, world.storage, None, name=name)
 
 
-@pytest.mark.parametrize(("left", "shuts_down"), [({"other"}, False), (set(), True)])
-def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left, shuts_down):
-    applications = {"ft", *left}
+@pytest.mark.parametrize(("left", "shuts_down"), [({"other", "ft-2.tiny-run-0a1b2c3d"}, False), (set(), True)])
+def test_a_server_that_stops_takes_its_full_models_along_and_leaves_other_applications_running(
+    monkeypatch, left, shuts_down
+):
+    applications = {"ft", "ft.tiny-run-0a1b2c3d", *left}
     shutdowns = []
     monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: None)
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
@@ -236,7 +238,7 @@ def test_a_server_that_stops_leaves_other_applications_running(monkeypatch, left
 
 
 def test_with_no_seconds_to_stop_the_application_is_deleted_first_of_all(monkeypatch):
-    applications = {"ft"}
+    applications = {"ft", "ft.tiny-run-0a1b2c3d"}
     monkeypatch.setattr("serve.run._end_requests", lambda name, stop_seconds: pytest.fail("it waited for requests"))
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: applications.remove(name))

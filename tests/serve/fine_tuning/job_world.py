@@ -74,6 +74,7 @@ class Ray:
     """Run and step, of every step that was trained."""
     finishes: str = "succeeded"
     killed: set[str] = field(default_factory=set)
+    epoch_adapters: Sequence[EpochAdapter] = (EpochAdapter(step=2, adapter="tiny-run-ffffffff"),)
 
     def submit(self, run_id: str, storage: str, submission_id: str) -> None:
         if submission_id in self.submissions:
@@ -115,7 +116,7 @@ class Ray:
             self._train(run, done + 1)
         elif self.finishes == "succeeded":
             run.write_outcome(OUTCOME)
-            run.write_epoch_adapters([EpochAdapter(step=2, adapter="tiny-run-ffffffff")])
+            run.write_epoch_adapters(self.epoch_adapters)
             self._set(run, "succeeded", published="tiny-run-0a1b2c3d")
             self.submissions[name] = "succeeded"
         else:
@@ -189,6 +190,10 @@ class World:
     result_files: dict[str, bytes] = field(default_factory=dict)
     refusal: JobRefusedError | None = None
     answer: Exception | None = None
+    method: str = "lora"
+    served: list[str] = field(default_factory=list)
+    """Models that became bases."""
+    serving: Exception | None = None
     controllers: int = 0
     seconds: float | None = None
     """What the plan expects of a run."""
@@ -196,19 +201,26 @@ class World:
     def controller(self, records: Any = None, launcher: Any = None) -> Controller:
         """A new controller process."""
         self.controllers += 1
-        outside = Outside(self.check, self.ask, self.add_file, self.webhooks, lambda: None)
+        outside = Outside(self.check, self.ask, self.add_file, self.webhooks, lambda: None, self.serve_model)
         holder = f"controller-{self.controllers}"
         return Controller(records or self.records, self.storage, launcher or self.ray, outside, AtOnce(), holder)
 
     def check(self, job: Job) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        return SimpleNamespace(summary=lambda: {**resolved(self.storage), "seconds": self.seconds})
+        summary = resolved(self.storage)
+        summary["spec"]["method"] = {"type": self.method}
+        return SimpleNamespace(summary=lambda: {**summary, "seconds": self.seconds})
 
     def ask(self, alias: str) -> None:
         if self.answer is not None:
             raise self.answer
         self.asked.append(alias)
+
+    def serve_model(self, model: str) -> None:
+        if self.serving is not None:
+            raise self.serving
+        self.served.append(model)
 
     def add_file(self, job: Job, content: bytes) -> str:
         name = f"file-{job.hex}"
@@ -285,12 +297,12 @@ def _empty_database() -> bytes:
         return Path(folder, "service.db").read_bytes()
 
 
-def make_world(folder: Path, database: str | None = None) -> World:
-    """`database`: its URL; by default a file in `folder`."""
+def make_world(folder: Path, database: str | None = None, storage: str | None = None) -> World:
+    """`database` and `storage`: their URLs; by default a file and a folder in `folder`."""
     if database is None:
         (folder / "service.db").write_bytes(_empty_database())
         database = f"sqlite:///{folder}/service.db"
     engine = open_database(database)
-    storage = Storage(str(folder / "storage"))
+    on = Storage(storage or str(folder / "storage"))
     clock = Clock()
-    return World(engine, storage, Ray(storage), clock, JobRecords(engine, clock))
+    return World(engine, on, Ray(on), clock, JobRecords(engine, clock))

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import openai
@@ -16,8 +17,11 @@ from ft_service.registry.registry import Registry
 from ft_service.runs.folder import RunFolder
 from ft_service.storage.storage import Storage
 from serve.app import build_app
+from serve.database.database import open_database
+from serve.database.keys import create_key
+from serve.model_apps import application_of
 from serve.settings import ServeSettings
-from tests.hosts import Cluster
+from tests.hosts import Cluster, wait_for
 from tests.serve.fine_tuning.test_jobs import chat_records
 from tests.shared_cluster import joined
 from tests.worlds import SMALL, write_world
@@ -26,6 +30,8 @@ pytestmark = pytest.mark.cluster
 
 KEY = "a-key-of-this-test"
 BASE = "tiny"
+WHOLE = "tiny-whole"
+"""The same base, whose jobs train all weights."""
 JOB_SECONDS = 300
 
 
@@ -55,8 +61,11 @@ def client(world: Path, cluster: Cluster) -> Iterator[openai.OpenAI]:
             "storage": str(world / "storage"),
             "database": f"sqlite:///{world}/service.db",
             "api_key": KEY,
-            "bases": [base],
-            "fine_tuning": {"templates": {BASE: template}, "ray_address": cluster.dashboard},
+            "bases": [base, {**base, "name": WHOLE, "autoscaling": {"max_replicas": 1}}],
+            "fine_tuning": {
+                "templates": {BASE: template, WHOLE: {**template, "method": {"type": "full"}}},
+                "ray_address": cluster.dashboard,
+            },
         }
     )
     with joined(cluster):
@@ -148,3 +157,50 @@ def test_a_running_job_is_cancelled_and_frees_its_workers(client, world):
     assert wait(client, job.id, "cancelled").status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="has been cancelled already"):
         client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_the_model_of_a_full_job_becomes_a_base_that_survives_restarts_and_goes_when_it_is_deleted(client, world):
+    job = client.fine_tuning.jobs.create(
+        model=WHOLE,
+        training_file=upload(client, world / "train.jsonl"),
+        suffix="all",
+        hyperparameters={"n_epochs": 2},
+    )
+    done = wait(client, job.id, "succeeded")
+    assert done.status == "succeeded", done.error
+    name = done.fine_tuned_model
+    messages = [{"role": "user", "content": "Last word of: one two tree"}]
+    answer = client.chat.completions.create(model=name, messages=messages, max_tokens=8)
+    assert answer.model == name and answer.usage.completion_tokens > 0
+    entry = client.models.retrieve(name)
+    storage = Storage(str(world / "storage"))
+    record = Registry(storage).find(entry.root)
+    assert (record.kind, entry.parent, entry.digest) == ("model", WHOLE, record.digest)
+    assert entry.base_fingerprint != client.models.retrieve(WHOLE).base_fingerprint
+    assert {name, record.id} <= {model.id for model in client.models.list()}
+    (final,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert client.models.retrieve(final.fine_tuned_model_checkpoint).root == record.id
+
+    other, _ = create_key(open_database(f"sqlite:///{world}/service.db"), "another-team")
+    stranger = client.with_options(api_key=other)
+    assert not {name, record.id} & {model.id for model in stranger.models.list()}
+    for unseen in (name, record.id):
+        with pytest.raises(openai.NotFoundError):
+            stranger.chat.completions.create(model=unseen, messages=messages)
+
+    app = application_of("default", record.id)
+    serve.delete(app)  # as a cluster that starts anew has none
+
+    def answers() -> bool:
+        with suppress(openai.InternalServerError):  # 503 until the controller has deployed it again
+            return client.chat.completions.create(model=record.id, messages=messages, max_tokens=8).usage is not None
+        return False
+
+    wait_for(answers, 120)
+
+    assert client.models.delete(name).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=name, messages=messages)
+    wait_for(lambda: app not in serve.status().applications, 60)
+    wait_for(lambda: not storage.exists(f"models/{record.id}"), 60)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"

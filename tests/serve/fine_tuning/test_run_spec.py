@@ -139,7 +139,7 @@ def settings(template: object, name: str = "tiny") -> ServeSettings:
         ({}, "other", "is no base of this server"),
         ({"train": {"epoch": 3}}, "tiny", "train.epoch"),
         ({"data": {"train": [{"path": "x"}]}}, "tiny", "has data.train"),
-        ({"method": {"type": "full"}}, "tiny", "method.type = full"),
+        ({"method": {"type": "full", "lora_rank": 4}}, "tiny", "method.lora_rank"),
         ("/nowhere/template.yaml", "tiny", "cannot be read"),
     ],
 )
@@ -147,6 +147,13 @@ def test_a_template_that_no_job_could_use_is_refused_before_the_server_starts(te
     with pytest.raises(UsageError) as error:
         with_templates_read(settings(template, name))
     assert f"fine_tuning.templates.{name}" in str(error.value) and part in str(error.value)
+
+
+def test_a_full_template_publishes_its_final_model_only():
+    template = with_templates_read(settings({"method": {"type": "full"}})).fine_tuning.templates["tiny"]
+    job = JobSettings("a", 0, Hyperparameters(), "training.jsonl", None, "an upload", "CC0-1.0", {}, None)
+    assert unresolved_spec(template, job, "/s", "here").checkpoint.publish_epochs == 0
+    assert unresolved_spec({**template, "method": {"type": "lora"}}, job, "/s", "here").checkpoint.publish_epochs == 3
 
 
 def test_templates_are_read_from_files_and_know_their_base(tmp_path):
