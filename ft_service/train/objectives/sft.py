@@ -3,7 +3,8 @@
 At a vocabulary of 128,256, the fp32 logits of 8,192 tokens take 4.2 GB, and autograd keeps three such tensors. Here the
 head runs only on positions whose next token is a loss token, one chunk at a time. The gradient of a chunk is computed
 while its logits exist, so no tensor of the vocabulary's width outlives its chunk (as in Liger's fused linear cross
-entropy, arXiv:2410.10989).
+entropy, arXiv:2410.10989). Within a chunk, only a block of rows is fp32 at a time; its gradient takes the place of its
+logits.
 
 Legend: N positions whose next token is a loss token, D model width, V vocabulary.
 """
@@ -18,9 +19,10 @@ from transformers import LlamaForCausalLM
 from ft_service.model.training_layers import use_training_layers
 from ft_service.train.batches import MicroBatch
 
-# Bytes of one chunk of fp32 logits. On a GPU: large enough to keep it busy, small compared with the activations of a
-# layer. On a CPU: about the size of its caches.
-_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 16 * 1024 * 1024}
+_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 64 * 1024 * 1024}
+"""Of one chunk's logits if they were fp32: enough rows for a fast product with the head."""
+_BLOCK_BYTES = {"cuda": 64 * 1024 * 1024, "cpu": 2 * 1024 * 1024}
+"""Of the fp32 logits that exist at a time. On a CPU they fit its caches."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,21 +64,31 @@ def _chunk_loss(
 
     A separate function, so that its tensors of the vocabulary's width are freed before the next chunk.
     """
-    log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
-    picked = targets.unsqueeze(1)
+    logits = hidden @ weight.T
+    block_rows = max(1, _BLOCK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    needs_gradient = grad_hidden is not None or grad_weight is not None
+    blocks = zip(logits.split(block_rows), targets.split(block_rows), strict=True)
+    figures = [_block_figures(block, picked.unsqueeze(1), needs_gradient) for block, picked in blocks]
+    if grad_hidden is not None:
+        torch.mm(logits, weight, out=grad_hidden)
+    if grad_weight is not None:
+        # In parts, because the product has the training type, and a CPU also makes an fp32 copy of it.
+        part_rows = max(1, _BLOCK_BYTES[hidden.device.type] // (4 * weight.shape[1]))
+        for part, columns in zip(grad_weight.split(part_rows), logits.split(part_rows, dim=1), strict=True):
+            part += columns.T @ hidden
+    return torch.stack(figures).sum(0)
+
+
+def _block_figures(logits: torch.Tensor, picked: torch.Tensor, needs_gradient: bool) -> torch.Tensor:
+    """Loss sum and right predictions of a block [2]; if `needs_gradient`, its gradient takes the place of `logits`."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     log_p_of_targets = log_p.gather(1, picked).squeeze(1)
     # The highest, and not its index: torch's argmax takes several times as long on a CPU.
     figures = torch.stack([-log_p_of_targets.sum(), (log_p_of_targets >= log_p.amax(1)).sum()])
-    if grad_hidden is None and grad_weight is None:
-        return figures
-    grad_logits = log_p.exp_()
-    del log_p  # another name of the same fp32 logits, which would keep them alive beside the rounded ones
-    grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
-    grad_logits = grad_logits.to(hidden.dtype)
-    if grad_hidden is not None:
-        torch.mm(grad_logits, weight, out=grad_hidden)
-    if grad_weight is not None:
-        grad_weight += grad_logits.T @ hidden
+    if needs_gradient:
+        gradient = log_p.exp_()
+        gradient.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=gradient.dtype))
+        logits.copy_(gradient)
     return figures
 
 
