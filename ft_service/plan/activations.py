@@ -137,9 +137,9 @@ def loss_bytes(
 ) -> int:
     """Peak bytes of head and loss if every token is a loss token.
 
-    A chunk's logits have the training type. During the softmax of a block of them, the block exists once more in fp32,
-    and a 16-bit one twice. The gradient of the head is accumulated in fp32, in parts no larger than a block; scaling it
-    makes a copy, and another one in the training type.
+    A chunk's logits have the training type. During the softmax of a block of them, the block exists once more in fp32.
+    The gradient of the head is accumulated in fp32, in parts no larger than a block; scaling it makes a copy, and
+    another one in the training type.
     """
     e = element_bytes
     head = shape.vocab_size * shape.hidden_size
@@ -147,8 +147,7 @@ def loss_bytes(
     chunk_rows = max(1, chunk_bytes // (_FP32 * shape.vocab_size))
     block_rows = max(1, block_bytes // (_FP32 * shape.vocab_size))
     logits = min(tokens, chunk_rows) * shape.vocab_size * e
-    copies = 2 if e < _FP32 else 1
-    softmax = logits + min(tokens, chunk_rows, block_rows) * shape.vocab_size * copies * _FP32
+    softmax = logits + min(tokens, chunk_rows, block_rows) * shape.vocab_size * _FP32
     if not full:
         return hidden + softmax
     forward = head * _FP32 + softmax
