@@ -14,7 +14,11 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import AttentionInterface
 
+from ft_service.model.cpu_attention import attention_on_cpu
+
 PACKED_ATTENTION = "ft_packed"
+MULTIPLIED_ON_CPU = {torch.bfloat16}
+"""Types for which `ft_service.model.cpu_attention` is faster on a CPU than torch's kernel, and needs more memory."""
 
 
 def packed_attention(
@@ -54,6 +58,9 @@ def packed_attention(
         )
         assert isinstance(out, torch.Tensor)
         return out.unsqueeze(0), None
+    if query.device.type == "cpu" and query.dtype in MULTIPLIED_ON_CPU:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return attention_on_cpu(query, key, value, document_lengths, scale), None
     enable_gqa = query.shape[1] != key.shape[1]
     # The kernel writes [1, T, H, E], and shows it transposed: joined in its own order, each piece is copied once.
     pieces = [

@@ -13,7 +13,9 @@ from collections.abc import Set
 from ft_service.catalog.models import ModelShape
 
 LOSS_CHUNK_BYTES = 512 * 1024 * 1024
-"""Chunk of fp32 logits that `ft_service.train.objectives.sft` computes at a time on a GPU."""
+"""Logits that `ft_service.train.objectives.sft` computes at a time on a GPU, if they were fp32."""
+LOSS_BLOCK_BYTES = 64 * 1024 * 1024
+"""Of these, the logits that are fp32 at a time."""
 
 _FP32 = 4
 _ALL = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -143,20 +145,29 @@ def _temporary(
 
 
 def loss_bytes(
-    shape: ModelShape, *, tokens: int, element_bytes: int, full: bool, chunk_bytes: int = LOSS_CHUNK_BYTES
+    shape: ModelShape,
+    *,
+    tokens: int,
+    element_bytes: int,
+    full: bool,
+    chunk_bytes: int = LOSS_CHUNK_BYTES,
+    block_bytes: int = LOSS_BLOCK_BYTES,
 ) -> int:
     """Peak bytes of head and loss if every token is a loss token.
 
-    During the softmax of a chunk, its logits exist twice in fp32; the previous chunk is already freed. The head's
-    gradient is accumulated in fp32; scaling it makes a copy, and another one in the training type.
+    A chunk's logits have the training type. During the softmax of a block of them, the block exists once more in fp32.
+    The gradient of the head is accumulated in fp32, in parts no larger than a block; scaling it makes a copy, and
+    another one in the training type.
     """
     e = element_bytes
     head = shape.vocab_size * shape.hidden_size
     hidden = 2 * tokens * e * shape.hidden_size
-    rows = max(1, chunk_bytes // (_FP32 * shape.vocab_size))
-    logits = min(tokens, rows) * shape.vocab_size * 2 * _FP32
+    chunk_rows = max(1, chunk_bytes // (_FP32 * shape.vocab_size))
+    block_rows = max(1, block_bytes // (_FP32 * shape.vocab_size))
+    logits = min(tokens, chunk_rows) * shape.vocab_size * e
+    softmax = logits + min(tokens, chunk_rows, block_rows) * shape.vocab_size * _FP32
     if not full:
-        return hidden + logits
-    forward = head * _FP32 + max(logits, head * e)
+        return hidden + softmax
+    forward = head * _FP32 + softmax
     backward = head * (2 * _FP32 + (e if e < _FP32 else 0))
     return hidden + max(forward, backward)

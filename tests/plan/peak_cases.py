@@ -20,6 +20,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ft_service.catalog.models import shape_from_config
+from ft_service.model.attention import MULTIPLIED_ON_CPU
 from ft_service.model.base import read_config
 from ft_service.plan.memory import Layout, Method, estimate_memory
 from ft_service.train.batches import MicroBatch
@@ -128,6 +129,7 @@ def run_cases_of_one_worker(cases: dict[str, dict[str, Any]], results: Path) -> 
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(WORKERS)}
     torch.set_num_threads(1)
+    MULTIPLIED_ON_CPU.clear()  # the kernel of a GPU keeps no scores, nor does torch's own for a CPU
     prepare_process(use_gpu=False)
     import deepspeed
 

@@ -16,10 +16,16 @@ from ft_service.model.base import read_config
 from ft_service.model.load import WholeWeights
 from ft_service.model.trainable import TrainableModel
 from ft_service.model.weight_files import WeightFiles
-from ft_service.plan.activations import LOSS_CHUNK_BYTES, activation_bytes, loss_bytes, saved_per_token
+from ft_service.plan.activations import (
+    LOSS_BLOCK_BYTES,
+    LOSS_CHUNK_BYTES,
+    activation_bytes,
+    loss_bytes,
+    saved_per_token,
+)
 from ft_service.plan.memory import GIB, Layout, MemoryEstimate, estimate_memory, trainable_parameters
 from ft_service.train.batches import MicroBatch
-from ft_service.train.objectives.sft import _CHUNK_BYTES, LossModel
+from ft_service.train.objectives.sft import _BLOCK_BYTES, _CHUNK_BYTES, LossModel
 from tests.forked import run_cases
 from tests.model.layer_cases import layer_counts
 from tests.plan.memory_cases import COMPONENTS, run_case, write_sized_base
@@ -100,6 +106,7 @@ def test_persistent_memory_is_predicted_to_the_byte(tmp_path: Path, workers: int
 
 # -- temporary memory ------------------------------------------------------------------------------------------------
 
+CHUNK_BYTES = 16 * 1024 * 1024
 BODIES: dict[str, dict[str, Any]] = {
     "grouped heads": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2},
     "wide MLP": {"hidden_size": 192, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -178,8 +185,15 @@ def peak_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     ],
 )
 def test_activations_and_loss_are_predicted_within_15_percent(
-    tmp_path: Path, body: str, checkpointing: bool, kept_layers: int, method: str, precision: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    checkpointing: bool,
+    kept_layers: int,
+    method: str,
+    precision: str,
 ) -> None:
+    monkeypatch.setitem(_CHUNK_BYTES, "cpu", CHUNK_BYTES)
     tokens = 256 if body == "few tokens" else 1024
     layers = 3 if body == "few tokens" else 5
     folder = tmp_path / "base"
@@ -208,7 +222,12 @@ def test_activations_and_loss_are_predicted_within_15_percent(
     shape = shape_of(folder)
     element_bytes = 2 if precision == "bf16" else 4
     loss = loss_bytes(
-        shape, tokens=tokens, element_bytes=element_bytes, full=method == "full", chunk_bytes=_CHUNK_BYTES["cpu"]
+        shape,
+        tokens=tokens,
+        element_bytes=element_bytes,
+        full=method == "full",
+        chunk_bytes=_CHUNK_BYTES["cpu"],
+        block_bytes=_BLOCK_BYTES["cpu"],
     )
     activations = activation_bytes(
         shape,
@@ -251,8 +270,8 @@ def test_a_large_layer_saves_for_its_backward_pass_what_the_model_says(
     assert planned == pytest.approx(counted, abs=64)
 
 
-def test_the_model_assumes_the_loss_chunk_size_used_on_gpus() -> None:
-    assert _CHUNK_BYTES["cuda"] == LOSS_CHUNK_BYTES
+def test_the_model_assumes_the_sizes_of_logits_used_on_gpus() -> None:
+    assert (_CHUNK_BYTES["cuda"], _BLOCK_BYTES["cuda"]) == (LOSS_CHUNK_BYTES, LOSS_BLOCK_BYTES)
 
 
 # -- known facts -----------------------------------------------------------------------------------------------------

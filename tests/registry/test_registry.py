@@ -281,7 +281,7 @@ class DeletedMeanwhile:
 
 def test_a_folder_deleted_while_it_is_listed_is_empty(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    storage._fs = DeletedMeanwhile()  # type: ignore[assignment]
+    storage._fs = DeletedMeanwhile()
     assert storage.folders("runs/r/checkpoints") == []
     assert storage.files("runs/r/checkpoints") == []
 

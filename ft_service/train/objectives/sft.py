@@ -3,7 +3,8 @@
 At a vocabulary of 128,256, the fp32 logits of 8,192 tokens take 4.2 GB, and autograd keeps three such tensors. Here the
 head runs only on positions whose next token is a loss token, one chunk at a time. The gradient of a chunk is computed
 while its logits exist, so no tensor of the vocabulary's width outlives its chunk (as in Liger's fused linear cross
-entropy, arXiv:2410.10989).
+entropy, arXiv:2410.10989). Within a chunk, only a block of rows is fp32 at a time; its gradient takes the place of its
+logits.
 
 Legend: N positions whose next token is a loss token, D model width, V vocabulary.
 """
@@ -18,9 +19,10 @@ from transformers import LlamaForCausalLM
 from ft_service.model.training_layers import use_training_layers
 from ft_service.train.batches import MicroBatch
 
-# Bytes of one chunk of fp32 logits. On a GPU: large enough to keep it busy, small compared with the activations of a
-# layer. On a CPU: about the size of its caches.
-_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 16 * 1024 * 1024}
+_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 32 * 1024 * 1024}
+"""Of one chunk's logits if they were fp32: enough rows for a fast product with the head."""
+_BLOCK_BYTES = {"cuda": 64 * 1024 * 1024, "cpu": 2 * 1024 * 1024}
+"""Of the fp32 logits that exist at a time. On a CPU they fit its caches."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -32,10 +34,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
         figures = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        # One tensor for all chunks: on a CPU, touching fresh memory takes a good part of the time of the product.
+        logits = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             grad_rows = None if grad_hidden is None else grad_hidden[rows]
-            figures += _chunk_loss(hidden[rows], weight, targets[rows], grad_rows, grad_weight)
+            figures += _chunk_loss(hidden[rows], weight, targets[rows], logits, grad_rows, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return figures
@@ -55,29 +59,44 @@ def _chunk_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    buffer: torch.Tensor,
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Loss sum and right predictions of a chunk [2]; writes `grad_hidden` and adds to `grad_weight`.
-
-    A separate function, so that its tensors of the vocabulary's width are freed before the next chunk.
-    """
-    log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
-    picked = targets.unsqueeze(1)
-    log_p_of_targets = log_p.gather(1, picked).squeeze(1)
-    # The highest, and not its index: torch's argmax takes several times as long on a CPU.
-    figures = torch.stack([-log_p_of_targets.sum(), (log_p_of_targets >= log_p.amax(1)).sum()])
-    if grad_hidden is None and grad_weight is None:
-        return figures
-    grad_logits = log_p.exp_()
-    del log_p  # another name of the same fp32 logits, which would keep them alive beside the rounded ones
-    grad_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=grad_logits.dtype))
-    grad_logits = grad_logits.to(hidden.dtype)
+    """Loss sum and right predictions of a chunk [2]; writes `buffer` and `grad_hidden`, and adds to `grad_weight`."""
+    logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
+    block_rows = max(1, _BLOCK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    needs_gradient = grad_hidden is not None or grad_weight is not None
+    blocks = zip(logits.split(block_rows), targets.split(block_rows), strict=True)
+    figures = [_block_figures(block, picked.unsqueeze(1), needs_gradient) for block, picked in blocks]
     if grad_hidden is not None:
-        torch.mm(grad_logits, weight, out=grad_hidden)
+        torch.mm(logits, weight, out=grad_hidden)
     if grad_weight is not None:
-        grad_weight += grad_logits.T @ hidden
-    return figures
+        # In parts, because the product has the training type, and a CPU also makes an fp32 copy of it.
+        part_rows = max(1, _BLOCK_BYTES[hidden.device.type] // (4 * weight.shape[1]))
+        for part, columns in zip(grad_weight.split(part_rows), logits.split(part_rows, dim=1), strict=True):
+            part += columns.T @ hidden
+    return torch.stack(figures).sum(0)
+
+
+def _block_figures(logits: torch.Tensor, picked: torch.Tensor, needs_gradient: bool) -> torch.Tensor:
+    """Loss sum and right predictions of a block [2]; if `needs_gradient`, its gradient takes the place of `logits`."""
+    highest = logits.amax(1).float()  # not its index: torch's argmax takes many times as long on a CPU
+    of_targets = logits.gather(1, picked).squeeze(1).float()
+    p = _softmax_in_fp32(logits)
+    # With m the highest logit, its p is 1 / sum(exp(logits - m)). So -log p of y is (m - logit of y) - log(p of m).
+    losses = (highest - of_targets) - p.amax(1).log()
+    if needs_gradient:
+        p.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=p.dtype))
+        logits.copy_(p)
+    return torch.stack([losses.sum(), (of_targets >= highest).sum()])
+
+
+def _softmax_in_fp32(logits: torch.Tensor) -> torch.Tensor:
+    if logits.device.type != "cpu" or logits.dtype == torch.float32:
+        return F.softmax(logits, dim=-1, dtype=torch.float32)
+    wide = logits.float()  # on a CPU, softmax makes this copy too, and then a second tensor
+    return torch.softmax(wide, dim=-1, out=wide)
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -61,11 +61,12 @@ def stock(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 # bf16 keeps 8 bits: gradients of size about 3, rounded a few times, agree to a few 2^-8.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
+@pytest.mark.parametrize(("chunk_rows", "block_rows"), [(1, 1), (3, 2), (N, N), (100, 100), (N, 5), (100, 1)])
 def test_loss_and_gradients_match_stock_cross_entropy(
-    chunk_rows: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    chunk_rows: int, block_rows: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunks_of(chunk_rows, V, monkeypatch)
+    monkeypatch.setitem(loss_module._BLOCK_BYTES, "cpu", block_rows * 4 * V)
     hidden, weight, targets = tensors(dtype)
     found, _ = chunked_cross_entropy(hidden, weight, targets)
     expected = stock(hidden, weight, targets)
@@ -108,17 +109,21 @@ def test_without_targets_loss_and_gradients_are_zero() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Inside, records the size of the largest tensor that an operation returns."""
+    """Inside, records the size of the largest tensor that an operation returns, of any type or of `dtype`."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.elements = 0
+        self._dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if self._counts(leaf)]
         self.elements = max(self.elements, *sizes, 0)
         return result
+
+    def _counts(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and self._dtype in (None, leaf.dtype)
 
 
 def test_all_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +138,17 @@ def test_all_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     with LargestTensor() as largest:
         stock(hidden, weight, targets).backward()
     assert largest.elements == rows * vocabulary  # the measure sees them where they are
+
+
+def test_few_rows_of_logits_are_fp32_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    width, vocabulary = 4, 512
+    chunks_of(8, vocabulary, monkeypatch)
+    monkeypatch.setitem(loss_module._BLOCK_BYTES, "cpu", 2 * 4 * vocabulary)
+    hidden = torch.randn(64, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=torch.bfloat16)
+    with LargestTensor(torch.float32) as largest:
+        chunked_cross_entropy(hidden, weight, torch.zeros(64, dtype=torch.int64))[0].backward()
+    assert largest.elements == 2 * vocabulary
 
 
 # -- packed attention ------------------------------------------------------------------------------------------------
