@@ -151,7 +151,7 @@ def test_files_show_their_errors_and_are_downloaded_and_deleted(page, server):
     page.get_by_role("tab", name="Files").click()
     row = page.locator("#files tr").filter(has_text="bad.jsonl")
     row.locator(".status.error").wait_for()
-    row.get_by_role("button", name="Show errors (1)").click()
+    row.get_by_role("button", name="Show errors").click()
     row.locator(".errors").get_by_text("Line 1").wait_for()
     with page.expect_download() as download:
         row.get_by_role("button", name="Download").click()
@@ -216,10 +216,12 @@ def test_a_job_is_estimated_and_then_created(page, server):
     dialog.get_by_role("button", name="Estimate").click()
     dialog.locator(".reason").get_by_text('"no pair" is no pair').wait_for()
     assert not dialog.get_by_role("button", name="Create job").is_visible()
-    dialog.get_by_label("Metadata").fill("")
+    dialog.get_by_label("Metadata").fill("team=support")
+    dialog.locator("#create-validation").select_option(option.get_attribute("value"))
     dialog.get_by_role("button", name="Estimate").click()
-    dialog.locator(".reason").get_by_text("size.too-few").wait_for()
-    dialog.get_by_label("Metadata").fill("waive.size.too-few=a test")
+    dialog.locator(".reason").get_by_text("training_file").wait_for()  # what is trained on cannot validate, too
+    assert not dialog.get_by_role("button", name="Create job").is_visible()
+    dialog.locator("#create-validation").select_option("")
     dialog.get_by_role("button", name="Estimate").click()
     dialog.get_by_text("would start at once").wait_for()
     assert "n_epochs: 2" in dialog.locator("#estimate").inner_text()
@@ -228,7 +230,7 @@ def test_a_job_is_estimated_and_then_created(page, server):
     assert page.locator(".job[aria-current=true]").get_by_text("waits for the check of its files").count() == 1
     made = httpx.get(f"{server.url}/v1/fine_tuning/jobs?limit=1", headers={"authorization": f"Bearer {KEY}"}).json()
     job = server.world.records.find(made["data"][0]["id"])
-    assert job.request["suffix"] == "desk" and job.metadata == {"waive.size.too-few": "a test"}
+    assert job.request["suffix"] == "desk" and job.metadata == {"team": "support"}
     page.get_by_role("button", name="Cancel job").click()
     page.locator("#sure-yes").click()
     page.locator("#detail .bar .status.cancelled").wait_for()
