@@ -151,7 +151,7 @@ def _slow_checks(record: WireRecord) -> Iterator[None]:
 def _settings(storage: str, database: str, base: Path, hook: str) -> ServeSettings:
     template = {
         "method": {"type": "lora", "lora_rank": 4},
-        "data": {"max_seq_len": 128},
+        "data": {"max_seq_len": 1024},
         "train": {"learning_rate": 1e-3, "precision": "fp32", "global_batch_size": 8},
         "parallel": {"use_gpu": False},
         "report": {"samples": 0},
