@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from serve.fine_tuning.checks import JobRefusedError, check_job
 from serve.fine_tuning.controller import ANSWER_SECONDS, FULL_ANSWER_SECONDS
 from serve.fine_tuning.full_models import FullModels
 from serve.fine_tuning.job_records import Job
-from serve.fine_tuning.model_servers import DoesNotStartError, ModelServers
+from serve.fine_tuning.model_servers import DELETION_SECONDS, DoesNotStartError, ModelServers
 from serve.fine_tuning.run_spec import Hyperparameters, JobSettings
 from serve.fit import full_model_problem
 from serve.http.errors import ApiError
@@ -96,7 +97,10 @@ class Server:
 
     def servers(self, apps: Deployed) -> ModelServers:
         """Those of a new controller process."""
-        return ModelServers(self.full, apps, lambda model: not finish_deletion(self.world.storage, model).kept)
+        seconds = count(0, 2 * DELETION_SECONDS)
+        return ModelServers(
+            self.full, apps, lambda model: not finish_deletion(self.world.storage, model).kept, lambda: next(seconds)
+        )
 
 
 @pytest.fixture
