@@ -2,12 +2,16 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ft_service.errors import FtError, ServingError
 from serve.fine_tuning.full_models import FullModels
 from serve.settings import BaseSettings
+
+DELETION_SECONDS = 15.0
+"""How often it is tried to delete files that a replica still announces: that reads through the whole storage."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +43,20 @@ class ModelServers:
     are the same, and a new cluster gets all models.
     """
 
-    def __init__(self, models: FullModels, apps: Apps, finish_deletion: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        models: FullModels,
+        apps: Apps,
+        finish_deletion: Callable[[str], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`finish_deletion` deletes the files of a model that is no longer published; False while they are in use."""
         self._models = models
         self._apps = apps
         self._finish_deletion = finish_deletion
         self._deployed: dict[str, BaseSettings] = {}
-        self._ended: set[str] = set()
+        self._clock = clock
+        self._ended: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def step(self) -> None:
@@ -58,8 +69,9 @@ class ModelServers:
             for model_id, base in wanted.items():
                 if model_id not in deployed or self._deployed.get(model_id) != base:
                     self._try(model_id, lambda one: self._deploy(one, wanted[one]))
-            for model_id in sorted(self._ended - deployed.keys()):
-                self._try(model_id, self._delete_files)
+            for model_id in sorted(self._ended.keys() - deployed.keys()):
+                if self._ended[model_id] <= self._clock():
+                    self._try(model_id, self._delete_files)
 
     def ensure(self, model_id: str) -> None:
         """Returns once a model is deployed; its replicas may start only when it is asked.
@@ -83,13 +95,14 @@ class ModelServers:
         self._deployed[model_id] = base
 
     def _end(self, model_id: str) -> None:
-        self._ended.add(model_id)
+        self._ended[model_id] = self._clock()
         self._deployed.pop(model_id, None)
         self._apps.delete(model_id)
 
     def _delete_files(self, model_id: str) -> None:
+        self._ended[model_id] = self._clock() + DELETION_SECONDS
         if self._finish_deletion(model_id):
-            self._ended.discard(model_id)
+            del self._ended[model_id]
 
     def _try(self, model_id: str, act: Callable[[str], None]) -> None:
         try:

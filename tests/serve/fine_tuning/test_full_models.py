@@ -1,10 +1,13 @@
 """The models of `full` jobs: bases that are deployed while the server runs, found again after restarts, and deleted."""
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,17 @@ import pytest
 from ft_service.cleanup.removal import delete_adapter, finish_deletion
 from ft_service.errors import NotPublishedError, ServingError, UsageError
 from ft_service.model.base import fingerprint
+from ft_service.plan.facts import Resources
 from ft_service.plan.table import shape_of
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.registry.servers import Announcement
 from ft_service.runs.folder import RunFolder
+from serve.fine_tuning.checks import JobRefusedError, check_job
 from serve.fine_tuning.controller import ANSWER_SECONDS, FULL_ANSWER_SECONDS
 from serve.fine_tuning.full_models import FullModels
 from serve.fine_tuning.job_records import Job
-from serve.fine_tuning.model_servers import DoesNotStartError, ModelServers
+from serve.fine_tuning.model_servers import DELETION_SECONDS, DoesNotStartError, ModelServers
+from serve.fine_tuning.run_spec import Hyperparameters, JobSettings
 from serve.fit import full_model_problem
 from serve.http.errors import ApiError
 from serve.inference.bases import load_base
@@ -28,6 +34,7 @@ from serve.model_apps import application_of, applications_of
 from serve.settings import BaseSettings, ServeSettings
 from tests.registry.test_registry import DRAFT
 from tests.serve.fine_tuning.job_world import World, make_world
+from tests.serve.fine_tuning.test_jobs import chat_records
 from tests.worlds import write_world
 
 MODEL = "tiny-run-0a1b2c3d"
@@ -90,7 +97,10 @@ class Server:
 
     def servers(self, apps: Deployed) -> ModelServers:
         """Those of a new controller process."""
-        return ModelServers(self.full, apps, lambda model: not finish_deletion(self.world.storage, model).kept)
+        seconds = count(0, 2 * DELETION_SECONDS)
+        return ModelServers(
+            self.full, apps, lambda model: not finish_deletion(self.world.storage, model).kept, lambda: next(seconds)
+        )
 
 
 @pytest.fixture
@@ -342,6 +352,28 @@ def test_a_full_model_that_has_no_room_beside_its_cache_is_refused_with_the_cure
     problem = full_model_problem(base, shape, 16)
     assert problem is not None and "llama-3.1-8b-instruct more GPUs" in problem and "ft plan --serve" in problem
     assert full_model_problem(replace_gpus(base, 4), shape, 16) is None
+
+
+@pytest.mark.parametrize(("method", "is_refused"), [("full", True), ("lora", False)])
+def test_a_full_job_whose_model_has_no_room_is_refused_before_it_spends(base_folder, tmp_path, method, is_refused):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, chat_records(tmp_path, 30))))
+    template = {
+        "model": {"base": str(base_folder)},
+        "method": {"type": method},
+        "data": {"max_seq_len": 128},
+        "parallel": {"use_gpu": False},
+    }
+    job = JobSettings(
+        "tiny", 0, Hyperparameters(), str(tmp_path / "train.jsonl"), None, "an upload", "CC0-1.0", {}, None
+    )
+    served = BaseSettings(base=str(base_folder), name="tiny", max_context=10**12)
+    check = partial(check_job, template, job, str(tmp_path / "storage"), Resources(gpu_type="H100"), served)
+    if not is_refused:
+        assert check().plan.num_steps > 0
+        return
+    with pytest.raises(JobRefusedError, match="has no room there") as refused:
+        check()
+    assert (refused.value.code, refused.value.param) == ("cannot_be_served", "model")
 
 
 def replace_gpus(base: BaseSettings, gpus: int) -> BaseSettings:

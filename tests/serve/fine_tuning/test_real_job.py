@@ -47,7 +47,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(world: Path, cluster: Cluster) -> Iterator[openai.OpenAI]:
+def other_key(world: Path) -> str:
+    """A key of another team, made before the server writes to the database."""
+    key, _ = create_key(open_database(f"sqlite:///{world}/service.db"), "another-team")
+    return key
+
+
+@pytest.fixture(scope="module")
+def client(world: Path, other_key: str, cluster: Cluster) -> Iterator[openai.OpenAI]:
     template = {
         "method": {"type": "lora", "lora_rank": 4},
         "data": {"max_seq_len": 128},
@@ -159,7 +166,9 @@ def test_a_running_job_is_cancelled_and_frees_its_workers(client, world):
         client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_the_model_of_a_full_job_becomes_a_base_that_survives_restarts_and_goes_when_it_is_deleted(client, world):
+def test_the_model_of_a_full_job_becomes_a_base_that_survives_restarts_and_goes_when_it_is_deleted(
+    client, world, other_key
+):
     job = client.fine_tuning.jobs.create(
         model=WHOLE,
         training_file=upload(client, world / "train.jsonl"),
@@ -181,15 +190,23 @@ def test_the_model_of_a_full_job_becomes_a_base_that_survives_restarts_and_goes_
     (final,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert client.models.retrieve(final.fine_tuned_model_checkpoint).root == record.id
 
-    other, _ = create_key(open_database(f"sqlite:///{world}/service.db"), "another-team")
-    stranger = client.with_options(api_key=other)
+    stranger = client.with_options(api_key=other_key)
     assert not {name, record.id} & {model.id for model in stranger.models.list()}
     for unseen in (name, record.id):
         with pytest.raises(openai.NotFoundError):
             stranger.chat.completions.create(model=unseen, messages=messages)
 
     app = application_of("default", record.id)
-    serve.delete(app)  # as a cluster that starts anew has none
+    deployed = serve.status().applications[app].last_deployed_time_s
+    serve.delete(
+        app, _blocking=False
+    )  # as a cluster that starts anew has none; a blocking call would never see it gone
+
+    def is_deployed_again() -> bool:
+        found = serve.status().applications.get(app)
+        return found is not None and found.last_deployed_time_s > deployed
+
+    wait_for(is_deployed_again, 120)
 
     def answers() -> bool:
         with suppress(openai.InternalServerError):  # 503 until the controller has deployed it again
