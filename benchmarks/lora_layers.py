@@ -99,10 +99,10 @@ class Steps:
 
     def side(self, name: str, runs: list[lora_layers.Run]) -> Callable[[], None]:
         def all_dense(_: object, used_runs: list[lora_layers.Run]) -> Any:
-            return tuple(dict.fromkeys(owner for owner, _ in used_runs if owner)), ()
+            return [True] * len(used_runs)
 
         def all_padded(_: object, used_runs: list[lora_layers.Run]) -> Any:
-            return (), tuple(dict.fromkeys(owner for owner, _ in used_runs if owner))
+            return [False] * len(used_runs)
 
         def step() -> None:
             splits: dict[str, Any] = {"dense": all_dense, "padded": all_padded}

@@ -91,7 +91,7 @@ class Site:
     def weight(self) -> torch.Tensor:
         """The base's weight; a 4-bit one is dequantised."""
         if isinstance(self.layer, PackedLinear):
-            return self.layer.weight.to_dense()
+            return self.layer.dense_weight()
         if not self.is_4bit:
             weight: torch.Tensor = self.layer.weight.data  # type: ignore[assignment]
             return weight

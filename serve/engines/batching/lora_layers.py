@@ -2,13 +2,14 @@
 
 Two ways to compute x A B for all rows of a step, neither with a loop over adapters:
 
-- *dense*: one product over the ranks of a few adapters side by side, for all rows; a mask then zeroes the ranks of
-  other rows' adapters. Cost: rows x adapters. For adapters with many rows (a prefill chunk), and for a single adapter.
+- *dense*: one product over the ranks of a few adapters side by side, for all rows from their first to their last; a
+  mask then zeroes the ranks of other rows' adapters. Cost: rows x adapters. For runs of many rows (a prefill chunk),
+  and for a single adapter.
 - *padded*: the rows of each adapter, padded to the same number, as one batched product with stacked A and B.
   Cost: adapters x most rows of one. For many adapters with few rows each (decoding).
 
-`set_rows` splits the adapters of a step between the two by cost. Layers that share their input (q, k and v; gate and
-up) compute x A once for all.
+`set_rows` splits the runs of a step between the two by cost: an adapter may prefill by one and decode by the other.
+Layers that share their input (q, k and v; gate and up) compute x A once for all.
 
 Legend: N rows, S adapters in a stack, G rows of each, I input width, O output width, r rank, R ranks side by side,
 D model width, V vocabulary.
@@ -24,10 +25,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter, OwnWeights, Site
-from serve.engines.batching.packed_linear import PackedLinear
+from serve.engines.batching.packed_linear import SHARED_INPUTS, PackedLinear
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one module that `LlamaForCausalLM` calls with the same tensor."""
 _HEAD = "lm_head"
 
 # The unit of cost is a row times a rank. Measured on two CPU cores (Zen 4) with a model of width 384.
@@ -115,7 +114,9 @@ class BatchedLora:
             self._head.active = False
             self._bind(None, None, ())
             return
-        dense, padded = self._split(body)
+        is_dense = self._split(body)
+        dense = _adapters_of(body, is_dense)
+        padded = _adapters_of(body, [not each for each in is_dense])
         if len(used) == 1 and self._padded.num_places > _KEPT_PLACES:
             self._padded.clear()
         places = self._padded.place(padded) if padded else {}
@@ -126,7 +127,7 @@ class BatchedLora:
         for rows, runs, active in ((self._body, body, True), (self._head, head, changes_head)):
             rows.active = active
             if active:
-                rows.arrange(runs, stack, places, self._padded, vectors)
+                rows.arrange(runs, is_dense, stack, places, self._padded, vectors)
         with_own = [adapter for adapter in used if adapter.own or adapter.embeddings]
         for layer in self._layers.values():
             layer.set_own(with_own)
@@ -170,35 +171,39 @@ class BatchedLora:
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
-    def _split(self, runs: Iterable[Run]) -> tuple[tuple[LoadedAdapter, ...], tuple[LoadedAdapter, ...]]:
-        """The adapters of the dense and of the padded product, such that the step costs least."""
-        counts: dict[LoadedAdapter, int] = {}
-        num_rows = 0
-        for adapter, count in runs:
-            num_rows += count
-            if adapter is not None and adapter.groups:
-                counts[adapter] = counts.get(adapter, 0) + count
-        if len(counts) <= 1:
-            return tuple(counts), ()
-        order = sorted(counts, key=lambda adapter: -max(counts[adapter], _FEWEST_ROWS) * adapter.rank)
-        best = None
-        for num_dense in range(min(len(order), _MOST_DENSE) + 1):
-            dense = order[:num_dense]
-            rest = order[num_dense:]
-            cost = 0.0
-            if dense:
-                ranks = num_dense * max(adapter.rank for adapter in dense)
-                cost += self._launch + num_rows * ranks
-                if num_dense > 1 and _digests(dense) not in self._dense:
-                    cost += _BUILD_ROWS * ranks
-            if rest:
-                most_rows = max(_FEWEST_ROWS, *(counts[adapter] for adapter in rest))
-                cost += self._launch * _PADDED_LAUNCHES
-                cost += len(rest) * most_rows * max(adapter.rank for adapter in rest)
-            if best is None or cost < best[0]:
-                best = (cost, tuple(dense), tuple(rest))
-        assert best is not None
-        return best[1], best[2]
+    def _split(self, runs: Sequence[Run]) -> list[bool]:
+        """Which runs are for the dense product, such that the step costs least. Those of the base are for neither."""
+        with_weights = [index for index, (adapter, _) in enumerate(runs) if adapter is not None and adapter.groups]
+        if len({runs[index][0] for index in with_weights}) <= 1:
+            return [True] * len(runs)
+        order = sorted(with_weights, key=lambda index: -_work(runs[index]))
+        dense: set[int] = set()
+        best = (self._cost(runs, dense, with_weights), dense)
+        for index in order[:_MOST_DENSE]:
+            dense = dense | {index}
+            cost = self._cost(runs, dense, with_weights)
+            if cost < best[0]:
+                best = (cost, dense)
+        return [index in best[1] for index in range(len(runs))]
+
+    def _cost(self, runs: Sequence[Run], dense: set[int], with_weights: Sequence[int]) -> float:
+        cost = 0.0
+        in_dense = _adapters_of(runs, [index in dense for index in range(len(runs))])
+        if in_dense:
+            ranks = len(in_dense) * max(adapter.rank for adapter in in_dense)
+            cost += self._launch + ranks * sum(runs[index][1] for index in dense)
+            if len(in_dense) > 1 and _digests(in_dense) not in self._dense:
+                cost += _BUILD_ROWS * ranks
+        rows: dict[LoadedAdapter, int] = {}
+        for index in with_weights:
+            adapter, count = runs[index]
+            if index not in dense and adapter is not None:
+                rows[adapter] = rows.get(adapter, 0) + count
+        if rows:
+            most_rows = max(_FEWEST_ROWS, *rows.values())
+            cost += self._launch * _PADDED_LAUNCHES
+            cost += len(rows) * most_rows * max(adapter.rank for adapter in rows)
+        return cost
 
     def _dense_stack(self, adapters: tuple[LoadedAdapter, ...]) -> "_DenseStack":
         if len(adapters) == 1:
@@ -223,6 +228,18 @@ class BatchedLora:
             self._vectors = vectors
             for layer in self._layers.values():
                 layer.bind_vectors(vectors)
+
+
+def _work(run: Run) -> int:
+    adapter, count = run
+    return max(count, _FEWEST_ROWS) * (adapter.rank if adapter else 0)
+
+
+def _adapters_of(runs: Sequence[Run], are_chosen: Sequence[bool]) -> tuple[LoadedAdapter, ...]:
+    """Those with low-rank weights of linear layers, in the order of their most work."""
+    chosen = [run for run, is_chosen in zip(runs, are_chosen, strict=True) if is_chosen]
+    ordered = [adapter for adapter, _ in sorted(chosen, key=lambda run: -_work(run))]
+    return tuple(dict.fromkeys(adapter for adapter in ordered if adapter is not None and adapter.groups))
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -404,6 +421,7 @@ class _Rows:
     def arrange(
         self,
         runs: Sequence[Run],
+        is_dense: Sequence[bool],
         dense: _DenseStack | None,
         places: Mapping[LoadedAdapter, int],
         padded: _PaddedStack,
@@ -411,7 +429,7 @@ class _Rows:
     ) -> None:
         self._on.clear()
         self.by_adapter = _rows_by_adapter(runs)
-        layout = _Layout(runs, dense, places, padded.num_used, vectors)
+        layout = _Layout(runs, is_dense, dense, places, padded.num_used, vectors)
         self._make = lambda device: _RowTensors(layout, device)
 
 
@@ -421,22 +439,22 @@ class _Layout:
     def __init__(
         self,
         runs: Sequence[Run],
+        is_dense: Sequence[bool],
         dense: _DenseStack | None,
         places: Mapping[LoadedAdapter, int],
         num_places: int,
         vectors: Sequence[LoadedAdapter],
     ) -> None:
-        self.num_rows = sum(count for _, count in runs)
         self.num_dense = len(dense.digests) if dense else 0
         self.dense_rank = dense.rank if dense else 0
         self.num_places = num_places if places else 0
         counts: dict[LoadedAdapter, int] = {}
-        for adapter, count in runs:
-            if adapter in places:
+        for (adapter, count), in_dense in zip(runs, is_dense, strict=True):
+            if adapter in places and not in_dense:
                 assert adapter is not None
                 counts[adapter] = counts.get(adapter, 0) + count
         self.most_rows = max(counts.values(), default=0)
-        self.dense_numbers: list[int] = []  # for each row: its adapter in the dense stack, -1 for another one
+        dense_numbers: list[int] = []  # for each row: its adapter in the dense stack, -1 for another one
         self.owners: list[int] = []  # for each row: its adapter in `vectors`, or their number
         self.sources = [0] * (self.num_places * self.most_rows)  # place in the padded batch -> row
         self.padded_rows: list[int] = []
@@ -444,10 +462,10 @@ class _Layout:
         numbers = {digest: number for number, digest in enumerate(dense.digests)} if dense else {}
         filled: dict[LoadedAdapter, int] = {}
         row = 0
-        for adapter, count in runs:
-            self.dense_numbers += [numbers.get(adapter.digest, -1) if adapter else -1] * count
+        for (adapter, count), in_dense in zip(runs, is_dense, strict=True):
+            dense_numbers += [numbers.get(adapter.digest, -1) if adapter and in_dense else -1] * count
             self.owners += [vectors.index(adapter) if adapter in vectors else len(vectors)] * count
-            if adapter is not None and adapter in places:
+            if adapter is not None and adapter in places and not in_dense:
                 start = places[adapter] * self.most_rows + filled.get(adapter, 0)
                 filled[adapter] = filled.get(adapter, 0) + count
                 rows = range(row, row + count)
@@ -455,6 +473,13 @@ class _Layout:
                 self.padded_rows += rows
                 self.targets += range(start, start + count)
             row += count
+        self.dense_rows = _range_of([row for row, number in enumerate(dense_numbers) if number >= 0])
+        self.dense_numbers = dense_numbers[self.dense_rows]
+
+
+def _range_of(rows: Sequence[int]) -> slice:
+    """From the first to the last of rows in order."""
+    return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
 
 
 class _RowTensors:
@@ -465,15 +490,18 @@ class _RowTensors:
         self.shape = (layout.num_places, layout.most_rows)
         self.sources = self._indices(layout.sources)
         self.targets = self._indices(layout.targets)
-        all_padded = len(layout.padded_rows) == layout.num_rows
-        self.padded_rows = None if all_padded else self._indices(layout.padded_rows)
+        self.dense_rows = layout.dense_rows
+        """Between these, all rows of the dense product are."""
+        rows = _range_of(layout.padded_rows)
+        are_neighbours = len(layout.padded_rows) == rows.stop - rows.start
+        self.padded_rows = rows if are_neighbours else self._indices(layout.padded_rows)
         self.owners = self._indices(layout.owners)
 
     def _indices(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def of_others(self, num_members: int) -> torch.Tensor | None:
-        """Which columns of x A belong to other rows' adapters, bool [N, 1] or [N, R]; None if none do."""
+        """Which columns of x A belong to other rows' adapters, bool [rows, 1] or [rows, R]; None if none do."""
         if num_members not in self._of_others:
             self._of_others[num_members] = self._find_others(num_members)
         return self._of_others[num_members]
@@ -514,7 +542,7 @@ class _Group:
         self._last: BatchedLinear | None = None
         self._x: torch.Tensor | None = None
         self.dense: torch.Tensor | None = None
-        """x A for the dense product, masked [N, R]."""
+        """x A for the dense product, masked [rows from its first to its last, R]."""
         self.padded: torch.Tensor | None = None
         """x A for the padded product [S, G, R]."""
 
@@ -542,13 +570,13 @@ class _Group:
             x_NI = x.reshape(-1, x.shape[-1])
             rows = self.rows.on(x.device)
             if self._dense_a is not None:
-                self.dense = x_NI @ self._dense_a
+                self.dense = x_NI[rows.dense_rows] @ self._dense_a
                 others = rows.of_others(len(self.members))
                 if others is not None:
                     # Not a product with 0: what overflows in one adapter would make the rows of all others NaN.
                     self.dense.masked_fill_(others, 0)
             if self._padded_a is not None:
-                x_SGI = x_NI.index_select(0, rows.sources).view(*rows.shape, -1)
+                x_SGI = x_NI.index_select(0, rows.sources).view(*rows.shape, x_NI.shape[-1])
                 self.padded = torch.bmm(x_SGI, self._padded_a)
 
     def done(self, member: "BatchedLinear") -> None:
@@ -645,17 +673,17 @@ class BatchedLinear(_BatchedLayer):
             return
         group = self._group
         group.project(x, self)
+        rows = self.rows.on(x.device)
         if self.dense_b is not None:
             assert group.dense is not None
-            y_NO.addmm_(group.dense[:, self.dense_columns], self.dense_b)
+            y_NO[rows.dense_rows].addmm_(group.dense[:, self.dense_columns], self.dense_b)
         if self.padded_b is not None:
             assert group.padded is not None
-            rows = self.rows.on(x.device)
             change_SGO = torch.bmm(group.padded[:, :, self.padded_columns], self.padded_b)
             change_NO = change_SGO.view(-1, y_NO.shape[-1]).index_select(0, rows.targets)
-            if rows.padded_rows is None:
-                y_NO += change_NO
-            else:
+            if isinstance(rows.padded_rows, slice):
+                y_NO[rows.padded_rows].add_(change_NO)
+            else:  # on a CPU, an operation for each row
                 y_NO.index_add_(0, rows.padded_rows, change_NO)
         group.done(self)
 

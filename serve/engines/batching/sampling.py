@@ -26,7 +26,7 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
     is_finite_L = _are_finite(logits_LV)
     changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
     drawn = [index for index, row in enumerate(rows) if not is_greedy(row.sampling)]
-    chosen_L = logits_LV.argmax(dim=-1)
+    chosen_L = _likeliest(logits_LV)
     has_choice_L = is_finite_L
     failed: dict[int, str | RefusedRequestError] = {}
     if changed or drawn:
@@ -65,8 +65,15 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled
 
 def _are_finite(logits_LV: torch.Tensor) -> torch.Tensor:
     """Whether all logits of each row are finite [L]."""
-    # A sum is finite only if its terms are, and is cheaper than a look at each. In double precision it cannot overflow.
-    return logits_LV.sum(dim=-1, dtype=torch.float64).isfinite()
+    # Both extremes are NaN where any logit is. Reducing twice costs less than a look at each logit.
+    return logits_LV.amax(dim=-1).isfinite() & logits_LV.amin(dim=-1).isfinite()
+
+
+def _likeliest(logits_LV: torch.Tensor) -> torch.Tensor:
+    """The first of the largest logits of each row [L]."""
+    if logits_LV.device.type == "cpu" and logits_LV.dtype == torch.float32:
+        return torch.from_numpy(logits_LV.numpy().argmax(axis=-1))  # torch's takes ten times as long
+    return logits_LV.argmax(dim=-1)
 
 
 def score(logits_LV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
@@ -160,6 +160,11 @@ async def listen(engine: TransformersEngine, client: Client) -> list[int]:
     return answer
 
 
+TOO_MANY = [Client(2, (number,), 24, 0, None) for number in range(12)]
+"""Each is admitted, and their answers need twice the blocks of `SIZES[3]`."""
+
+
+@example(size=3, crowd=TOO_MANY)
 @given(size=st.sampled_from(range(len(SIZES))), crowd=st.lists(clients, min_size=1, max_size=12))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_those_of_stock_transformers_whatever_else_happens(engines, reference, size, crowd):

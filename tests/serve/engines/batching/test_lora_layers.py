@@ -61,14 +61,16 @@ def test_any_rows_in_any_order_compute_what_each_computes_alone(world: LoraWorld
         assert_like_stock(world, rows)
 
 
-@pytest.fixture(params=["padded", "dense", "both"])
+@pytest.fixture(params=["padded", "dense", "both", "by run"])
 def forced_split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Adapters are split between the two products as the parameter says, whatever that costs."""
+    """Runs are split between the two products as the parameter says, whatever that costs."""
 
     def split(_: object, runs: list[lora_layers.Run]) -> object:
-        used = tuple(dict.fromkeys(adapter for adapter, _ in runs if adapter is not None and adapter.groups))
-        num_dense = {"padded": 0, "dense": len(used), "both": len(used) // 2}[request.param]
-        return used[:num_dense], used[num_dense:]
+        used = list(dict.fromkeys(adapter for adapter, _ in runs if adapter is not None and adapter.groups))
+        num_dense = {"padded": 0, "dense": len(used), "both": len(used) // 2, "by run": 0}[request.param]
+        if request.param == "by run":  # so that one adapter has rows in both
+            return [number % 2 == 0 for number in range(len(runs))]
+        return [adapter in used[:num_dense] for adapter, _ in runs]
 
     monkeypatch.setattr(lora_layers.BatchedLora, "_split", split)
     yield request.param
@@ -221,10 +223,10 @@ def split_of(world: LoraWorld, counts: list[int], monkeypatch: pytest.MonkeyPatc
     """How many adapters with so many rows each go to the dense and to the padded product, at a width of 384."""
     monkeypatch.setattr(world.lora, "_launch", lora_layers._LAUNCH / 384)
     adapters = [LoadedAdapter(f"{n}", f"{n}", {0: None}, {}, {}, {}, {}, 16, False) for n in range(len(counts))]  # type: ignore[dict-item]
-    dense, padded = world.lora._split(list(zip(adapters, counts, strict=True)))
-    assert {*dense, *padded} == set(adapters)
-    assert [adapter.id for adapter in dense] == [f"{number}" for number in range(len(dense))]  # the ones with most rows
-    return len(dense), len(padded)
+    is_dense = world.lora._split(list(zip(adapters, counts, strict=True)))
+    num_dense = sum(is_dense)
+    assert is_dense == [True] * num_dense + [False] * (len(adapters) - num_dense)  # the ones with most rows
+    return num_dense, len(adapters) - num_dense
 
 
 @pytest.mark.parametrize(
@@ -243,3 +245,19 @@ def test_adapters_with_many_rows_are_dense_and_the_others_padded(
     world: LoraWorld, monkeypatch: pytest.MonkeyPatch, counts: list[int], expected: tuple[int, int]
 ) -> None:
     assert split_of(world, counts, monkeypatch) == expected
+
+
+def test_an_adapter_may_prefill_by_the_dense_product_and_decode_by_the_padded_one(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the rows of each product are neighbours, and none is computed for the other's."""
+    monkeypatch.setattr(world.lora, "_launch", lora_layers._LAUNCH / 384)
+    adapters = [LoadedAdapter(name, name, {0: None}, {}, {}, {}, {}, 16, False) for name in "abcd"]  # type: ignore[dict-item]
+    runs: list[lora_layers.Run] = [(None, 2), *((adapter, 4) for adapter in adapters), (adapters[0], 64)]
+    is_dense = [False] * 5 + [True]
+    assert world.lora._split(runs) == is_dense
+    stack = lora_layers._DenseStack([], (adapters[0],))
+    places = {adapter: place for place, adapter in enumerate(adapters)}
+    layout = lora_layers._Layout(runs, is_dense, stack, places, 4, ())
+    assert layout.dense_rows == slice(18, 82)
+    assert layout.padded_rows == list(range(2, 18))

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.engines.batching.lora_layers import install_lora_layers
-from serve.engines.batching.packed_linear import PackedLinear, pack_linear_layers
+from serve.engines.batching.packed_linear import PackedLinear, _Product, pack_linear_layers
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 130])
@@ -28,7 +28,37 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
 
 def test_the_plain_weight_comes_back_bit_for_bit() -> None:
     linear = nn.Linear(96, 40)
-    assert torch.equal(PackedLinear(linear).weight.to_dense(), linear.weight)
+    assert torch.equal(PackedLinear(linear).dense_weight(), linear.weight)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layers_that_share_their_input_are_one_product(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(96, outputs, bias=has_bias) for outputs in (40, 16, 24)]
+    packed = PackedLinear.together(linears)
+    computed: list[torch.Tensor] = []
+    compute = _Product.compute
+
+    def recorded(product: _Product, x: torch.Tensor) -> torch.Tensor:
+        computed.append(x)
+        return compute(product, x)
+
+    monkeypatch.setattr(_Product, "compute", recorded)
+    for x_1NI in torch.randn(2, 1, 3, 96):
+        for layer, linear in zip(packed, linears, strict=True):
+            torch.testing.assert_close(layer(x_1NI), linear(x_1NI), rtol=1e-5, atol=1e-5)
+            assert torch.equal(layer.dense_weight(), linear.weight)
+    assert len(computed) == 2
+
+
+def test_what_a_caller_adds_to_shared_outputs_is_not_in_the_next_ones() -> None:
+    """Adapters add to a layer's outputs in place."""
+    linears = [nn.Linear(96, 40), nn.Linear(96, 16)]
+    first, second = PackedLinear.together(linears)
+    x_1NI = torch.randn(1, 3, 96)
+    first(x_1NI).add_(1)
+    torch.testing.assert_close(first(x_1NI), linears[0](x_1NI), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second(x_1NI), linears[1](x_1NI), rtol=1e-5, atol=1e-5)
 
 
 def test_every_linear_layer_of_a_model_on_a_cpu_is_packed_and_no_plain_weight_is_kept() -> None:

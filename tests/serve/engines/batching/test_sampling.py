@@ -196,3 +196,12 @@ def test_top_p_of_a_flat_distribution_looks_beyond_the_first_tokens():
     rows = [row(Sampling(top_p=0.5), seed) for seed in range(300)]
     tokens = ids(values.expand(300, size), rows)
     assert size * 0.4 < max(tokens) <= size * 0.51
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_token_is_the_greedy_one(dtype):
+    values = torch.zeros(3, V, dtype=dtype)
+    values[1, [5, 9]] = 2.0
+    values[2] = -1.0
+    values[2, V - 1] = 0.5
+    assert ids(values, [row(Sampling(temperature=0))] * 3) == [0, 5, V - 1]
