@@ -204,6 +204,7 @@ def test_gateways_and_replicas_that_die_end_their_answers_with_an_error_and_are_
     assert (begun.error(), queued.error()) == ("gateway_died", "gateway_died")
     release(tmp_path / "tiny")
     assert server.ask().status_code == 200
+    assert len(httpx.get(f"{server.url}/stats", timeout=SECONDS).json()["tiny"]) == 1
     died = server.ask(DIE)  # with the settings of `ft serve`; the tests of a shared cluster have Ray's own
     assert died.status_code == 500 and "has died" in died.json()["error"]["message"]
     assert server.ask().status_code == 200
