@@ -68,7 +68,8 @@ def test_training_and_tests_of_the_check_need_no_other_package(tmp_path: Path) -
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('there is no {name} here')\n")
     imports = (
         "import ft_service.model.trainable, ft_service.plan.make, ft_service.train.loop, ft_service.train.parallel, "
-        "ft_service.train.objectives.sft, tests.model.test_load"
+        "ft_service.train.objectives.sft, tests.model.test_load, tests.model.test_attention, "
+        "tests.train.test_host_reads, tests.train.waiting_cases"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", imports], env=environment, capture_output=True, text=True, cwd=ROOT)

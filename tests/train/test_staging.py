@@ -1,7 +1,6 @@
 """A checkpoint is copied through a buffer of bounded size, whatever the state's size."""
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from ft_service.train.checkpoints.resume import resume
 from ft_service.train.checkpoints.save import Checkpointer
 from ft_service.train.optimizer_state import KINDS, ParameterShard
 from ft_service.train.protocol import TrainingState
+from tests.train.staged import Staged
 
 BYTES_PER_ELEMENT = 12
 NUMELS = {"embedding": 50_000, "norm": 7, "up": 20_000, "gate": 20_000, "bias": 1, "down": 20_000}
@@ -78,30 +78,6 @@ class OneRank:
 
     def optimizer_state(self) -> State:
         return self.state
-
-
-class Staged:
-    """Bytes of the copies that exist at a time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0
-        self.peak = 0
-        self._lock = threading.RLock()
-        to = torch.Tensor.to
-
-        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            copy = to(tensor, *args, **kwargs)
-            if kwargs.get("copy"):
-                weakref.finalize(copy, self._add, -copy.nbytes)
-                self._add(copy.nbytes)
-            return copy
-
-        monkeypatch.setattr(torch.Tensor, "to", counted)
-
-    def _add(self, nbytes: int) -> None:
-        with self._lock:
-            self.now += nbytes
-            self.peak = max(self.peak, self.now)
 
 
 def saver(run: RunFolder, state: State, **more: Any) -> Checkpointer:

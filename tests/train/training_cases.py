@@ -148,7 +148,7 @@ def plan_of(case: dict[str, Any], world_size: int) -> RunPlan:
             },
             "parallel": {
                 "num_workers": world_size,
-                "use_gpu": False,
+                "use_gpu": case.get("use_gpu", False),
                 "zero_stage": case["stage"],
                 "offload": case.get("offload", "none"),
                 **({"nvme_path": case["nvme_path"]} if "nvme_path" in case else {}),
