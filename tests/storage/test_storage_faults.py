@@ -105,6 +105,44 @@ def test_a_storage_does_not_retry_by_default(tmp_path: Path, monkeypatch: pytest
     assert clock.now == 0
 
 
+GONE_CALLS: dict[str, Callable[[Storage], object]] = {
+    "exists": lambda storage: storage.exists("a/file"),
+    "size": lambda storage: storage.size("a/other"),
+    "read": lambda storage: storage.read_bytes("a/file"),
+    "files": lambda storage: storage.files("a"),
+    "folders": lambda storage: storage.folders(""),
+    "write": lambda storage: storage.write_bytes("b/file", b""),
+    "append": lambda storage: storage.append_line("a/log", "line"),
+    "move": lambda storage: storage.move("a/file", "b/file"),
+    "delete": lambda storage: storage.delete("a/file"),
+    "put_folder": lambda storage: storage.put_folder(Path(__file__).parent, "b/folder", marker="__init__.py"),
+    "publish_within": lambda storage: storage.publish_within("a", ["file"], "b/c", {"m": b""}, marker="m"),
+}
+
+
+@pytest.mark.parametrize("call", GONE_CALLS)
+def test_a_folder_that_is_gone_is_away_and_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """It is not made again: what was written there would be hidden once it is back."""
+    root = tmp_path / "root"
+    storage = Storage(str(root))
+    storage.write_bytes("a/file", b"content")
+    root.rename(tmp_path / "elsewhere")
+    with pytest.raises(UnreachableError, match="the folder is gone"):
+        GONE_CALLS[call](storage)
+    assert not root.exists()
+    (tmp_path / "elsewhere").rename(root)
+    GONE_CALLS[call](storage)
+
+
+def test_a_folder_that_was_never_there_is_made_by_the_first_write(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "new"))
+    assert storage.files("a") == [] and not storage.exists("a")
+    storage.write_bytes("a/file", b"content")
+    assert storage.read_bytes("a/file") == b"content"
+
+
 def test_pickling_keeps_the_retry_time(tmp_path: Path) -> None:
     storage = pickle.loads(pickle.dumps(Storage(str(tmp_path), retry_seconds=300)))
     assert (storage.root, storage.retry_seconds) == (str(tmp_path), 300)

@@ -33,7 +33,9 @@ import json, sys, time
 from pathlib import Path
 from ft_service.cluster.queue import turn as turn_module
 from ft_service.cluster.queue.turn import Turn
+from ft_service.runs import lease as lease_module
 from ft_service.runs.folder import RunFolder
+from ft_service.runs.lease import Lease
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from tests.cluster.queue.queue_cases import FakeCluster

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 
 HEAD = Host("head", "127.0.0.1", 1)
 SECONDS = 240
-STEPS = 1200
+STEPS = 600
 CONTROLLER = """
 import sys, time
 from types import SimpleNamespace
