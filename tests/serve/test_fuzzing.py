@@ -40,6 +40,7 @@ ROUTES = [
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"),
     ("GET", "/v1/fine_tuning/keys"),
+    ("GET", "/v1/fine_tuning/bases"),
     ("POST", "/v1/files"),
     ("GET", "/v1/files"),
     ("GET", "/v1/files/{file_id}"),

@@ -245,7 +245,8 @@ def _expected(config: LoraConfig, sites: Mapping[str, Site]) -> _Expected:
     for name in own:
         if sites[name].is_4bit:
             raise UnsupportedAdapterError(f"modules_to_save on {name}, which is quantised")
-        shapes[f"{name}.weight"] = tuple(sites[name].layer.weight.shape)  # type: ignore[arg-type]
+        site = sites[name]  # a packed weight may be that of several layers, and a norm's has one dimension
+        shapes[f"{name}.weight"] = site.shape if site.kind == "linear" else tuple(site.layer.weight.shape)  # type: ignore[arg-type]
         if _bias(sites[name]) is not None:
             shapes[f"{name}.bias"] = (sites[name].shape[0],)
     for name in targets:
