@@ -64,7 +64,8 @@ class ModelServers:
         with self._lock:
             wanted = self._models.settings()
             deployed = self._apps.deployed()
-            for model_id in sorted(deployed.keys() - wanted.keys()):
+            known = deployed.keys() | self._deployed.keys()  # an application may be gone before its model is deleted
+            for model_id in sorted(known - wanted.keys()):
                 self._try(model_id, self._end)
             for model_id, base in wanted.items():
                 if model_id not in deployed or self._deployed.get(model_id) != base:

@@ -202,7 +202,8 @@ def test_a_stopped_worker_is_the_suspect(world: Path, hung: int) -> None:
         workers.kill()
     (event,) = events_of(run, "hang")
     assert event["rank"] == alive and f"Worker {alive} of 2" in event["message"]
-    assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 1
+    # Worker 0 may be stopped behind the collectives of a step and before it writes that step's line.
+    assert abs(event["step"] - len(read_metrics(run.storage, run.run_id))) <= 2
     folder = run.storage.folders(f"{run.path}/stacks")
     assert ranks_without_stacks(run, folder[0], 2) == [hung]
     report = run.storage.read_bytes(f"{event['stacks']}/rank-0000{alive}.txt").decode()

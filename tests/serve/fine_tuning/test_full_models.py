@@ -75,7 +75,7 @@ class Deployed:
         self.running[model_id] = base
 
     def delete(self, model_id: str) -> None:
-        del self.running[model_id]
+        self.running.pop(model_id, None)  # Serve ignores one that is gone
 
 
 class Server:
@@ -338,6 +338,19 @@ def test_a_deleted_model_is_hidden_at_once_then_its_application_goes_then_its_fi
         server.models.registry.resolve(record.id)
     servers.step()
     assert not finish_deletion(storage, record.id).kept  # again, without effect
+
+
+def test_the_files_of_a_deleted_model_go_although_its_application_is_gone_already(server, base_folder, tmp_path):
+    record = publish(server, base_folder, tmp_path)
+    job = job_of(server.world, record)
+    apps = Deployed()
+    servers = server.servers(apps)
+    servers.step()
+    apps.running.clear()
+    delete_published(server.models, server.models.resolve(job.alias))
+    servers.step()
+    servers.step()
+    assert not server.world.storage.exists(f"models/{record.id}")
 
 
 # -- before it spends --------------------------------------------------------------------------------------------------

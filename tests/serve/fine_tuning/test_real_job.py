@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from examples.quickstart.quickstart import free_ports
 from ft_service.cluster.submit import Submissions
@@ -166,6 +167,13 @@ def test_a_running_job_is_cancelled_and_frees_its_workers(client, world):
         client.fine_tuning.jobs.cancel(job.id)
 
 
+def replicas_of(app: str) -> set[str]:
+    """Actor ids of an application's running replicas."""
+    details = _get_global_client().get_serve_details()["applications"].get(app, {})
+    replicas = [one for each in details.get("deployments", {}).values() for one in each["replicas"]]
+    return {one["actor_id"] for one in replicas if one["state"] == "RUNNING"}
+
+
 def test_the_model_of_a_full_job_becomes_a_base_that_survives_restarts_and_goes_when_it_is_deleted(
     client, world, other_key
 ):
@@ -197,22 +205,18 @@ def test_the_model_of_a_full_job_becomes_a_base_that_survives_restarts_and_goes_
             stranger.chat.completions.create(model=unseen, messages=messages)
 
     app = application_of("default", record.id)
-    serve.delete(
-        app, _blocking=False
-    )  # as a cluster that starts anew has none; a blocking call would never see it gone
+    before = replicas_of(app)
+    # As a cluster that starts anew has none. A blocking call would wait for an application that is there again.
+    serve.delete(app, _blocking=False)
 
-    def is_deployed_again() -> bool:
-        found = serve.status().applications.get(app)
-        return found is not None and found.status in ("DEPLOYING", "RUNNING")
-
-    wait_for(is_deployed_again, 120)
-
-    def answers() -> bool:
+    def another_replica_answers() -> bool:
         with suppress(openai.InternalServerError):  # 503 until the controller has deployed it again
-            return client.chat.completions.create(model=record.id, messages=messages, max_tokens=8).usage is not None
-        return False
+            client.chat.completions.create(model=record.id, messages=messages, max_tokens=8)
+        return bool(replicas_of(app) - before)
 
-    wait_for(answers, 120)
+    wait_for(another_replica_answers, 120)
+    wait_for(lambda: not replicas_of(app) & before, 60)
+    assert client.chat.completions.create(model=record.id, messages=messages, max_tokens=8).usage is not None
 
     assert client.models.delete(name).deleted
     with pytest.raises(openai.NotFoundError):
