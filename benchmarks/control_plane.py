@@ -135,8 +135,7 @@ class World:
         self._write_jobs()
         self.raters = [f"desk-r{number}" for number in range(20)]
         self._write_study()
-        events = "before_cursor_execute"
-        event.listen(self.engine, events, self._count_statement)
+        event.listen(self.engine, "before_cursor_execute", self._count_statement)
 
     def _write_runs(self) -> None:
         spec = dump_run_spec(self.spec)
@@ -327,7 +326,7 @@ ACTIONS = [
     Action("create a job", create_job),
     Action("list 20 jobs of a key", list_jobs),
     Action("show a job", find_job),
-    Action("jobs to look after", active_jobs),
+    Action("the jobs that have not ended", active_jobs),
     Action("show a comparison and vote", vote),
     Action("decide the queue (all nodes)", decide_queue, lists_all=True),
     Action("plan 70B LoRA on all workers", plan),

@@ -115,8 +115,8 @@ def _content_length(scope: Scope) -> int:
 class ProxyErrors:
     """ASGI middleware of the proxy. What the proxy says itself is an error in the shape that OpenAI's clients read.
 
-    Without it a request whose gateway dies gets a 500 in plain text, which says nothing, and a stream breaks off. Other
-    routes than those of OpenAI's API pass as they are: applications beside this one may have them.
+    Without it, a request whose gateway dies gets a 500 in plain text without a reason, and a stream ends without an
+    error. Routes that are not of OpenAI's API pass unchanged, because they may belong to other applications.
     """
 
     def __init__(self, app: ASGIApp) -> None:

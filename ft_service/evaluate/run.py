@@ -13,8 +13,8 @@ from importlib.metadata import version
 from typing import Literal
 
 from ft_service.errors import ServingError, UsageError
-from ft_service.evaluate.ask import DEFAULT_CONCURRENCY, Answer, Answers, Endpoint, Identity, Question, ask_now
-from ft_service.evaluate.comparison import Comparison, ItemResult, ScoredAnswer, compare_items
+from ft_service.evaluate.ask import DEFAULT_CONCURRENCY, Answers, Endpoint, Identity, Question, ask_now
+from ft_service.evaluate.comparison import Comparison, ItemResult, compare_items
 from ft_service.evaluate.evaluation import (
     Asked,
     Evaluation,
@@ -31,10 +31,10 @@ from ft_service.evaluate.items import Item
 from ft_service.evaluate.judge import Judgement, measure_judgement, questions_to
 from ft_service.evaluate.lm_eval_tasks import check_tasks, measure_tasks
 from ft_service.evaluate.losses import LossComparison, compare_losses, loss_of
-from ft_service.evaluate.metrics import score
 from ft_service.evaluate.one_sidedness import measure_one_sidedness
-from ft_service.evaluate.questions import QuestionPlan, context_of, make_plan, measurement_of, question_of
+from ft_service.evaluate.questions import QuestionPlan, make_plan, measurement_of, question_of
 from ft_service.evaluate.scorecard import update_scorecard
+from ft_service.evaluate.scored import item_result
 from ft_service.evaluate.server import ServedModelFacts, Server, key_from_environment
 from ft_service.evaluate.stability import (
     StabilityFigures,
@@ -239,27 +239,8 @@ def _results(items: Sequence[Item], base: str, adapter: str, answers: Answers, s
         after = answers.get(question_of(item, adapter, seed))
         if before is None or after is None:
             continue
-        results.append(
-            ItemResult(
-                id=item.id,
-                skill=item.skill,
-                cluster=item.cluster,
-                language=item.language,
-                metric=item.metric,
-                counts=item.counts,
-                context=context_of(item),
-                prompt=item.prompt,
-                reference=item.reference,
-                base=_scored(item, before),
-                adapter=_scored(item, after),
-            )
-        )
+        results.append(item_result(item, before, after))
     return results
-
-
-def _scored(item: Item, answer: Answer) -> ScoredAnswer:
-    found = score(answer.text, item)
-    return ScoredAnswer(text=answer.text, value=found.value, reason=found.reason, is_cut=answer.is_cut)
 
 
 def _questions(results: Sequence[ItemResult]) -> list[ItemResult]:

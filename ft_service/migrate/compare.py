@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ft_service.errors import DataError, UsageError
-from ft_service.evaluate.ask import Answers, Endpoint, ask_now
-from ft_service.evaluate.comparison import Comparison, Comparisons, ItemResult, ScoredAnswer, compare_items, sentence
+from ft_service.evaluate.ask import Answer, Answers, Endpoint, ask_now
+from ft_service.evaluate.comparison import Comparison, Comparisons, ItemResult, compare_items, sentence
 from ft_service.evaluate.held_out import HELD_OUT, HeldOutRecord, items_of
-from ft_service.evaluate.items import Item
-from ft_service.evaluate.metrics import score
-from ft_service.evaluate.questions import context_of
+from ft_service.evaluate.scored import item_result
 from ft_service.evaluate.suite import HeldOut
 from ft_service.migrate.create import FineTuningServer
 from ft_service.migrate.migration import MigrationJob
@@ -162,36 +160,18 @@ def _compare(
     for record, question in zip(asked, questions, strict=True):
         if (answer := answers.get(question)) is not None:
             cut += answer.is_cut
-            one.results += _results(record, held_out, old[prompt_of(record)], answer.text, answer.is_cut)
+            one.results += _results(record, held_out, old[prompt_of(record)], answer)
     if cut:
         one.remarks.append(f"{counted(cut, 'answer')} of the new model cut at {held_out.max_tokens} tokens.")
     if one.results:
         one.comparison = compare_items(one.results, asking.seed)
 
 
-def _results(record: HeldOutRecord, held_out: HeldOut, old: str, new: str, is_cut: bool) -> list[ItemResult]:
+def _results(record: HeldOutRecord, held_out: HeldOut, old: str, new: Answer) -> list[ItemResult]:
     """Both answers, scored by each metric. Raises `DataError` for a reference that a metric cannot score."""
-    return [
-        ItemResult(
-            id=item.id,
-            skill=item.metric,
-            cluster=item.cluster,
-            language=item.language,
-            metric=item.metric,
-            counts=item.counts,
-            context=context_of(item),
-            prompt=item.prompt,
-            reference=item.reference,
-            base=_scored(item, old, False),
-            adapter=_scored(item, new, is_cut),
-        )
-        for item in items_of(record, held_out, HELD_OUT, None)
-    ]
-
-
-def _scored(item: Item, text: str, is_cut: bool) -> ScoredAnswer:
-    found = score(text, item)
-    return ScoredAnswer(text=text, value=found.value, reason=found.reason, is_cut=is_cut)
+    recorded = Answer(key="", model="", text=old)
+    items = items_of(record, held_out, HELD_OUT, None)
+    return [item_result(item.model_copy(update={"skill": item.metric}), recorded, new) for item in items]
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class Controller:
             self._fail(job, "training_failed", recorded.message, None)
         elif recorded.state == "stopped" and submission.state != "unknown":
             self._pause(job, recorded, f"The run was stopped from outside ({recorded.message})")
-        else:  # a head that was shut down stops its drivers with SIGTERM, and nobody asked for that
+        else:  # a head that is shut down stops its drivers with SIGTERM: no user asked for it
             reason = f"The run's driver is gone, while the run was {recorded.state}."
             self._submit_again(job, recorded, reason)
 

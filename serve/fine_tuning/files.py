@@ -164,8 +164,10 @@ class FileStore:
         with tempfile.TemporaryDirectory(prefix="ft-file-") as folder:
             copy = Path(folder, digest)
             self.storage.download(f"{CONTENT}/{digest}", copy)
-            if copy.stat().st_size != size:
-                raise StorageError(f"{self.storage.uri(f'{CONTENT}/{digest}')}: has not the size that was recorded.")
+            found = copy.stat().st_size
+            if found != size:
+                place = self.storage.uri(f"{CONTENT}/{digest}")
+                raise StorageError(f"{place}: is damaged, {found:,} bytes instead of {size:,}. Upload the file again.")
             yield copy
 
     # -- errors of training files --------------------------------------------------------------------------------------

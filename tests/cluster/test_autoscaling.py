@@ -27,13 +27,13 @@ from examples.quickstart.quickstart import OBJECT_STORE_BYTES
 from ft_service.cli.app import app
 from ft_service.cluster.queue.board import Board
 from ft_service.cluster.queue.capacity import RayNodes, joining_nodes, node_types
-from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import could_ever_fit
 from ft_service.cluster.ray_cluster import request_resources
 from ft_service.runs.events import Queued, read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.lease import Lease
 from ft_service.storage.storage import Storage
+from tests.cluster.queue.queue_cases import entry
 from tests.faults import Driver
 from tests.hosts import QUICK_HEALTH_CHECKS, ROOT, Cluster, Host, wait_for
 from tests.shared_cluster import OFTEN, joined
@@ -208,16 +208,12 @@ def holder_of_all_nodes(storage: Storage, config: dict[str, Any]) -> Iterator[No
     board = Board(storage, RayNodes().id)
     with Lease(run, print) as lease:
         now = datetime.now(UTC)
-        claim = Entry(
-            run_id=run.run_id,
+        claim = entry(
+            run.run_id,
             driver=lease.token,
-            owner="ann",
-            priority="normal",
-            preemptible=False,
             state="claiming",
             arrival=now,
             since=now,
-            worker_counts=[1],
             worker_resources={"CPU": 1.0},
             started=now,
         )

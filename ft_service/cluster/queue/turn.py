@@ -145,7 +145,7 @@ class Turn:
         """Whether a run of higher priority needs the workers of this one. Records that they leave."""
         if self._entry is None or not self._entry.preemptible or self._entry.state != "running":
             return False
-        if self._is_told_that(lambda others: not self._is_wanted(others)) or not self._is_wanted(self._others()):
+        if self._snapshot_shows(lambda others: not self._is_wanted(others)) or not self._is_wanted(self._others()):
             return False
         self._write(state="leaving")
         return True
@@ -159,7 +159,7 @@ class Turn:
 
     def may_grow(self) -> bool:
         """Whether no other run waits for the room that more workers of this one would take."""
-        if self._is_told_that(lambda others: any(not other.holds_workers for other in others)):
+        if self._snapshot_shows(lambda others: any(not other.holds_workers for other in others)):
             return False
         return all(other.holds_workers for other in self._others())
 
@@ -170,7 +170,7 @@ class Turn:
             return False
         return entry.run_id in self._decide([entry, *others]).leaves
 
-    def _is_told_that(self, holds: Callable[[Sequence[Entry]], bool]) -> bool:
+    def _snapshot_shows(self, holds: Callable[[Sequence[Entry]], bool]) -> bool:
         """Whether the snapshot of a long queue shows something, so that this driver need not read all entries."""
         if len(self._known) <= SHORT_QUEUE:
             return False

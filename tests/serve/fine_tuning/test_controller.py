@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.submit import Submission
 from ft_service.errors import ClusterError, DatabaseError, ServingError, UnreachableError
 from ft_service.runs.folder import Request, RunFolder
@@ -13,6 +12,7 @@ from serve.fine_tuning.checks import JobRefusedError
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import CREATE_WINDOW, request_digest
 from serve.fine_tuning.job_states import ENDED, LEGAL, check_legal
+from tests.cluster.queue.queue_cases import entry
 from tests.serve.fine_tuning.job_world import BODY, STEPS, World, make_world
 
 
@@ -206,27 +206,22 @@ def test_a_job_that_waits_in_the_queue_reports_its_place_and_when_it_will_be_don
     controller.step()
     world.ray.advance()
     start = world.clock()
-    entry = Entry(
-        run_id=job.run_id,
+    waiting_run = entry(
+        job.run_id,
         driver="t",
-        owner="anna",
-        priority="normal",
-        preemptible=False,
-        state="waiting",
         arrival=start,
         since=start,
-        worker_counts=[1],
         worker_resources={"GPU": 1.0},
         expected_seconds=60,
         place=2,
         waits_for="1 GPU, which run other-1 has",
         estimated_start=start,
     )
-    path = f"queue/clusters/c/{entry.file}"
-    world.storage.write_json(path, entry.model_dump(mode="json"))
+    path = f"queue/clusters/c/{waiting_run.file}"
+    world.storage.write_json(path, waiting_run.model_dump(mode="json"))
     for place in (2, 2, 1):
-        entry = entry.model_copy(update={"place": place})
-        world.storage.write_json(path, entry.model_dump(mode="json"))
+        waiting_run = waiting_run.model_copy(update={"place": place})
+        world.storage.write_json(path, waiting_run.model_dump(mode="json"))
         controller.step()
     waiting = world.find(job)
     assert waiting.state == "queued" and (waiting.estimated_finish - start).total_seconds() == 60

@@ -35,17 +35,9 @@ from serve.settings import BaseSettings, ServeSettings
 from tests.registry.test_registry import DRAFT
 from tests.serve.fine_tuning.job_world import World, make_world
 from tests.serve.fine_tuning.test_jobs import chat_records
-from tests.worlds import write_world
 
 MODEL = "tiny-run-0a1b2c3d"
 """What the stand-in of a run publishes."""
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    write_world(folder)
-    return folder / "base"
 
 
 @pytest.fixture

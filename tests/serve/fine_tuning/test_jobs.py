@@ -16,7 +16,6 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import Node
 from ft_service.errors import DatabaseError
 from ft_service.runs.folder import LeaseHolder, RunFolder
@@ -35,8 +34,9 @@ from serve.http.keys import RequireKey
 from serve.http.tenants import Tenant
 from serve.settings import ServeSettings
 from tests.browser import served
+from tests.cluster.queue.queue_cases import entry
 from tests.serve.fine_tuning.job_world import World, make_world
-from tests.worlds import write_records, write_world
+from tests.worlds import write_records
 
 KEY = "a-key-of-this-test"
 BASE = "tiny"
@@ -92,15 +92,8 @@ def chat_records(folder: Path, count: int, seed: int = 0) -> list[dict[str, Any]
     ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_world(folder)
-    return folder / "base"
-
-
 @pytest.fixture
-def server(model: Path, tmp_path: Path) -> Iterator[Server]:
+def server(base_folder: Path, tmp_path: Path) -> Iterator[Server]:
     world = make_world(tmp_path)
     template = {
         "method": {"type": "lora", "lora_rank": 4},
@@ -113,7 +106,7 @@ def server(model: Path, tmp_path: Path) -> Iterator[Server]:
         ServeSettings.model_validate(
             {
                 "storage": world.storage.root,
-                "bases": [{"base": str(model), "name": BASE}],
+                "bases": [{"base": str(base_folder), "name": BASE}],
                 "fine_tuning": {"templates": {BASE: template}, "organization": "acme"},
             }
         )
@@ -455,23 +448,20 @@ def run_with_workers(world: World, workers: int, seconds: float) -> None:
     run = RunFolder(world.storage, "other-1")
     holder = LeaseHolder(token="t", host="h", machine="m", pid=1, time=datetime.now(UTC))
     world.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
-    entry = Entry(
-        run_id="other-1",
+    held = entry(
+        "other-1",
+        workers,
         driver="t",
-        owner="anna",
-        priority="normal",
-        preemptible=False,
         state="running",
         arrival=now,
         since=now,
-        worker_counts=[workers],
         worker_resources={"CPU": 1.0},
         workers=workers,
         nodes={"n": workers},
         started=now,
         expected_end=now + timedelta(seconds=seconds),
     )
-    world.storage.write_json(f"queue/clusters/cluster-1/{entry.file}", entry.model_dump(mode="json"))
+    world.storage.write_json(f"queue/clusters/cluster-1/{held.file}", held.model_dump(mode="json"))
 
 
 def test_the_estimate_and_a_new_job_have_the_forecast_of_the_queue(server):

@@ -38,7 +38,6 @@ from tests.serve.fine_tuning.file_world import TRAINING as TRAINING_BYTES
 from tests.serve.fine_tuning.job_world import AtOnce, World, make_world
 from tests.serve.fine_tuning.test_jobs import chat_records
 from tests.serve.test_health import Idle
-from tests.worlds import write_world
 
 KEY = "a-key-of-this-test"
 BASE = "tiny"
@@ -51,13 +50,6 @@ def bucket() -> Iterator[str]:
         yield root
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_world(folder)
-    return folder / "base"
-
-
 @pytest.fixture
 def root(bucket: str) -> str:
     return bucket.format(uuid.uuid4().hex)
@@ -66,7 +58,7 @@ def root(bucket: str) -> str:
 class Server:
     """The whole API on object storage, with a controller whose runs are stand-ins."""
 
-    def __init__(self, world: World, model: Path) -> None:
+    def __init__(self, world: World, base_folder: Path) -> None:
         self.world = world
         template = {
             "method": {"type": "lora", "lora_rank": 4},
@@ -81,7 +73,7 @@ class Server:
                     "storage": world.storage.root,
                     "database": world.engine.url.render_as_string(hide_password=False),
                     "api_key": KEY,
-                    "bases": [{"base": str(model), "name": BASE}],
+                    "bases": [{"base": str(base_folder), "name": BASE}],
                     "fine_tuning": {"templates": {BASE: template}},
                 }
             )
@@ -113,8 +105,8 @@ def client_of(server: Server) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture
-def server(root: str, model: Path, tmp_path: Path) -> Server:
-    return Server(make_world(tmp_path, storage=root), model)
+def server(root: str, base_folder: Path, tmp_path: Path) -> Server:
+    return Server(make_world(tmp_path, storage=root), base_folder)
 
 
 @pytest.fixture
