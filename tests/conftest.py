@@ -42,6 +42,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places[item.path])
 
 
+@pytest.fixture(params=["bf16", "fp32"])
+def product_type_on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that multiplies bf16 matrices, and as on one that multiplies them as fp32."""
+    import torch
+
+    from ft_service.model import cpu_products
+
+    widened = {torch.bfloat16} if request.param == "fp32" else set()
+    monkeypatch.setattr(cpu_products, "WIDENED_ON_CPU", widened)
+
+
 def _skip_without_gpu(items: list[pytest.Item]) -> None:
     if not items:
         return

@@ -2,7 +2,7 @@
 
 torch's own kernel for a CPU multiplies small blocks, and is slow at the lengths of chats, above all backward. Here,
 documents of similar lengths form a group, padded to its longest. As in that kernel, scores and softmax are fp32,
-and probabilities are rounded to bf16 before they are multiplied.
+and probabilities are rounded to bf16 before they are multiplied, if the processor multiplies bf16.
 
 Legend: T tokens, H query heads, K key/value heads, G = H / K, E head width; R rows: the tokens, in the order of groups,
 with padding. Of a group: N documents of L rows; n queries of each attend to its first m keys. S = scaling q k^T
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from ft_service.model.cpu_products import product_dtype
 
 _SCORE_BYTES = 1024 * 1024
 """Of the fp32 scores that exist at a time, which stay in a CPU's caches."""
@@ -49,10 +51,10 @@ class _Attention(torch.autograd.Function):
         output = torch.empty_like(q)
         for group in layout.groups:
             keys = group.keys(k).float().mul_(scaling)
-            values = group.keys(v)
+            values = group.keys(v).to(product_dtype(v))
             for queries in group.blocks:
                 p = _probabilities(group.queries(q, queries, k.shape[1]), keys[:, : queries.stop], queries)
-                group.write(output, queries, k.shape[1], torch.bmm(p.to(v.dtype), values[:, : queries.stop]))
+                group.write(output, queries, k.shape[1], torch.bmm(p.to(values.dtype), values[:, : queries.stop]))
         return layout.unpadded(output).unsqueeze(0)
 
     @staticmethod
@@ -65,10 +67,11 @@ class _Attention(torch.autograd.Function):
         q, k, v = (layout.padded(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
         g = layout.padded(gradients[0].squeeze(0)).index_fill_(0, layout.padding, 0)
         kv_heads = k.shape[1]
+        dtype = product_dtype(q)
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         for group in layout.groups:
-            keys = group.keys(k)
-            scaled_keys = keys.float().mul_(ctx.scaling)
+            keys = group.keys(k).to(dtype)
+            scaled_keys = keys.float() * ctx.scaling
             scaled_values = group.keys(v).float().mul_(ctx.scaling)  # so that dS is scaled, and nothing else has to be
             grad_keys = torch.zeros_like(scaled_keys)
             grad_values = torch.zeros_like(scaled_keys)
@@ -79,9 +82,9 @@ class _Attention(torch.autograd.Function):
                 p = _probabilities(wide_q, scaled_keys[:, :m], queries)
                 grad_p = torch.bmm(wide_g, scaled_values[:, :m].transpose(1, 2))
                 torch.ops.aten._softmax_backward_data.out(grad_p, p, -1, torch.float32, grad_input=grad_p)
-                grad_s = grad_p.to(q.dtype)
-                grad_values[:, :m] += torch.bmm(p.to(q.dtype).transpose(1, 2), wide_g.to(q.dtype))
-                grad_keys[:, :m] += torch.bmm(grad_s.transpose(1, 2), wide_q.to(q.dtype))
+                grad_s = grad_p.to(dtype)
+                grad_values[:, :m] += torch.bmm(p.to(dtype).transpose(1, 2), wide_g.to(dtype))
+                grad_keys[:, :m] += torch.bmm(grad_s.transpose(1, 2), wide_q.to(dtype))
                 group.write(grad_q, queries, kv_heads, torch.bmm(grad_s, keys[:, :m]))
             group.write_keys(grad_k, grad_keys)
             group.write_keys(grad_v, grad_values)

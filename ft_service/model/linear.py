@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ft_service.model.cpu_products import for_product
+
 
 class _Linear(torch.autograd.Function):
     """Saves x only for the gradient of W: with a frozen weight, no tensor at all."""
@@ -28,35 +30,43 @@ class _Linear(torch.autograd.Function):
             ctx.weight = weight
         if needs_weight_grad:
             ctx.save_for_backward(x)
-        return F.linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # dL/dx = g W,  dL/dW = g^T x,  dL/db = sum of g over rows, with g = dL/dy.
         needs_x_grad, needs_weight_grad, needs_bias_grad = ctx.needs_input_grad
-        grad = grad_outputs[0].flatten(0, -2)
+        grad = for_product(grad_outputs[0].flatten(0, -2))
+        dtype = grad_outputs[0].dtype
         grad_x = None
         grad_weight = None
         if needs_weight_grad:
             # Trap: under activation checkpointing, this line may run the layer's forward pass, and with it the hooks
             # that gather and free weights. So W is read afterwards.
             (x,) = ctx.saved_tensors
-            grad_weight = grad.t().mm(x.reshape(-1, x.shape[-1]))
+            grad_weight = grad.t().mm(for_product(x.reshape(-1, x.shape[-1]))).to(dtype)
         if needs_x_grad:
-            grad_x = grad.mm(ctx.weight).view(*grad_outputs[0].shape[:-1], ctx.weight.shape[1])
-        return grad_x, grad_weight, grad.sum(0) if needs_bias_grad else None
+            grad_x = grad.mm(for_product(ctx.weight)).to(dtype)
+            grad_x = grad_x.view(*grad_outputs[0].shape[:-1], ctx.weight.shape[1])
+        return grad_x, grad_weight, grad_outputs[0].flatten(0, -2).sum(0) if needs_bias_grad else None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    wide_bias = None if bias is None else for_product(bias)
+    return F.linear(for_product(x), for_product(weight), wide_bias).to(x.dtype)
 
 
 class MemoryEfficientLinear(nn.Linear):
-    """`nn.Linear`, bit for bit, which keeps no gathered weight alive between forward and backward pass.
+    """`nn.Linear`, which keeps no gathered weight alive between forward and backward pass.
 
+    Bit for bit, except on a CPU that multiplies in another type: see `ft_service.model.cpu_products`.
     Not for autocast, nor for second derivatives. x has two or more dimensions.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return super().forward(input)
+            return _product(input, self.weight, self.bias)
         output: torch.Tensor = _Linear.apply(input, self.weight, self.bias)
         return output
 

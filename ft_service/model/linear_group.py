@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ft_service.model.cpu_products import for_product
 from ft_service.model.linear import MemoryEfficientLinear
 from ft_service.model.nf4 import is_4bit_linear
 
@@ -72,23 +73,23 @@ class _Member:
         return own_dtype == dtype == self.adapter.a.weight.dtype and not (layer.disable_adapters or layer.merged)
 
     def output(self, rows: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
-        """y [T, O] of `rows` [T, D]; `low` is x A^T, [T, R]."""
+        """y [T, O] of `rows` [T, D]; `low` is x A^T, [T, R]. All are in the type that is multiplied."""
         adapter = self.adapter
         if self.is_4bit:  # bitsandbytes' product adds to nothing, so the adapter's comes second
             output: torch.Tensor = self.linear.product(rows)
             if adapter is not None and low is not None:
-                output.addmm_(low[:, adapter.part], adapter.b.weight.T, alpha=adapter.scaling)
+                output.addmm_(low[:, adapter.part], for_product(adapter.b.weight).T, alpha=adapter.scaling)
             return output
         if adapter is None or low is None:
-            return F.linear(rows, self.linear.weight)
+            return F.linear(rows, for_product(self.linear.weight))
         # The narrow product only writes, and the wide one adds to it while it computes.
-        output = _scaled_product(low[:, adapter.part], adapter.b.weight.T, adapter.scaling)
-        return output.addmm_(rows, self.linear.weight.T)
+        output = _scaled_product(low[:, adapter.part], for_product(adapter.b.weight).T, adapter.scaling)
+        return output.addmm_(rows, for_product(self.linear.weight).T)
 
     def weight(self) -> torch.Tensor:
-        """W; unpacked into a new tensor if it has 4 bits."""
+        """W in the type that is multiplied; unpacked into a new tensor if it has 4 bits."""
         weight: torch.Tensor = self.linear.dequantised() if self.is_4bit else self.linear.weight
-        return weight
+        return for_product(weight)
 
 
 class LinearGroup:
@@ -144,9 +145,12 @@ class LinearGroup:
         return outputs
 
     def stacked_a(self) -> torch.Tensor:
-        """A. Made anew for each pass: a copy kept from one to the next would outlive weights that ZeRO-3 frees."""
+        """A in the type that is multiplied.
+
+        Made anew for each pass: a copy kept from one to the next would outlive weights that ZeRO-3 frees.
+        """
         weights = [adapter.a.weight for adapter in self.adapters]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        return for_product(weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
 class _Products(torch.autograd.Function):
@@ -154,10 +158,11 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any, group: LinearGroup, x: torch.Tensor, adapter_input: torch.Tensor | None, *parameters: nn.Parameter
     ) -> tuple[torch.Tensor, ...]:
-        rows = _rows(x)
+        rows = for_product(_rows(x))
         low = None
         if group.adapters:
-            low = F.linear(rows if adapter_input is None else _rows(adapter_input), group.stacked_a())
+            adapter_rows = rows if adapter_input is None else for_product(_rows(adapter_input))
+            low = F.linear(adapter_rows, group.stacked_a())
         needs = ctx.needs_input_grad[3:]
         needs_w = any(needs[: len(group.members)])
         needs_adapter = any(needs[len(group.members) :])
@@ -166,9 +171,9 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs_w or (needs_adapter and adapter_input is None) else None,
             adapter_input if needs_adapter else None,
-            low if needs_adapter else None,
+            low.to(x.dtype) if needs_adapter and low is not None else None,
         )
-        outputs = (member.output(rows, low) for member in group.members)
+        outputs = (member.output(rows, low).to(x.dtype) for member in group.members)
         return tuple(output.view(*x.shape[:-1], output.shape[1]) for output in outputs)
 
     @staticmethod
@@ -181,8 +186,13 @@ class _Products(torch.autograd.Function):
         x, adapter_input, low = ctx.saved_tensors
         group: LinearGroup = ctx.group
         _, needs_x, needs_adapter_input, *needs = ctx.needs_input_grad
-        gradients = [_rows(gradient) for gradient in grad_outputs]
-        grad_w = [gradient.T @ _rows(x) if needed else None for gradient, needed in zip(gradients, needs, strict=False)]
+        dtype = grad_outputs[0].dtype
+        gradients = [for_product(_rows(gradient)) for gradient in grad_outputs]
+        rows = None if x is None else for_product(_rows(x))
+        grad_w = [
+            gradient.T @ rows if needed and rows is not None else None
+            for gradient, needed in zip(gradients, needs, strict=False)
+        ]
         grad_adapters: Sequence[torch.Tensor | None] = ()
         grad_x = None
         grad_adapter_input = None
@@ -191,8 +201,8 @@ class _Products(torch.autograd.Function):
             if low is None:  # the adapters are not trained
                 grad_adapters = [None] * len(group.adapters) * 2
             else:
-                grad_a = grad_low.T @ _rows(x if adapter_input is None else adapter_input)
-                grad_adapters = _grad_adapters(group, gradients, grad_a, low)
+                adapter_rows = rows if adapter_input is None else for_product(_rows(adapter_input))
+                grad_adapters = _grad_adapters(group, gradients, grad_low.T @ adapter_rows, for_product(low))
             if not ctx.has_adapter_input and needs_x:
                 grad_x = grad_low @ group.stacked_a()
             elif needs_adapter_input:
@@ -201,10 +211,12 @@ class _Products(torch.autograd.Function):
             for member, gradient in zip(group.members, gradients, strict=True):
                 grad_x = gradient @ member.weight() if grad_x is None else grad_x.addmm_(gradient, member.weight())
         shape = grad_outputs[0].shape[:-1]
-        grad_x = None if grad_x is None else grad_x.view(*shape, grad_x.shape[1])
-        if grad_adapter_input is not None:
-            grad_adapter_input = grad_adapter_input.view(*shape, grad_adapter_input.shape[1])
-        return None, grad_x, grad_adapter_input, *grad_w, *grad_adapters
+        found = [gradient if gradient is None else gradient.to(dtype) for gradient in (*grad_w, *grad_adapters)]
+        grad_inputs = [
+            gradient if gradient is None else gradient.to(dtype).view(*shape, gradient.shape[1])
+            for gradient in (grad_x, grad_adapter_input)
+        ]
+        return None, *grad_inputs, *found
 
 
 def _grad_low(group: LinearGroup, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -213,7 +225,7 @@ def _grad_low(group: LinearGroup, gradients: list[torch.Tensor]) -> torch.Tensor
     for member, gradient in zip(group.members, gradients, strict=True):
         adapter = member.adapter
         if adapter is not None:
-            result[:, adapter.part].addmm_(gradient, adapter.b.weight, beta=0, alpha=adapter.scaling)
+            result[:, adapter.part].addmm_(gradient, for_product(adapter.b.weight), beta=0, alpha=adapter.scaling)
     return result
 
 

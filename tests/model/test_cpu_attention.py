@@ -20,6 +20,9 @@ LENGTHS = {
 NAMES = ["output", "query", "key", "value"]
 
 
+pytestmark = pytest.mark.usefixtures("product_type_on_cpu")
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So that short documents are split and grouped too."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from ft_service.model import cpu_products
 from ft_service.model.linear import MemoryEfficientLinear, make_linears_memory_efficient
 from ft_service.model.linear4bit import MemoryEfficientLinear4bit
 
@@ -23,6 +24,11 @@ SHAPES = {
     "no tokens": ((1, 0, 48), 32),
     "not contiguous": ((2, 17, 40), 24),
 }
+
+
+@pytest.fixture(autouse=True)
+def bf16_is_multiplied_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "WIDENED_ON_CPU", set())
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

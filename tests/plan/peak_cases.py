@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ft_service.catalog.models import shape_from_config
 from ft_service.model.attention import MULTIPLIED_ON_CPU
 from ft_service.model.base import read_config
+from ft_service.model.cpu_products import WIDENED_ON_CPU
 from ft_service.plan.memory import Layout, Method, estimate_memory
 from ft_service.train.batches import MicroBatch
 from ft_service.train.objectives.sft import LossModel
@@ -129,6 +130,7 @@ def run_cases_of_one_worker(cases: dict[str, dict[str, Any]], results: Path) -> 
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(WORKERS)}
     torch.set_num_threads(1)
+    WIDENED_ON_CPU.clear()  # a GPU makes no fp32 copies for matrix products
     MULTIPLIED_ON_CPU.clear()  # the kernel of a GPU keeps no scores, nor does torch's own for a CPU
     prepare_process(use_gpu=False)
     import deepspeed

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from ft_service.model.cpu_products import for_product
 from ft_service.model.training_layers import use_training_layers
 from ft_service.train.batches import MicroBatch
 
@@ -31,16 +32,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # With p = softmax(h W^T) and y one-hot:  d loss / dh = (p - y) W,  d loss / dW = (p - y)^T h.
         needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
         chunk_rows = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+        dtype = hidden.dtype
+        device = hidden.device
+        hidden = for_product(hidden)
+        wide_weight = for_product(weight)
         grad_hidden = torch.empty_like(hidden) if needs_hidden_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
-        figures = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        figures = torch.zeros(2, dtype=torch.float32, device=device)
         # One tensor for all chunks: on a CPU, touching fresh memory takes a good part of the time of the product.
         logits = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             grad_rows = None if grad_hidden is None else grad_hidden[rows]
-            figures += _chunk_loss(hidden[rows], weight, targets[rows], logits, grad_rows, grad_weight)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            figures += _chunk_loss(hidden[rows], wide_weight, targets[rows], logits, dtype, grad_rows, grad_weight)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(dtype), grad_weight)
         ctx.weight_dtype = weight.dtype
         return figures
 
@@ -60,15 +65,19 @@ def _chunk_loss(
     weight: torch.Tensor,
     targets: torch.Tensor,
     buffer: torch.Tensor,
+    dtype: torch.dtype,
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Loss sum and right predictions of a chunk [2]; writes `buffer` and `grad_hidden`, and adds to `grad_weight`."""
+    """Loss sum and right predictions of a chunk [2]; writes `buffer` and `grad_hidden`, and adds to `grad_weight`.
+
+    `dtype` is the model's, to which logits are rounded; `hidden` and `weight` have the type that is multiplied.
+    """
     logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
     block_rows = max(1, _BLOCK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
     needs_gradient = grad_hidden is not None or grad_weight is not None
     blocks = zip(logits.split(block_rows), targets.split(block_rows), strict=True)
-    figures = [_block_figures(block, picked.unsqueeze(1), needs_gradient) for block, picked in blocks]
+    figures = [_block_figures(block, picked.unsqueeze(1), dtype, needs_gradient) for block, picked in blocks]
     if grad_hidden is not None:
         torch.mm(logits, weight, out=grad_hidden)
     if grad_weight is not None:
@@ -79,24 +88,33 @@ def _chunk_loss(
     return torch.stack(figures).sum(0)
 
 
-def _block_figures(logits: torch.Tensor, picked: torch.Tensor, needs_gradient: bool) -> torch.Tensor:
+def _block_figures(
+    logits: torch.Tensor, picked: torch.Tensor, dtype: torch.dtype, needs_gradient: bool
+) -> torch.Tensor:
     """Loss sum and right predictions of a block [2]; if `needs_gradient`, its gradient takes the place of `logits`."""
-    highest = logits.amax(1).float()  # not its index: torch's argmax takes many times as long on a CPU
-    of_targets = logits.gather(1, picked).squeeze(1).float()
-    p = _softmax_in_fp32(logits)
-    # With m the highest logit, its p is 1 / sum(exp(logits - m)). So -log p of y is (m - logit of y) - log(p of m).
-    losses = (highest - of_targets) - p.amax(1).log()
+    of_targets = logits.gather(1, picked).to(dtype).squeeze(1).float()
+    p, highest, log_sum = _softmax_in_fp32(logits, dtype)
+    losses = (highest - of_targets) + log_sum
     if needs_gradient:
         p.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=p.dtype))
         logits.copy_(p)
     return torch.stack([losses.sum(), (of_targets >= highest).sum()])
 
 
-def _softmax_in_fp32(logits: torch.Tensor) -> torch.Tensor:
-    if logits.device.type != "cpu" or logits.dtype == torch.float32:
-        return F.softmax(logits, dim=-1, dtype=torch.float32)
-    wide = logits.float()  # on a CPU, softmax makes this copy too, and then a second tensor
-    return torch.softmax(wide, dim=-1, out=wide)
+def _softmax_in_fp32(logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """p, m and log(sum(exp(logits - m))) of logits rounded to `dtype`, with m the highest [rows]; may overwrite them.
+
+    Not the index of m: torch's argmax takes many times as long on a CPU.
+    """
+    if logits.device.type != "cpu":
+        p = F.softmax(logits, dim=-1, dtype=torch.float32)
+        return p, logits.amax(1).float(), -p.amax(1).log()  # p of m is 1 / sum(exp(logits - m))
+    # A CPU's softmax makes two new tensors, and takes longer than its parts.
+    wide = logits.copy_(logits.to(dtype)) if logits.dtype == torch.float32 else logits.float()
+    highest = wide.amax(1, keepdim=True)
+    exponentials = wide.sub_(highest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    return exponentials.div_(total), highest.squeeze(1), total.log().squeeze(1)
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_service.data.order import step_rows
+from ft_service.model import cpu_products
 from ft_service.model.attention import PACKED_ATTENTION, register_packed_attention
 from ft_service.train.batches import Batches, MicroBatch, Step, collate, loss_positions
 from ft_service.train.objectives import sft as loss_module
@@ -59,6 +60,7 @@ def stock(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
 
+@pytest.mark.usefixtures("product_type_on_cpu")
 # bf16 keeps 8 bits: gradients of size about 3, rounded a few times, agree to a few 2^-8.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize(("chunk_rows", "block_rows"), [(1, 1), (3, 2), (N, N), (100, 100), (N, 5), (100, 1)])
@@ -141,6 +143,7 @@ def test_all_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_few_rows_of_logits_are_fp32_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "WIDENED_ON_CPU", set())
     width, vocabulary = 4, 512
     chunks_of(8, vocabulary, monkeypatch)
     monkeypatch.setitem(loss_module._BLOCK_BYTES, "cpu", 2 * 4 * vocabulary)
