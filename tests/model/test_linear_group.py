@@ -190,16 +190,17 @@ def test_adapters_that_are_off_merged_or_drop_their_input_run_one_by_one() -> No
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_a_group_saves_its_input_once_and_the_adapters_narrow_product() -> None:
-    module = Projections(torch.float32, ["q", "k", "v"])
-    x = inputs(torch.float32)
+@DTYPES
+def test_a_group_saves_its_input_once_and_the_adapters_narrow_product(dtype: torch.dtype) -> None:
+    module = Projections(dtype, ["q", "k", "v"])
+    x = inputs(dtype)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         LinearGroup(module.layers)(x)
     assert [tensor.shape for tensor in saved] == [x.shape, (18, 12)]
-    assert saved[0].data_ptr() == x.data_ptr()
+    assert saved[0].data_ptr() == x.data_ptr() and saved[1].dtype == dtype
     saved.clear()
-    frozen = Projections(torch.float32, []).requires_grad_(False)
+    frozen = Projections(dtype, []).requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         LinearGroup(frozen.layers)(x)
     assert saved == []
