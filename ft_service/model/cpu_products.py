@@ -28,4 +28,4 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 def for_product(x: torch.Tensor) -> torch.Tensor:
     """`x` in its `product_dtype`: `x` itself, except on a CPU that cannot multiply its type."""
-    return x.to(product_dtype(x))
+    return x if product_dtype(x) == x.dtype else x.float()

@@ -76,7 +76,11 @@ class _Member:
         """y [T, O] of `rows` [T, D]; `low` is x A^T, [T, R]. All are in the type that is multiplied."""
         adapter = self.adapter
         if self.is_4bit:  # bitsandbytes' product adds to nothing, so the adapter's comes second
-            output: torch.Tensor = self.linear.product(rows)
+            output: torch.Tensor
+            if rows.dtype == self.linear.compute_dtype:
+                output = self.linear.product(rows)
+            else:  # bitsandbytes would unpack W to another type, which rounds it differently
+                output = F.linear(rows, self.weight())
             if adapter is not None and low is not None:
                 output.addmm_(low[:, adapter.part], for_product(adapter.b.weight).T, alpha=adapter.scaling)
             return output

@@ -130,6 +130,15 @@ def test_weights_of_the_layers_themselves_are_trained_too(dtype: torch.dtype, ta
     assert_near(found, outcome(module, module, inputs(dtype)), dtype)
 
 
+def test_4bit_weights_are_rounded_to_the_models_type_before_they_are_multiplied() -> None:
+    module = Projections(torch.bfloat16, [], four_bit=True)
+    layers: list[Any] = module.layers
+    x = inputs(torch.bfloat16)
+    for layer, found in zip(layers, LinearGroup(layers)(x), strict=True):
+        exact = x.double() @ layer.dequantised().double().T
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)  # rounded once
+
+
 # -- when the layers run one by one ----------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from ft_service.model.cpu_products import for_product
 from ft_service.model.training_layers import use_training_layers
 from ft_service.train.batches import MicroBatch
 
-_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 32 * 1024 * 1024}
+_CHUNK_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 64 * 1024 * 1024}
 """Of one chunk's logits if they were fp32: enough rows for a fast product with the head."""
 _BLOCK_BYTES = {"cuda": 64 * 1024 * 1024, "cpu": 2 * 1024 * 1024}
 """Of the fp32 logits that exist at a time. On a CPU they fit its caches."""
