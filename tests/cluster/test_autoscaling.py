@@ -269,7 +269,7 @@ def test_a_run_waits_for_its_turn_before_it_asks_for_nodes(trained: Trained) -> 
 
 
 def test_a_run_larger_than_the_cluster_could_ever_be_is_refused(trained: Trained) -> None:
-    """The types of cluster.yaml have 68 GPUs on 14 nodes, of which it starts 8 at most. A full queue changes nothing."""
+    """The types of cluster.yaml have 68 GPUs on 12 nodes, of which it starts 8. A full queue changes nothing."""
     problem = (
         "parallel.num_workers = 66: needs 66 workers with 1 CPU, 1 GPU each, and this cluster has room for 64, also "
         "when it is empty and its autoscaler has started all nodes that it may."
