@@ -44,7 +44,7 @@ GROW_SECONDS = 5.0
 SETTLE_SECONDS = 10.0
 """How long to wait for the largest number of workers to fit; Ray frees the resources of dead workers with a delay."""
 _WAITING_SECONDS = 5.0
-"""Time between two looks what a queued run waits for."""
+"""Time between two looks what a run waits for whose workers have not started."""
 _LOG_WAITING_SECONDS = 60.0
 _PLACED_SECONDS = 1.0
 _ESTIMATE_SECONDS = 60.0
@@ -222,8 +222,9 @@ class Attempts:
                 self._estimate_end(plan)
             if self._pending_request is None and self._is_due("queue", _QUEUE_SECONDS) and self._turn.must_leave():
                 self._send_request(Request(kind="move", reason="A waiting run of higher priority needs the workers"))
-            if self._is_due("waiting", _WAITING_SECONDS):
-                self._report_waiting(count)
+            is_logged = self._is_due("log waiting", _LOG_WAITING_SECONDS)
+            if is_logged or (not self._turn.is_placed and self._is_due("waiting", _WAITING_SECONDS)):
+                self._report_waiting(count, is_logged)
             self._is_storage_away = False
         except StorageError as error:
             if not self._is_storage_away:
@@ -298,7 +299,7 @@ class Attempts:
             self._send_request(Request(kind="move", reason=f"There is room for {fitting} workers instead of {count}"))
         self._fitting_count = fitting
 
-    def _report_waiting(self, count: int) -> None:
+    def _report_waiting(self, count: int, is_logged: bool) -> None:
         """Say what the run waits for while it is queued. Ray starts a worker's process once all of them have room.
 
         The status has it until the first worker writes there.
@@ -319,7 +320,7 @@ class Attempts:
                 message = f"There is room for {counted(count, 'worker')}; waiting for Ray Train to start them."
             if message != status.message:
                 self._run_without_retries.write_status(status.model_copy(update={"message": message}))
-        if self._is_due("log waiting", _LOG_WAITING_SECONDS):
+        if is_logged:
             self._log(message)
 
     def _hang_details(self) -> str:
