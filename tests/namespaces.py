@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.hosts import END_SECONDS, ROOT, Host, kill_all
+from tests.hosts import ROOT, Host, kill_all
 from tests.needs import needs
 
 NETWORK = "10.77.0"
@@ -182,25 +182,20 @@ class Network:
         """Meanwhile its cable (of any but the first) takes so long in either direction."""
         at = self._names[self.hosts[0].name]
         near, far, switch = (f"{end}-{host.name}" for end in ("near", "far", "sw"))
-        relay = subprocess.Popen(
-            ["ip", "netns", "exec", at, sys.executable, "-m", "tests.delayed_cable", near, far, str(seconds)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-        )
-        try:
-            assert relay.stdout is not None and relay.stdout.readline(), "the relay ended before it was up"
-            ip("-n", at, "link", "add", switch, "type", "bridge")
-            ip("-n", at, "link", "set", "dev", switch, "up")
-            ip("-n", at, "link", "set", "dev", near, "master", "bridge0", "up")
-            ip("-n", at, "link", "set", "dev", far, "master", switch, "up")
-            ip("-n", at, "link", "set", "dev", host.name, "master", switch)
-            yield
-        finally:
-            ip("-n", at, "link", "set", "dev", host.name, "master", "bridge0")
-            relay.kill()
-            relay.wait(END_SECONDS)
-            relay.stdout and relay.stdout.close()
-            subprocess.run(["ip", "-n", at, "link", "del", switch], capture_output=True, timeout=20)
+        command = ["ip", "netns", "exec", at, sys.executable, "-m", "tests.delayed_cable", near, far, str(seconds)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as relay:
+            try:
+                assert relay.stdout is not None and relay.stdout.readline(), "the relay ended before it was up"
+                ip("-n", at, "link", "add", switch, "type", "bridge")
+                ip("-n", at, "link", "set", "dev", switch, "up")
+                ip("-n", at, "link", "set", "dev", near, "master", "bridge0", "up")
+                ip("-n", at, "link", "set", "dev", far, "master", switch, "up")
+                ip("-n", at, "link", "set", "dev", host.name, "master", switch)
+                yield
+            finally:
+                relay.kill()
+                ip("-n", at, "link", "set", "dev", host.name, "master", "bridge0")
+                subprocess.run(["ip", "-n", at, "link", "del", switch], capture_output=True, timeout=20)
 
     def _ends(self, host: Host) -> tuple[tuple[str, str], tuple[str, str]]:
         """Namespace and device of both ends of its cable."""
