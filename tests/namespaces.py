@@ -1,20 +1,29 @@
 """Hosts on one machine that share nothing but its files: each a network namespace with an address and a name.
 
-A cable can be pulled: packets are then lost without a word, as when a switch or a machine fails.
+A cable can be pulled: packets are then lost without a word, as when a switch or a machine fails. It can also be limited
+in its rate, lose some packets, or delay all of them.
 """
 
+import ctypes
 import os
+import re
+import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from tests.hosts import Host, kill_all
+from tests.hosts import ROOT, Host, kill_all
+from tests.needs import needs
 
 NETWORK = "10.77.0"
 SHARED_MEMORY = "512m"
+_CLONE_NEWNET = 0x40000000
+_LOST = re.compile(r"counter packets (\d+)")
 _INSIDE = """
 hostname "$0" && mount --bind "$1/hosts" /etc/hosts && mount --bind "$1/resolv.conf" /etc/resolv.conf &&
 mount -t tmpfs -o "size=$2" tmpfs /dev/shm && shift 2 && exec "$@"
@@ -25,8 +34,37 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
 
 
-def reason_to_skip() -> str:
-    """Why this process cannot make network namespaces; '' if it can."""
+def _inside(namespace: str, *command: str) -> str:
+    """Run it there; returns what it prints."""
+    command = ("ip", "netns", "exec", namespace, *command)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+def _limit(rate: str) -> tuple[str, ...]:
+    return ("rate", rate, "burst", "256kb", "latency", "400ms")
+
+
+def _table(device: str) -> str:
+    return f"loss_{device}"
+
+
+def _loss(device: str, share: float) -> str:
+    """For nft: drop this share of the packets that arrive at a device."""
+    hook = f'type filter hook ingress device "{device}" priority 0'
+    drop = f"numgen random mod 1000 < {round(share * 1000)} counter drop"
+    return f"add table netdev {_table(device)} {{ chain loss {{ {hook}; {drop}; }}; }}"
+
+
+def needs_hosts() -> None:
+    """End the test here unless this process can make them."""
+    reason = _why_not()
+    needs(not reason, reason)
+
+
+def _why_not() -> str:
+    """Why this process cannot make hosts with cables that lose and delay packets; '' if it can."""
+    if not Path("/dev/net/tun").exists():
+        return "needs /dev/net/tun"
     name = f"ft-{os.getpid()}-try"
     try:
         ip("netns", "add", name)
@@ -37,6 +75,8 @@ def reason_to_skip() -> str:
     try:
         ip("-n", name, "link", "add", "bridge0", "type", "bridge")
         ip("-n", name, "link", "add", "one", "type", "veth", "peer", "name", "two")
+        _inside(name, "tc", "qdisc", "add", "dev", "one", "root", "tbf", *_limit("1mbit"))
+        _inside(name, "nft", _loss("one", 0.5))
         subprocess.run(
             [
                 "ip",
@@ -55,7 +95,7 @@ def reason_to_skip() -> str:
             text=True,
         )
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        return f"needs bridges, veth pairs and unshare: {getattr(error, 'stderr', error)}"
+        return f"needs bridges, veth pairs, tbf, nft (nftables) and unshare: {getattr(error, 'stderr', error)}"
     finally:
         ip("netns", "del", name)
     return ""
@@ -110,15 +150,68 @@ class Network:
     @contextmanager
     def slow(self, host: Host, rate: str) -> Iterator[None]:
         """Meanwhile its cable (of any but the first) carries so much in either direction, such as ``400mbit``."""
-        ends = ((self._names[host.name], "eth0"), (self._names[self.hosts[0].name], host.name))
-        limit = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
-        for name, device in ends:
-            ip("netns", "exec", name, "tc", "qdisc", "add", "dev", device, *limit)
+        for name, device in self._ends(host):
+            _inside(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *_limit(rate))
         try:
             yield
         finally:
-            for name, device in ends:
-                ip("netns", "exec", name, "tc", "qdisc", "del", "dev", device, "root")
+            for name, device in self._ends(host):
+                _inside(name, "tc", "qdisc", "del", "dev", device, "root")
+
+    @contextmanager
+    def lossy(self, host: Host, share: float) -> Iterator[Callable[[], int]]:
+        """Meanwhile its cable (of any but the first) loses this share of the packets that arrive at either end.
+
+        Yields what counts the packets lost so far.
+        """
+        for name, device in self._ends(host):
+            _inside(name, "nft", _loss(device, share))
+
+        def lost() -> int:
+            tables = (_inside(name, "nft", f"list table netdev {_table(device)}") for name, device in self._ends(host))
+            return sum(int(count) for table in tables for count in _LOST.findall(table))
+
+        try:
+            yield lost
+        finally:
+            for name, device in self._ends(host):
+                _inside(name, "nft", f"delete table netdev {_table(device)}")
+
+    @contextmanager
+    def delayed(self, host: Host, seconds: float) -> Iterator[None]:
+        """Meanwhile its cable (of any but the first) takes so long in either direction."""
+        at = self._names[self.hosts[0].name]
+        near, far, switch = (f"{end}-{host.name}" for end in ("near", "far", "sw"))
+        command = ["ip", "netns", "exec", at, sys.executable, "-m", "tests.delayed_cable", near, far, str(seconds)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as relay:
+            try:
+                assert relay.stdout is not None and relay.stdout.readline(), "the relay ended before it was up"
+                ip("-n", at, "link", "add", switch, "type", "bridge")
+                ip("-n", at, "link", "set", "dev", switch, "up")
+                ip("-n", at, "link", "set", "dev", near, "master", "bridge0", "up")
+                ip("-n", at, "link", "set", "dev", far, "master", switch, "up")
+                ip("-n", at, "link", "set", "dev", host.name, "master", switch)
+                yield
+            finally:
+                relay.kill()
+                ip("-n", at, "link", "set", "dev", host.name, "master", "bridge0")
+                subprocess.run(["ip", "-n", at, "link", "del", switch], capture_output=True, timeout=20)
+
+    def _ends(self, host: Host) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Namespace and device of both ends of its cable."""
+        return (self._names[host.name], "eth0"), (self._names[self.hosts[0].name], host.name)
+
+    def socket(self, host: Host, kind: socket.SocketKind) -> socket.socket:
+        """A socket of this process that sends and receives as a process on that host does."""
+
+        def make() -> socket.socket:
+            with Path("/run/netns", self._names[host.name]).open() as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+            return socket.socket(socket.AF_INET, kind)
+
+        with ThreadPoolExecutor(1) as one_thread:  # only that thread is in the namespace
+            return one_thread.submit(make).result()
 
     def processes(self, host: Host) -> list[psutil.Process]:
         listed = subprocess.run(

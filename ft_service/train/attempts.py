@@ -20,7 +20,7 @@ from ft_service.cluster.ray_cluster import (
     request_resources,
     this_node_id,
 )
-from ft_service.cluster.room import room_per_worker
+from ft_service.cluster.room import format_workers, room_per_worker
 from ft_service.cluster.signals import StopSignals
 from ft_service.errors import RunStopped, StorageError, TrainingError
 from ft_service.plan.plan import RunPlan
@@ -43,6 +43,8 @@ GROW_SECONDS = 5.0
 """Time between two checks for free resources. Workers are added when two checks in a row find room for them."""
 SETTLE_SECONDS = 10.0
 """How long to wait for the largest number of workers to fit; Ray frees the resources of dead workers with a delay."""
+_WAITING_SECONDS = 5.0
+"""Time between two looks what a run waits for whose workers have not started."""
 _LOG_WAITING_SECONDS = 60.0
 _PLACED_SECONDS = 1.0
 _ESTIMATE_SECONDS = 60.0
@@ -220,8 +222,9 @@ class Attempts:
                 self._estimate_end(plan)
             if self._pending_request is None and self._is_due("queue", _QUEUE_SECONDS) and self._turn.must_leave():
                 self._send_request(Request(kind="move", reason="A waiting run of higher priority needs the workers"))
-            if self._is_due("waiting", _LOG_WAITING_SECONDS):
-                self._log_waiting(count)
+            is_logged = self._is_due("log waiting", _LOG_WAITING_SECONDS)
+            if is_logged or (not self._turn.is_placed and self._is_due("waiting", _WAITING_SECONDS)):
+                self._report_waiting(count, is_logged)
             self._is_storage_away = False
         except StorageError as error:
             if not self._is_storage_away:
@@ -296,21 +299,29 @@ class Attempts:
             self._send_request(Request(kind="move", reason=f"There is room for {fitting} workers instead of {count}"))
         self._fitting_count = fitting
 
-    def _log_waiting(self, count: int) -> None:
-        """Say what the run waits for while it is queued. Ray starts a worker's process once all of them have room."""
+    def _report_waiting(self, count: int, is_logged: bool) -> None:
+        """Say what the run waits for while it is queued. Ray starts a worker's process once all of them have room.
+
+        The status has it until the first worker writes there.
+        """
         status = self._run_without_retries.recorded_status()
         if status is None or status.state != "queued":
             return
         workers = num_actors(WORKER)
         if workers.living == count:
-            self._log(status.message)  # of the first worker
+            message = status.message  # of the first worker
         elif workers.starting or workers.living:
-            self._log(f"Waiting for Ray to start the processes of {count} workers; {workers.living} have started.")
-        elif (slots := free_worker_slots(self._worker_resources)) < count:
-            needs = _format_resources(self._worker_resources)
-            self._log(f"Waiting for room for {counted(count, 'worker')} ({needs} each); there is room for {slots}.")
+            message = f"Waiting for Ray to start the processes of {count} workers; {workers.living} have started."
         else:
-            self._log(f"There is room for {counted(count, 'worker')}; waiting for Ray Train to start them.")
+            if (slots := free_worker_slots(self._worker_resources)) < count:
+                needed = format_workers(count, self._worker_resources)
+                message = f"Waiting for room for {needed}; there is room for {slots}."
+            else:
+                message = f"There is room for {counted(count, 'worker')}; waiting for Ray Train to start them."
+            if message != status.message:
+                self._run_without_retries.write_status(status.model_copy(update={"message": message}))
+        if is_logged:
+            self._log(message)
 
     def _hang_details(self) -> str:
         """What is known about the workers that hung, if the newest attempt ended that way."""
@@ -375,7 +386,3 @@ class Attempts:
         """Record the event, and show its message to the person."""
         self._events.emit(event)
         self._log(event.message)
-
-
-def _format_resources(resources: dict[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount >= 1)

@@ -1,6 +1,7 @@
 """Ray's autoscaler starts nodes of cluster.yaml's shapes when a run asks for them, and ends them when they are idle.
 
-A run asks once it is its turn: while another run has all that may join, it waits in the queue and starts no node.
+A run asks once it is its turn: while another run has all that may join, it waits in the queue and starts no node. One
+that is larger than the cluster could ever be is refused, and one whose nodes do not come reports what it waits for.
 
 The autoscaler is the one of `ray up` (version 2); only the provider is fake: it starts raylets on this machine instead
 of instances. Their GPUs are numbers for placement; what trains here trains on the CPU type. That run has secrets in its
@@ -9,6 +10,8 @@ environment, which must be in nothing that it leaves.
 
 import copy
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from typer.testing import CliRunner
 
 from examples.quickstart.quickstart import OBJECT_STORE_BYTES
@@ -29,9 +33,11 @@ from ft_service.cluster.queue.board import Board
 from ft_service.cluster.queue.capacity import RayNodes, joining_nodes, node_types
 from ft_service.cluster.queue.schedule import could_ever_fit
 from ft_service.cluster.ray_cluster import request_resources
+from ft_service.cluster.room import room_per_worker
 from ft_service.runs.events import Queued, read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.lease import Lease
+from ft_service.spec.load import load_run_spec
 from ft_service.storage.storage import Storage
 from tests.cluster.queue.queue_cases import entry
 from tests.faults import Driver
@@ -41,6 +47,10 @@ from tests.worlds import prepared_run, write_world
 
 pytestmark = pytest.mark.cluster
 
+SPOT = "gpu-1x24gb"
+"""Has exchanged its limit with its spot twin."""
+NOT_TO_BE_HAD = "gpu-8x-a100"
+"""The cloud has none at present: the autoscaler starts no node of this type, though cluster.yaml allows two."""
 IDLE_SECONDS = 4
 SCALING_SECONDS = 120
 RUN_SECONDS = 240
@@ -60,6 +70,8 @@ SETTINGS = {
 def autoscaling_config(address: str) -> dict[str, Any]:
     """cluster.yaml with its node types and limits, and a provider of this machine."""
     ours = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    on_demand, spot = (ours["available_node_types"][name] for name in (SPOT, f"{SPOT}-spot"))
+    on_demand["max_workers"], spot["max_workers"] = spot["max_workers"], on_demand["max_workers"]
     types = {
         name: {
             "resources": {**it["resources"], "object_store_memory": OBJECT_STORE_BYTES},
@@ -102,7 +114,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("autoscaling")
 
     def arguments(address: str) -> list[str]:
-        (folder / "config.yaml").write_text(json.dumps(autoscaling_config(address)))
+        config = autoscaling_config(address)
+        config["available_node_types"][NOT_TO_BE_HAD]["max_workers"] = 0
+        (folder / "config.yaml").write_text(json.dumps(config))
         return [f"--autoscaling-config={folder / 'config.yaml'}"]
 
     with Cluster(folder, HEAD, {**QUICK_HEALTH_CHECKS, **OFTEN, **SETTINGS}, arguments) as found:
@@ -121,11 +135,17 @@ def test_nodes_of_the_right_type_come_for_a_request_and_go_without(cluster: Clus
     with joined(cluster):
         assert workers(cluster) == {}
         request_resources({"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001}, 1)
-        wait_for(lambda: workers(cluster) == {"gpu-1x24gb": 1}, SCALING_SECONDS)
-        request_resources({"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}, 16)
-        wait_for(lambda: workers(cluster)["gpu-8x-h100"] == 2, SCALING_SECONDS)
-        wait_for(lambda: workers(cluster) == {"gpu-8x-h100": 2}, SCALING_SECONDS)  # two of four, and no spot node
+        wait_for(lambda: workers(cluster) == {"gpu-1x24gb-spot": 1}, SCALING_SECONDS)
         request_resources({}, 0)
+        spec = load_run_spec(ROOT / "jobs/specs/lora-70b.yaml", ["parallel.num_workers=16"])
+        group = placement_group([room_per_worker(spec.parallel)] * 16, "PACK")  # as Ray Train does
+        try:
+            assert group.wait(SCALING_SECONDS)
+            on_nodes = Counter(placement_group_table(group)["bundles_to_node_id"].values())
+            assert sorted(on_nodes.values()) == [8, 8]
+            wait_for(lambda: workers(cluster) == {"gpu-8x-h100": 2}, SCALING_SECONDS)  # two of four, and no spot node
+        finally:
+            remove_placement_group(group)
         wait_for(lambda: workers(cluster) == {}, SCALING_SECONDS)
 
 
@@ -141,6 +161,8 @@ class Trained:
     node_types: frozenset[str]
     waited_for: str
     """Why it waited in the queue."""
+    refused: str
+    """What another run printed meanwhile, which is larger than the cluster could ever be."""
     nodes_while_it_waited: dict[str, int]
 
 
@@ -175,6 +197,7 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Train
         with holder_of_all_nodes(run.storage, config):
             driver = Driver(at_home, spec, run, [], world / "driver.log")
             try:
+                refused = refused_run(at_home, spec, "parallel.use_gpu=true", *settings_for(66))
                 wait_for(lambda: queued(run) is not None or driver.has_ended(), RUN_SECONDS, log=driver.log)
             except BaseException:
                 driver.end()
@@ -192,7 +215,21 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Train
         finally:
             driver.end()
     waited_for = "" if waiting is None else waiting.waits_for
-    return Trained(run, world, frozenset(types), waited_for, while_it_waited)
+    return Trained(run, world, frozenset(types), waited_for, refused, while_it_waited)
+
+
+def settings_for(num_workers: int) -> tuple[str, ...]:
+    return f"parallel.num_workers={num_workers}", f"train.global_batch_size={num_workers}"
+
+
+def refused_run(cluster: Cluster, spec: Path, *overrides: str) -> str:
+    """What `ft train` prints before it ends with the code for a wrong spec."""
+    command = [sys.executable, "-m", "ft_service.cli.app", "train", str(spec), "--run-id", "refused", *overrides]
+    done = subprocess.run(
+        command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=RUN_SECONDS
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    return " ".join((done.stdout + done.stderr).split())
 
 
 def queued(run: RunFolder) -> Queued | None:
@@ -229,6 +266,43 @@ def holder_of_all_nodes(storage: Storage, config: dict[str, Any]) -> Iterator[No
 def test_a_run_waits_for_its_turn_before_it_asks_for_nodes(trained: Trained) -> None:
     assert "there is room for 0; running: holder" in trained.waited_for
     assert trained.nodes_while_it_waited == {}
+
+
+def test_a_run_larger_than_the_cluster_could_ever_be_is_refused(trained: Trained) -> None:
+    """The types of cluster.yaml have 68 GPUs on 12 nodes, of which it starts 8. A full queue changes nothing."""
+    problem = (
+        "parallel.num_workers = 66: needs 66 workers with 1 CPU, 1 GPU each, and this cluster has room for 64, also "
+        "when it is empty and its autoscaler has started all nodes that it may."
+    )
+    assert problem in trained.refused
+    assert queued(RunFolder(trained.run.storage, "refused")) is None
+
+
+def test_a_run_whose_nodes_do_not_come_reports_what_it_waits_for(cluster: Cluster, trained: Trained) -> None:
+    at_home = copy.copy(cluster)
+    at_home.environment = {**cluster.environment, "HOME": str(trained.world)}
+    run = RunFolder(trained.run.storage, "waiting")
+    spec = Path(trained.run.storage.uri(f"{trained.run.path}/spec.yaml"))
+    on_a100 = ("parallel.use_gpu=true", "parallel.accelerator_type=A100-80G", *settings_for(16))
+    driver = Driver(at_home, spec, run, on_a100, trained.world / "waiting.log")
+    needed = "Waiting for room for 16 workers with 1 CPU, 1 GPU (A100-80G) each"
+    try:
+        wait_for(lambda: driver.has_ended() or needed in ft(run, "runs"), RUN_SECONDS, log=driver.log)
+        assert not driver.has_ended(), driver.said()
+        assert f"{needed}; there is room for 0." in ft(run, "show waiting")
+        ft(run, "stop waiting")
+        wait_for(driver.has_ended, RUN_SECONDS, log=driver.log)
+    finally:
+        driver.end()
+    assert run.recorded_state() == "stopped"
+    with joined(cluster):
+        assert not any(kind.startswith("gpu") for kind in workers(cluster))
+
+
+def ft(run: RunFolder, command: str) -> str:
+    done = CliRunner().invoke(app, [*command.split(), "--storage", run.storage.root])
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.split())
 
 
 def test_a_run_on_cpus_starts_a_cpu_node_and_leaves_it_to_end(cluster: Cluster, trained: Trained) -> None:

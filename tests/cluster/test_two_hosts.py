@@ -20,7 +20,7 @@ from ft_service.runs.folder import RunFolder
 from ft_service.train.checkpoints.manifest import Checkpoints
 from tests.faults import Attempt, Driver, attempts, last_step, steps
 from tests.hosts import QUICK_HEALTH_CHECKS, ROOT, Cluster, Host, wait_for
-from tests.namespaces import Network, connections, network, reason_to_skip, run_inside
+from tests.namespaces import Network, connections, needs_hosts, network, run_inside
 from tests.worlds import prepared_run, work, write_world
 
 pytestmark = pytest.mark.cluster
@@ -50,8 +50,7 @@ def the_same_ninja() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    if reason := reason_to_skip():
-        pytest.skip(reason)
+    needs_hosts()
     with network(tmp_path_factory.mktemp("network"), {"head": 0, "a": 1, "b": 1, "c": 1}) as found:
         yield found
 

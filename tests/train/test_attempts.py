@@ -448,15 +448,16 @@ def test_an_error_in_the_driver_ends_its_workers_first(world: World, monkeypatch
 @pytest.mark.parametrize(
     ("room", "actors", "message"),
     [
-        (1, NumActors(0, 0), "Waiting for room for 2 workers (1 CPU each); there is room for 1."),
+        (1, NumActors(0, 0), "Waiting for room for 2 workers with 1 CPU each; there is room for 1."),
         (2, NumActors(0, 0), "There is room for 2 workers; waiting for Ray Train to start them."),
         (0, NumActors(1, 1), "Waiting for Ray to start the processes of 2 workers; 1 have started."),
         (0, NumActors(0, 2), "2 workers started; loading the base."),
     ],
 )
-def test_the_log_of_a_queued_run_says_what_it_waits_for(
+def test_the_log_and_status_of_a_queued_run_say_what_it_waits_for(
     world: World, monkeypatch: pytest.MonkeyPatch, room: int, actors: NumActors, message: str
 ) -> None:
+    monkeypatch.setattr(attempts_module, "_WAITING_SECONDS", 0.0)
     monkeypatch.setattr(attempts_module, "_LOG_WAITING_SECONDS", 0.0)
     world.room = room
     world.actors = actors
@@ -470,3 +471,6 @@ def test_the_log_of_a_queued_run_says_what_it_waits_for(
     with pytest.raises(TrainingError, match="without a result"):
         world.train(is_saving=lambda: next(polls))
     assert world.logged == [message]
+    status = world.run.recorded_status()
+    are_starting = actors.starting > 0  # then the first worker may write the status at any time
+    assert status is not None and status.message == ("Waiting for 2 workers to start." if are_starting else message)

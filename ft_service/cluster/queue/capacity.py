@@ -61,15 +61,21 @@ class RayNodes:
         free = ray._private.state.available_resources_per_node()
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
         own = _is_own()
+        config = _config(_config_file())
+        types, most = node_types(config), max_nodes(config)
         living = [
-            Node(_HERE if own else node["NodeID"], node["Resources"], free.get(node["NodeID"], {})) for node in alive
+            Node(
+                _HERE if own else node["NodeID"],
+                node["Resources"],
+                free.get(node["NodeID"], {}),
+                most=most if _type_of(node["Labels"], node["Resources"], types) else None,
+            )
+            for node in alive
         ]
-        return living + joining_nodes(
-            _node_types(_config_file()), [(node["Labels"], node["Resources"]) for node in alive]
-        )
+        return living + joining_nodes(types, [(node["Labels"], node["Resources"]) for node in alive], most)
 
     def may_grow_beyond(self) -> bool:
-        return autoscales() and not _node_types(_config_file())
+        return autoscales() and not node_types(_config(_config_file()))
 
     def node_name(self, node_id: str) -> str:
         return _HERE if _is_own() else node_id
@@ -85,16 +91,18 @@ class NodeType:
 
 
 def joining_nodes(
-    types: Sequence[NodeType], living: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]
+    types: Sequence[NodeType],
+    living: Sequence[tuple[Mapping[str, str], Mapping[str, float]]],
+    most: int | None = None,
 ) -> list[Node]:
     """The nodes that may still join: of each type as many as its limit allows beside the living ones.
 
     `living` has labels and resources of each node. A node without the label of its type belongs to the type with the
-    same GPUs and CPUs.
+    same GPUs and CPUs. `most` is the limit of all types together.
     """
     counts = Counter(_type_of(labels, resources, types) for labels, resources in living)
     return [
-        Node(f"{kind.name}-{number}", kind.resources, kind.resources, is_joining=True)
+        Node(f"{kind.name}-{number}", kind.resources, kind.resources, is_joining=True, most=most)
         for kind in types
         for number in range(min(kind.max_count - counts[kind.name], _LARGEST_JOINING))
     ]
@@ -115,7 +123,7 @@ def autoscales() -> bool:
 
 def node_types(config: Mapping[str, Any]) -> list[NodeType]:
     """The node types of an autoscaler's configuration (`ray up`'s YAML) that it may start, with their limits."""
-    most = int(config.get("max_workers", 0))
+    most = max_nodes(config)
     types = []
     for name, kind in (config.get("available_node_types") or {}).items():
         count = 0 if name == config.get("head_node_type") else int(kind.get("max_workers", most))
@@ -125,18 +133,25 @@ def node_types(config: Mapping[str, Any]) -> list[NodeType]:
     return types
 
 
+def max_nodes(config: Mapping[str, Any]) -> int:
+    """How many nodes of all its types the autoscaler runs at once, beside the head."""
+    return int(config.get("max_workers", 0))
+
+
 def _config_file() -> Path | None:
     places = [Path(os.environ[_CONFIG_VARIABLE])] if _CONFIG_VARIABLE in os.environ else []
     return next((place for place in (*places, _AUTOSCALER_CONFIG.expanduser()) if place.exists()), None)
 
 
 @functools.cache
-def _node_types(file: Path | None) -> list[NodeType]:
+def _config(file: Path | None) -> Mapping[str, Any]:
     """Empty if the autoscaler's limits are unknown. They do not change while a driver lives."""
     try:
-        return [] if file is None else node_types(yaml.safe_load(file.read_text(encoding="utf-8")))
+        config = {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+        node_types(config)  # can be read
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
-        return []
+        return {}
+    return dict(config)
 
 
 def _is_own() -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from ft_service.cluster.queue.entry import Entry
+from ft_service.cluster.room import format_workers
 from ft_service.text import counted
 
 PASSING_SECONDS = 3600.0
@@ -37,6 +38,8 @@ class Node:
     """What Ray has free."""
     is_joining: bool = False
     """The autoscaler would have to start it."""
+    most: int | None = None
+    """Of a node that the autoscaler starts and ends: how many such nodes it runs at once, of all types together."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,8 @@ def _room_needed(entry: Entry, entries: Sequence[Entry], room: Room, first: Entr
     slots = room.slots(entry.worker_resources)
     if slots >= entry.fewest_workers and first is not None:
         return f"run {first.run_id}, which is before it and needs that room"
-    needed = f"room for {counted(entry.fewest_workers, 'worker')}; there is room for {slots}"
+    workers = format_workers(entry.fewest_workers, entry.worker_resources)
+    needed = f"room for {workers}; there is room for {slots}"
     holders = sorted((other for other in entries if other.holds_workers), key=lambda other: other.by_arrival)
     if not holders:
         return f"{needed}, and other work than training has the rest"
@@ -370,5 +374,8 @@ def room_for(entry: Entry, others: Sequence[Entry], nodes: Sequence[Node]) -> in
 
 
 def could_ever_fit(entry: Entry, nodes: Sequence[Node]) -> int:
-    """How many of its workers fit these nodes when they are empty."""
-    return Room({node.id: node.total for node in nodes}).slots(entry.worker_resources)
+    """How many of its workers fit these nodes when they are empty, and the autoscaler runs those on which most fit."""
+    slots = [(node.most, _slots(node.total, entry.worker_resources)) for node in nodes]
+    autoscaled = sorted((count for most, count in slots if most is not None), reverse=True)
+    limit = min((most for most, _ in slots if most is not None), default=0)
+    return sum(count for most, count in slots if most is None) + sum(autoscaled[:limit])

@@ -17,12 +17,13 @@ from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.schedule import Decision, Limits, Node, Quotas, could_ever_fit, decide, room_for
 from ft_service.cluster.queue.snapshot import SHORT_QUEUE, Snapshots
 from ft_service.cluster.queue.usage import QueueLimits, forget_usage, read_limits, record_usage, used_hours
+from ft_service.cluster.room import format_workers
 from ft_service.errors import Problem, SpecError, StorageError
 from ft_service.runs.events import EventLog, Queued
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
-from ft_service.text import counted, format_duration
+from ft_service.text import format_duration
 
 POLL_SECONDS = 1.0
 _FIRST_POLL_SECONDS = 0.1
@@ -234,9 +235,8 @@ class Turn:
         slots = could_ever_fit(entry, nodes)
         if slots >= entry.fewest_workers or self._cluster.may_grow_beyond():
             return
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in entry.worker_resources.items() if amount >= 1)
         problem = (
-            f"needs {counted(entry.fewest_workers, 'worker')} with {needs} each, and this cluster has room for "
+            f"needs {format_workers(entry.fewest_workers, entry.worker_resources)}, and this cluster has room for "
             f"{slots}, also when it is empty and its autoscaler has started all nodes that it may"
         )
         cure = "Use fewer workers, or smaller ones, or add nodes."

@@ -7,7 +7,7 @@ import yaml
 
 from ft_service.cluster.queue import capacity
 from ft_service.cluster.queue.capacity import NodeType, autoscales, joining_nodes, node_types
-from ft_service.cluster.queue.schedule import could_ever_fit
+from ft_service.cluster.queue.schedule import Node, could_ever_fit
 from tests.cluster.queue.queue_cases import entry
 from tests.hosts import ROOT
 
@@ -42,6 +42,18 @@ def test_the_workers_of_a_shipped_spec_fit_the_nodes_of_the_shipped_cluster_file
     assert could_ever_fit(entry("r", 8, worker_resources={**on_h100, "accelerator_type:B200": 0.001}), nodes) == 0
 
 
+def test_a_run_never_fits_more_nodes_than_the_limit_of_all_types_together_allows() -> None:
+    four_of_each = [NodeType("small", {"CPU": 8.0, "GPU": 1.0}, 4), NodeType("large", {"CPU": 8.0, "GPU": 8.0}, 4)]
+    run = entry("r", 1, worker_resources={"CPU": 1.0, "GPU": 1.0})
+    head = Node("head", {"CPU": 2.0, "GPU": 1.0}, {})
+    assert could_ever_fit(run, [head, *joining_nodes(four_of_each, [])]) == 1 + 4 * 8 + 4 * 1
+    assert could_ever_fit(run, [head, *joining_nodes(four_of_each, [], most=5)]) == 1 + 4 * 8 + 1
+    # Two of the small type live, and can go again.
+    small = ({"ray.io/node-group": "small"}, {"CPU": 8.0, "GPU": 1.0})
+    living = [Node(name, small[1], {}, most=5) for name in ("x", "y")]
+    assert could_ever_fit(run, [head, *living, *joining_nodes(four_of_each, [small, small], most=5)]) == 1 + 4 * 8 + 1
+
+
 def test_the_limits_are_read_from_the_file_that_the_environment_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,11 +65,11 @@ def test_the_limits_are_read_from_the_file_that_the_environment_names(
     file.write_text(yaml.safe_dump({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds}))
     monkeypatch.setenv("FT_AUTOSCALER_CONFIG", str(file))
     assert autoscales()
-    assert [(kind.name, kind.max_count) for kind in capacity._node_types(file)] == [("small", 4)]
+    assert [(kind.name, kind.max_count) for kind in node_types(capacity._config(file))] == [("small", 4)]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a: [", "available_node_types: 3", "max_workers: many"])
 def test_a_file_that_cannot_be_read_means_unknown_limits(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    assert capacity._node_types(file) == []
+    assert node_types(capacity._config(file)) == []

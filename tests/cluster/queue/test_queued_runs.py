@@ -117,7 +117,10 @@ def test_runs_that_do_not_fit_together_take_turns(cluster: Cluster, world: Path)
         listed = queue(world)
         assert [listed[run]["state"] for run in ("first", "third", "fourth")] == ["running", "waiting", "waiting"]
         assert [listed[run]["place"] for run in ("first", "third", "fourth")] == [None, 2, 1]  # eve has used nothing
-        assert "room for 2 workers; there is room for 0; running: first (2 workers)" in listed["fourth"]["waits_for"]
+        assert (
+            "room for 2 workers with 1 CPU each; there is room for 0; running: first (2 workers)"
+            in listed["fourth"]["waits_for"]
+        )
         ft(world, "stop", "fourth")
         assert fourth.wait(SECONDS) == 3 and state(world, "fourth") == "stopped"
 

@@ -61,7 +61,9 @@ def test_a_run_starts_only_when_all_its_workers_fit() -> None:
     nodes = [node("a", 2), node("b", 1)]
     assert decided([entry("r", 3)], nodes).starts == {"r": 3}
     decision = decided([entry("r", 4)], nodes)
-    assert decision.starts == {} and decision.waits_for["r"].startswith("room for 4 workers; there is room for 3")
+    assert decision.starts == {} and decision.waits_for["r"].startswith(
+        "room for 4 workers with 1 CPU, 1 GPU each; there is room for 3"
+    )
 
 
 def test_a_worker_is_not_spread_over_nodes() -> None:
@@ -86,7 +88,7 @@ def test_the_room_of_workers_that_have_just_died_stays_theirs() -> None:
 def test_work_outside_the_queue_takes_room_too() -> None:
     decision = decided([entry("r", 2)], [node("a", 4, free=1)])
     assert decision.waits_for["r"] == (
-        "room for 2 workers; there is room for 1, and other work than training has the rest"
+        "room for 2 workers with 1 CPU, 1 GPU each; there is room for 1, and other work than training has the rest"
     )
 
 

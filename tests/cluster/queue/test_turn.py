@@ -135,7 +135,7 @@ def test_a_run_waits_until_another_has_ended(world: World) -> None:
     def end_first() -> None:
         entry = world.entries()["second"]
         assert (entry.state, entry.place) == ("waiting", 1)
-        assert entry.waits_for == "room for 2 workers; there is room for 1; running: first (3 workers)"
+        assert entry.waits_for == "room for 2 workers with 1 CPU each; there is room for 1; running: first (3 workers)"
         assert entry.estimated_start is not None
         first.leave()
 

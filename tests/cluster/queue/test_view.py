@@ -42,7 +42,7 @@ def busy(world: World) -> World:
 def test_place_and_reason_of_a_run(busy: World) -> None:
     assert view.place(busy.storage, "third") == 1
     assert view.waiting_for(busy.storage, "third") == (
-        "room for 2 workers; there is room for 0; running: first (4 workers)"
+        "room for 2 workers with 1 CPU each; there is room for 0; running: first (4 workers)"
     )
     assert view.place(busy.storage, "first") is None and view.waiting_for(busy.storage, "first") is None
     assert view.place(busy.storage, "unknown") is None
