@@ -2,6 +2,9 @@
 
 The client repeats a request for some seconds after throttling, 5xx answers and broken connections. An object appears
 whole or not at all, and an upload in parts that fails is aborted.
+
+Trap: a process that forks after its first request hangs in the child. Fork before that (`ft_service.cluster.detach`),
+or spawn.
 """
 
 import os
