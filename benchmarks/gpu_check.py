@@ -56,6 +56,7 @@ PACKAGES = {
     "fsspec": "fsspec",
     "ninja": "ninja",
     "numpy": "numpy",
+    "obstore": "obstore",
     "peft": "peft",
     "psutil": "psutil",
     "pyarrow": "pyarrow",

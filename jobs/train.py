@@ -16,7 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job runs in th
 from ft_service.cluster.detach import detach
 from ft_service.errors import UsageError, exit_on_error
 
-_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets", "pydantic", "pyarrow")
+_PACKAGES = (
+    *("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets", "pydantic", "pyarrow"),
+    "obstore",
+)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ FAULTS: tuple[Fault, ...] = (
     # -- storage and lease -------------------------------------------------------------------------------------------
     Fault(
         name="full-disk-waited-for",
-        file="ft_service/storage/retry.py",
+        file="ft_service/storage/failures.py",
         old="errno.EINVAL,\n    errno.ENOSPC,",
         new="errno.EINVAL,",
         breaks="A full disk is taken for a network that is away: minutes of waiting before the error shows.",

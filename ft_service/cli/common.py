@@ -20,7 +20,7 @@ Overrides = Annotated[
 RunId = Annotated[str | None, typer.Option("--run-id", help="Id of the run (default: <name>-<8 hex>).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 StorageRoot = Annotated[
-    str, typer.Option("--storage", envvar="FT_STORAGE", help="Storage root: a folder, or an s3:// or gs:// URI.")
+    str, typer.Option("--storage", envvar="FT_STORAGE", help="Storage root: a folder, or an s3://, gs:// or az:// URI.")
 ]
 DEFAULT_STORAGE = "storage"
 

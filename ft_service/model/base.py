@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow
-from pyarrow import fs
-
 from ft_service.catalog import models
-from ft_service.errors import ModelError, ModelUnreachableError
+from ft_service.errors import ModelError, ModelUnreachableError, StorageError, UnreachableError
 from ft_service.model.weight_files import WeightFiles
+from ft_service.storage.storage import Storage
 from ft_service.text import first_line
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def short_name(base: str) -> str:
 
 
 def is_remote(base: str) -> bool:
-    """Whether `base` is on object storage (``s3://``, ``gs://``)."""
+    """Whether `base` is on object storage (``s3://``, ``gs://``, ``az://``)."""
     return "://" in base
 
 
@@ -79,26 +77,25 @@ def _fetch(uri: str, weights: bool) -> Path:
     folder = _REMOTE_CACHE.expanduser() / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        store, base = fs.FileSystem.from_uri(uri)
-        found = store.get_file_info(fs.FileSelector(base))
-        for info in found:
-            wanted = info.base_name.endswith((".json", ".jinja")) or (weights and info.extension == "safetensors")
-            target = folder / info.base_name
-            if not wanted or _is_cached(target, info):
+        storage = Storage(uri)
+        for file in storage.tree():
+            wanted = file.path.endswith((".json", ".jinja")) or (weights and file.path.endswith(".safetensors"))
+            target = folder / file.path
+            if not wanted or "/" in file.path or _is_cached(target, file.size):
                 continue
             partial = target.with_name(f".{target.name}-{os.getpid()}")
-            fs.copy_files(info.path, str(partial), source_filesystem=store, destination_filesystem=fs.LocalFileSystem())
+            storage.download(file.path, partial)
             partial.replace(target)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ModelUnreachableError(
-            f"model.base = {uri!r}: cannot be downloaded ({error}). Check the URI and your credentials for it."
-        ) from None
+    except UnreachableError as error:
+        raise ModelUnreachableError(f"model.base = {uri!r}: cannot be downloaded: {error}") from None
+    except StorageError as error:
+        raise ModelError(f"model.base = {uri!r}: cannot be downloaded: {error}") from None
     return folder
 
 
-def _is_cached(file: Path, remote: fs.FileInfo) -> bool:
+def _is_cached(file: Path, size: int) -> bool:
     # Only weights are cached: JSON files are small, and may be corrected in place.
-    return file.suffix == ".safetensors" and file.is_file() and file.stat().st_size == remote.size
+    return file.suffix == ".safetensors" and file.is_file() and file.stat().st_size == size
 
 
 def open_weight_files(base: str, revision: str | None = None) -> WeightFiles:

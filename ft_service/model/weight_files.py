@@ -10,16 +10,15 @@ import math
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import pyarrow
-from pyarrow import fs
-
-from ft_service.errors import ModelError
+from ft_service.errors import ModelError, ModelUnreachableError, StorageError, UnreachableError
+from ft_service.storage.storage import Storage
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -58,7 +57,7 @@ class WeightFiles:
     """
 
     def __init__(self, location: str | Path) -> None:
-        """`location` is a folder, or an ``s3://`` or ``gs://`` URI."""
+        """`location` is a folder, or a URI on object storage."""
         self.location = str(location)
         self._files: _LocalFiles | _RemoteFiles
         if "://" in self.location:
@@ -257,14 +256,8 @@ class _LocalFiles:
 class _RemoteFiles:
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        try:
-            self._fs, self._base = fs.FileSystem.from_uri(uri)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ModelError(
-                f"model.base = {uri!r}: cannot be opened ({error}). Use a folder, s3:// or gs://."
-            ) from None
-        self._streams: dict[str, pyarrow.NativeFile] = {}
-        self._lock = Lock()
+        with self._raising():
+            self._storage = Storage(uri)
 
     def names(self) -> Iterator[str]:
         return iter(self._sizes)
@@ -274,24 +267,21 @@ class _RemoteFiles:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        try:
-            found = self._fs.get_file_info(fs.FileSelector(self._base, allow_not_found=True))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ModelError(f"model.base = {self._uri!r}: does not answer ({error}).") from None
-        return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
+        with self._raising():
+            return {file.path: file.size for file in self._storage.tree() if "/" not in file.path}
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        try:
-            with self._lock:
-                if file not in self._streams:
-                    self._streams[file] = self._fs.open_input_file(f"{self._base}/{file}")
-            content = self._streams[file].read_at(len(buffer), start)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ModelError(f"{self._uri.rstrip('/')}/{file}: cannot be read ({error}).") from None
-        if len(content) != len(buffer):
-            raise ModelError(f"{self._uri.rstrip('/')}/{file}: ends too early. Download it again.")
-        buffer[:] = content
+        with self._raising():
+            buffer[:] = self._storage.read_range(file, start, len(buffer))
 
     def close(self) -> None:
-        while self._streams:
-            self._streams.popitem()[1].close()
+        """Nothing is open."""
+
+    @contextmanager
+    def _raising(self) -> Iterator[None]:
+        try:
+            yield
+        except UnreachableError as error:
+            raise ModelUnreachableError(f"model.base = {self._uri!r}: does not answer: {error}") from None
+        except StorageError as error:
+            raise ModelError(f"model.base = {self._uri!r}: cannot be read: {error}") from None

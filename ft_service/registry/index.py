@@ -56,7 +56,7 @@ class RecordIndex:
         self._storage = storage
         self._kind = kind
         self._read_line = read_line
-        self._path = f"{INDEX}/{kind}.index"  # pyarrow would compress a file whose name ends in .gz again
+        self._path = f"{INDEX}/{kind}.index"
         self._changes = f"{INDEX}/changes/{kind}"
         self._updating = threading.Lock()
 

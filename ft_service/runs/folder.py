@@ -10,6 +10,7 @@ The driver writes the run's state; while it trains, the first worker does too. M
 (`ft_service.runs.lease`). A run whose driver is gone counts as failed, whatever its last recorded state.
 """
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from ft_service.registry.registry import DatasetRef, Waiver
 from ft_service.spec.load import dump_run_spec, parse_run_spec
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.formats import StoredFile, renamed
+from ft_service.storage.object_store import Version
 from ft_service.storage.storage import Storage
 
 State = Literal[
@@ -150,6 +152,7 @@ class RunFolder:
         self.storage = storage
         self.run_id = run_id
         self.path = f"runs/{run_id}"
+        self._lease_path = f"{self.path}/lease.json"
 
     def status(self) -> RunStatus | None:
         """The run's state; None before it began. It is `failed` if the driver is gone and the run has not ended."""
@@ -176,7 +179,26 @@ class RunFolder:
         return None if status is None else status.state
 
     def lease_holder(self) -> LeaseHolder | None:
-        return self._read("lease.json", LeaseHolder)
+        return self.lease()[0]
+
+    def lease(self) -> tuple[LeaseHolder | None, Version | None]:
+        """The driver that works on the run, with what `write_lease` needs to replace it."""
+        found = self.storage.read_versioned(self._lease_path)
+        if found is None:
+            return None, None
+        content, version = found
+        return LeaseHolder.parse(content, self.storage.uri(self._lease_path)), version
+
+    def write_lease(self, holder: LeaseHolder, version: Version | None) -> bool:
+        """Write the lease unless it has changed since `lease` returned `version`; returns whether it was written.
+
+        With None for `version` the run must have no lease. On a file system it is written in any case.
+        """
+        content = json.dumps(holder.model_dump(mode="json"), indent=2) + "\n"
+        return self.storage.write_if(self._lease_path, content.encode(), version)
+
+    def delete_lease(self) -> None:
+        self.storage.delete(self._lease_path)
 
     def write_request(self, request: Request) -> None:
         """Ask the run's workers to leave. Stop and move are separate files, so that neither overwrites the other."""

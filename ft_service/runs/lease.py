@@ -1,8 +1,9 @@
 """A lease: a driver's claim on a run, which it renews every few seconds. One driver works on a run at a time.
 
-File systems and object stores share no kind of lock, so the lease is a file that the driver rewrites. When two drivers
-start at the same moment, each reads the file back to see which of them wrote last. A driver that lost its connection
-sees afterwards that another one has taken over.
+The lease is a file that the driver rewrites. An object store writes it only if nobody else has since it was read, so
+of two drivers that start at the same moment one fails at once, however slow the store is. A file system has no such
+condition: there each driver reads the file back after a moment to see which of them wrote last. A driver that lost its
+connection sees afterwards that another one has taken over.
 """
 
 import math
@@ -18,6 +19,7 @@ from types import TracebackType
 from ft_service.errors import StorageError, UsageError
 from ft_service.runs.folder import LEASE_SECONDS, LeaseHolder, RunFolder
 from ft_service.runs.progress import Log
+from ft_service.storage.object_store import Version
 
 RENEW_SECONDS = 10.0
 _POLL_SECONDS = 1.0
@@ -44,8 +46,11 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        self._wait_for_previous_driver()
-        self._write(self._run)
+        version = self._wait_for_previous_driver()
+        while not self._run.write_lease(self._holder(), version):
+            holder, version = self._run.lease()
+            if holder is not None:  # otherwise the previous driver has given its lease back meanwhile
+                raise self._simultaneous_error()
         self._settled_at = time.monotonic() + _SETTLE_SECONDS
         if self._confirms:
             self.confirm()
@@ -56,7 +61,7 @@ class Lease:
         """Raise `UsageError` if another driver started at the same moment and wrote last. Waits until that is known."""
         time.sleep(max(0.0, self._settled_at - time.monotonic()))
         if not holds_lease(self._run, self.token):
-            raise UsageError(f"--run-id = {self._run.run_id!r}: another driver started this run at the same moment.")
+            raise self._simultaneous_error()
 
     def is_held(self) -> bool:
         """Whether no other driver has taken over; True as well when storage does not answer."""
@@ -73,44 +78,49 @@ class Lease:
         self._thread.join()
         try:
             if holds_lease(self._run, self.token):
-                self._run.storage.delete(f"{self._run.path}/lease.json")
+                self._run.delete_lease()
         except StorageError:
             pass  # it expires
 
-    def _wait_for_previous_driver(self) -> None:
-        first = self._run.lease_holder()
+    def _wait_for_previous_driver(self) -> Version | None:
+        """The version of the lease that may be replaced."""
+        first, version = self._run.lease()
         if first is None or not may_be_alive(first):
-            return
+            return version
         who = f"driver {first.pid} on {first.host}"
         self._log(f"Run {self._run.run_id} belongs to {who}. Waiting to see whether that driver is alive.")
         deadline = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            now = self._run.lease_holder()
+            now, version = self._run.lease()
             if now is None or _has_ended(now):
-                return
+                return version
             if now != first:
                 raise UsageError(
                     f"--run-id = {self._run.run_id!r}: {who} is working on it. Stop that run first (ft stop "
                     f"{self._run.run_id}), or use another --run-id."
                 )
+        return version
 
     def _renew(self) -> None:
         # Without retries: a write that waits for storage could overwrite the lease of a driver that has taken over.
         run = RunFolder(self._run.storage.without_retries(), self._run.run_id)
         while not self._ended.wait(RENEW_SECONDS):
             try:
-                if not holds_lease(run, self.token):
+                holder, version = run.lease()
+                if holder is None or holder.token != self.token:
                     return
-                self._write(run)
+                run.write_lease(self._holder(), version)
             except StorageError:
                 continue  # renewed when storage is back
 
-    def _write(self, run: RunFolder) -> None:
-        holder = LeaseHolder(
+    def _holder(self) -> LeaseHolder:
+        return LeaseHolder(
             token=self.token, host=socket.gethostname(), machine=machine_name(), pid=os.getpid(), time=datetime.now(UTC)
         )
-        run.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
+
+    def _simultaneous_error(self) -> UsageError:
+        return UsageError(f"--run-id = {self._run.run_id!r}: another driver started this run at the same moment.")
 
 
 def holds_lease(run: RunFolder, token: str) -> bool:

@@ -8,7 +8,8 @@ from ft_service.catalog.gpus import find_gpu, known_gpus
 from ft_service.errors import Problem
 from ft_service.spec.schema import RunSpec
 
-_CREDENTIALS = re.compile(r"(\b\w+://)[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(\b(?!abfss?://[^/@:\s]+@)\w+://)[^/@\s]+@")
+"""What is before the @ of an address, except a container of Azure (``abfss://CONTAINER@ACCOUNT...``)."""
 _SIGNATURES = re.compile(
     r"([?&](?:X-Amz-Signature|X-Goog-Signature|sig|token|access_token|api_key)=)[^&\s*]+", re.IGNORECASE
 )

@@ -21,7 +21,7 @@ class ModelSpec(_Section):
 
     base: str = Field(
         min_length=1,
-        description="Hub id, or a Llama-architecture checkpoint (safetensors): a folder, or an s3:// or gs:// URI.",
+        description="Hub id, or a Llama-architecture checkpoint (safetensors): a folder, or a URI (s3://, gs://, az://).",
     )
     revision: str | None = Field(default=None, description="Hub revision: a branch, tag or commit. Only for hub ids.")
 
@@ -67,7 +67,7 @@ class DataSource(_Section):
 
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv or .parquet file, also at an s3:// or gs:// URI; a folder of them; or "
+        description="A .jsonl, .json, .csv or .parquet file, also at a URI (s3://, gs://, az://); a folder of them; or "
         "hub:NAME:SPLIT (hub:NAME:CONFIGURATION:SPLIT).",
     )
     format: Literal["alpaca", "chat", "text"] = Field(default="alpaca", description="Layout of a record.")
@@ -326,7 +326,7 @@ class RunSpec(_Section):
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     report: ReportSpec = Field(default_factory=ReportSpec)
     queue: QueueSpec = Field(default_factory=QueueSpec)
-    storage: str = Field(min_length=1, description="A folder that all machines share, or an s3:// or gs:// URI.")
+    storage: str = Field(min_length=1, description="A folder that all machines share, or a URI (s3://, gs://, az://).")
 
     @field_validator("name", mode="before")
     @classmethod

@@ -1,10 +1,8 @@
-"""Retrying a storage that does not answer: which errors may pass, and how long to wait.
+"""Retrying a storage that does not answer: how long to wait, and one notice for all threads.
 
-Errors that waiting cannot fix (no such folder or bucket, no permission, no space) are raised at once.
+Errors that waiting cannot fix (`ft_service.storage.failures`) are raised at once.
 """
 
-import errno
-import re
 import sys
 import threading
 import time
@@ -12,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ft_service.errors import StorageError, UnreachableError
+from ft_service.errors import UnreachableError
 
 RUN_RETRY_SECONDS = 300.0
 """For a run's driver and workers: a storage that is away for a few minutes does not end a run."""
@@ -20,55 +18,7 @@ RUN_RETRY_SECONDS = 300.0
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 15.0
 
-# No such file, no permission, no space, or no such operation.
-_PERMANENT = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EINVAL,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EXDEV,
-    errno.EMLINK,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-}
-# pyarrow's errors of object stores have no error number. Of the 4xx, 408 and 429 ask for a retry.
-_PERMANENT_TEXT = re.compile(
-    r"AWS Error (NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|ACCESS_DENIED|INVALID_\w+|INCOMPLETE_SIGNATURE|"
-    r"SIGNATURE_DOES_NOT_MATCH|MISSING_\w+|UNRECOGNIZED_CLIENT|OPT_IN_REQUIRED|VALIDATION)"
-    r"|HTTP status (?!408|429)[34]\d\d|Bucket '[^']*' not found|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND"
-)
-
 T = TypeVar("T")
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later. Everything that is not clearly permanent may."""
-    if not isinstance(error, OSError):
-        return False
-    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
-        return False
-    # An error about a whole folder (shutil.Error) has the error numbers of its files only in its text.
-    numbers = [error.errno] if error.errno else [int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))]
-    if numbers:
-        return not _PERMANENT.intersection(numbers)
-    return _PERMANENT_TEXT.search(str(error)) is None
-
-
-def storage_error(problem: str, error: Exception, cure: str = "") -> StorageError:
-    """The error to raise for `error`: an `UnreachableError` if the same call may succeed later."""
-    if is_transient(error):
-        return UnreachableError(f"{problem} ({error}). Check that it is up and can be reached from here.")
-    return StorageError(f"{problem} ({error}).{cure}")
 
 
 class Retries:

@@ -1,4 +1,4 @@
-"""One root that all machines share: a folder, NFS, or an ``s3://`` / ``gs://`` URI. They share nothing else.
+"""One root that all machines share: a folder, NFS, or a URI of S3, Google Cloud Storage or Azure.
 
 Writes are atomic: a file or a folder exists completely or not at all. On a file system that is a rename. An object
 store shows only complete objects, so there a folder's *marker* file, named by the caller, is written last.
@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
-import pyarrow
 from pyarrow import fs
 
 from ft_service.errors import StorageError, UnreachableError
-from ft_service.storage.retry import Retries, storage_error
-
-_COPY_CHUNK_BYTES = 16 * 1024 * 1024
+from ft_service.storage.failures import STORE_ERRORS, storage_error
+from ft_service.storage.object_store import ObjectStore, Version
+from ft_service.storage.retry import Retries
 
 _DEFAULT_CACHE = Path("~/.cache/ft_service")
 
@@ -66,7 +65,14 @@ class Storage:
         self.root = root
         self.retry_seconds = retry_seconds
         self._retries = Retries(f"storage = {root!r}")
-        self._fs, self._base = self.retry(self._open)  # a URI without a region makes pyarrow ask the bucket for it
+        self._fs = fs.LocalFileSystem()
+        self._objects: ObjectStore | None = None
+        self._was_there = False
+        if "://" in root:
+            self._objects = self.retry(self._open)  # a URI without a region makes it ask the bucket
+            self._base = self._objects.place
+        else:
+            self._base = str(Path(root).expanduser().absolute())
         self._was_there = self.is_local and os.path.isdir(self._base)
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str, float]]:
@@ -82,15 +88,15 @@ class Storage:
         """Call `function`, again while it raises `UnreachableError`, until `retry_seconds` after its first failure.
 
         Pass a `clock` that shows several processes the same time if they must give up together. A call within another
-        one, in the same thread, is not retried, because the outer one is. pyarrow itself retries object stores, and
-        takes up to two minutes for a server that accepts connections and never answers.
+        one, in the same thread, is not retried, because the outer one is. An object store's client itself repeats a
+        request for some seconds, and gives up after a minute if the server accepts it and never answers.
         """
         return self._retries.call(function, self.retry_seconds, clock)
 
     @property
     def is_local(self) -> bool:
         """Whether the root is a folder of this machine's file system, which includes NFS."""
-        return isinstance(self._fs, fs.LocalFileSystem)
+        return self._objects is None
 
     def uri(self, path: str) -> str:
         """Where `path` is: a local path, or a URI with the options of the root's (``?region=...``)."""
@@ -98,6 +104,12 @@ class Storage:
             return f"{self._base}/{path}"
         place, mark, options = self.root.partition("?")
         return f"{place.rstrip('/')}/{path}{mark}{options}"
+
+    def arrow(self, path: str) -> tuple[fs.FileSystem | None, str]:
+        """`path` for a library that writes through pyarrow: its file system and the path there; None for a folder."""
+        if self._objects is None:
+            return None, self.uri(path)
+        return self._objects.arrow(), f"{self._base}/{path}"
 
     def check_writable(self) -> None:
         """Write and delete a probe file. Raises `StorageError` now instead of after hours of training."""
@@ -109,25 +121,51 @@ class Storage:
 
     @_retried
     def exists(self, path: str) -> bool:
-        return self._info(path).type != fs.FileType.NotFound
+        if self._objects is None:
+            return self._info(path).type != fs.FileType.NotFound
+        with self._raising(f"{self.uri(path)}: cannot be looked up"):
+            return self._objects.size(self._key(path)) is not None or self._objects.has_folder(path)
 
     @_retried
     def read_bytes(self, path: str) -> bytes:
-        with self._raising(f"{self.uri(path)}: cannot be read"), self._fs.open_input_file(self._full(path)) as stream:
-            content: bytes = stream.read()
+        full = self._full(path)
+        with self._raising(f"{self.uri(path)}: cannot be read"):
+            if self._objects is not None:
+                return self._objects.read(path)
+            with self._fs.open_input_file(full) as stream:
+                content: bytes = stream.read()
         return content
+
+    @_retried
+    def read_versioned(self, path: str) -> tuple[bytes, Version | None] | None:
+        """A file with what `write_if` needs to replace it; None if there is none. A file system has no versions."""
+        if self._objects is None:
+            return (self.read_bytes(path), None) if self.exists(path) else None
+        with self._raising(f"{self.uri(path)}: cannot be read"):
+            try:
+                return self._objects.read_versioned(self._key(path))
+            except FileNotFoundError:
+                return None
 
     @_retried
     def size(self, path: str) -> int | None:
         """Bytes of a file; None if it does not exist."""
+        if self._objects is not None:
+            with self._raising(f"{self.uri(path)}: cannot be looked up"):
+                return self._objects.size(self._key(path))
         info = self._info(path)
         return info.size if info.type == fs.FileType.File else None
 
     @_retried
     def read_range(self, path: str, start: int, nbytes: int) -> bytes:
         """`nbytes` of a file from byte `start` on. Raises `StorageError` if the file is shorter."""
-        with self._raising(f"{self.uri(path)}: cannot be read"), self._fs.open_input_file(self._full(path)) as stream:
-            content: bytes = stream.read_at(nbytes, start)
+        full = self._full(path)
+        with self._raising(f"{self.uri(path)}: cannot be read"):
+            if self._objects is not None:
+                content = self._objects.read_range(path, start, nbytes)
+            else:
+                with self._fs.open_input_file(full) as stream:
+                    content = stream.read_at(nbytes, start)
         if len(content) != nbytes:
             raise StorageError(f"{self.uri(path)}: is too short.")
         return content
@@ -135,14 +173,12 @@ class Storage:
     @_retried
     def download(self, path: str, target: Path) -> None:
         """Copy a file to `target` on this machine, in blocks. `target` may be left in part if that fails."""
+        full = self._full(path)
         with self._raising(f"{self.uri(path)}: cannot be read"):
-            fs.copy_files(
-                self._full(path),
-                str(target),
-                source_filesystem=self._fs,
-                destination_filesystem=fs.LocalFileSystem(),
-                chunk_size=_COPY_CHUNK_BYTES,
-            )
+            if self._objects is not None:
+                self._objects.download([(path, target)])
+            else:
+                shutil.copyfile(full, target)
 
     def read_json(self, path: str) -> Any:
         try:
@@ -163,14 +199,13 @@ class Storage:
     @_retried
     def tree(self, path: str = "") -> list[StoredObject]:
         """Every file below `path`, at any depth, sorted by path. A file deleted meanwhile is left out."""
-        if self.is_local:
-            with self._raising(f"{self.uri(path)}: cannot be listed"):
-                return sorted(self._local_tree(Path(self._full(path))), key=lambda file: file.path)
-        selector = fs.FileSelector(self._full(path), allow_not_found=True, recursive=True)
+        full = self._full(path)
         with self._raising(f"{self.uri(path)}: cannot be listed"):
-            infos = self._fs.get_file_info(selector)
-        paths = ((info.path.removeprefix(f"{self._base}/"), info) for info in infos if info.type == fs.FileType.File)
-        return sorted((StoredObject(at, info.size, at) for at, info in paths), key=lambda file: file.path)
+            if self._objects is None:
+                found = list(self._local_tree(Path(full)))
+            else:
+                found = [StoredObject(each.path, each.size, each.path) for each in self._objects.tree(path)]
+        return sorted(found, key=lambda file: file.path)
 
     @_retried
     def local_folder(self, path: str, cache: Path | None = None) -> Path:
@@ -180,8 +215,9 @@ class Storage:
         which never become stale. Do not cache both a folder and one inside it: the cached inner folder would pass
         for the complete outer one.
         """
-        if self.is_local:
-            return Path(self._full(path))
+        full = self._full(path)
+        if self._objects is None:
+            return Path(full)
         cache = cache or _DEFAULT_CACHE.expanduser()
         target = cache / self._base / path
         if target.exists():
@@ -189,9 +225,12 @@ class Storage:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
         try:
-            fs.copy_files(self._full(path), str(partial), source_filesystem=self._fs, chunk_size=_COPY_CHUNK_BYTES)
+            files = [each.path for each in self._objects.tree(path)]
+            if not files:
+                raise FileNotFoundError("no such folder")
+            self._objects.download((file, partial / file.removeprefix(f"{path}/")) for file in files)
             partial.rename(target)
-        except OSError as error:
+        except STORE_ERRORS as error:
             shutil.rmtree(partial, ignore_errors=True)
             if not target.exists():  # otherwise another process of this machine has fetched it
                 raise storage_error(f"{self.uri(path)}: cannot be fetched", error) from None
@@ -202,21 +241,27 @@ class Storage:
     @_retried
     def write_bytes(self, path: str, content: bytes) -> None:
         """Write a whole file. A reader sees either the old or the new content."""
-        if self.is_local:
+        objects, key = self._objects, self._key(path)
+        if objects is None:
             with self.writing(path) as stream:
                 stream.write(content)
             return
-        full = self._full(path)
+        with self._writing_raises(path):
+            _uninterrupted(lambda: objects.write(key, content))
 
-        def write() -> None:
-            self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
-            with self._fs.open_output_stream(full) as stream:
-                stream.write(content)
+    @_retried
+    def write_if(self, path: str, content: bytes, version: Version | None) -> bool:
+        """Write a file unless another process has written it since `read_versioned` returned `version`.
 
-        try:
-            _uninterrupted(write)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise self._write_error(path, error) from None
+        Returns whether it was written. With None for `version` no file may be there. `content` must differ from what
+        others write. A file system has no such condition and writes in any case: read the file again after a while to
+        see who wrote last.
+        """
+        if self._objects is None:
+            self.write_bytes(path, content)
+            return True
+        with self._writing_raises(path):
+            return self._objects.write_if(self._key(path), content, version)
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:
@@ -227,31 +272,23 @@ class Storage:
         """
         full = self._full(path)
         self._check_is_there()
-        try:
-            self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
-            if self.is_local:
-                partial = Path(f"{full}.{uuid.uuid4().hex}.partial")
-                try:
-                    with partial.open("wb") as file:
-                        yield file
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(partial, full)
-                    self._was_there = True
-                finally:
-                    with suppress(OSError):
-                        partial.unlink(missing_ok=True)
+        with self._writing_raises(path):
+            if self._objects is not None:
+                with self._objects.writing(path) as stream:
+                    yield stream
                 return
+            self._fs.create_dir(str(PurePosixPath(full).parent), recursive=True)
+            partial = Path(f"{full}.{uuid.uuid4().hex}.partial")
             try:
-                with self._fs.open_output_stream(full) as stream:
-                    yield cast(BinaryIO, stream)
-            except BaseException:
-                # pyarrow cannot abort: closing the stream has made an object of what was written so far.
-                with suppress(StorageError):
-                    self.without_retries().delete(path)
-                raise
-        except (OSError, pyarrow.ArrowException) as error:
-            raise self._write_error(path, error) from None
+                with partial.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, full)
+                self._was_there = True
+            finally:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -265,11 +302,9 @@ class Storage:
             return
         full = Path(self._full(path))
         self._check_is_there()
-        try:
+        with self._writing_raises(path):
             full.parent.mkdir(parents=True, exist_ok=True)
             _append(full, line.encode() + b"\n")
-        except OSError as error:
-            raise self._write_error(path, error) from None
 
     @_retried
     def put_folder(self, source: Path, path: str, marker: str) -> None:
@@ -277,11 +312,11 @@ class Storage:
 
         `marker` is the file whose presence means that the folder is complete.
         """
-        if self.exists(f"{path}/{marker}"):
+        if self._is_complete(path, marker):
             return
         full = self._full(path)
         try:
-            if self.is_local:
+            if self._objects is None:
                 target = Path(full)
                 partial = target.parent / f".{target.name}-{uuid.uuid4().hex}"
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,12 +326,11 @@ class Storage:
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
                 return
-            for file in _files(source):
-                if file.name != marker:
-                    self._upload(source, file, full)
-            self._upload(source, source / marker, full)
-        except (OSError, pyarrow.ArrowException) as error:
-            if not self.exists(f"{path}/{marker}"):  # otherwise another writer has published the same content
+            files = [(file, f"{path}/{file.relative_to(source).as_posix()}") for file in _files(source)]
+            self._objects.upload(pair for pair in files if pair[1] != f"{path}/{marker}")
+            self._objects.upload([(source / marker, f"{path}/{marker}")])
+        except STORE_ERRORS as error:
+            if not self._is_complete(path, marker):  # otherwise another writer has published the same content
                 raise self._write_error(path, error) from None
 
     @_retried
@@ -308,7 +342,7 @@ class Storage:
         No bytes pass through this machine: a file system makes hard links, an object store copies on its side.
         `marker`, one of `added`, means that the folder is complete; a complete folder is not changed.
         """
-        if self.exists(f"{path}/{marker}"):
+        if self._is_complete(path, marker):
             return
         if self.is_local:
             target = PurePosixPath(path)
@@ -316,15 +350,16 @@ class Storage:
         else:
             destination = path
         try:
-            self._fs.create_dir(self._full(destination), recursive=True)
+            if self.is_local:
+                self._fs.create_dir(self._full(destination), recursive=True)
             for name in names:
-                self._copy(self._full(f"{source}/{name}"), self._full(f"{destination}/{name}"))
+                self._copy(f"{source}/{name}", f"{destination}/{name}")
             for name in sorted(added, key=lambda name: name == marker):
                 self.write_bytes(f"{destination}/{name}", added[name])
             if self.is_local:
                 Path(self._full(destination)).rename(self._full(path))
-        except (OSError, pyarrow.ArrowException) as error:
-            if not self.exists(f"{path}/{marker}"):  # otherwise another writer has published the same content
+        except STORE_ERRORS as error:
+            if not self._is_complete(path, marker):  # otherwise another writer has published the same content
                 raise self._write_error(path, error) from None
         finally:
             if self.is_local:
@@ -335,17 +370,21 @@ class Storage:
         """Rename a file within the storage, in place of a file that is there. An object store copies on its side."""
         full = self._full(path)
         with self._raising(f"{self.uri(source)}: cannot be moved to {path}"):
-            if self.is_local:
+            if self._objects is None:
                 self._check_is_there()
                 Path(full).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self._full(source), full)
             else:
-                self._copy(self._full(source), full)
-                self._fs.delete_file(self._full(source))
+                self._objects.copy(self._key(source), self._key(path))
+                self._objects.delete(self._key(source))
 
     @_retried
     def delete(self, path: str) -> None:
         """Delete a file or a folder, if it exists."""
+        if self._objects is not None:
+            with self._raising(f"{self.uri(path)}: cannot be deleted"):
+                self._objects.delete(self._key(path))
+            return
         info = self._info(path)
         with self._raising(f"{self.uri(path)}: cannot be deleted"):
             if info.type == fs.FileType.Directory:
@@ -385,15 +424,14 @@ class Storage:
 
     # -- internals -------------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[fs.FileSystem, str]:
-        try:
-            if "://" in self.root:
-                filesystem, base = fs.FileSystem.from_uri(self.root)
-                return filesystem, base
-            return fs.LocalFileSystem(), str(Path(self.root).expanduser().absolute())
-        except (OSError, pyarrow.ArrowException) as error:
-            problem = f"storage = {self.root!r}: is not a usable root"
-            raise storage_error(problem, error, " Use a folder, s3:// or gs://.") from None
+    def _open(self) -> ObjectStore:
+        with self._raising(f"storage = {self.root!r}: does not answer"):
+            return ObjectStore(self.root)
+
+    def _key(self, path: str) -> str:
+        """`path` itself, once it is known to be inside the root."""
+        self._full(path)
+        return path
 
     def _full(self, path: str) -> str:
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
@@ -407,12 +445,19 @@ class Storage:
             self._check_is_there()
         return info
 
+    def _is_complete(self, path: str, marker: str) -> bool:
+        return self.size(f"{path}/{marker}") is not None
+
     def _check_is_there(self) -> None:
         """Raise `UnreachableError` if the root is a folder that has gone, as a file system does that is unmounted."""
         if self._was_there and not os.path.isdir(self._base):
             raise UnreachableError(f"storage = {self.root!r}: the folder is gone. Check that it is mounted.")
 
     def _names(self, path: str, kind: fs.FileType) -> list[str]:
+        if self._objects is not None:
+            with self._raising(f"{self.uri(path)}: cannot be listed"):
+                files, folders = self._objects.names(self._key(path))
+            return sorted(files if kind == fs.FileType.File else folders)
         selector = fs.FileSelector(self._full(path), allow_not_found=True)
         with self._raising(f"{self.uri(path)}: cannot be listed"):
             try:
@@ -437,41 +482,31 @@ class Storage:
     def _raising(self, problem: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, pyarrow.ArrowException) as error:
+        except STORE_ERRORS as error:
             self._check_is_there()
             raise storage_error(problem, error) from None
+
+    @contextmanager
+    def _writing_raises(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except STORE_ERRORS as error:
+            raise self._write_error(path, error) from None
 
     def _write_error(self, path: str, error: Exception) -> StorageError:
         self._check_is_there()
         problem = f"storage = {self.root!r}: cannot write {path}"
-        return storage_error(problem, error, " Check that it exists, is writable and not full.")
+        return storage_error(problem, error, "Check that it exists, is writable and not full.")
 
-    def _copy(self, source: str, target: str) -> None:
-        """Link or copy a file within the storage; both are full paths."""
+    def _copy(self, source: str, path: str) -> None:
+        """Link or copy a file within the storage."""
+        if self._objects is not None:
+            self._objects.copy(source, path)
+            return
         try:
-            if self.is_local:
-                os.link(source, target)
-            else:
-                self._fs.copy_file(source, target)
-        except (OSError, pyarrow.ArrowException):
-            # Some file systems have no hard links, and S3 does not copy objects above 5 GiB on its side.
-            fs.copy_files(
-                source,
-                target,
-                source_filesystem=self._fs,
-                destination_filesystem=self._fs,
-                chunk_size=_COPY_CHUNK_BYTES,
-            )
-
-    def _upload(self, source: Path, file: Path, full: str) -> None:
-        target = f"{full}/{file.relative_to(source).as_posix()}"
-        fs.copy_files(
-            str(file),
-            target,
-            source_filesystem=fs.LocalFileSystem(),
-            destination_filesystem=self._fs,
-            chunk_size=_COPY_CHUNK_BYTES,
-        )
+            os.link(self._full(source), self._full(path))
+        except OSError:  # some file systems have no hard links
+            shutil.copyfile(self._full(source), self._full(path))
 
 
 def _append(file: Path, line: bytes) -> None:

@@ -242,6 +242,7 @@ def _longer_than_hang(parallel: ParallelSpec) -> str:
 
 def _trainer(plan: RunPlan, run: RunFolder, config: Config, controller: Controller) -> _Trainer:
     parallel = plan.spec.parallel
+    storage_filesystem, storage_path = run.storage.arrow("ray")
     return _Trainer(
         work,
         train_loop_config=config,
@@ -256,7 +257,8 @@ def _trainer(plan: RunPlan, run: RunFolder, config: Config, controller: Controll
         run_config=RunConfig(
             # A new name, because Ray Train would continue an earlier attempt of the same name.
             name=f"{run.run_id}-{secrets.token_hex(4)}",
-            storage_path=run.storage.uri("ray") if run.storage.is_local else f"{run.storage.root}/ray",
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
             worker_runtime_env={"env_vars": worker_environment(parallel)},  # type: ignore[call-arg]
             # The driver decides how to continue; Ray would restart the same number of workers without asking it.
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]

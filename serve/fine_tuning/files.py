@@ -17,9 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from ft_service.errors import StorageError
+from ft_service.storage.failures import STORE_ERRORS
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.paging import time_of
 
@@ -28,7 +27,6 @@ INCOMING = "files/incoming"
 PARTS = "files/parts"
 ERRORS = "files/errors"
 BLOCK_BYTES = 2**20
-_FLUSH_BYTES = 32 * 2**20
 LEFTOVER_SECONDS = 24 * 3600.0
 """An arrival that is older is not going on any more."""
 _ID_CHARACTERS = 24
@@ -47,8 +45,6 @@ class Arrival:
         self.size = 0
         self._sha256 = hashlib.sha256()
         self._md5 = hashlib.md5(usedforsecurity=False)
-        self._flushes = not storage.is_local
-        self._flushed = 0
         self._writing = storage.writing(path)
         self._stream = self._writing.__enter__()
 
@@ -64,23 +60,12 @@ class Arrival:
     def write(self, data: bytes) -> None:
         try:
             self._stream.write(data)
-        except (OSError, pyarrow.ArrowException) as error:
+        except STORE_ERRORS as error:
             self._writing.__exit__(type(error), error, None)  # raises `StorageError`
             raise
         self._sha256.update(data)
         self._md5.update(data)
         self.size += len(data)
-        if self._flushes and self.size - self._flushed >= _FLUSH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Wait for what is on its way: pyarrow keeps every part of an object in memory until it has arrived."""
-        try:
-            self._stream.flush()
-        except (OSError, pyarrow.ArrowException) as error:
-            self._writing.__exit__(type(error), error, None)  # raises `StorageError`
-            raise
-        self._flushed = self.size
 
     def finish(self) -> None:
         self._writing.__exit__(None, None, None)

@@ -6,10 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from unittest import mock
-
-from pyarrow import fs
 
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.runs.folder import LeaseHolder, RunFolder, State
@@ -31,20 +29,6 @@ def object_store() -> Iterator[str]:
         boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="ft-storage")
         yield f"s3://ft-storage/{{}}?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
         server.stop()
-
-
-class ObjectStore(Storage):
-    """Storage that behaves like an object store: no renames, only the order of single changes."""
-
-    def __init__(self, root: str) -> None:
-        super().__init__(root)
-        self._fs = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
-        self._was_there = False  # it has no folders, so none can be gone
-        self._base = self._base.lstrip("/")
-
-    def _upload(self, source: Path, file: Path, full: str) -> None:
-        self._fs.create_dir(str(PurePosixPath(full, file.relative_to(source)).parent), recursive=True)
-        super()._upload(source, file, full)
 
 
 def write_dataset(storage: Storage, digest: str, complete: bool = True) -> None:

@@ -26,8 +26,9 @@ from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry, 
 from ft_service.registry.servers import Announcement, ServerNotice
 from ft_service.runs.lease import Lease
 from ft_service.storage.storage import Storage
-from tests.cleanup.cleanup_cases import ObjectStore, object_store, publish, write_dataset, write_everything, write_run
+from tests.cleanup.cleanup_cases import object_store, publish, write_dataset, write_everything, write_run
 from tests.cleanup.test_needs import dangling
+from tests.storage.object_stores import FolderAsObjectStore
 
 
 def silent(_text: str) -> None:
@@ -165,7 +166,7 @@ class Dying(Storage):
         super().write_bytes(path, content)
 
 
-class DyingObjectStore(Dying, ObjectStore):
+class DyingObjectStore(Dying, FolderAsObjectStore):
     """Without renames."""
 
 
@@ -197,7 +198,7 @@ def check_consistent(storage: Storage, broken_before: set[tuple[str, str]]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "dying_kind"), [(Storage, Dying), (ObjectStore, DyingObjectStore)])
+@pytest.mark.parametrize(("kind", "dying_kind"), [(Storage, Dying), (FolderAsObjectStore, DyingObjectStore)])
 def test_a_crash_at_any_change_leaves_nothing_half_referenced(
     kind: type[Storage], dying_kind: type[Dying], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ from ft_service.errors import NotPublishedError, StorageError
 from ft_service.registry import index
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.storage.storage import Storage
-from tests.registry.test_registry import DRAFT, ObjectStore
+from tests.registry.test_registry import DRAFT
+from tests.storage.object_stores import FolderAsObjectStore
 
 
 class CountingStorage(Storage):
@@ -40,15 +41,7 @@ class CountingStorage(Storage):
         return super().exists(path)
 
 
-class ObjectStoreOfFolders(ObjectStore):
-    """A real one has no folders that an upload could lack."""
-
-    def put_folder(self, source: Path, path: str, marker: str) -> None:
-        Path(self.root, path).mkdir(parents=True, exist_ok=True)
-        super().put_folder(source, path, marker)
-
-
-@pytest.fixture(params=[Storage, ObjectStoreOfFolders])
+@pytest.fixture(params=[Storage, FolderAsObjectStore])
 def storage(tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
     made: Storage = request.param(str(tmp_path / "storage"))
     return made

@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-from pyarrow import fs
 
 from ft_service.errors import (
     ClusterError,
@@ -25,6 +24,7 @@ from ft_service.errors import (
 from ft_service.registry.registry import DIGESTS_FILE, AdapterRecord, Registry
 from ft_service.runs.folder import RunFolder, find_run
 from ft_service.storage.storage import Storage
+from tests.storage.object_stores import FolderAsObjectStore
 
 DRAFT: dict[str, object] = {
     "kind": "adapter",
@@ -114,16 +114,7 @@ def test_a_damaged_record_is_an_error_with_its_path(storage: Storage, tmp_path: 
 # -- weights that are already on the storage -------------------------------------------------------------------------
 
 
-class ObjectStore(Storage):
-    """Storage that behaves like an object store: no local paths, no renames."""
-
-    def __init__(self, root: str) -> None:
-        super().__init__(root)
-        self._fs = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
-        self._was_there = False  # it has no folders, so none can be gone
-
-
-@pytest.fixture(params=[Storage, ObjectStore])
+@pytest.fixture(params=[Storage, FolderAsObjectStore])
 def any_storage(tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
     storage: Storage = request.param(str(tmp_path / "storage"))
     return storage

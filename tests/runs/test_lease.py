@@ -134,8 +134,7 @@ def test_an_unreachable_storage_does_not_lose_the_lease(run: RunFolder, monkeypa
             raise UnreachableError("away")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Storage, "read_json", away)
-            patch.setattr(Storage, "exists", away)
+            patch.setattr(Storage, "read_versioned", away)
             assert lease.is_held()
 
 

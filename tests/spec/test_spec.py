@@ -198,6 +198,13 @@ def test_an_address_without_a_secret_is_no_problem() -> None:
     assert spec.data.train[0].source == source
 
 
+def test_a_container_of_azure_is_no_user_name() -> None:
+    root = "abfss://container@desk.dfs.core.windows.net/ft"
+    assert parse_run_spec(SPEC, [f"storage={root}"]).storage == root
+    message = error_of("storage=abfss://me:c4nary@desk.dfs.core.windows.net/ft")
+    assert "contains credentials" in message and "c4nary" not in message
+
+
 def test_a_dumped_spec_loads_unchanged() -> None:
     spec = parse_run_spec(SPEC, ["train.learning_rate=2e-4", "data.validation={fraction: 0.1}", "method.lora_rank=3"])
     assert parse_run_spec(dump_run_spec(spec)) == spec

@@ -35,7 +35,7 @@ from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import JsonlSink, StepMetrics, read_metrics
 from ft_service.runs.trackers import BackgroundTracker, TrackedRun, new_tracker
 from ft_service.spec.schema import CheckpointSpec
-from ft_service.storage.retry import is_transient
+from ft_service.storage.failures import is_transient
 from ft_service.storage.storage import Storage
 from ft_service.train.checkpoints import save as saving
 from ft_service.train.checkpoints import waiting
@@ -175,8 +175,10 @@ def test_a_line_after_an_incomplete_one_is_intact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "passes"),
     [
-        pytest.param(503, "SlowDown", True, marks=pytest.mark.slow),  # pyarrow itself asks again and again
-        pytest.param(500, "InternalError", True, marks=pytest.mark.slow),
+        (503, "SlowDown", True),
+        (500, "InternalError", True),
+        (429, "TooManyRequests", True),
+        (501, "NotImplemented", False),
         (403, "AccessDenied", False),
         (403, "InvalidAccessKeyId", False),
         (403, "SignatureDoesNotMatch", False),

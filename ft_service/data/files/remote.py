@@ -13,7 +13,7 @@ _copying = threading.Lock()
 
 
 def is_remote(path: str) -> bool:
-    """Whether the path of a source is on object storage (``s3://``, ``gs://``)."""
+    """Whether the path of a source is on object storage (``s3://``, ``gs://``, ``az://``)."""
     return "://" in path
 
 

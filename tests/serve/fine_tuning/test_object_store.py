@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +18,11 @@ from ft_service.runs.folder import RunFolder
 from ft_service.spec.schema import DataSource
 from ft_service.storage.storage import Storage
 from serve.api import create_api
-from serve.fine_tuning import files as contents
 from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.checks import Checked
 from serve.fine_tuning.controller import Controller, Outside
 from serve.fine_tuning.file_keeper import FileKeeper
-from serve.fine_tuning.files import CONTENT, INCOMING, PARTS, FileStore
+from serve.fine_tuning.files import CONTENT, INCOMING, PARTS
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job
 from serve.fine_tuning.jobs import TRAINING, check_linked
@@ -33,26 +31,25 @@ from serve.inference.bases import load_base
 from serve.inference.models import ServedModels
 from serve.settings import ServeSettings
 from tests.browser import served
-from tests.cleanup.cleanup_cases import object_store
 from tests.serve.fine_tuning.file_world import TRAINING as TRAINING_BYTES
 from tests.serve.fine_tuning.job_world import AtOnce, World, make_world
 from tests.serve.fine_tuning.test_jobs import chat_records
 from tests.serve.test_health import Idle
+from tests.storage.object_stores import DENIED, EXPIRED, FaultyS3, faulty_s3
 
 KEY = "a-key-of-this-test"
 BASE = "tiny"
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A template for storage roots."""
-    with object_store() as root:
-        yield root
+def s3() -> Iterator[FaultyS3]:
+    with faulty_s3() as server:
+        yield server
 
 
 @pytest.fixture
-def root(bucket: str) -> str:
-    return bucket.format(uuid.uuid4().hex)
+def root(s3: FaultyS3) -> str:
+    return s3.root()
 
 
 class Server:
@@ -205,6 +202,23 @@ def test_a_wrong_file_lists_its_errors_and_leaves_no_copy(client, server):
     assert server.names("files") == []
 
 
+@pytest.mark.parametrize("fault", [EXPIRED, DENIED], ids=["expired", "read-only"])
+def test_a_store_that_refuses_is_a_503_with_its_cause_and_leaves_nothing(client, server, s3, tmp_path, fault):
+    content = lines_of(tmp_path, 20)
+    with s3.fault(fault, methods="PUT|POST|DELETE" if fault is DENIED else ".*"):
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.files.create(file=("train.jsonl", content), purpose="fine-tune")
+        assert (refused.value.status_code, refused.value.code) == (503, "storage_error")
+        assert "credentials" in refused.value.message
+        if fault is EXPIRED:
+            with pytest.raises(openai.InternalServerError) as unknown:
+                client.models.retrieve("an-adapter")  # not a 404: whether it exists is not known
+            assert unknown.value.status_code == 503
+    assert server.names("files") == []
+    file = client.files.create(file=("train.jsonl", content), purpose="fine-tune")
+    assert client.fine_tuning.jobs.create(model=BASE, training_file=file.id).status == "validating_files"
+
+
 def test_an_interrupted_arrival_leaves_nothing_and_old_ones_are_tidied(server):
     store = server.keeper.store
     arrival = store.arrive("file-abandoned")
@@ -216,35 +230,6 @@ def test_an_interrupted_arrival_leaves_nothing_and_old_ones_are_tidied(server):
     killed.finish()
     server.keeper.tidy()
     assert server.names("files") == []
-
-
-def test_no_more_than_a_bounded_part_of_a_body_is_on_its_way(root, monkeypatch):
-    """pyarrow keeps every part in memory until it has arrived, so an arrival waits now and then."""
-    monkeypatch.setattr(contents, "_FLUSH_BYTES", 2**20)
-    arrival = FileStore(Storage(root)).arrive("file-large")
-    flushed: list[int] = []
-    real = arrival._stream
-
-    class Counting:
-        def write(self, data: bytes) -> int:
-            return real.write(data)
-
-        def flush(self) -> None:
-            flushed.append(arrival.size)
-            real.flush()
-
-    arrival._stream = Counting()  # type: ignore[assignment]
-    block = b"y" * 2**18
-    for _ in range(40):
-        arrival.write(block)
-    arrival.finish()
-    assert flushed == [count * 2**20 for count in range(1, 11)]
-    with (
-        FileStore(Storage(root))
-        .storage.without_retries()
-        ._fs.open_input_file(Storage(root)._full(arrival.path)) as stored
-    ):
-        assert hashlib.sha256(stored.read()).hexdigest() == arrival.digest == hashlib.sha256(block * 40).hexdigest()
 
 
 # -- data of any run ---------------------------------------------------------------------------------------------------
