@@ -40,6 +40,8 @@ class Lease:
         self._settled_at = math.inf
         self._log = log
         self.token = secrets.token_hex(8)
+        self.renewed_at = 0.0
+        """When it was written last, in seconds since the epoch; 0 before it is entered."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -111,6 +113,7 @@ class Lease:
             token=self.token, host=socket.gethostname(), machine=machine_name(), pid=os.getpid(), time=datetime.now(UTC)
         )
         run.storage.write_json(f"{run.path}/lease.json", holder.model_dump(mode="json"))
+        self.renewed_at = holder.time.timestamp()
 
 
 def holds_lease(run: RunFolder, token: str) -> bool:

@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from ft_service.errors import StorageError, UnreachableError
 from ft_service.storage.retry import Retries, storage_error
+from ft_service.storage.timing import timed
 
 _COPY_CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -39,7 +40,7 @@ def _retried(method: Callable[Concatenate["Storage", P], T]) -> Callable[Concate
 
     @functools.wraps(method)
     def retrying(self: "Storage", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.retry(lambda: method(self, *args, **kwargs))
+        return self.retry(lambda: timed(method.__name__, lambda: method(self, *args, **kwargs)))
 
     return retrying
 
