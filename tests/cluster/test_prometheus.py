@@ -17,7 +17,7 @@ from tests.worlds import TINY, write_world
 pytestmark = pytest.mark.cluster
 
 RUN = "watched"
-SECONDS = 180
+SECONDS = 400
 ABSENT = {"ray_ft_run_mfu", "ray_ft_jobs", "ray_ft_jobs_longest_wait_seconds", "ray_ft_storage_unreachable_total"}
 """What a run on CPUs, without a server and with a storage that answers, has not."""
 
