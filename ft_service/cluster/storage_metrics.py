@@ -1,26 +1,78 @@
-"""Prometheus metrics of storage: how long its calls take in drivers, workers and servers. Ray exports them."""
+"""Prometheus metrics of storage: how long its calls take in drivers, workers and servers. Ray exports them.
 
-from ray.util.metrics import Counter, Histogram
+All are gauges over the last minute: Ray keeps the counters and histograms of every process that a node has ever had.
+"""
+
+import functools
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ray.util.metrics import Gauge
 
 from ft_service.storage.timing import observe_calls
 
-_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
+EXPORT_SECONDS = 5.0
+"""Ray drops a gauge that was not set for 20 seconds."""
+WINDOW_SECONDS = 60.0
+_MOST_CALLS = 20_000
+_OPERATION = ("operation",)
 
-storage_seconds = Histogram(
-    "ft_storage_seconds", "One call to the storage root, whatever its size.", _SECONDS, ("operation",)
+storage_mean = Gauge("ft_storage_mean_seconds", "Mean time of a call in the last minute.", _OPERATION)
+storage_slowest = Gauge("ft_storage_slowest_seconds", "The slowest call of the last minute.", _OPERATION)
+storage_calls = Gauge("ft_storage_calls", "Calls in the last minute.", _OPERATION)
+storage_unreachable = Gauge(
+    "ft_storage_unreachable", "Calls of the last minute that storage did not answer. They are repeated.", _OPERATION
 )
-storage_unreachable = Counter(
-    "ft_storage_unreachable", "Calls that the storage root did not answer. They are repeated.", ("operation",)
-)
 
 
+@dataclass(frozen=True)
+class _Call:
+    ended_at: float
+    operation: str
+    seconds: float
+    is_unreachable: bool
+
+
+class StorageMetrics:
+    """The calls of this process in the last minute, by operation."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._calls: deque[_Call] = deque(maxlen=_MOST_CALLS)
+
+    def on_call(self, operation: str, seconds: float, is_unreachable: bool) -> None:
+        """Called by all threads: appending to a deque needs no lock."""
+        self._calls.append(_Call(self._clock(), operation, seconds, is_unreachable))
+
+    def export(self) -> None:
+        """Set the gauges. An operation without calls has none, and disappears."""
+        begin = self._clock() - WINDOW_SECONDS
+        while self._calls and self._calls[0].ended_at < begin:
+            self._calls.popleft()
+        by_operation: dict[str, list[_Call]] = defaultdict(list)
+        for call in self._calls.copy():
+            by_operation[call.operation].append(call)
+        for operation, calls in by_operation.items():
+            tags = {"operation": operation}
+            seconds = [call.seconds for call in calls]
+            storage_mean.set(sum(seconds) / len(seconds), tags)
+            storage_slowest.set(max(seconds), tags)
+            storage_calls.set(len(calls), tags)
+            storage_unreachable.set(sum(call.is_unreachable for call in calls), tags)
+
+
+@functools.cache
 def export_storage_metrics() -> None:
     """From now on this process, a driver, worker or actor of the cluster, exports how long storage takes."""
-    observe_calls(_on_call)
+    metrics = StorageMetrics()
+    observe_calls(metrics.on_call)
 
+    def export_often() -> None:
+        while True:
+            time.sleep(EXPORT_SECONDS)
+            metrics.export()
 
-def _on_call(operation: str, seconds: float, is_unreachable: bool) -> None:
-    tags = {"operation": operation}
-    storage_seconds.observe(max(seconds, 1e-9), tags)
-    if is_unreachable:
-        storage_unreachable.inc(1, tags)
+    threading.Thread(target=export_often, name="storage-metrics", daemon=True).start()

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -97,10 +98,11 @@ def test_panels_have_places_and_ids_of_their_own(dashboard: dict[str, Any]) -> N
         assert len(set(found)) == len(found)
 
 
-def test_the_metrics_of_runs_disappear_with_the_driver() -> None:
+@pytest.mark.parametrize("module", [run_metrics, storage_metrics])
+def test_the_metrics_of_a_run_disappear_with_its_processes(module: ModuleType) -> None:
     """Ray drops a gauge soon after its process, and keeps counters and histograms for as long as the node lives."""
-    per_run = [metric for metric in METRICS if "run" in metric.info["tag_keys"]]
-    assert per_run and all(isinstance(metric, Gauge) for metric in per_run)
+    found = [metric for metric in METRICS if metric in vars(module).values()]
+    assert found and all(isinstance(metric, Gauge) for metric in found)
 
 
 # -- alerts ----------------------------------------------------------------------------------------------------------

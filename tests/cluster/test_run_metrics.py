@@ -11,7 +11,7 @@ import pytest
 from ft_service.catalog import models
 from ft_service.cluster import run_metrics, storage_metrics
 from ft_service.cluster.run_metrics import RunMetrics
-from ft_service.cluster.storage_metrics import export_storage_metrics
+from ft_service.cluster.storage_metrics import StorageMetrics
 from ft_service.errors import StorageError
 from ft_service.plan.facts import DatasetFacts, Resources
 from ft_service.plan.make import make_plan
@@ -24,30 +24,23 @@ from ft_service.runs.metrics import JsonlSink
 from ft_service.spec.schema import RunSpec
 from ft_service.storage import timing
 from ft_service.storage.storage import Storage
-from tests.runs.run_cases import step_metrics
+from tests.runs.run_cases import Clock, step_metrics
 
 NOW = 1_000_000.0
 Values = dict[str, float]
 
 
 class Recorded:
-    """Takes the place of a gauge, a counter or a histogram of Ray."""
+    """Takes the place of a gauge of Ray."""
 
     def __init__(self, name: str, values: Values) -> None:
         self._name = name
         self._values = values
 
     def set(self, value: float, tags: dict[str, str]) -> None:
-        assert tags["run"] == "r"
+        assert tags.get("run", "r") == "r"
         others = [value for name, value in tags.items() if name != "run"]
         self._values["/".join([self._name, *others])] = value
-
-    def observe(self, value: float, tags: dict[str, str]) -> None:
-        self._values[f"{self._name}/{tags['operation']}"] = value
-
-    def inc(self, value: float, tags: dict[str, str]) -> None:
-        name = f"{self._name}/{tags['operation']}"
-        self._values[name] = self._values.get(name, 0) + value
 
 
 @pytest.fixture
@@ -206,33 +199,66 @@ def test_without_a_known_gpu_there_is_no_mfu() -> None:
 
 
 @pytest.fixture
-def exporting(values: Values) -> Iterator[Values]:
-    export_storage_metrics()
-    yield values
+def storage_metrics_of(values: Values) -> Iterator[tuple[StorageMetrics, Clock]]:
+    clock = Clock()
+    metrics = StorageMetrics(clock)
+    timing.observe_calls(metrics.on_call)
+    yield metrics, clock
     timing.observe_calls(None)
 
 
-def test_each_call_to_storage_is_timed_by_its_operation(tmp_path: Path, exporting: Values) -> None:
+Exporting = tuple[StorageMetrics, Clock]
+
+
+def test_each_call_to_storage_is_timed_by_its_operation(
+    tmp_path: Path, values: Values, storage_metrics_of: Exporting
+) -> None:
+    metrics, _ = storage_metrics_of
     storage = Storage(str(tmp_path))
-    storage.write_bytes("a", b"x")
+    for _ in range(2):
+        storage.write_bytes("a", b"x")
     assert storage.read_bytes("a") == b"x"
-    assert set(exporting) == {"storage_seconds/write_bytes", "storage_seconds/read_bytes"}
-    assert all(value > 0 for value in exporting.values())
+    metrics.export()
+    assert (values["storage_calls/write_bytes"], values["storage_calls/read_bytes"]) == (2, 1)
+    assert 0 < values["storage_mean/write_bytes"] <= values["storage_slowest/write_bytes"]
+    assert values["storage_unreachable/write_bytes"] == 0
+
+
+def test_only_the_calls_of_the_last_minute_count(values: Values, storage_metrics_of: Exporting) -> None:
+    metrics, clock = storage_metrics_of
+    metrics.on_call("size", 9.0, True)
+    clock.now = 50
+    metrics.on_call("size", 1.0, False)
+    metrics.on_call("size", 3.0, False)
+    metrics.export()
+    assert (values["storage_slowest/size"], values["storage_unreachable/size"]) == (9.0, 1)
+    clock.now = 61
+    metrics.export()
+    assert (values["storage_mean/size"], values["storage_slowest/size"], values["storage_unreachable/size"]) == (
+        2,
+        3,
+        0,
+    )
+    values.clear()
+    clock.now = 200
+    metrics.export()
+    assert values == {}
 
 
 def test_a_storage_that_is_gone_counts_as_unreachable_and_a_missing_file_does_not(
-    tmp_path: Path, exporting: Values
+    tmp_path: Path, values: Values, storage_metrics_of: Exporting
 ) -> None:
+    metrics, _ = storage_metrics_of
     root = tmp_path / "root"
     root.mkdir()
     storage = Storage(str(root))
     with pytest.raises(StorageError):
         storage.read_bytes("missing")
-    assert "storage_unreachable/read_bytes" not in exporting
     root.rmdir()
     with pytest.raises(StorageError):
         storage.exists("a")
-    assert exporting["storage_unreachable/exists"] == 1
+    metrics.export()
+    assert (values["storage_unreachable/read_bytes"], values["storage_unreachable/exists"]) == (0, 1)
 
 
 def test_a_process_that_exports_nothing_times_nothing(tmp_path: Path, values: Values) -> None:
