@@ -64,9 +64,6 @@ def _entries(run: RunFolder) -> list[_Entry]:
     for metrics in read_metrics(run.storage, run.run_id):
         validation_loss = validation_loss if metrics.validation_loss is None else metrics.validation_loss
         text = format_progress(metrics, num_steps, validation_loss, None)
-        fields = {
-            "type": "step",
-            **json.loads(metrics.model_dump_json(exclude_none=True)),
-        }  # NaN as metrics.jsonl has it
-        entries.append(_Entry(metrics.time, text, fields))
+        figures = json.loads(metrics.model_dump_json(exclude_none=True))  # with NaN as metrics.jsonl has it
+        entries.append(_Entry(metrics.time, text, {"type": "step", **figures}))
     return sorted(entries, key=lambda entry: entry.time)
