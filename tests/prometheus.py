@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes a cluster of the tests, with the shipped configuration."""
+"""A real Prometheus with the shipped configuration, which scrapes what the tests name."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ import httpx
 import yaml
 
 from examples.quickstart.quickstart import free_ports
-from tests.hosts import END_SECONDS, ROOT, START_SECONDS, Cluster, wait_for
+from tests.hosts import END_SECONDS, ROOT, START_SECONDS, wait_for
 from tests.needs import needs
 
 CONFIG = ROOT / "deploy/prometheus/prometheus.yaml"
@@ -32,18 +32,22 @@ class Prometheus:
         assert reply.is_success, f"{expression}: {reply.text}"
         return reply.json()["data"]["result"]
 
+    def rules(self) -> list[dict[str, Any]]:
+        """All alerts, with their state and health."""
+        return [rule for group in self.get("rules")["groups"] for rule in group["rules"]]
+
     def get(self, path: str) -> Any:
         return httpx.get(f"{self.url}/api/v1/{path}", timeout=30, trust_env=False).json()["data"]
 
 
 @contextmanager
-def prometheus(cluster: Cluster, folder: Path) -> Iterator[Prometheus]:
-    """Scrapes every second what Ray's service discovery names, with the shipped alerts."""
+def prometheus(ray_folder: Path, folder: Path) -> Iterator[Prometheus]:
+    """Scrapes every second what Ray's service discovery in its temporary folder names, with the shipped alerts."""
     needs(shutil.which("prometheus") is not None, PACKAGE)
     shutil.copytree(CONFIG.parent, folder / "prometheus")
-    text = CONFIG.read_text(encoding="utf-8").replace("/tmp/ray/", f"{cluster.sessions / cluster.head.name}/")
+    text = CONFIG.read_text(encoding="utf-8").replace("/tmp/ray/", f"{ray_folder}/")
     config = yaml.safe_load(re.sub(r"interval: \d+s", "interval: 1s", text))
-    assert DISCOVERY in str(config) and str(cluster.sessions) in str(config)
+    assert DISCOVERY in str(config) and str(ray_folder) in str(config)
     (folder / "prometheus/prometheus.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (port,) = free_ports(1)
     log = folder / "prometheus.log"

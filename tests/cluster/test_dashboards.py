@@ -1,10 +1,13 @@
 """Dashboards and alerts ask only for metrics and labels that the code and Ray export, by Ray's names for them."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +19,11 @@ from ray.util.metrics import Counter, Gauge, Histogram, Metric
 import serve.job_metrics
 import serve.metrics
 from ft_service.cluster import run_metrics, storage_metrics
-from tests.hosts import ROOT
+from tests.hosts import ROOT, wait_for
 from tests.needs import needs
-from tests.prometheus import CONFIG, PACKAGE
+from tests.prometheus import CONFIG, DISCOVERY, PACKAGE, filled, prometheus
 
+SECONDS = 60
 DASHBOARDS = {
     file.stem: json.loads(file.read_text(encoding="utf-8")) for file in (ROOT / "deploy/grafana").glob("*.json")
 }
@@ -103,6 +107,67 @@ def test_the_metrics_of_a_run_disappear_with_its_processes(module: ModuleType) -
     """Ray drops a gauge soon after its process, and keeps counters and histograms for as long as the node lives."""
     found = [metric for metric in METRICS if metric in vars(module).values()]
     assert found and all(isinstance(metric, Gauge) for metric in found)
+
+
+SAMPLES = {"state": "queued", "priority": "high", "outcome": "ok"}
+
+
+def scraped(number: int) -> str:
+    """A page as Ray exports it, with one series of each metric."""
+    lines = []
+    for metric in METRICS:
+        labels = ",".join(f'{label}="{SAMPLES.get(label, "x")}"' for label in metric.info["tag_keys"])
+        name = f"ray_{metric.info['name']}"
+        if isinstance(metric, Histogram):
+            lines += [f'{name}_bucket{{{labels},le="{bound}"}} {number}' for bound in ("1", "+Inf")]
+            lines += [f"{name}_sum{{{labels}}} {number}", f"{name}_count{{{labels}}} {number}"]
+        elif isinstance(metric, Counter):
+            lines.append(f"{name}_total{{{labels}}} {number}")
+        else:
+            lines.append(f"{name}{{{labels}}} 1")
+    return "\n".join([*lines, ""])
+
+
+def test_a_real_prometheus_fills_every_panel_and_evaluates_every_alert(tmp_path: Path) -> None:
+    scrapes = itertools.count(1)
+
+    class Exporter(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = scraped(next(scrapes)).encode()
+            self.send_response(200)
+            self.send_header("content-type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Exporter)
+    Thread(target=server.serve_forever, daemon=True).start()
+    discovery = [{"labels": {"job": "ray"}, "targets": [f"127.0.0.1:{server.server_port}"]}]
+    (tmp_path / DISCOVERY).write_text(json.dumps(discovery))
+    empty = {
+        (target["expr"], target["legendFormat"])
+        for dashboard in DASHBOARDS.values()
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+    try:
+        with prometheus(tmp_path, tmp_path) as found:
+
+            def has_filled_all() -> bool:
+                for expression, legend in tuple(empty):
+                    samples = found.query(filled(expression))
+                    shown = re.findall(r"\{\{(\w+)\}\}", legend)
+                    if samples and all(label in sample["metric"] for sample in samples for label in shown):
+                        empty.remove((expression, legend))
+                return not empty
+
+            wait_for(has_filled_all, SECONDS)
+            wait_for(lambda: {rule["health"] for rule in found.rules()} == {"ok"}, SECONDS)
+            assert len(found.rules()) == len(ALERTS)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # -- alerts ----------------------------------------------------------------------------------------------------------

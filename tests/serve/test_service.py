@@ -137,7 +137,7 @@ def test_a_real_prometheus_sees_what_the_dashboard_of_the_server_shows(world, cl
         for target in panel["targets"]
         if "preemptions" not in target["expr"]  # a counter that has never counted is not exported
     }
-    with prometheus(cluster, tmp_path) as found:
+    with prometheus(cluster.sessions / cluster.head.name, tmp_path) as found:
 
         def has_all() -> bool:
             wanted.difference_update([expression for expression in wanted if found.query(filled(expression))])
