@@ -1,6 +1,8 @@
 """One request is one trace, from its client to the engine: the real SDK, and a collector in this process."""
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +16,16 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray import serve
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from examples.quickstart.quickstart import free_ports
 from serve.app import app
+from serve.http.access import AccessLog
+from serve.http.traces import TraceRequests
 from serve.run import LOGGING
 from serve.settings import ServeSettings
-from serve.tracing import Tracing
+from serve.tracing import Tracing, traceparent
 from tests.hosts import ROOT, Cluster, wait_for
 from tests.serve.serving_world import PROMPT, SENTENCE, World, make_world
 from tests.shared_cluster import joined
@@ -200,4 +206,26 @@ def test_the_standard_variables_turn_it_on_and_off(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("OTEL_SDK_DISABLED")
     tracing = Tracing.from_environment("x")
     assert tracing is not None
+    tracing.close()
+
+
+def test_a_request_is_answered_although_the_collector_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    tracing = Tracing.from_environment("x")
+    assert tracing is not None
+    seen: list[str] = []
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(traceparent.get())
+        await PlainTextResponse("yes")(scope, receive, send)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(AccessLog(TraceRequests(answer, tracing)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get("/")
+
+    assert asyncio.run(ask()).text == "yes"
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-0[13]", seen[0]) and traceparent.get() == ""
     tracing.close()
