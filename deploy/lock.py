@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-EXTRAS = "postgres,tensorboard,wandb,mlflow"
+EXTRAS = "postgres,tensorboard,wandb,mlflow,otel"
 HEADER = """\
 # Every package of deploy/Dockerfile's image, with the hash of the file that pip takes (Linux, x86-64, Python 3.11).
 # Written by `python deploy/lock.py`; install with `pip install --require-hashes --no-deps -r requirements.lock`.

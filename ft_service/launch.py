@@ -20,7 +20,9 @@ from ft_service.cluster.queue.capacity import RayNodes, autoscales
 from ft_service.cluster.queue.turn import Turn
 from ft_service.cluster.ray_cluster import connect, is_submitted_job, map_on_cluster
 from ft_service.cluster.room import room_per_worker
+from ft_service.cluster.run_metrics import RunMetrics
 from ft_service.cluster.signals import StopSignals
+from ft_service.cluster.storage_metrics import export_storage_metrics
 from ft_service.data.dataset import JUDGEMENT_FILE, PreparedDataset
 from ft_service.data.gate import Judgement
 from ft_service.data.gate.waivers import check_waivers, enforce, waivers
@@ -88,18 +90,21 @@ def run(spec: RunSpec, run_id: str | None = None, log: Log = print) -> AdapterRe
             folder.set_state("preparing")
             begin(folder, spec)
             events.emit(Notice(type="preparing", message=f"Preparing data and plan of {spec.name}."))
+            export_storage_metrics()
             controller = Controller(spec.parallel)
             controller.start()  # it imports Ray Train while the data are prepared
-            prepared = prepare(spec, folder, log)
-            room = room_per_worker(spec.parallel)
-            with Turn(folder, spec, room, lease.token, RayNodes(), log, prepared.expected_seconds) as turn:
-                with LiveReport(storage, folder.run_id, log):
-                    plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log, controller, turn).train()
-                folder.set_state("publishing")
-                record = publish(folder)
-                publish_epochs(folder)
-                events.emit(Published(message=f"Published {record.id}.", digest=record.digest))
-                _sample(plan, folder, record, events, log)
+            with RunMetrics(folder, spec, lease, log) as metrics:
+                prepared = prepare(spec, folder, log)
+                metrics.shape = prepared.shape
+                room = room_per_worker(spec.parallel)
+                with Turn(folder, spec, room, lease.token, RayNodes(), log, prepared.expected_seconds) as turn:
+                    with LiveReport(storage, folder.run_id, log):
+                        plan = Attempts(spec, folder, prepared.plan_for, lease, signals, log, controller, turn).train()
+                    folder.set_state("publishing")
+                    record = publish(folder)
+                    publish_epochs(folder)
+                    events.emit(Published(message=f"Published {record.id}.", digest=record.digest))
+                    _sample(plan, folder, record, events, log)
             storage.delete(f"{folder.path}/checkpoints")
             folder.set_state("succeeded", published=record.id)
             events.emit(Notice(type="succeeded", message=f"Run {folder.run_id} is complete."))

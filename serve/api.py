@@ -20,12 +20,14 @@ from serve.http.errors import ApiError, answer_errors_in_openai_shape
 from serve.http.in_flight import CountInFlight, InFlight, stopping
 from serve.http.keys import HEALTH_PATH, READY_PATH, RequireKey
 from serve.http.openapi import describe
+from serve.http.traces import TraceRequests
 from serve.inference.models import BASE_HEADER, DIGEST_HEADER, ServedModels
 from serve.inference.replies import Backend
 from serve.inference.routes import BODIES, inference_routes
 from serve.jobs_page.routes import jobs_page_routes
 from serve.playground.routes import playground_routes
 from serve.settings import ServeSettings
+from serve.tracing import Tracing
 from serve.transport import BodyFromScope
 from serve.voting import routes as voting
 
@@ -41,11 +43,12 @@ def create_api(
     missing: Callable[[], Awaitable[Collection[str]]] = _none_missing,
     in_flight: InFlight | None = None,
     cluster: ClusterNodes | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application over the engines of each base, by the base's name.
 
     `missing` names the bases that cannot answer yet; readiness depends on it. `in_flight` counts requests, and stops
-    the server. `cluster` trains fine-tuning jobs, where it is known.
+    the server. `cluster` trains fine-tuning jobs, where it is known. `tracing` has a span for each request.
     """
     in_flight = in_flight or InFlight()
     database = open_database(settings.database) if settings.database else None
@@ -91,6 +94,8 @@ def create_api(
         allowed_origins=settings.allowed_origins,
     )
     api.add_middleware(CountInFlight, in_flight=in_flight)
+    if tracing is not None:
+        api.add_middleware(TraceRequests, tracing=tracing)
     api.add_middleware(AccessLog)  # around the check of keys, so that refused requests are in the log too
     if settings.allowed_origins:
         api.add_middleware(

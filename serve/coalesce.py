@@ -69,4 +69,5 @@ def merge(chunks: Sequence[GenerationChunk]) -> GenerationChunk:
         logprobs=tuple(chain.from_iterable(chunk.logprobs for chunk in chunks)),
         prompt_logprobs=tuple(chain.from_iterable(chunk.prompt_logprobs for chunk in chunks)),
         cached_tokens=sum(chunk.cached_tokens for chunk in chunks),
+        queued_seconds=chunks[0].queued_seconds,
     )

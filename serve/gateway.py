@@ -19,6 +19,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from ft_service.cluster.queue.capacity import RayNodes
+from ft_service.cluster.storage_metrics import export_storage_metrics
 from ft_service.errors import FtError, ServingError
 from ft_service.registry.registry import Registry
 from ft_service.storage.storage import Storage
@@ -34,6 +35,7 @@ from serve.inference.replies import WAITING
 from serve.log import log_with_serve
 from serve.model_apps import application_of
 from serve.settings import ServeSettings
+from serve.tracing import Tracing
 
 ATTEMPTS = 2
 RETRY_SECONDS = 2
@@ -207,6 +209,7 @@ class Gateway:
         """`controller` of fine-tuning jobs is here only to be part of the application."""
         assert settings.storage
         log_with_serve()
+        export_storage_metrics()
         bases = [load_base(base) for base in settings.bases]
         storage = Storage(settings.storage)
         models = ServedModels(Registry(storage), bases)
@@ -217,8 +220,9 @@ class Gateway:
         readiness = Readiness(application, always_on)
         Deletions(storage, {base.ref.fingerprint for base in bases}, settings.database).start()
         self._in_flight = InFlight()
+        self._tracing = Tracing.from_environment("ft-gateway")
         self._api = create_api(
-            models, backends, settings, readiness.missing, self._in_flight, _training_cluster(settings)
+            models, backends, settings, readiness.missing, self._in_flight, _training_cluster(settings), self._tracing
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

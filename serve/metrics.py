@@ -3,9 +3,12 @@
 Model names are as many as are asked for, so that none may be free text of a client: unknown models have no metrics.
 """
 
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -13,6 +16,8 @@ from serve.engines.engine import EngineStats
 
 _MODEL = ("base", "model")
 _BASE = ("base", "replica")
+REFRESH_SECONDS = 5.0
+"""Ray drops a gauge that was not set for 20 seconds, whatever its value."""
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1]
 
@@ -63,8 +68,10 @@ class EndedRequest:
 class Metrics:
     """What one gateway counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, refresh_seconds: float = REFRESH_SECONDS) -> None:
         self._in_flight: dict[str, int] = {}
+        refresh = partial(_refresh_often, weakref.ref(self), refresh_seconds)
+        threading.Thread(target=refresh, name="metrics", daemon=True).start()
 
     def begin(self, base: str) -> float:
         """Count a request; returns the time on the clock of `end`."""
@@ -90,6 +97,18 @@ class Metrics:
     def _add_in_flight(self, base: str, number: int) -> None:
         self._in_flight[base] = self._in_flight.get(base, 0) + number
         _in_flight.set(self._in_flight[base], {"base": base})
+
+    def refresh(self) -> None:
+        """Set the gauges again: long answers begin and end none for a while."""
+        for base, number in list(self._in_flight.items()):
+            _in_flight.set(number, {"base": base})
+
+
+def _refresh_often(metrics_of: Callable[[], Metrics | None], seconds: float) -> None:
+    while (metrics := metrics_of()) is not None:
+        metrics.refresh()
+        del metrics
+        time.sleep(seconds)
 
 
 class EngineMetrics:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ray import serve
 
+from ft_service.cluster.storage_metrics import export_storage_metrics
 from ft_service.errors import FtError, ServingError, StorageError
 from ft_service.model.base import read_config, resolve_base
 from ft_service.model.light_imports import light_imports
@@ -22,6 +23,7 @@ from serve.engines.engine import Engine, EngineStats, GenerationChunk, Generatio
 from serve.log import log_fields, log_with_serve
 from serve.metrics import EngineMetrics
 from serve.settings import BaseSettings, ServeSettings
+from serve.tracing import Tracing
 
 CHUNK_SECONDS = 0.03
 """After its first token a stream gets a chunk at most this often. A reader sees no difference, and what a chunk costs
@@ -76,10 +78,13 @@ class BaseReplica:
     ) -> None:
         assert settings.storage
         log_with_serve()
+        export_storage_metrics()
         self._registry = Registry(Storage(settings.storage))
         self._engine = await asyncio.to_thread(make_engine, base, self._registry)
         self._announcement = Announcement(self._registry.storage, self._served(base))
         self._announcement.start()
+        self._base_name = base.model_name
+        self._tracing = Tracing.from_environment("ft-engine")
         self._metrics = EngineMetrics(base.model_name, serve.get_replica_context().replica_id.unique_id)
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams = 0
@@ -100,7 +105,9 @@ class BaseReplica:
         and Serve would log that for every client's mistake.
         """
         began = time.perf_counter()
+        span = self._tracing.begin_answer(request, self._base_name) if self._tracing and request.traceparent else None
         tokens = 0
+        cached_tokens = 0
         outcome = "cancelled"
         self._streams += 1
         try:
@@ -108,6 +115,9 @@ class BaseReplica:
             async with aclosing(coalesced(self._engine.generate(request), interval)) as chunks:
                 async for chunk in chunks:
                     tokens += len(chunk.token_ids)
+                    cached_tokens += chunk.cached_tokens
+                    if span is not None:
+                        span.add(chunk)
                     yield chunk
             outcome = "ok"
         except FtError as error:
@@ -115,6 +125,8 @@ class BaseReplica:
             yield error
         finally:
             self._streams -= 1
+            if span is not None:
+                span.end(outcome.partition(":")[0], tokens, cached_tokens)
             fields = {
                 "request": request.id,
                 "adapter": request.adapter.id if request.adapter else None,
@@ -164,3 +176,5 @@ class BaseReplica:
             self._care.cancel()
             await asyncio.to_thread(self._announcement.stop)
             await self._engine.close()
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)

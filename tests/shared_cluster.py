@@ -1,7 +1,7 @@
 """A pytest plugin: the one Ray cluster of all tests that leave a cluster as they find it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import httpx
@@ -25,8 +25,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @contextmanager
-def joined(cluster: Cluster) -> Iterator[None]:
-    """Meanwhile this process is a driver of the cluster; the code of tests can be imported by its workers."""
+def joined(cluster: Cluster, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Meanwhile this process is a driver of the cluster; the code of tests can be imported by its workers.
+
+    `environment` is for these workers, too.
+    """
     import ray
     from ray._private.authentication_test_utils import reset_auth_token_state
 
@@ -35,7 +38,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
             patch.setenv(name, cluster.environment[name])
         reset_auth_token_state()  # Ray reads both once in a process
         python_path = os.pathsep.join(filter(None, [str(ROOT), cluster.environment.get("PYTHONPATH")]))
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": python_path}})
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": python_path, **(environment or {})}})
         try:
             yield
         finally:

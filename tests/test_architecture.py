@@ -119,6 +119,7 @@ def test_each_engine_has_one_home() -> None:
     homes = ("parallel.py", "parallel_placement.py", "gathers.py")
     assert importers("deepspeed") == {f"ft_service/train/{home}" for home in homes}
     assert importers("ray.train") == {"ft_service/train/worker_group.py", "ft_service/train/ray_worker.py"}
+    assert importers("opentelemetry") == {"serve/tracing.py"}
     for package in ("peft", "bitsandbytes"):
         homes = importers(package)
         assert homes

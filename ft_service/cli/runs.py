@@ -109,13 +109,18 @@ def logs(
     follow: Annotated[
         bool, typer.Option("-f", "--follow", help="Keep printing new lines until the run has ended.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the events and steps of a run, oldest first. Needs no cluster: they are read from storage."""
+    """Print the events and steps of a run, oldest first. Needs no cluster: they are read from storage.
+
+    With --json: one object a line, each with the id of the run, for a collector of logs.
+    """
     from ft_service.runs import log_lines
     from ft_service.runs.folder import find_run
 
     run = find_run(Storage(storage), run_id)
-    lines = log_lines.follow(run, lambda: time.sleep(_FOLLOW_SECONDS)) if follow else log_lines.log_lines(run)
+    form = log_lines.json_lines if as_json else log_lines.log_lines
+    lines = log_lines.follow(run, lambda: time.sleep(_FOLLOW_SECONDS), form) if follow else form(run)
     for line in lines:
         print(line, flush=True)
 

@@ -42,12 +42,14 @@ class Lease:
         self._settled_at = math.inf
         self._log = log
         self.token = secrets.token_hex(8)
+        self.renewed_at = 0.0
+        """When it was written last, in seconds since the epoch; 0 before it is entered."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
         version = self._wait_for_previous_driver()
-        while not self._run.write_lease(self._holder(), version):
+        while not self._write(self._run, version):
             holder, version = self._run.lease()
             if holder is not None:  # otherwise the previous driver has given its lease back meanwhile
                 raise self._simultaneous_error()
@@ -110,14 +112,18 @@ class Lease:
                 holder, version = run.lease()
                 if holder is None or holder.token != self.token:
                     return
-                run.write_lease(self._holder(), version)
+                self._write(run, version)
             except StorageError:
                 continue  # renewed when storage is back
 
-    def _holder(self) -> LeaseHolder:
-        return LeaseHolder(
+    def _write(self, run: RunFolder, version: Version | None) -> bool:
+        holder = LeaseHolder(
             token=self.token, host=socket.gethostname(), machine=machine_name(), pid=os.getpid(), time=datetime.now(UTC)
         )
+        is_written = run.write_lease(holder, version)
+        if is_written:
+            self.renewed_at = holder.time.timestamp()
+        return is_written
 
     def _simultaneous_error(self) -> UsageError:
         return UsageError(f"--run-id = {self._run.run_id!r}: another driver started this run at the same moment.")

@@ -10,7 +10,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Protocol
@@ -150,12 +150,8 @@ def read_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:
     return steps
 
 
-def seconds_left(storage: Storage, run_id: str, num_steps: int) -> float | None:
-    """What the remaining steps take at the pace of the last ones; None if fewer than two are known.
-
-    Reads only the end of the file. Steps of an earlier attempt do not count where a pause lies between them: the median
-    of the times between two steps ignores it.
-    """
+def read_last_metrics(storage: Storage, run_id: str) -> list[StepMetrics]:
+    """The last few dozen steps of a run, in order: reads only the end of the file."""
     path = run_file(run_id, METRICS_FILE)
     size = storage.size(path) or 0
     tail = storage.read_range(path, max(0, size - _TAIL_BYTES), min(size, _TAIL_BYTES)) if size else b""
@@ -163,6 +159,15 @@ def seconds_left(storage: Storage, run_id: str, num_steps: int) -> float | None:
     for line in tail.split(b"\n")[1 if size > _TAIL_BYTES else 0 :]:
         with suppress(ValidationError):  # an incomplete last line
             steps.append(StepMetrics.model_validate_json(line))
+    return steps
+
+
+def seconds_left(steps: Sequence[StepMetrics], num_steps: int) -> float | None:
+    """What the remaining steps take at the pace of `steps`, the last ones; None if those are fewer than two.
+
+    Steps of an earlier attempt do not count where a pause lies between them: the median of the times between two steps
+    ignores it.
+    """
     paces = [
         (after.time - before.time).total_seconds() / (after.step - before.step)
         for before, after in itertools.pairwise(steps)

@@ -26,6 +26,7 @@ from ft_service.errors import StorageError, UnreachableError
 from ft_service.storage.failures import STORE_ERRORS, storage_error
 from ft_service.storage.object_store import ObjectStore, Version
 from ft_service.storage.retry import Retries
+from ft_service.storage.timing import timed
 
 _DEFAULT_CACHE = Path("~/.cache/ft_service")
 
@@ -38,7 +39,7 @@ def _retried(method: Callable[Concatenate["Storage", P], T]) -> Callable[Concate
 
     @functools.wraps(method)
     def retrying(self: "Storage", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.retry(lambda: method(self, *args, **kwargs))
+        return self.retry(lambda: timed(method.__name__, lambda: method(self, *args, **kwargs)))
 
     return retrying
 

@@ -27,7 +27,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.events import Event, EventLog, Hang, Notice, Recovering, TrainingStarted, WorkerPlace, read_events
 from ft_service.runs.folder import Request, RunFolder, State
 from ft_service.runs.lease import Lease, holds_lease
-from ft_service.runs.metrics import read_metrics, seconds_left
+from ft_service.runs.metrics import read_last_metrics, read_metrics, seconds_left
 from ft_service.runs.progress import Log
 from ft_service.spec.schema import RunSpec
 from ft_service.text import counted
@@ -248,7 +248,8 @@ class Attempts:
             self._turn.placed(nodes, plan.estimate.seconds if plan.estimate else None)
 
     def _estimate_end(self, plan: RunPlan) -> None:
-        if (seconds := seconds_left(self._run_without_retries.storage, self._run.run_id, plan.num_steps)) is not None:
+        steps = read_last_metrics(self._run_without_retries.storage, self._run.run_id)
+        if (seconds := seconds_left(steps, plan.num_steps)) is not None:
             self._turn.expect_end(seconds)
 
     def _check_requests(self) -> None:

@@ -18,7 +18,10 @@ Config = dict[str, str]
 def work(config: Config) -> None:
     """Train, as one of the workers of an attempt."""
     from ft_service.cluster.ray_cluster import this_node_id
+    from ft_service.cluster.storage_metrics import export_storage_metrics
     from ft_service.model.light_imports import light_imports
+
+    export_storage_metrics()
 
     with light_imports(four_bit=config["method"] == "qlora"):
         from ft_service.train.parallel import import_deepspeed, leave_process_group

@@ -78,6 +78,8 @@ class GenerationRequest:
     """Beside `json_schema`: the answer may also be text, which does not begin with ``{``."""
     whole: bool = False
     """Nobody reads the answer before its end: all that follows the first chunk may come as one."""
+    traceparent: str = ""
+    """W3C trace context that the engine's span continues; empty without tracing."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ class GenerationChunk:
     """Of the prompt where asked for, in the first chunk. The first token has nothing before it: None."""
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were in the prefix cache; in the first chunk."""
+    queued_seconds: float | None = None
+    """From the request's arrival at the engine to its first step: it waits for its adapter, and for a place in the
+    batch. In the first chunk; None where the engine does not know."""
 
 
 @dataclass(frozen=True)

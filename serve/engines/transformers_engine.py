@@ -6,6 +6,7 @@ A thread owns the model (`serve.engines.batching.loop`). Event loops only wait f
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -114,9 +115,11 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """See `serve.engines.engine.Engine.generate`."""
+        arrived_at = time.perf_counter()
         request = self._with_max_tokens(request)
         self._check(request)
         answer = await self._prepare(request)
+        answer.arrived_at = arrived_at
         text = _AnswerText(request, self._tokenizer, self._token_bytes)
         self._loop.begin(answer)
         try:
@@ -230,8 +233,11 @@ class _AnswerText:
         logprobs = []
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         cached_tokens = 0
+        queued_seconds = None
         for event in events:
             cached_tokens += event.cached_tokens
+            if event.queued_seconds is not None:
+                queued_seconds = event.queued_seconds
             if self._wants_prompt_logprobs:
                 self._wants_prompt_logprobs = False
                 prompt_logprobs = (None, *map(self._logprob, event.prompt_scores))
@@ -251,7 +257,13 @@ class _AnswerText:
                 self.finish_reason = "stop"
                 break
         return GenerationChunk(
-            text, tuple(token_ids), self.finish_reason, tuple(logprobs), prompt_logprobs, cached_tokens
+            text,
+            tuple(token_ids),
+            self.finish_reason,
+            tuple(logprobs),
+            prompt_logprobs,
+            cached_tokens,
+            queued_seconds,
         )
 
     def _logprob(self, scored: ScoredToken) -> TokenLogprob:

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ft_service.cleanup.removal import finish_deletion
+from ft_service.cluster.storage_metrics import export_storage_metrics
 from ft_service.cluster.submit import Submissions
 from ft_service.errors import DatabaseError, FtError, ServingError, UsageError
 from ft_service.registry.registry import Registry
@@ -50,6 +51,7 @@ class FineTuning:
         self, settings: ServeSettings, handles: Mapping[str, DeploymentHandle], make_engine: MakeEngine = make_engine
     ) -> None:
         log_with_serve()
+        export_storage_metrics()
         tuning = settings.fine_tuning
         assert settings.storage and tuning
         if settings.database is None:

@@ -30,6 +30,7 @@ from serve.inference.wire import (
     Usage,
 )
 from serve.settings import Limits
+from serve.tracing import continued
 
 COMMENT = ": waiting\n\n"
 """A line of an event stream that every client skips. It keeps connections open while nothing else is sent."""
@@ -87,6 +88,7 @@ async def pieces_of(
         except Exception as error:
             chunks.put_nowait((index, error))
 
+    requests = continued(requests)
     loop = asyncio.get_running_loop()
     began = loop.time()
     tasks = [loop.create_task(ask(index, request)) for index, request in enumerate(requests)]

@@ -54,6 +54,7 @@ def documents(folder: str) -> list[dict[str, Any]]:
 
 
 ALL = [it for folder in ("cluster", "job", "service") for it in documents(folder)]
+MONITORING = {it["kind"]: it for it in documents("monitoring")}
 RAY_KINDS = [it for it in ALL if it["kind"] in KINDS]
 
 
@@ -112,6 +113,26 @@ def test_pods_and_plain_kinds_fit_kubernetes_schemas(document: dict[str, Any]) -
         kubernetes.validate(pod, KUBERNETES_VERSION, strict=True)
     with pytest.raises(kubernetes.ValidationError):
         kubernetes.validate({**pod, "spec": {**pod["spec"], "nodeSelectr": {}}}, KUBERNETES_VERSION, strict=True)
+
+
+def test_prometheus_finds_and_reaches_the_nodes_of_the_namespace() -> None:
+    """Names are those of KubeRay: it labels every pod with its node type, and adds the port 8080 as `metrics`."""
+    monitor = MONITORING["PodMonitor"]
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert set(monitor["spec"]) == {"selector", "podMetricsEndpoints"}
+    (expression,) = monitor["spec"]["selector"]["matchExpressions"]
+    assert expression == {"key": "ray.io/node-type", "operator": "In", "values": ["head", "worker"]}
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics" and set(endpoint) == {"port", "interval"}
+    policy = MONITORING["NetworkPolicy"]
+    assert policy["spec"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert {it["metadata"]["namespace"] for it in MONITORING.values()} == {"ft"}
+    for document in RAY_KINDS:
+        for _, template in pods_of(document):
+            ports = [port for it in template["spec"]["containers"] for port in it.get("ports", ())]
+            assert not [port for port in ports if port["name"] == "metrics" or port["containerPort"] == 8080]
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    kubernetes.validate(policy, KUBERNETES_VERSION, strict=True)
 
 
 @pytest.mark.parametrize("document", RAY_KINDS, ids=lambda it: it["kind"])

@@ -37,7 +37,7 @@ def test_everything_the_product_asks_for_is_locked() -> None:
     extras = project["optional-dependencies"]
     asked = [
         *project["dependencies"],
-        *(it for name in ("postgres", "tensorboard", "wandb", "mlflow") for it in extras[name]),
+        *(it for name in ("postgres", "tensorboard", "wandb", "mlflow", "otel") for it in extras[name]),
     ]
     found = locked()
     for requirement in map(Requirement, asked):

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ft_service.errors import StorageError
-from ft_service.runs.metrics import JsonlSink, read_metrics, seconds_left
+from ft_service.runs.metrics import JsonlSink, read_last_metrics, read_metrics, seconds_left
 from ft_service.storage.storage import Storage
 from tests.runs.run_cases import RUN, Clock, step_metrics
 
@@ -103,14 +103,14 @@ def test_an_object_store_is_written_every_30_seconds_or_on_flush(remote: Storage
 
 def test_the_time_left_follows_the_pace_of_the_last_steps(storage: Storage) -> None:
     sink = JsonlSink(storage, RUN)
-    assert seconds_left(storage, RUN, 400) is None
+    assert seconds_left(read_last_metrics(storage, RUN), 400) is None
     start = datetime(2026, 11, 28, tzinfo=UTC)
     sink(step_metrics(1, time=start))
-    assert seconds_left(storage, RUN, 400) is None
+    assert seconds_left(read_last_metrics(storage, RUN), 400) is None
     for step in range(2, 301):
         pause = 3600 if step > 290 else 0  # an attempt has ended between two of them
         sink(step_metrics(step, time=start + timedelta(seconds=2 * step + pause)))
     path = f"runs/{RUN}/metrics.jsonl"
     storage.write_bytes(path, storage.read_bytes(path) + b'{"step": 301')
-    assert seconds_left(storage, RUN, 400) == 200.0
-    assert seconds_left(storage, RUN, 100) == 0.0
+    assert seconds_left(read_last_metrics(storage, RUN), 400) == 200.0
+    assert seconds_left(read_last_metrics(storage, RUN), 100) == 0.0

@@ -16,7 +16,9 @@ from ft_service.cleanup.removal import delete_adapter
 from ft_service.model.base import fingerprint
 from serve.app import app, build_app
 from serve.settings import BaseSettings, ServeSettings
+from tests.cluster.test_dashboards import DASHBOARDS
 from tests.hosts import ROOT, wait_for
+from tests.prometheus import filled, prometheus
 from tests.serve.scripted import DIE, CountingEngine
 from tests.serve.serving_world import PROMPT, SENTENCE, World, damage, make_world, publish_adapter
 from tests.shared_cluster import joined
@@ -124,6 +126,25 @@ def test_streamed_japanese_and_emoji_are_never_broken(world, client):
     pieces = [event.choices[0].text for event in stream]
     assert "".join(pieces) == SENTENCE
     assert not [piece for piece in pieces if "\N{REPLACEMENT CHARACTER}" in piece]
+
+
+def test_a_real_prometheus_sees_what_the_dashboard_of_the_server_shows(world, client, cluster, tmp_path):
+    for model in ("tiny-llama", "tiny-llama", world.adapters[0].id):  # the second one finds its prompt in the cache
+        client.completions.create(model=model, prompt=PROMPT * 8, max_tokens=MAX_TOKENS)
+    wanted = {
+        target["expr"]
+        for panel in DASHBOARDS["serving"]["panels"]
+        for target in panel["targets"]
+        if "preemptions" not in target["expr"]  # a counter that has never counted is not exported
+    }
+    with prometheus(cluster.sessions / cluster.head.name, tmp_path) as found:
+
+        def has_all() -> bool:
+            wanted.difference_update([expression for expression in wanted if found.query(filled(expression))])
+            return not wanted
+
+        wait_for(has_all, 120)
+        assert found.query("ray_serve_deployment_replica_starts_total")  # FtReplicasEnd counts these
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,6 +5,7 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Event:
     error: Exception | None = None
     prompt_scores: Sequence[ScoredToken] = ()
     cached_tokens: int = 0
+    queued_seconds: float | None = None
 
 
 @dataclass(eq=False)
@@ -48,6 +50,9 @@ class Answer:
     answer_ids: list[int]
     sequence: "TokenSequence[Answer]" = field(init=False)
     prompt_scores: list[ScoredToken] = field(default_factory=list)
+    arrived_at: float = field(default_factory=time.perf_counter)
+    started_at: float | None = None
+    """When its first step began."""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     events: list[Event] = field(default_factory=list)
     """Not yet taken. Belongs to `loop`, like `has_events`."""
@@ -193,6 +198,7 @@ class ModelLoop:
         pieces: list[Piece[Answer]] = []
         try:
             pieces = self.scheduler.next_step()
+            self._note_start(pieces)
             self._clear_unverified()
             logits_LV = self.forward.run(pieces, [piece.sequence.owner.adapter for piece in pieces])
             self.scheduler.complete(pieces)
@@ -202,6 +208,12 @@ class ModelLoop:
             logger.exception("a step of %d requests failed", len(pieces))
             self._fail(pieces, error)
         self.counters["steps"] += 1
+
+    def _note_start(self, pieces: list[Piece[Answer]]) -> None:
+        now = time.perf_counter()
+        for piece in pieces:
+            if piece.sequence.owner.started_at is None:
+                piece.sequence.owner.started_at = now
 
     def _fail(self, pieces: list[Piece[Answer]], error: Exception) -> None:
         answers = {piece.sequence.owner for piece in pieces} or self._answers
@@ -282,7 +294,8 @@ class ModelLoop:
     def _first_event(self, answer: Answer, token: SampledToken | None, reason: FinishReason | None) -> Event:
         num_cached = answer.sequence.num_cached or 0
         self.counters["cached_tokens"] += num_cached
-        return Event(token, reason, None, answer.prompt_scores, num_cached)
+        queued = None if answer.started_at is None else answer.started_at - answer.arrived_at
+        return Event(token, reason, None, answer.prompt_scores, num_cached, queued)
 
     # -- handing out ---------------------------------------------------------------------------------------------------
 
