@@ -153,9 +153,9 @@ def test_a_lease_says_when_it_was_renewed(tmp_path: Path, monkeypatch: pytest.Mo
     with Lease(run, log=print) as lease:
         holder = run.lease_holder()
         assert holder is not None and lease.renewed_at == holder.time.timestamp()
-        monkeypatch.setattr(Storage, "write_json", _away)
+        monkeypatch.setattr(Storage, "write_if", _away)
         with pytest.raises(StorageError):
-            lease._write(run)
+            lease._write(run, run.lease()[1])
         assert lease.renewed_at == holder.time.timestamp()
 
 
