@@ -34,6 +34,7 @@ from serve.inference.replies import WAITING
 from serve.log import log_with_serve
 from serve.model_apps import application_of
 from serve.settings import ServeSettings
+from serve.transport import spare_proxy_calls
 
 ATTEMPTS = 2
 RETRY_SECONDS = 2
@@ -207,6 +208,7 @@ class Gateway:
         """`controller` of fine-tuning jobs is here only to be part of the application."""
         assert settings.storage
         log_with_serve()
+        spare_proxy_calls()
         bases = [load_base(base) for base in settings.bases]
         storage = Storage(settings.storage)
         models = ServedModels(Registry(storage), bases)
