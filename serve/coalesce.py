@@ -7,6 +7,9 @@ from itertools import chain
 
 from serve.engines.engine import GenerationChunk
 
+_LATEST = 2
+"""So many intervals after the last chunk a token goes out that no other has followed."""
+
 
 async def coalesced(
     chunks: AsyncGenerator[GenerationChunk, None], interval: Callable[[], float] | None
@@ -15,6 +18,9 @@ async def coalesced(
 
     `interval` is asked again for each chunk; None leaves the answer at two. The last chunk is not delayed. An error
     comes after all that was generated before it. Closing the generator closes `chunks`.
+
+    A chunk goes out when a token comes, so that all streams that a step has tokens for wake this process, the gateway
+    and the proxy together. A timer is only for the token that no other follows in time.
     """
     received: list[GenerationChunk] = []
     loop = asyncio.get_running_loop()
@@ -30,8 +36,12 @@ async def coalesced(
                     received.append(chunk)
                     if sent_at is None:
                         wake.set()
-                    elif interval is not None and timer is None:
-                        timer = loop.call_at(sent_at + interval(), wake.set)
+                    elif interval is not None:
+                        seconds = interval()
+                        if loop.time() >= sent_at + seconds:
+                            wake.set()
+                        elif timer is None:
+                            timer = loop.call_at(sent_at + _LATEST * seconds, wake.set)
         finally:
             wake.set()
 

@@ -36,6 +36,7 @@ from serve.log import log_with_serve
 from serve.model_apps import application_of
 from serve.settings import ServeSettings
 from serve.tracing import Tracing
+from serve.transport import spare_proxy_calls
 
 ATTEMPTS = 2
 RETRY_SECONDS = 2
@@ -210,6 +211,7 @@ class Gateway:
         assert settings.storage
         log_with_serve()
         export_storage_metrics()
+        spare_proxy_calls()
         bases = [load_base(base) for base in settings.bases]
         storage = Storage(settings.storage)
         models = ServedModels(Registry(storage), bases)

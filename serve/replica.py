@@ -28,7 +28,7 @@ from serve.tracing import Tracing
 CHUNK_SECONDS = 0.03
 """After its first token a stream gets a chunk at most this often. A reader sees no difference, and what a chunk costs
 between engine and client hardly depends on its tokens."""
-CHUNKS_PER_SECOND = 250
+CHUNKS_PER_SECOND = 125
 """Of all streams of a replica. Each takes about 0.3 ms from the thread that feeds the model."""
 LONGEST_CHUNK_SECONDS = 0.2
 """However many streams there are, a reader sees text move."""

@@ -39,6 +39,8 @@ from serve.transport import prepare_ray
 APP_NAME = "ft"
 LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
 """The gateway writes one line a request itself."""
+PROXY_LOGGING = LoggingConfig(enable_access_log=False)
+"""For the same reason the proxy of a Serve that is ours alone writes none."""
 # Routes of the application at "/": Serve prefers the longest route that matches, so a name such as v1 would hide them.
 _RESERVED_NAMES = ("v1", "vote", "docs", "redoc", "health", "default")
 _WILDCARDS = ("0.0.0.0", "::")
@@ -108,7 +110,9 @@ def _run(settings: ServeSettings, host: str, port: int, ray_address: str | None,
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs its own
             _check_running_serve(host, port, name)
             started.callback(_stop_serving, name, not ray_address, settings.limits.stop_seconds)
-            serve.start(http_options={"host": host, "port": port})
+            serve.start(
+                http_options={"host": host, "port": port}, logging_config=None if ray_address else PROXY_LOGGING
+            )
             _deploy(settings, name)
             _wait_until_listening(host, port, local=not ray_address)
             _announce(settings, host, port, name, local=not ray_address)

@@ -1,6 +1,6 @@
 """How Ray Serve carries a request from its proxy to an engine. Settings of Ray's processes, and a part of its proxy.
 
-Needs neither Ray nor the rest of this project: every proxy imports it.
+Needs nothing of this project, and imports Ray only where a process of Ray calls it: every proxy imports this module.
 """
 
 import asyncio
@@ -48,8 +48,8 @@ def proxy_middlewares() -> list[Middleware]:
 class SendBodyAlong:
     """ASGI middleware of the proxy. A small body is in the scope that the gateway gets, and need not be asked for.
 
-    Serve sends a gateway the scope alone, and the gateway fetches the body by a call to the proxy's actor. That call
-    is made all the same, for gateways without `BodyFromScope`, but no request waits for it.
+    Serve sends a gateway the scope alone, and the gateway fetches the body by a call to the proxy's actor. A gateway
+    with `BodyFromScope` does not wait for that call, and after `spare_proxy_calls` it makes none.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -80,6 +80,29 @@ class BodyFromScope:
         if body is not None:
             receive = _body_first(body, receive)
         await self._app(scope, receive, send)
+
+
+def spare_proxy_calls() -> None:
+    """For the gateway's process: ask the proxy for nothing more of a request whose body is in its scope.
+
+    For every request Serve looks up the proxy's actor and calls it twice: for the body, and to learn that the client
+    has gone (docs/benchmarks.md has what that costs). The proxy cancels the request of a client that has gone in any
+    case, and that ends it here.
+    """
+    from ray.serve._private.common import StreamingHTTPRequest
+
+    ask_proxy = StreamingHTTPRequest.receive_asgi_messages
+
+    def receive_asgi_messages(request: Any) -> Any:
+        return _nothing_more if _BODY in request.asgi_scope else ask_proxy.__get__(request)
+
+    StreamingHTTPRequest.receive_asgi_messages = property(receive_asgi_messages)  # type: ignore[assignment]
+
+
+async def _nothing_more(_metadata: object) -> bytes:
+    """Serve cancels it when the request ends."""
+    await asyncio.Event().wait()
+    raise AssertionError("the event is never set")
 
 
 def _again(first: Message, receive: Receive) -> Receive:

@@ -20,7 +20,7 @@ def main() -> None:
     from ray import serve
 
     from serve.app import build_app
-    from serve.run import LOGGING
+    from serve.run import LOGGING, PROXY_LOGGING
     from serve.settings import ServeSettings
 
     settings = ServeSettings.model_validate_json(Path(sys.argv[1]).read_bytes())
@@ -31,7 +31,8 @@ def main() -> None:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+    http_options = {"host": "127.0.0.1", "port": int(sys.argv[2])}
+    serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=PROXY_LOGGING)
     serve.run(build_app(settings), name="ft", logging_config=LOGGING)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())  # after ray.init, which installs its own

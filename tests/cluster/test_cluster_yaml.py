@@ -15,6 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ft_service.catalog.gpus import GPUS
 from ft_service.spec.load import load_run_spec
+from serve.transport import RAY_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 AWS = "cluster.yaml"
@@ -280,6 +281,13 @@ def test_token_authentication_is_on_wherever_ray_starts(prepared: Prepared, file
     assert all(command.startswith("export RAY_AUTH_MODE=token;") for command in starts)
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert config["file_mounts"]["/home/ray/.ray"] == "~/.ray"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_ray_starts_with_the_settings_of_ft_serve(prepared: Prepared, file: str) -> None:
+    variables = [option.removeprefix("--env ") for option in prepared(file)["docker"]["run_options"]]
+    found = dict(variable.split("=", 1) for variable in variables if variable.startswith("RAY_SERVE_"))
+    assert found == RAY_SETTINGS
 
 
 @pytest.mark.parametrize(("file", "cloud"), [(AWS, "aws"), (GCP, "gcp")])

@@ -19,6 +19,7 @@ import yaml
 
 from ft_service.catalog.gpus import GPUS
 from serve.settings import ServeSettings
+from serve.transport import RAY_SETTINGS
 from tests.hosts import wait_for
 from tests.needs import needs
 
@@ -185,6 +186,13 @@ def test_the_job_can_be_tried_again() -> None:
     spec = re.search(r"/opt/ft/(specs/\S+) --run-id \S+", job["spec"]["entrypoint"])
     assert spec and (ROOT / "jobs" / spec[1]).exists()
     assert job["spec"]["shutdownAfterJobFinishes"] is True and job["spec"]["backoffLimit"] >= 1
+
+
+@pytest.mark.parametrize("document", [it for it in RAY_KINDS if it["kind"] != "RayJob"], ids=lambda it: it["kind"])
+def test_every_pod_that_may_serve_has_the_settings_of_ft_serve(document: dict[str, Any]) -> None:
+    for _, template in pods_of(document):
+        env = {it["name"]: it.get("value") for it in template["spec"]["containers"][0]["env"]}
+        assert {name: value for name, value in env.items() if name.startswith("RAY_SERVE_")} == RAY_SETTINGS
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

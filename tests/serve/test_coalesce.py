@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 import pytest
 
@@ -60,6 +61,23 @@ def test_a_chunk_goes_out_when_its_time_has_come_though_no_other_follows():
         return [*first_two, *[chunk async for chunk in chunks]]
 
     assert asyncio.run(run()) == [CHUNKS[0], CHUNKS[1], CHUNKS[9]]
+
+
+def test_a_chunk_goes_out_with_the_first_token_that_comes_after_its_time():
+    """Not by a timer: the tokens of a step then go out together, whatever their streams are."""
+    intervals = iter([3600.0, 0.0])
+
+    async def three_then_wait() -> AsyncGenerator[GenerationChunk, None]:
+        for chunk in CHUNKS[:3]:
+            yield chunk
+            await asyncio.sleep(0)
+        await asyncio.Event().wait()
+
+    async def run() -> list[GenerationChunk]:
+        async with aclosing(coalesced(three_then_wait(), lambda: next(intervals))) as chunks:
+            return [await anext(chunks), await anext(chunks)]
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == [CHUNKS[0], merge(CHUNKS[1:3])]
 
 
 def test_an_error_comes_after_what_was_generated_before_it():

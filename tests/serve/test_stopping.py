@@ -1,5 +1,6 @@
 """`ft serve` is stopped by a signal while it answers. Real Ray Serve, an engine that waits to be released."""
 
+import http.client
 import json
 import os
 import signal
@@ -87,6 +88,11 @@ class Server:
         body = {"model": "tiny", "prompt": [kind, 1], "max_tokens": 1}
         return httpx.post(f"{self.url}/completions", json=body, timeout=SECONDS)
 
+    def running(self) -> int:
+        """Requests that its engine works on."""
+        found: int = httpx.get(f"{self.url}/stats", timeout=SECONDS).json()["tiny"][0]["running"]
+        return found
+
     def is_stopping(self) -> bool:
         return httpx.get(f"{self.url}/ready", timeout=SECONDS).status_code == 503
 
@@ -120,11 +126,16 @@ class Stream:
     def _read(self) -> None:
         body = {"model": "tiny", "prompt": [HELD, 1], "max_tokens": TOKENS, "stream": True}
         with httpx.stream("POST", self._url, json=body, timeout=SECONDS) as response:
+            self._socket = response.extensions["network_stream"].get_extra_info("socket")
             for line in response.iter_lines():
                 if line.startswith("data: "):
                     self.events.append(line.removeprefix("data: "))
                 if self.events or self._queued:  # while it waits it gets comments
                     self._has_begun.set()
+
+    def go_away(self) -> None:
+        """As a client whose process ends."""
+        self._socket.shutdown(socket.SHUT_RDWR)
 
     def wait(self) -> None:
         self._end.result(SECONDS)
@@ -208,3 +219,18 @@ def test_gateways_and_replicas_that_die_end_their_answers_with_an_error_and_are_
     died = server.ask(DIE)  # with the settings of `ft serve`; the tests of a shared cluster have Ray's own
     assert died.status_code == 500 and "has died" in died.json()["error"]["message"]
     assert server.ask().status_code == 200
+
+
+def test_clients_that_go_away_free_their_places(start):
+    """Also here with the settings of `ft serve`: a gateway does not ask the proxy whether a client has gone."""
+    server, begun, queued = start(0)
+    begun.go_away()
+    wait_for(lambda: queued.events, SECONDS)
+    queued.go_away()
+    wait_for(lambda: server.running() == 0, SECONDS)
+    whole = http.client.HTTPConnection("127.0.0.1", server.port)
+    body = {"model": "tiny", "prompt": [HELD, 1], "max_tokens": TOKENS}
+    whole.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    wait_for(lambda: server.running() == 1, SECONDS)
+    whole.close()
+    wait_for(lambda: server.running() == 0, SECONDS)

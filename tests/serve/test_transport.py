@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import pickle
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from serve.transport import (
     SendBodyAlong,
     prepare_ray,
     proxy_middlewares,
+    spare_proxy_calls,
 )
 from tests.hosts import ROOT
 
@@ -240,3 +242,39 @@ def test_a_client_that_goes_away_is_noticed_after_the_body():
         return got
 
     assert asyncio.run(run()) == [request_part(b"{}"), gone]
+
+
+def test_the_proxy_is_asked_for_nothing_of_a_request_whose_body_came_along(monkeypatch):
+    from ray.serve._private.common import StreamingHTTPRequest
+    from ray.serve._private.http_util import ASGIReceiveProxy
+
+    monkeypatch.setattr(StreamingHTTPRequest, "receive_asgi_messages", StreamingHTTPRequest.receive_asgi_messages)
+    spare_proxy_calls()
+    messages = [[request_part(b"{}")], [{"type": "http.disconnect"}]]
+
+    async def ask_proxy(metadata: Any) -> bytes:
+        return pickle.dumps(messages.pop(0))
+
+    async def run(scope: dict[str, Any]) -> tuple[list[Any], bool]:
+        """As Serve's replica does: what the application receives, and whether Serve goes on asking the proxy."""
+        request: Any = StreamingHTTPRequest(scope, receive_asgi_messages=ask_proxy)
+        receive = ASGIReceiveProxy(scope, request, request.receive_asgi_messages)
+        fetching = asyncio.ensure_future(receive.fetch_until_disconnect())
+        got: list[Any] = []
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            got.append(await receive())
+
+        await BodyFromScope(application)(scope, receive, no_answer)
+        for _ in range(10):  # it would have asked for both messages by then
+            await asyncio.sleep(0)
+        is_asking = not fetching.done()
+        fetching.cancel()
+        await asyncio.wait([fetching])
+        return got, is_asking
+
+    scope = {"type": "http", "path": "/v1/completions"}
+    assert asyncio.run(run({**scope, "ft_service.body": b"{}"})) == ([request_part(b"{}")], True)
+    assert len(messages) == 2
+    assert asyncio.run(run(scope)) == ([request_part(b"{}")], False)
+    assert not messages

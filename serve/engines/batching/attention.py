@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from transformers.modeling_utils import AttentionInterface
 
 from serve.engines.batching.scheduler import Piece
+from serve.engines.batching.threads import threads_for
 
 PAGED_ATTENTION = "ft_paged"
 PAGE_TOKENS = 256
@@ -322,12 +323,19 @@ def _decode(
     key_DKCE = keys.flatten(0, 1).index_select(0, group.panels).view(num_rows, heads, -1, width)
     value_DKCE = values.flatten(0, 1).index_select(0, group.panels).view(num_rows, heads, -1, width)
     query_DKGE = query_DHE.reshape(num_rows, heads, -1, width)
-    if query_NHE.dtype == torch.float32:  # twice as fast on a CPU as the fused kernel, and as exact
-        scores_DKGC = torch.matmul(query_DKGE, key_DKCE.transpose(2, 3)).mul_(scaling).add_(group.hidden)
-        out = torch.matmul(scores_DKGC.softmax(-1), value_DKCE)
-    else:
-        out = F.scaled_dot_product_attention(query_DKGE, key_DKCE, value_DKCE, attn_mask=group.hidden, scale=scaling)
+    multiplications = query_DHE.numel() * key_DKCE.shape[2]
+    with threads_for(multiplications, query_DHE.device):
+        out = _attend(query_DKGE, key_DKCE, value_DKCE, group.hidden, scaling)
     return out.reshape(query_DHE.shape)
+
+
+def _attend(
+    query_DKGE: torch.Tensor, key_DKCE: torch.Tensor, value_DKCE: torch.Tensor, hidden: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    if query_DKGE.dtype == torch.float32:  # twice as fast on a CPU as the fused kernel, and as exact
+        scores_DKGC = torch.matmul(query_DKGE, key_DKCE.transpose(2, 3)).mul_(scaling).add_(hidden)
+        return torch.matmul(scores_DKGC.softmax(-1), value_DKCE)
+    return F.scaled_dot_product_attention(query_DKGE, key_DKCE, value_DKCE, attn_mask=hidden, scale=scaling)
 
 
 def _prefill(

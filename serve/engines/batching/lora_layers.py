@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter, OwnWeights, Site
 from serve.engines.batching.packed_linear import SHARED_INPUTS, PackedLinear
+from serve.engines.batching.threads import threads_for
 
 _HEAD = "lm_head"
 
@@ -42,6 +43,8 @@ _KEPT_PLACES = 4
 """A padded stack of more places is freed when a single adapter is in use."""
 _DENSE_STACKS = 2
 """Dense stacks of several adapters that are kept."""
+_WANTED_STACKS = 4
+"""Dense stacks that are not built yet, whose savings are counted."""
 
 
 def install_lora_layers(model: LlamaForCausalLM) -> "BatchedLora":
@@ -70,6 +73,9 @@ class BatchedLora:
         self._launch = _LAUNCH / model.config.hidden_size
         self._padded = _PaddedStack(self._groups)
         self._dense: dict[tuple[str, ...], _DenseStack] = {}
+        self._missed: dict[tuple[str, ...], float] = {}
+        """What dense stacks would have saved so far, had they been built."""
+        self._width = model.config.hidden_size
         # What the layers hold at the moment; None if that is not known.
         self._vectors: tuple[LoadedAdapter, ...] | None = ()
         self._key: object = None
@@ -128,9 +134,17 @@ class BatchedLora:
             rows.active = active
             if active:
                 rows.arrange(runs, is_dense, stack, places, self._padded, vectors)
+                rows.multiplications = self._multiplications(runs, stack, len(places))
         with_own = [adapter for adapter in used if adapter.own or adapter.embeddings]
         for layer in self._layers.values():
             layer.set_own(with_own)
+
+    def _multiplications(self, runs: Sequence[Run], dense: "_DenseStack | None", num_padded: int) -> int:
+        """About those of the largest low-rank product of a layer."""
+        ranks = dense.rank * len(dense.digests) if dense else 0
+        if num_padded:
+            ranks = max(ranks, self._padded.rank)
+        return sum(count for _, count in runs) * ranks * self._width
 
     def _forget(self) -> None:
         self._key = None
@@ -177,23 +191,38 @@ class BatchedLora:
         if len({runs[index][0] for index in with_weights}) <= 1:
             return [True] * len(runs)
         order = sorted(with_weights, key=lambda index: -_work(runs[index]))
-        dense: set[int] = set()
-        best = (self._cost(runs, dense, with_weights), dense)
-        for index in order[:_MOST_DENSE]:
-            dense = dense | {index}
-            cost = self._cost(runs, dense, with_weights)
-            if cost < best[0]:
-                best = (cost, dense)
-        return [index in best[1] for index in range(len(runs))]
+        sets = [frozenset(order[:count]) for count in range(min(len(order), _MOST_DENSE) + 1)]
+        costs = [self._cost(runs, dense, with_weights) for dense in sets]
+        cheapest_now = min(range(len(sets)), key=lambda index: sum(costs[index]))
+        cheapest = min(range(len(sets)), key=lambda index: costs[index][0])
+        chosen = cheapest_now
+        if costs[cheapest][1] and cheapest != cheapest_now:
+            wanted = _adapters_of(runs, [index in sets[cheapest] for index in range(len(runs))])
+            saved = sum(costs[cheapest_now]) - costs[cheapest][0]
+            if self._is_worth_building(_digests(wanted), saved, costs[cheapest][1]):
+                chosen = cheapest
+        return [index in sets[chosen] for index in range(len(runs))]
 
-    def _cost(self, runs: Sequence[Run], dense: set[int], with_weights: Sequence[int]) -> float:
+    def _is_worth_building(self, wanted: tuple[str, ...], saved: float, build: float) -> bool:
+        """Whether all steps so far would have saved what a dense stack of these adapters costs to build."""
+        missed = self._missed.pop(wanted, 0.0) + saved
+        if missed >= build:
+            return True
+        self._missed[wanted] = missed
+        while len(self._missed) > _WANTED_STACKS:
+            self._missed.pop(next(iter(self._missed)))
+        return False
+
+    def _cost(self, runs: Sequence[Run], dense: frozenset[int], with_weights: Sequence[int]) -> tuple[float, float]:
+        """Of a step, and of building the dense stack before it."""
         cost = 0.0
+        build = 0.0
         in_dense = _adapters_of(runs, [index in dense for index in range(len(runs))])
         if in_dense:
             ranks = len(in_dense) * max(adapter.rank for adapter in in_dense)
             cost += self._launch + ranks * sum(runs[index][1] for index in dense)
             if len(in_dense) > 1 and _digests(in_dense) not in self._dense:
-                cost += _BUILD_ROWS * ranks
+                build = float(_BUILD_ROWS * ranks)
         rows: dict[LoadedAdapter, int] = {}
         for index in with_weights:
             adapter, count = runs[index]
@@ -203,7 +232,7 @@ class BatchedLora:
             most_rows = max(_FEWEST_ROWS, *rows.values())
             cost += self._launch * _PADDED_LAUNCHES
             cost += len(rows) * most_rows * max(adapter.rank for adapter in rows)
-        return cost
+        return cost, build
 
     def _dense_stack(self, adapters: tuple[LoadedAdapter, ...]) -> "_DenseStack":
         if len(adapters) == 1:
@@ -236,10 +265,10 @@ def _work(run: Run) -> int:
 
 
 def _adapters_of(runs: Sequence[Run], are_chosen: Sequence[bool]) -> tuple[LoadedAdapter, ...]:
-    """Those with low-rank weights of linear layers, in the order of their most work."""
-    chosen = [run for run, is_chosen in zip(runs, are_chosen, strict=True) if is_chosen]
-    ordered = [adapter for adapter, _ in sorted(chosen, key=lambda run: -_work(run))]
-    return tuple(dict.fromkeys(adapter for adapter in ordered if adapter is not None and adapter.groups))
+    """Those with low-rank weights of linear layers, in one order whatever the runs are: a stack is found again."""
+    chosen = [adapter for (adapter, _), is_chosen in zip(runs, are_chosen, strict=True) if is_chosen]
+    with_weights = {adapter for adapter in chosen if adapter is not None and adapter.groups}
+    return tuple(sorted(with_weights, key=lambda adapter: adapter.digest))
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -405,6 +434,8 @@ class _Rows:
     def __init__(self) -> None:
         self.active = False
         """Whether any row uses an adapter. Without one, a layer asks nothing but this."""
+        self.multiplications = 0
+        """About those of the largest low-rank product of a layer."""
         self.by_adapter: dict[LoadedAdapter, torch.Tensor] = {}
         """Row numbers, of adapters that have weights of their own or a changed embedding."""
         self._make: Callable[[torch.device], _RowTensors] | None = None
@@ -671,6 +702,10 @@ class BatchedLinear(_BatchedLayer):
             self._apply_vectors(y_NO)
         if self.dense_b is None and self.padded_b is None:
             return
+        with threads_for(self.rows.multiplications, x.device):
+            self._add_products(x, y_NO)
+
+    def _add_products(self, x: torch.Tensor, y_NO: torch.Tensor) -> None:
         group = self._group
         group.project(x, self)
         rows = self.rows.on(x.device)

@@ -1,6 +1,6 @@
 """Rows of different adapters in one batch get what stock peft computes for each adapter alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -261,3 +261,19 @@ def test_an_adapter_may_prefill_by_the_dense_product_and_decode_by_the_padded_on
     layout = lora_layers._Layout(runs, is_dense, stack, places, 4, ())
     assert layout.dense_rows == slice(18, 82)
     assert layout.padded_rows == list(range(2, 18))
+
+
+def test_adapters_that_stay_get_a_dense_stack_once_its_cost_would_have_been_saved(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world.lora, "_launch", lora_layers._LAUNCH / 384)
+    monkeypatch.setattr(world.lora, "_missed", {})
+
+    def split(names: Iterable[str]) -> list[bool]:
+        adapters = [LoadedAdapter(name, name, {0: None}, {}, {}, {}, {}, 16, False) for name in names]  # type: ignore[dict-item]
+        return world.lora._split([(adapter, 4) for adapter in adapters])
+
+    kept = [split("abcd" if step % 2 else "dcba") for step in range(50)]  # whichever order the runs have
+    assert kept[0] == [False] * 4  # in the first step it would cost more than it saves
+    assert [True] * 4 in kept
+    assert all(split([f"{step}", "b", "c", "d"]) == [False] * 4 for step in range(100))
