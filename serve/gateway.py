@@ -218,7 +218,7 @@ class Gateway:
         Deletions(storage, {base.ref.fingerprint for base in bases}, settings.database).start()
         self._in_flight = InFlight()
         self._api = create_api(
-            models, backends, settings, readiness.missing, self._in_flight, _training_cluster(settings)
+            models, backends, settings, readiness.missing, self._in_flight, _training_cluster(settings), RayNodes()
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
