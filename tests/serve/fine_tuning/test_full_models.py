@@ -366,10 +366,10 @@ def test_a_model_whose_replicas_serve_has_given_up_starts_again_after_longer_and
     for _ in range(4):
         before = len(apps.deployments)
         steps.append(0)
-        while len(apps.deployments) == before:
+        while len(apps.deployments) == before and steps[-1] < 100:
             servers.step()
             steps[-1] += 1
-    assert steps[1:] == sorted(steps[1:]) and steps[-1] > 2 * steps[1]
+    assert steps[1:] == sorted(steps[1:]) and 2 * steps[1] < steps[-1] < 100
     apps.problems.clear()
     before = len(apps.deployments)
     for _ in range(200):
