@@ -122,8 +122,7 @@ def check_job(
         if plan.fits is False:
             reasons = " ".join([*plan.warnings[:1], *plan.advice])
             raise JobRefusedError("does_not_fit", f"The job does not fit the cluster's GPUs. {reasons}", "model")
-        is_full = serving_problem is not None and spec.method.type == "full"
-        if is_full and (problem := serving_problem(shape)):
+        if serving_problem is not None and spec.method.type == "full" and (problem := serving_problem(shape)):
             raise JobRefusedError("cannot_be_served", problem, "model")
     return Checked(resolved, plan, judgements[0].verdict, tuple(plan.warnings))
 

@@ -260,8 +260,8 @@ class Controller:
             if changed is None:
                 return
             job = changed
-        elif job.trouble is not None:
-            job = self._records.change(job, trouble=None) or job
+        elif job.trouble is not None or job.waiting is not None:  # a preempted run has its workers again
+            job = self._records.change(job, trouble=None, waiting=None) or job
         self._report_metrics(job, run)
 
     def _report_waiting(self, job: Job, entry: Entry | None) -> None:

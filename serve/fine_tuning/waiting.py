@@ -10,6 +10,7 @@ from serve.fine_tuning.wire import Waiting
 
 _STATES = ("validating_files", "queued")
 _BEFORE_THE_QUEUE = {"validating_files": "the check of its files", "queued": "its driver to start"}
+_IN_THE_QUEUE = "its turn in the queue"
 PREPARATION = "its data to be prepared"
 
 
@@ -30,11 +31,11 @@ def waiting_reply(job: Job) -> Waiting | None:
     if job.wish is not None:
         return Waiting(waits_for=f"its run to save a checkpoint and stop ({job.wish})", since=_seconds(job.since))
     kept = job.waiting or {}
-    if job.state not in _STATES and not kept:  # a full model may wait for room while its job is running
-        return None
+    if job.state not in _STATES and not kept:
+        return None  # a running job waits if its run was preempted, or if its full model has no room
     return Waiting(
         place=kept.get("place"),
-        waits_for=kept.get("waits_for") or _BEFORE_THE_QUEUE[job.state],
+        waits_for=kept.get("waits_for") or _BEFORE_THE_QUEUE.get(job.state, _IN_THE_QUEUE),
         since=kept.get("since") or _seconds(job.since),
         estimated_start=kept.get("estimated_start"),
     )

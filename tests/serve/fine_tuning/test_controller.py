@@ -13,6 +13,7 @@ from serve.fine_tuning.checks import JobRefusedError
 from serve.fine_tuning.job_files import JobFolder, delete_ended_data
 from serve.fine_tuning.job_records import CREATE_WINDOW, request_digest
 from serve.fine_tuning.job_states import ENDED, LEGAL, check_legal
+from serve.fine_tuning.waiting import PREPARATION, waiting_reply
 from tests.cluster.queue.queue_cases import entry
 from tests.serve.fine_tuning.job_world import BODY, STEPS, World, make_world
 
@@ -465,6 +466,24 @@ def test_ended_jobs_change_no_more_and_illegal_transitions_raise(world):
         world.records.change(job, "succeeded")
     assert world.records.change(job, "cancelled") is not None
     assert world.records.change(job, "queued") is None  # it is no longer what it was
+
+
+def test_a_running_job_whose_run_was_preempted_waits_until_it_trains_again(world):
+    controller = world.controller()
+    job = world.job()
+    world.until(job, "running", controller)
+    run = RunFolder(world.storage, job.run_id)
+    run.set_state("queued")
+    controller.step()
+    preempted = world.find(job)
+    assert preempted.state == "running" and waiting_reply(preempted).waits_for == PREPARATION
+    for kept in ({"place": 1, "waits_for": ""}, {"place": 1, "waits_for": "room for 1 worker"}):
+        world.records.change(world.find(job), waiting=kept)
+        assert waiting_reply(world.find(job)).waits_for == (kept["waits_for"] or "its turn in the queue")
+    run.set_state("running")
+    controller.step()
+    assert waiting_reply(world.find(job)) is None
+    world.until(job, "succeeded", controller)
 
 
 # -- what ended jobs leave -------------------------------------------------------------------------------------------
