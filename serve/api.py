@@ -42,13 +42,15 @@ def create_api(
     settings: ServeSettings,
     missing: Callable[[], Awaitable[Collection[str]]] = _none_missing,
     in_flight: InFlight | None = None,
-    cluster: ClusterNodes | None = None,
+    training: ClusterNodes | None = None,
+    serving: ClusterNodes | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application over the engines of each base, by the base's name.
 
     `missing` names the bases that cannot answer yet; readiness depends on it. `in_flight` counts requests, and stops
-    the server. `cluster` trains fine-tuning jobs, where it is known. `tracing` has a span for each request.
+    the server. `training` and `serving` are the clusters that train fine-tuning jobs and serve their models, where
+    their nodes are known. `tracing` has a span for each request.
     """
     in_flight = in_flight or InFlight()
     database = open_database(settings.database) if settings.database else None
@@ -65,7 +67,9 @@ def create_api(
         api.include_router(voting.voting_routes(database, Storage(settings.storage)))
     api.include_router(jobs_page_routes(database, settings))
     api.include_router(
-        fine_tuning_routes(records, settings, {base.name: base.folder for base in models.bases}, in_flight, cluster)
+        fine_tuning_routes(
+            records, settings, {base.name: base.folder for base in models.bases}, in_flight, training, serving
+        )
     )
     describe(
         api, "ft_service", version("ft-service"), [*BODIES, *voting.BODIES, *file_routes.BODIES, *job_routes.BODIES]

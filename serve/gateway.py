@@ -224,7 +224,14 @@ class Gateway:
         self._in_flight = InFlight()
         self._tracing = Tracing.from_environment("ft-gateway")
         self._api = create_api(
-            models, backends, settings, readiness.missing, self._in_flight, _training_cluster(settings), self._tracing
+            models,
+            backends,
+            settings,
+            readiness.missing,
+            self._in_flight,
+            _training_cluster(settings),
+            RayNodes(),
+            self._tracing,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -15,11 +15,16 @@ from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 from ft_service.errors import ServingError
 from ft_service.text import last_line
 from serve.base_app import base_app
+from serve.fine_tuning.model_servers import AppStatus
 from serve.replica import MakeEngine
 from serve.settings import BaseSettings, ServeSettings
 
 _LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
-_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_GIVEN_UP = "DEPLOY_FAILED"
+"""Serve starts no more replicas, whoever asks."""
+_FAILED = (_GIVEN_UP, "UNHEALTHY")
+_UNPLACED = "to be scheduled"
+"""In Serve's message about replicas that no node has had room for, for half a minute."""
 _SEPARATOR = "."
 
 
@@ -42,14 +47,14 @@ class ServeApps:
         self._settings = settings
         self._make_engine = make_engine
 
-    def deployed(self) -> Mapping[str, str]:
+    def deployed(self) -> Mapping[str, AppStatus]:
         try:
             applications = serve.status().applications
         except (RayError, RayServeException) as error:
             raise ServingError(f"Ray Serve's controller does not answer ({type(error).__name__}).") from None
         names = applications_of(self._server, applications)
         return {
-            model_id: _problem(applications[name])
+            model_id: _status(applications[name])
             for model_id, name in names.items()
             if applications[name].status != "DELETING"
         }
@@ -70,6 +75,11 @@ class ServeApps:
             raise ServingError(f"Ray Serve's controller does not answer ({type(error).__name__}).") from None
 
 
-def _problem(application: ApplicationStatusOverview) -> str:
-    failed = [one for one in application.deployments.values() if one.status in _FAILED and one.message]
-    return last_line(failed[0].message) if failed else ""
+def _status(application: ApplicationStatusOverview) -> AppStatus:
+    deployments = application.deployments.values()
+    failed = [one for one in deployments if one.status in _FAILED and one.message]
+    return AppStatus(
+        problem=last_line(failed[0].message) if failed else "",
+        has_given_up=any(one.status == _GIVEN_UP for one in deployments),
+        is_unplaced=not failed and any(_UNPLACED in one.message for one in deployments),
+    )

@@ -14,6 +14,7 @@ from ft_service.model.base import looks_like_folder, short_name
 from ft_service.text import first_line
 
 IMPORT_PATH = "serve.app:app"
+_SQLITE = "sqlite:///"
 
 
 def _from_env(name: str, description: str) -> Any:
@@ -217,7 +218,8 @@ class ServeSettings(_Settings):
             base.model_copy(update={"base": absolute(base.base)}) if looks_like_folder(base.base) else base
             for base in self.bases
         ]
-        copy = self.model_copy(update={"bases": tuple(bases)})
+        database = self.database and _absolute_sqlite(self.database)
+        copy = self.model_copy(update={"bases": tuple(bases), "database": database})
         if self.fine_tuning is None:
             return copy
         templates = {
@@ -269,6 +271,13 @@ def read_settings(given: Mapping[str, object], prefix: str) -> ServeSettings:
         path = ".".join(str(part) for part in first["loc"])
         place = f"{prefix}{path.upper() if prefix == 'FT_' else path}"
         raise UsageError(f"{place} = {first['input']!r}: {first['msg']}. Correct or unset it.") from None
+
+
+def _absolute_sqlite(url: str) -> str:
+    """The URL of a database, whose file is relative to this process: `sqlite:///service.db`."""
+    file = url.removeprefix(_SQLITE)
+    is_relative = file != url and file and not file.startswith(("/", ":", "file:", "?"))
+    return f"{_SQLITE}{absolute(file)}" if is_relative else url
 
 
 def absolute(folder: str) -> str:

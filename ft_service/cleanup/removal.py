@@ -113,16 +113,27 @@ def _refuse_if_needed(record: AdapterRecord, inventory: Inventory, now: datetime
         raise UsageError(f"ID = {record.id!r}: cannot be deleted, {'; '.join(needs)}. {cure}")
 
 
-def finish_deletion(storage: Storage, adapter_id: str, now: datetime | None = None) -> Deletion:
-    """Delete the files of an adapter or model that was hidden, unless something still needs them.
+def deleted_models(storage: Storage) -> set[str]:
+    """The full models whose deletion has begun and not ended: a tombstone beside files. Two listings."""
+    hidden = {name.removesuffix(".json") for name in storage.files(TOMBSTONES)}
+    return hidden & set(storage.folders("models"))
 
-    Without effect on one that is published, or was never there.
+
+def finish_deletion(storage: Storage, adapter_id: str, now: datetime | None = None) -> Deletion:
+    """Go on with the deletion of an adapter or model, wherever it was interrupted, unless something needs it.
+
+    Without effect on one that nobody has deleted, or that was never there.
     """
     now = now or datetime.now(UTC)
     usage = read_usage(storage, now)
     hidden = next((each for each in usage.inventory.published if each.item.id == adapter_id and each.hidden), None)
-    if hidden is None or hidden.listed:
+    if hidden is None:
         return Deletion(Item("model", adapter_id), 0)
+    if hidden.listed:  # interrupted between tombstone and record; a server that has it is no need, as in `hide_adapter`
+        if needs := needed_by(hidden.item, replace(usage.inventory, servers=()), now):
+            return Deletion(hidden.item, 0, kept="; ".join(needs))
+        Registry(storage).hide(Registry(storage).tombstone(adapter_id).record)
+        return Deletion(hidden.item, 0, kept="a server may be answering with it")
     if needs := needed_by(hidden.item, usage.inventory, now):
         return Deletion(hidden.item, 0, kept="; ".join(needs))
     return _finish_deleting(storage, hidden.item, usage, now)

@@ -51,7 +51,13 @@ class HeldOutRecords:
     records: tuple[HeldOutRecord, ...]
     left_out: int
     problems: tuple[str, ...]
-    """Why the first of them were left out, with their places."""
+    """Why the first of them were left out, with their places; the others before those with tools."""
+    with_tools: int = 0
+    """How many of them use tools: no metric scores a call."""
+
+
+class _UsesToolsError(BadRecord):
+    """A conversation with tools, for which there is no metric."""
 
 
 def read_held_out(held_out: HeldOut, storage: Storage, adapter: AdapterRecord | None, seed: int) -> HeldOutRecords:
@@ -61,6 +67,7 @@ def read_held_out(held_out: HeldOut, storage: Storage, adapter: AdapterRecord | 
         return HeldOutRecords(tuple(records), 0, ())
     good: list[HeldOutRecord] = []
     problems: list[str] = []
+    with_tools: list[str] = []
     for place, record in read_source(held_out.source):
         if isinstance(record, Fault):
             problems.append(f"{place}: {record.reason}")
@@ -69,12 +76,16 @@ def read_held_out(held_out: HeldOut, storage: Storage, adapter: AdapterRecord | 
             turns = convert(record, held_out.source)
             assert not isinstance(turns, str)
             good.append(HeldOutRecord(place, _until_last_answer(turns)))
+        except _UsesToolsError as error:
+            with_tools.append(f"{place}: {error}")
         except BadRecord as error:
             problems.append(f"{place}: {error}")
+    problems += with_tools
     if not good:
         reasons = "; ".join(problems[:_SHOWN_PROBLEMS]) or "the file is empty"
         raise DataError(f"held_out.path = {held_out.path!r}: no record can be used ({reasons}). Fix the file.")
-    return HeldOutRecords(tuple(draw(good, held_out.limit, seed)), len(problems), tuple(problems[:_SHOWN_PROBLEMS]))
+    records = tuple(draw(good, held_out.limit, seed))
+    return HeldOutRecords(records, len(problems), tuple(problems[:_SHOWN_PROBLEMS]), len(with_tools))
 
 
 def _until_last_answer(turns: Sequence[Message]) -> tuple[Message, ...]:
@@ -82,7 +93,7 @@ def _until_last_answer(turns: Sequence[Message]) -> tuple[Message, ...]:
     last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=0)
     kept = tuple(turns[: last + 1])
     if any(turn.uses_tools or turn.role == "tool" for turn in kept):
-        raise BadRecord("uses tools, which an evaluation does not ask for")
+        raise _UsesToolsError("uses tools, and no metric scores a call")
     if len(kept) < 2 or kept[-2].role != "user":
         raise BadRecord("has no question before its last answer")
     return kept

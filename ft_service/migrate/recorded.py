@@ -14,6 +14,7 @@ from ft_service.evaluate.held_out import HeldOutRecord, read_held_out
 from ft_service.evaluate.suite import HeldOut
 from ft_service.migrate.migration import MigrationJob
 from ft_service.storage.storage import Storage
+from ft_service.text import counted
 
 Prompt = tuple[tuple[str, str], ...]
 """(role, content) of each turn before the answer."""
@@ -36,8 +37,12 @@ def read_questions(job: MigrationJob, held_out: HeldOut, seed: int) -> tuple[lis
     """The records of a job's validation file that can be asked, and remarks. Raises `DataError` if there is none."""
     read = read_held_out(held_out, Storage("."), None, seed)
     remarks = []
-    if read.left_out:
-        remarks.append(f"{held_out.path}: {read.left_out} records cannot be asked ({'; '.join(read.problems)}).")
+    if read.with_tools:
+        left_out = counted(read.with_tools, "conversation")
+        remarks.append(f"{held_out.path}: {left_out} with tools left out: no metric scores the calls of an answer.")
+    if others := read.left_out - read.with_tools:
+        reasons = "; ".join(read.problems[:others])
+        remarks.append(f"{held_out.path}: {counted(others, 'record')} cannot be asked ({reasons}).")
     return list(read.records), remarks
 
 

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, MetaData, Text
+from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, MetaData, Text, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Moment = DateTime(timezone=True)
@@ -186,7 +186,7 @@ class FileContentRow(Base):
 
 
 class FileRow(Base):
-    """A file of the API. One that has expired or is being deleted has no row."""
+    """A file of the API. Its row goes after its content, so that an interrupted deletion is found again."""
 
     __tablename__ = "files"
 
@@ -204,7 +204,7 @@ class FileRow(Base):
     created: Mapped[datetime] = mapped_column(Moment)
     expires: Mapped[datetime | None] = mapped_column(Moment, index=True)
     status: Mapped[str] = mapped_column(Text, index=True)
-    """`uploaded` until it was checked, then `processed` or `error`."""
+    """`uploaded` until it was checked, then `processed` or `error`; `deleted` while its content is being deleted."""
     status_details: Mapped[str | None] = mapped_column(Text)
     validation: Mapped[dict[str, object] | None] = mapped_column(JSON)
     checked_since: Mapped[datetime | None] = mapped_column(Moment)
@@ -298,6 +298,8 @@ class FineTuningJobRow(Base):
     """What holds the job up at the moment, such as a Ray that does not answer."""
     waiting: Mapped[dict[str, object] | None] = mapped_column(JSON)
     """Its place in the queue, what it waits for, and when it is expected to start. See `serve.fine_tuning.waiting`."""
+    data_deleted: Mapped[bool] = mapped_column(default=False, server_default=false(), index=True)
+    """Whether the links to its data are gone from storage, once it has ended."""
 
 
 class JobCreateRow(Base):

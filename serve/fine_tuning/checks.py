@@ -1,11 +1,11 @@
 """What is checked before a job spends anything: the rules of the spec, the data check and the plan."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ft_service.catalog.gpus import find_gpu
+from ft_service.catalog.models import ModelShape
 from ft_service.data.files.remote import delete_copies
 from ft_service.data.gate import Judgement
 from ft_service.data.gate.waivers import check_waivers, enforce
@@ -21,9 +21,9 @@ from ft_service.runs.trackers import tracker_problems
 from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from serve.fine_tuning.run_spec import WAIVE_PREFIX, JobSettings, Resolved, resolved_spec, unresolved_spec
-from serve.fit import full_model_problem
-from serve.settings import BaseSettings
 
+ServingProblem = Callable[[ModelShape], str | None]
+"""Why a full model of this shape cannot be served; None if nothing is known against it."""
 _ONE_AT_A_TIME = threading.Lock()
 """A check holds a tokenizer and a whole file's records."""
 
@@ -89,9 +89,9 @@ def check_job(
     job: JobSettings,
     storage: str,
     resources: Resources,
-    served: BaseSettings | None = None,
+    serving_problem: ServingProblem | None = None,
 ) -> Checked:
-    """Spec, data and plan of a job; writes nothing. `served` is how its base is served, and the model of a `full` job.
+    """Spec, data and plan of a job; writes nothing. `serving_problem` judges the model of a `full` job.
 
     Raises `JobRefusedError`, and `StorageError` or `ModelError` where a later attempt may pass.
     """
@@ -122,10 +122,8 @@ def check_job(
         if plan.fits is False:
             reasons = " ".join([*plan.warnings[:1], *plan.advice])
             raise JobRefusedError("does_not_fit", f"The job does not fit the cluster's GPUs. {reasons}", "model")
-        if served is not None and spec.method.type == "full":
-            gpu = find_gpu(resources.gpu_type)
-            if problem := full_model_problem(served, shape, gpu.memory_gib if gpu else None):
-                raise JobRefusedError("cannot_be_served", problem, "model")
+        if serving_problem is not None and spec.method.type == "full" and (problem := serving_problem(shape)):
+            raise JobRefusedError("cannot_be_served", problem, "model")
     return Checked(resolved, plan, judgements[0].verdict, tuple(plan.warnings))
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ft_service.cluster.queue.entry import Entry
 from ft_service.cluster.queue.view import find as find_entry
 from ft_service.cluster.submit import Submission
-from ft_service.errors import DatabaseError, FtError
+from ft_service.errors import DatabaseError, FtError, ServingError
 from ft_service.runs.folder import ENDED as RUN_ENDED
 from ft_service.runs.folder import Request, RunFolder, RunStatus
 from ft_service.runs.metrics import StepMetrics, read_metrics
@@ -31,7 +31,7 @@ from serve.fine_tuning.checks import Checked, JobRefusedError
 from serve.fine_tuning.job_files import JobFolder
 from serve.fine_tuning.job_records import Job, JobRecords, NewCheckpoint, NewEvent, NewWebhook
 from serve.fine_tuning.job_states import State
-from serve.fine_tuning.model_servers import DoesNotStartError
+from serve.fine_tuning.model_servers import DoesNotStartError, NoRoomError
 from serve.fine_tuning.results import checkpoint_metrics, estimated_finish, metrics_event, results_csv
 from serve.fine_tuning.waiting import PREPARATION, in_queue, queue_text
 from serve.fine_tuning.work import Work
@@ -74,8 +74,14 @@ class Outside:
     deliver: Callable[[], None]
     """Delivers webhooks that are due."""
     serve_model: Callable[[str], None] = lambda _model: None
-    """Makes the model of a full job a base of the server. Raises `FtError` unless it is one, and `DoesNotStartError` if
-    its replicas fail."""
+    """Makes the model of a full job a base of the server. Raises `FtError` unless it is one, `DoesNotStartError` if its
+    replicas fail, and `NoRoomError` if no node can ever have room for one."""
+    waits_for: Callable[[str], str] = lambda _model: ""
+    """What the replicas of a full job's model wait for, as the rest of a sentence; '' if they do not wait for room."""
+
+
+class _WaitsForRoomError(ServingError):
+    """A model does not answer yet, because its replicas have no place. The message is what they wait for."""
 
 
 def submission_id(job: Job) -> str:
@@ -97,6 +103,8 @@ class Controller:
         self._work = work
         self._holder = holder
         self._sizes: dict[str, int | None] = {}
+        self._unplaced: dict[str, datetime] = {}
+        """Full jobs whose model can have no place, and since when: a node may come back."""
 
     def step(self) -> bool:
         """Look at every job once. Returns whether this controller is the one that acts. Raises `DatabaseError`."""
@@ -252,8 +260,8 @@ class Controller:
             if changed is None:
                 return
             job = changed
-        elif job.trouble is not None:
-            job = self._records.change(job, trouble=None) or job
+        elif job.trouble is not None or job.waiting is not None:  # a preempted run has its workers again
+            job = self._records.change(job, trouble=None, waiting=None) or job
         self._report_metrics(job, run)
 
     def _report_waiting(self, job: Job, entry: Entry | None) -> None:
@@ -362,17 +370,23 @@ class Controller:
             job = changed
         checkpoints = _checkpoints(job, run, metrics)
         names = [job.alias, *(checkpoint.adapter for checkpoint in checkpoints if checkpoint.adapter != job.adapter)]
+        if job.wish == "cancel" and (job.waiting or job.trouble):
+            self._end(job, "cancelled", [NewEvent(f"The job was cancelled before {job.adapter} had answered.")])
+            return
         done = self._work.poll(f"ask {job.id}", lambda: self._ask(job, names))
         if done is None:
             return
         try:
             done.result()
         except FtError as error:
-            may_wait_for_gpus = job.is_full and not isinstance(error, DoesNotStartError)
-            seconds = FULL_ANSWER_SECONDS if may_wait_for_gpus else ANSWER_SECONDS
-            if self._records.clock() - recorded.time < timedelta(seconds=seconds):
-                raise
-            message = f"{job.adapter} is published, but does not answer: {error}"
+            if self._may_still_answer(job, recorded.time, error):
+                self._report_room(job, error)
+                return
+            if isinstance(error, NoRoomError):
+                self._fail(job, "cannot_be_served", f"{job.adapter} is published, but cannot be served. {error}", None)
+                return
+            reason = f"its replicas wait for {error}" if isinstance(error, _WaitsForRoomError) else str(error)
+            message = f"{job.adapter} is published, but does not answer: {reason}"
             self._fail(job, "model_does_not_answer", message, None)
             return
         self._end(
@@ -384,10 +398,39 @@ class Controller:
         )
 
     def _ask(self, job: Job, names: Sequence[str]) -> None:
-        if job.is_full and job.adapter is not None:
-            self._outside.serve_model(job.adapter)
-        for name in names:
-            self._outside.answers(name)
+        model = job.adapter if job.is_full else None
+        if model is not None:
+            self._outside.serve_model(model)
+        try:
+            for name in names:
+                self._outside.answers(name)
+        except FtError:
+            if model is not None and (reason := self._outside.waits_for(model)):
+                raise _WaitsForRoomError(reason) from None
+            raise
+
+    def _may_still_answer(self, job: Job, published: datetime, error: FtError) -> bool:
+        """Whether there is time left for a published model that does not answer."""
+        now = self._records.clock()
+        if isinstance(error, NoRoomError):
+            since = self._unplaced.setdefault(job.id, now)
+            return now - since < timedelta(seconds=ANSWER_SECONDS)
+        self._unplaced.pop(job.id, None)
+        may_wait_for_gpus = job.is_full and not isinstance(error, DoesNotStartError)
+        return now - published < timedelta(seconds=FULL_ANSWER_SECONDS if may_wait_for_gpus else ANSWER_SECONDS)
+
+    def _report_room(self, job: Job, error: FtError) -> None:
+        """Record what a model waits for, as an event when that changes. Raises any other `error` than that."""
+        if not isinstance(error, _WaitsForRoomError):
+            if job.waiting is not None:
+                self._records.change(job, waiting=None)
+            raise error
+        known = job.waiting or {}
+        if known.get("waits_for") == str(error) and job.trouble is None:
+            return
+        waiting = {**in_queue(None, str(error), None), "since": int(self._records.clock().timestamp())}
+        event = NewEvent(f"The model waits for {error}.", data=waiting)
+        self._records.change(job, trouble=None, waiting=waiting, events=[event])
 
     def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
         error = {"code": code, "message": message, "param": param}
@@ -399,7 +442,8 @@ class Controller:
         if self._records.change(job, state, events=events, webhooks=webhooks, **changes) is None:
             return
         self._sizes.pop(job.id, None)
-        JobFolder(self._storage, job.id).delete_data()
+        self._unplaced.pop(job.id, None)
+        JobFolder(self._storage, job.id).delete_data(self._records)
 
 
 def _running(job: Job) -> State | None:

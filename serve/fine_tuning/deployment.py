@@ -12,7 +12,8 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ft_service.cleanup.removal import finish_deletion
+from ft_service.cleanup.removal import deleted_models, finish_deletion
+from ft_service.cluster.queue.capacity import RayNodes
 from ft_service.cluster.storage_metrics import export_storage_metrics
 from ft_service.cluster.submit import Submissions
 from ft_service.errors import DatabaseError, FtError, ServingError, UsageError
@@ -24,9 +25,11 @@ from serve.fine_tuning.api_files import ApiFiles
 from serve.fine_tuning.controller import Controller
 from serve.fine_tuning.file_keeper import FileKeeper
 from serve.fine_tuning.full_models import FullModels
+from serve.fine_tuning.job_files import delete_ended_data
 from serve.fine_tuning.job_records import JobRecords
 from serve.fine_tuning.jobs import outside_of
 from serve.fine_tuning.model_servers import ModelServers
+from serve.fine_tuning.serving_room import ServingRoom
 from serve.fine_tuning.work import Threads
 from serve.gateway import Backends
 from serve.inference.bases import load_base
@@ -56,7 +59,7 @@ class FineTuning:
         assert settings.storage and tuning
         if settings.database is None:
             raise UsageError("fine_tuning: needs a database. Set FT_DATABASE_URL, or `database`.")
-        storage = Storage(settings.storage)
+        self._storage = storage = Storage(settings.storage)
         database = await asyncio.to_thread(open_database, settings.database)
         self._records = records = JobRecords(database)
         models = ServedModels(Registry(storage), [load_base(base) for base in settings.bases])
@@ -66,15 +69,22 @@ class FineTuning:
         application = serve.get_replica_context().app_name
         backends = Backends(handles, application)
         apps = ServeApps(application, settings, make_engine)
-        self._model_servers = ModelServers(full_models, apps, partial(_finish_deletion, storage))
+        room = ServingRoom(settings, RayNodes())
+        self._model_servers = servers = ModelServers(
+            full_models,
+            apps,
+            partial(deleted_models, storage),
+            partial(finish_deletion, storage),
+            room.problem,
+            room.needed_room,
+        )
         answers = Answers(models, backends, settings.limits)
         self._work = Threads()
         launcher = Submissions(_address(tuning.ray_address))
         bases = {base.name: base.folder for base in models.bases}
         self._keeper = FileKeeper(database, storage, tuning.files, bases)
-        outside = outside_of(
-            records, storage, settings, ApiFiles(self._keeper), answers.check, self._model_servers.ensure
-        )
+        files = ApiFiles(self._keeper)
+        outside = outside_of(records, storage, settings, files, answers.check, servers.ensure, servers.waits_for, room)
         self._controller = Controller(records, storage, launcher, outside, self._work, uuid.uuid4().hex)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -94,11 +104,14 @@ class FineTuning:
 
     def _tidy(self) -> None:
         """Beside the controller, which must not wait for the check of a large file."""
-        while not self._stopping.wait(TIDY_SECONDS):
+        while True:  # at once too: an earlier process may have been killed within a deletion
             try:
+                delete_ended_data(self._records, self._storage)
                 self._keeper.tidy()
             except Exception:
                 logger.exception("files cannot be tidied")
+            if self._stopping.wait(TIDY_SECONDS):
+                return
 
     def _serve_models(self) -> None:
         """Beside the controller too: each server has its own deployments, whoever holds the lease."""
@@ -125,10 +138,6 @@ class FineTuning:
                 await asyncio.to_thread(self._controller.release)
             except DatabaseError as error:
                 logger.warning("%s", error)
-
-
-def _finish_deletion(storage: Storage, model_id: str) -> bool:
-    return not finish_deletion(storage, model_id).kept
 
 
 def _address(configured: str) -> str:

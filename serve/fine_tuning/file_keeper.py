@@ -179,7 +179,8 @@ class FileKeeper:
                 logger.warning("files: %s (%s)", step.__name__.strip("_"), error)
 
     def _delete_expired(self) -> None:
-        for file_id in self.records.delete_expired(self.store.delete_content):
+        self.records.mark_expired()
+        for file_id in self.records.finish_deletions(self.store.delete_content):
             self.store.delete_errors(file_id)
         self.records.forget_old_uploads()
 

@@ -33,6 +33,8 @@ UPLOAD_PREFIX = "upload_"
 PART_PREFIX = "part_"
 CHECK_SECONDS = 900.0
 """A check that began longer ago was interrupted, and starts again."""
+DELETED = "deleted"
+"""Status of a file whose deletion has begun: no client sees it any more."""
 KEPT_UPLOADS = timedelta(days=30)
 """So long an upload that has ended can be asked for."""
 
@@ -164,38 +166,56 @@ class FileRecords:
     def delete(self, tenant: Tenant, file_id: str, delete_content: Callable[[str], None]) -> None:
         """Delete a file, and its content unless another file has the same. Raises `ApiError` 404.
 
-        If `delete_content` fails, nothing is deleted.
+        The file is gone for clients at once. If `delete_content` fails, or the process is killed, the same call goes on
+        with it, and so does `finish_deletions`.
         """
         if not is_id(file_id, FILE_PREFIX):
             raise no_such_file(file_id)
         with session(self._engine) as opened:
-            digest = opened.scalar(select(FileRow.digest).where(FileRow.id == file_id, *self._visible(tenant)))
+            mine = (FileRow.id == file_id, tenant.visible(FileRow), self._has_not_expired())
+            digest = opened.scalar(select(FileRow.digest).where(*mine))
             if digest is None:
                 raise no_such_file(file_id)
-            self._delete(opened, tenant.name, file_id, digest, delete_content)
+            self._mark_deleted(opened, tenant.name, file_id)
+            opened.commit()
+        if not self._finish_deletion(file_id, digest, delete_content):
+            raise no_such_file(file_id)  # another request has deleted it meanwhile
 
-    def delete_expired(self, delete_content: Callable[[str], None]) -> list[str]:
-        """Delete the files that have expired. Returns their ids."""
+    def mark_expired(self) -> None:
+        """Begin to delete the files that have expired."""
+        is_over = (FileRow.expires <= self.clock(), FileRow.status != DELETED)
         with session(self._engine) as opened:
-            expired = select(FileRow.id, FileRow.digest).where(FileRow.expires <= self.clock())
-            found = [(str(file_id), str(digest)) for file_id, digest in opened.execute(expired)]
-        for file_id, digest in found:
-            with session(self._engine) as opened:
-                self._delete(opened, "expired", file_id, digest, delete_content)
-        return [file_id for file_id, _ in found]
+            for file_id in list(opened.scalars(select(FileRow.id).where(*is_over))):
+                self._mark_deleted(opened, "expired", file_id)
+            opened.commit()
 
-    def _delete(
-        self, opened: Session, by: str, file_id: str, digest: str, delete_content: Callable[[str], None]
-    ) -> None:
-        opened.execute(update(FileContentRow).where(FileContentRow.digest == digest).values(digest=digest))  # locks it
-        deleted = opened.execute(delete(FileRow).where(FileRow.id == file_id))
-        assert isinstance(deleted, CursorResult)
-        if deleted.rowcount == 0:
-            raise no_such_file(file_id)
-        audit(opened, by, "files.delete", file_id)
-        opened.flush()
-        self._delete_unused(opened, digest, delete_content)
-        opened.commit()
+    def finish_deletions(self, delete_content: Callable[[str], None]) -> list[str]:
+        """Go on with every deletion that has begun. Returns the ids of the files."""
+        with session(self._engine) as opened:
+            begun = select(FileRow.id, FileRow.digest).where(FileRow.status == DELETED)
+            found = [(str(file_id), str(digest)) for file_id, digest in opened.execute(begun)]
+        return [file_id for file_id, digest in found if self._finish_deletion(file_id, digest, delete_content)]
+
+    def _mark_deleted(self, opened: Session, by: str, file_id: str) -> None:
+        known = update(FileRow).where(FileRow.id == file_id, FileRow.status != DELETED)
+        marked = opened.execute(known.values(status=DELETED))
+        assert isinstance(marked, CursorResult)
+        if marked.rowcount:
+            audit(opened, by, "files.delete", file_id)
+
+    def _finish_deletion(self, file_id: str, digest: str, delete_content: Callable[[str], None]) -> bool:
+        """False if the file was gone already."""
+        lock = update(FileContentRow).where(FileContentRow.digest == digest).values(digest=digest)
+        with session(self._engine) as opened:
+            opened.execute(lock)
+            deleted = opened.execute(delete(FileRow).where(FileRow.id == file_id, FileRow.status == DELETED))
+            assert isinstance(deleted, CursorResult)
+            if deleted.rowcount == 0:
+                return False
+            opened.flush()
+            self._delete_unused(opened, digest, delete_content)
+            opened.commit()
+        return True
 
     def delete_content_if_unused(self, digest: str, delete_content: Callable[[str], None]) -> None:
         """Delete a content that no file has. Without effect while one has it."""
@@ -242,7 +262,7 @@ class FileRecords:
             "validation": None if validation is None else validation.model_dump(mode="json"),
         }
         with session(self._engine) as opened:
-            opened.execute(update(FileRow).where(FileRow.id == file_id).values(values))
+            opened.execute(update(FileRow).where(FileRow.id == file_id, FileRow.status != DELETED).values(values))
             opened.commit()
 
     # -- uploads -------------------------------------------------------------------------------------------------------
@@ -386,8 +406,11 @@ class FileRecords:
 
     # -- within a session ----------------------------------------------------------------------------------------------
 
-    def _visible(self, tenant: Tenant) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-        return tenant.visible(FileRow), or_(FileRow.expires.is_(None), FileRow.expires > self.clock())
+    def _visible(self, tenant: Tenant) -> tuple[ColumnElement[bool], ...]:
+        return tenant.visible(FileRow), self._has_not_expired(), FileRow.status != DELETED
+
+    def _has_not_expired(self) -> ColumnElement[bool]:
+        return or_(FileRow.expires.is_(None), FileRow.expires > self.clock())
 
     def _lock_content(self, opened: Session, digest: str, size: int, *, keep_size: bool = False) -> None:
         """Lock the row of a content until the transaction ends. Makes it if it is not there."""
@@ -427,6 +450,8 @@ class FileRecords:
 
     def _upload(self, opened: Session, row: UploadRow) -> Upload:
         file = opened.get(FileRow, row.file) if row.file is not None else None
+        if file is not None and file.status == DELETED:
+            file = None
         is_expired = row.status == "pending" and with_utc(row.expires) <= self.clock()
         return Upload.model_validate(
             {

@@ -1,8 +1,6 @@
 """When a job would start and end: what the cluster's queue says of a run that is not in it yet."""
 
-import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,12 +15,8 @@ from ft_service.spec.schema import RunSpec
 from ft_service.storage.storage import Storage
 from ft_service.text import counted
 from serve.fine_tuning.job_records import Job
+from serve.fine_tuning.known_nodes import KnownNodes
 from serve.fine_tuning.waiting import in_queue
-
-NODES_SECONDS = 3.0
-"""So long a request waits for Ray to list the nodes. Without them the start is known only of an empty queue."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,10 +47,13 @@ class Forecasts:
     """Asks the queue for a job that is not in it. Thread-safe."""
 
     def __init__(self, storage: Storage, cluster: ClusterNodes | None = None) -> None:
-        """`cluster` trains the jobs. None: its nodes are unknown here, because it is not the one that serves."""
+        """`cluster` trains the jobs. None: its nodes are unknown here, because it is not the one that serves.
+
+        Without nodes the start is known only of an empty queue.
+        """
         self._storage = storage
         self._cluster = cluster
-        self._asks = ThreadPoolExecutor(1, thread_name_prefix="ask-nodes")
+        self._known = KnownNodes(cluster)
 
     def of(
         self, run_id: str, spec: RunSpec, seconds: float | None, others: Sequence[Job], now: datetime
@@ -69,13 +66,14 @@ class Forecasts:
         entries = {one.entry.run_id: one.entry for one in listed}
         coming = [job for job in others if job.state in ("validating_files", "queued") and job.run_id not in entries]
         run = _entry(run_id, spec, seconds, now)
-        nodes = self._nodes()
+        nodes = self._known.nodes()
         place: int | None = None
         waits_for = ""
         start: datetime | None = None
         if (cluster := self._cluster_id({one.cluster for one in listed})) is not None:
             ahead = [_entry_of(job) for job in coming if job.resolved is not None]
-            forecast = estimate(self._storage, run, cluster, nodes, now, ahead)
+            active = [one.entry for one in listed if one.cluster == cluster]
+            forecast = estimate(self._storage, run, [*active, *ahead], nodes, now)
             place = forecast.place
             waits_for = forecast.waits_for
             start = forecast.estimated_start
@@ -95,15 +93,6 @@ class Forecasts:
             return self._cluster.id
         known = busy or set(self._storage.folders(CLUSTERS))
         return known.pop() if len(known) == 1 else None if known else "none yet"
-
-    def _nodes(self) -> Sequence[Node] | None:
-        if self._cluster is None:
-            return None
-        try:
-            return self._asks.submit(self._cluster.nodes).result(NODES_SECONDS)
-        except Exception as error:  # whatever Ray raises: a forecast is no reason to refuse a job
-            logger.warning("the nodes of the cluster are unknown (%s: %s)", type(error).__name__, error)
-            return None
 
     def _warning(self, run: Entry, nodes: Sequence[Node] | None) -> str | None:
         if nodes is None or self._cluster is None or self._cluster.may_grow_beyond():

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from ft_service.errors import StorageError, UnreachableError
+from ft_service.errors import DatabaseError, StorageError, UnreachableError
 from ft_service.storage.storage import Storage
-from serve.fine_tuning.job_records import Job
+from serve.fine_tuning.job_records import Job, JobRecords
 
 JOBS_FOLDER = "jobs"
 _MARKER = "files.json"
@@ -27,6 +27,7 @@ class JobFolder:
 
     def __init__(self, storage: Storage, job_id: str) -> None:
         self._storage = storage
+        self._job_id = job_id
         self.path = f"{JOBS_FOLDER}/{job_id}"
 
     def write_if_absent(self, job: Job) -> None:
@@ -67,12 +68,20 @@ class JobFolder:
         with suppress(StorageError):
             self.delete()
 
-    def delete_data(self) -> None:
+    def delete_data(self, records: JobRecords) -> None:
         """Once the job has ended: the files' own content stays. What cannot be deleted now is left, and logged."""
         try:
+            self.check_is_there()
             self._storage.delete(f"{self.path}/data")
-        except StorageError as error:
-            logger.warning("%s: a job's links to its data are left (%s)", self.path, error)
+            records.mark_data_deleted(self._job_id)
+        except (DatabaseError, StorageError) as error:
+            logger.warning("%s: a job's links to its data are left for now (%s)", self.path, error)
+
+
+def delete_ended_data(records: JobRecords, storage: Storage) -> None:
+    """Delete the links of ended jobs that an interrupted process has left. Raises `DatabaseError`."""
+    for job_id in records.ended_with_data():
+        JobFolder(storage, job_id).delete_data(records)
 
 
 def _as_json(job: Job) -> dict[str, Any]:

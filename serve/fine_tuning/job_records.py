@@ -301,6 +301,18 @@ class JobRecords:
             opened.commit()
         return result
 
+    def ended_with_data(self, limit: int = 200) -> list[str]:
+        """Jobs that have ended, and whose data are not known to be gone from storage."""
+        row = FineTuningJobRow
+        statement = select(row.id).where(row.data_deleted.is_(False), row.state.in_(ENDED)).limit(limit)
+        with session(self.engine) as opened:
+            return list(opened.scalars(statement))
+
+    def mark_data_deleted(self, job_id: str) -> None:
+        with session(self.engine) as opened:
+            opened.execute(update(FineTuningJobRow).where(FineTuningJobRow.id == job_id).values(data_deleted=True))
+            opened.commit()
+
     def _add_events(self, opened: Session, job_id: str, events: Sequence[NewEvent]) -> None:
         now = self.clock()
         for event in events:

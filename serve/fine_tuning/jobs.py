@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement
@@ -12,7 +13,7 @@ from ft_service.cluster.queue.capacity import ClusterNodes
 from ft_service.errors import StorageError
 from ft_service.plan.facts import Resources
 from ft_service.storage.storage import Storage
-from serve.fine_tuning.checks import Checked, JobRefusedError, check_job
+from serve.fine_tuning.checks import Checked, JobRefusedError, ServingProblem, check_job
 from serve.fine_tuning.controller import Outside
 from serve.fine_tuning.forecast import Forecasts, JobForecast
 from serve.fine_tuning.job_files import JobFolder
@@ -26,12 +27,13 @@ from serve.fine_tuning.run_spec import (
     model_name,
     run_name,
 )
+from serve.fine_tuning.serving_room import ServingRoom
 from serve.fine_tuning.waiting import in_queue, queue_text
 from serve.fine_tuning.webhooks import Deliveries, webhooks_of
 from serve.fine_tuning.wire import FineTuningJobRequest
 from serve.http.errors import ApiError
 from serve.http.tenants import Tenant
-from serve.settings import BaseSettings, FineTuningSettings, ServeSettings
+from serve.settings import FineTuningSettings, ServeSettings
 
 TRAINING = "training"
 VALIDATION = "validation"
@@ -79,13 +81,17 @@ class Jobs:
         settings: ServeSettings,
         files: Files,
         cluster: ClusterNodes | None = None,
+        room: ServingRoom | None = None,
     ) -> None:
-        """`cluster` trains the jobs; None where its nodes are unknown. See `serve.fine_tuning.forecast`."""
+        """`cluster` trains the jobs; None where its nodes are unknown. See `serve.fine_tuning.forecast`.
+
+        `room` judges the models of full jobs; by default without the nodes that serve.
+        """
         assert settings.fine_tuning
         self.records = records
         self._storage = storage
         self._tuning = settings.fine_tuning
-        self._bases = {base.model_name: base for base in settings.bases}
+        self._serving_problem = serving_problems(settings, room)
         self._files = files
         self._forecasts = Forecasts(storage, cluster)
 
@@ -142,7 +148,7 @@ class Jobs:
                 job_settings(job, self._tuning, paths[TRAINING], paths.get(VALIDATION)),
                 self._storage.root,
                 resources_of(self._tuning),
-                self._bases.get(job.model),
+                self._serving_problem(job.model),
             )
         except JobRefusedError as error:
             raise _refused(error) from None
@@ -159,7 +165,7 @@ class Jobs:
 
     def check(self, job: Job) -> Checked:
         """Spec, data and plan of a job whose data are linked. Raises `JobRefusedError`."""
-        return check_linked(job, self._storage, self._tuning, self._bases.get(job.model))
+        return check_linked(job, self._storage, self._tuning, self._serving_problem(job.model))
 
     def _accept(self, owner: Tenant, request: FineTuningJobRequest) -> dict[str, StoredFile]:
         """The files of a request, by their role. Raises `ApiError` 400 for what no job can have."""
@@ -274,7 +280,7 @@ class Jobs:
         events = [NewEvent("The job was cancelled.")]
         ended = self.records.change(job, "cancelled", events=events, webhooks=webhooks)
         if ended is not None:
-            JobFolder(self._storage, job.id).delete_data()
+            JobFolder(self._storage, job.id).delete_data(self.records)
         return ended
 
 
@@ -368,8 +374,19 @@ def resources_of(tuning: FineTuningSettings) -> Resources:
     return Resources(gpu_type=tuning.gpu_type, price_per_gpu_hour=tuning.price_per_gpu_hour)
 
 
-def check_linked(job: Job, storage: Storage, tuning: FineTuningSettings, served: BaseSettings | None = None) -> Checked:
-    """`served` is how its base is served. Raises `JobRefusedError`."""
+def serving_problems(
+    settings: ServeSettings, room: ServingRoom | None = None
+) -> Callable[[str], ServingProblem | None]:
+    """What judges the full models of a base, by the base's name; None for one that the server does not have."""
+    known = room or ServingRoom(settings)
+    judges = {base.model_name: partial(known.problem, base) for base in settings.bases}
+    return judges.get
+
+
+def check_linked(
+    job: Job, storage: Storage, tuning: FineTuningSettings, serving_problem: ServingProblem | None = None
+) -> Checked:
+    """See `check_job`. Raises `JobRefusedError`."""
     folder = JobFolder(storage, job.id)
     try:
         template = template_of(tuning, job.model)
@@ -379,7 +396,7 @@ def check_linked(job: Job, storage: Storage, tuning: FineTuningSettings, served:
     if training is None:
         raise StorageError(f"{storage.uri(folder.path)}: has no training data.")
     settings = job_settings(job, tuning, training, folder.data(VALIDATION))
-    return check_job(template, settings, storage.root, resources_of(tuning), served)
+    return check_job(template, settings, storage.root, resources_of(tuning), serving_problem)
 
 
 def outside_of(
@@ -389,19 +406,23 @@ def outside_of(
     files: Files,
     answers: Callable[[str], None],
     serve_model: Callable[[str], None] = lambda _model: None,
+    waits_for: Callable[[str], str] = lambda _model: "",
+    room: ServingRoom | None = None,
 ) -> Outside:
     """What the controller asks of the rest of the service.
 
-    `answers` asks a model for a completion, `serve_model` makes the model of a full job a base.
+    `answers` asks a model for a completion, `serve_model` makes the model of a full job a base, and `waits_for` tells
+    what its replicas wait for.
     """
     tuning = settings.fine_tuning
     assert tuning
-    bases = {base.model_name: base for base in settings.bases}
+    serving_problem = serving_problems(settings, room)
     return Outside(
-        check=lambda job: check_linked(job, storage, tuning, bases.get(job.model)),
+        check=lambda job: check_linked(job, storage, tuning, serving_problem(job.model)),
         answers=answers,
         add_result_file=files.add_result,
         webhooks=lambda job, state: webhooks_of(tuning, job, state, records.clock()),
         deliver=Deliveries(records, tuning).deliver,
         serve_model=serve_model,
+        waits_for=waits_for,
     )

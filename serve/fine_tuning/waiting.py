@@ -10,6 +10,7 @@ from serve.fine_tuning.wire import Waiting
 
 _STATES = ("validating_files", "queued")
 _BEFORE_THE_QUEUE = {"validating_files": "the check of its files", "queued": "its driver to start"}
+_IN_THE_QUEUE = "its turn in the queue"
 PREPARATION = "its data to be prepared"
 
 
@@ -29,13 +30,13 @@ def waiting_reply(job: Job) -> Waiting | None:
     """What a job waits for, since when, and when it is expected to start; None if it does not wait."""
     if job.wish is not None:
         return Waiting(waits_for=f"its run to save a checkpoint and stop ({job.wish})", since=_seconds(job.since))
-    if job.state not in _STATES:
-        return None
     kept = job.waiting or {}
+    if job.state not in _STATES and not kept:
+        return None  # a running job waits if its run was preempted, or if its full model has no room
     return Waiting(
         place=kept.get("place"),
-        waits_for=kept.get("waits_for") or _BEFORE_THE_QUEUE[job.state],
-        since=_seconds(job.since),
+        waits_for=kept.get("waits_for") or _BEFORE_THE_QUEUE.get(job.state, _IN_THE_QUEUE),
+        since=kept.get("since") or _seconds(job.since),
         estimated_start=kept.get("estimated_start"),
     )
 
@@ -47,7 +48,7 @@ def status_details(job: Job, now: datetime) -> str | None:
     waiting = waiting_reply(job)
     if waiting is None:
         return None
-    waited = format_duration(max((now - job.since).total_seconds(), 0))
+    waited = format_duration(max(int(now.timestamp()) - waiting.since, 0))
     place = f"Place {waiting.place} in the queue. " if waiting.place else ""
     details = f"{place}Waits for {waiting.waits_for}; for {waited} so far."
     if waiting.estimated_start is not None:

@@ -171,6 +171,21 @@ def test_what_cannot_be_compared_is_named(world):
     assert "not in --files" in world.compare(server_of(**{NEW: right})).remarks[0]
 
 
+def test_conversations_with_tools_are_left_out_and_counted(world):
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+    asked = {"role": "user", "content": "Find it"}
+    with_tools = {"messages": [asked, {"role": "assistant", "tool_calls": [call]}], "tools": tools}
+    rows = [conversation(number) for number in range(COUNT)]
+    write(world.folder / "files" / "file-valid.jsonl", [with_tools, *rows, with_tools, {"messages": "none"}])
+    _, remarks = record(world, server_of(**{OLD: half_right}))
+    found = world.compare(server_of(**{NEW: right}))
+    assert found.comparison.overall.items == COUNT
+    for shown in (remarks, found.remarks):
+        assert "2 conversations with tools left out: no metric scores the calls of an answer." in shown[0]
+        assert "1 record cannot be asked" in shown[1] and "uses tools" not in shown[1]
+
+
 def test_the_page_shows_the_comparison_and_escapes_answers(world):
     evil = "<script>alert(1)</script>"
     record(world, server_of(**{OLD: lambda body: evil}))

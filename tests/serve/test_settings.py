@@ -80,3 +80,21 @@ def test_one_base_can_be_named_in_short_and_by_the_environment(monkeypatch):
 
 if __name__ == "__main__":
     test_the_page_lists_every_setting_with_default_and_meaning()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite:///service.db", "sqlite:////here/service.db"),
+        ("sqlite:///data/service.db?timeout=5", "sqlite:////here/data/service.db?timeout=5"),
+        ("sqlite:////var/lib/ft/service.db", "sqlite:////var/lib/ft/service.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql+pg8000://user@host/name", "postgresql+pg8000://user@host/name"),
+        (None, None),
+    ],
+)
+def test_a_database_file_is_relative_to_where_the_server_is_started(monkeypatch, tmp_path, url, expected):
+    """Not to the working directories of its replicas."""
+    monkeypatch.chdir(tmp_path)
+    database = ServeSettings(database=url).with_absolute_folders().database
+    assert database == (expected and expected.replace("/here", str(tmp_path)))

@@ -74,18 +74,16 @@ def waiting_for(storage: Storage, run_id: str) -> str | None:
 def estimate(
     storage: Storage,
     run: Entry,
-    cluster: str,
+    entries: Sequence[Entry],
     nodes: Sequence[Node] | None = None,
     now: datetime | None = None,
-    ahead: Sequence[Entry] = (),
 ) -> Forecast:
-    """The place and the start of a run that entered the queue of `cluster` now. Writes nothing.
+    """The place and the start of a run that entered the queue of a cluster now. Writes nothing.
 
-    `ahead` has runs that will enter it before this one. Without the cluster's `nodes`
-    (`ft_service.cluster.queue.capacity.RayNodes`), the start is known only if no other run has workers or waits.
+    `entries` are those of that cluster (`read_queue`), and runs that will enter it before this one. Without the
+    cluster's `nodes` (`ft_service.cluster.queue.capacity.RayNodes`), the start is known only if there are none.
     """
     now = now or datetime.now(UTC)
-    entries = [*(listed.entry for listed in read_queue(storage, cluster)), *ahead]
     limits = read_limits(storage)
     used = used_hours(storage, now, limits.window_hours)
     decision = decide([*entries, run], nodes or [], limits.quotas(), used, now)

@@ -53,13 +53,14 @@ def test_place_and_reason_of_a_run(busy: World) -> None:
 def test_a_forecast_for_a_run_that_is_not_there_yet(busy: World) -> None:
     wanted = entry("wanted", 2, owner="bob", worker_resources={"CPU": 1.0})
     nodes = [Node("n", {"CPU": 4.0}, {"CPU": 0.0})]
-    forecast = view.estimate(busy.storage, wanted, "cluster-1", nodes)
+    active = [one.entry for one in view.read_queue(busy.storage, "cluster-1")]
+    forecast = view.estimate(busy.storage, wanted, active, nodes)
     assert forecast.place == 2 and "room for 2 workers" in forecast.waits_for
     assert forecast.estimated_start is not None
     assert 0 < (forecast.estimated_start - datetime.now(UTC)).total_seconds() <= 600
-    assert view.estimate(busy.storage, wanted, "cluster-1").estimated_start is None
-    assert view.estimate(busy.storage, wanted, "other").place == 0
-    assert view.estimate(busy.storage, wanted, "other", [Node("n", {"CPU": 4.0}, {"CPU": 4.0})]).place == 0
+    assert view.estimate(busy.storage, wanted, active).estimated_start is None
+    assert view.estimate(busy.storage, wanted, []).place == 0
+    assert view.estimate(busy.storage, wanted, [], [Node("n", {"CPU": 4.0}, {"CPU": 4.0})]).place == 0
     assert set(busy.entries()) == {"first", "second", "third"}
 
 

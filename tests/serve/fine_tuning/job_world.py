@@ -194,6 +194,8 @@ class World:
     served: list[str] = field(default_factory=list)
     """Models that became bases."""
     serving: Exception | None = None
+    waits_for: str = ""
+    """What the replicas of a full model wait for."""
     controllers: int = 0
     seconds: float | None = None
     """What the plan expects of a run."""
@@ -201,7 +203,15 @@ class World:
     def controller(self, records: Any = None, launcher: Any = None) -> Controller:
         """A new controller process."""
         self.controllers += 1
-        outside = Outside(self.check, self.ask, self.add_file, self.webhooks, lambda: None, self.serve_model)
+        outside = Outside(
+            self.check,
+            self.ask,
+            self.add_file,
+            self.webhooks,
+            lambda: None,
+            self.serve_model,
+            lambda model: self.waits_for,
+        )
         holder = f"controller-{self.controllers}"
         return Controller(records or self.records, self.storage, launcher or self.ray, outside, AtOnce(), holder)
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,10 @@ from ft_service.cluster.submit import Submission
 from ft_service.errors import ClusterError, DatabaseError, ServingError, UnreachableError
 from ft_service.runs.folder import Request, RunFolder
 from serve.fine_tuning.checks import JobRefusedError
-from serve.fine_tuning.job_files import JobFolder
+from serve.fine_tuning.job_files import JobFolder, delete_ended_data
 from serve.fine_tuning.job_records import CREATE_WINDOW, request_digest
 from serve.fine_tuning.job_states import ENDED, LEGAL, check_legal
+from serve.fine_tuning.waiting import PREPARATION, waiting_reply
 from tests.cluster.queue.queue_cases import entry
 from tests.serve.fine_tuning.job_world import BODY, STEPS, World, make_world
 
@@ -464,3 +466,54 @@ def test_ended_jobs_change_no_more_and_illegal_transitions_raise(world):
         world.records.change(job, "succeeded")
     assert world.records.change(job, "cancelled") is not None
     assert world.records.change(job, "queued") is None  # it is no longer what it was
+
+
+def test_a_running_job_whose_run_was_preempted_waits_until_it_trains_again(world):
+    controller = world.controller()
+    job = world.job()
+    world.until(job, "running", controller)
+    run = RunFolder(world.storage, job.run_id)
+    run.set_state("queued")
+    controller.step()
+    preempted = world.find(job)
+    assert preempted.state == "running" and waiting_reply(preempted).waits_for == PREPARATION
+    for kept in ({"place": 1, "waits_for": ""}, {"place": 1, "waits_for": "room for 1 worker"}):
+        world.records.change(world.find(job), waiting=kept)
+        assert waiting_reply(world.find(job)).waits_for == (kept["waits_for"] or "its turn in the queue")
+    run.set_state("running")
+    controller.step()
+    assert waiting_reply(world.find(job)) is None
+    world.until(job, "succeeded", controller)
+
+
+# -- what ended jobs leave -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_links_to_data_that_a_killed_controller_has_left_are_deleted_by_the_next_one(world, monkeypatch, away):
+    job = world.job()
+    data = f"jobs/{job.id}/data/{job.training_file}"
+    world.storage.write_bytes(data, b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "delete_data", lambda *_: None)  # killed, or the storage is away, just then
+        world.until(job, "succeeded")
+    assert world.records.ended_with_data() == [job.id]
+    root = Path(world.storage.root)
+    if away:  # it is not mounted: an empty folder is no sign that the data are gone
+        root.rename(root.with_name("away"))
+        root.mkdir()
+        delete_ended_data(world.records, world.storage)
+        root.rmdir()
+        root.with_name("away").rename(root)
+        assert world.storage.exists(data)
+    delete_ended_data(world.records, world.storage)
+    assert not world.storage.exists(f"jobs/{job.id}/data") and world.records.ended_with_data() == []
+    assert world.storage.exists(f"jobs/{job.id}/job.json")
+
+
+def test_the_data_of_jobs_that_have_not_ended_stay(world):
+    job = world.job()
+    delete_ended_data(world.records, world.storage)
+    assert world.records.ended_with_data() == []
+    world.until(job, "succeeded")
+    assert world.records.ended_with_data() == []

@@ -489,7 +489,9 @@ def test_a_storage_that_is_away_when_a_file_is_published_is_a_503_and_leaves_not
     assert server.on_storage() == before and client.get("/files").json()["data"] == []
 
 
-def test_a_file_whose_content_cannot_be_deleted_stays(client, monkeypatch):
+def test_a_file_whose_content_cannot_be_deleted_is_gone_for_clients_and_the_same_call_goes_on(
+    client, server, monkeypatch
+):
     def away(*_: object) -> None:
         raise UnreachableError("storage = '/mnt': does not answer.")
 
@@ -498,8 +500,42 @@ def test_a_file_whose_content_cannot_be_deleted_stays(client, monkeypatch):
     monkeypatch.setattr(Storage, "delete", away)
     assert error(client.delete(f"/files/{file}")) == (503, "storage_error")
     monkeypatch.undo()
-    assert client.get(f"/files/{file}/content").content == content
-    assert client.delete(f"/files/{file}").is_success
+    assert client.get(f"/files/{file}").status_code == 404 and client.get("/files").json()["data"] == []
+    assert hashlib.sha256(content).hexdigest() in server.on_storage()["content"]
+    assert client.delete(f"/files/{file}").is_success  # stock clients repeat what got a 503
+    assert hashlib.sha256(content).hexdigest() not in server.on_storage().get("content", [])
+    assert client.delete(f"/files/{file}").status_code == 404
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_deletion_that_is_killed_at_the_content_is_finished_by_tidying(client, server, when, comes_back):
+    """`comes_back`: the same bytes are uploaded meanwhile."""
+    content = f"a content that is being deleted {when} {comes_back}".encode()
+    file = send(client, content, purpose="user_data").json()["id"]
+    keeper = keeper_of(server)
+
+    def killed(digest: str) -> None:
+        if when == "after":
+            keeper.store.delete_content(digest)
+        raise Killed
+
+    with pytest.raises(Killed):
+        keeper.records.delete(Tenant("root", "root", None, sees_all=True), file, killed)
+    assert client.get(f"/files/{file}").status_code == 404
+    again = send(client, content, purpose="user_data").json()["id"] if comes_back else None
+    keeper_of(server).tidy()
+    if again is not None:
+        assert client.get(f"/files/{again}/content").content == content
+    else:
+        assert hashlib.sha256(content).hexdigest() not in server.on_storage().get("content", [])
+    with session(server.engine()) as opened:
+        assert opened.get(FileRow, file) is None
+        assert [entry.target for entry in audit_log(server.engine(), 10_000)].count(file) == 1
 
 
 def test_a_locked_database_is_a_503_and_leaves_nothing(base, tmp_path, monkeypatch):

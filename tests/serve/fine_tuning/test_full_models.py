@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ft_service.cleanup.removal import delete_adapter, finish_deletion
+from ft_service.cleanup.removal import delete_adapter, deleted_models, finish_deletion, hide_adapter
+from ft_service.cluster.queue.schedule import Node
 from ft_service.errors import NotPublishedError, ServingError, UsageError
 from ft_service.model.base import fingerprint
 from ft_service.plan.facts import Resources
@@ -20,12 +22,16 @@ from ft_service.plan.table import shape_of
 from ft_service.registry.registry import AdapterRecord, BaseModelRef, Registry
 from ft_service.registry.servers import Announcement
 from ft_service.runs.folder import RunFolder
+from ft_service.storage.storage import Storage
 from serve.fine_tuning.checks import JobRefusedError, check_job
 from serve.fine_tuning.controller import ANSWER_SECONDS, FULL_ANSWER_SECONDS
 from serve.fine_tuning.full_models import FullModels
 from serve.fine_tuning.job_records import Job
-from serve.fine_tuning.model_servers import DELETION_SECONDS, DoesNotStartError, ModelServers
+from serve.fine_tuning.jobs import serving_problems
+from serve.fine_tuning.model_servers import DELETION_SECONDS, AppStatus, DoesNotStartError, ModelServers, NoRoomError
 from serve.fine_tuning.run_spec import Hyperparameters, JobSettings
+from serve.fine_tuning.serving_room import ServingRoom
+from serve.fine_tuning.waiting import status_details
 from serve.fit import full_model_problem
 from serve.http.errors import ApiError
 from serve.inference.bases import load_base
@@ -34,6 +40,7 @@ from serve.model_apps import application_of, applications_of
 from serve.settings import BaseSettings, ServeSettings
 from tests.registry.test_registry import DRAFT
 from tests.serve.fine_tuning.job_world import World, make_world
+from tests.serve.fine_tuning.test_controller import Killed, KilledAt
 from tests.serve.fine_tuning.test_jobs import chat_records
 
 MODEL = "tiny-run-0a1b2c3d"
@@ -53,12 +60,12 @@ class Deployed:
     """Applications as a dictionary. See `serve.fine_tuning.model_servers.Apps`."""
 
     running: dict[str, BaseSettings] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, AppStatus] = field(default_factory=dict)
     deployments: list[str] = field(default_factory=list)
     refuses: str | None = None
 
-    def deployed(self) -> Mapping[str, str]:
-        return {model: self.problems.get(model, "") for model in self.running}
+    def deployed(self) -> Mapping[str, AppStatus]:
+        return {model: self.problems.get(model, AppStatus()) for model in self.running}
 
     def deploy(self, model_id: str, base: BaseSettings) -> None:
         if model_id == self.refuses:
@@ -87,11 +94,18 @@ class Server:
         self.full = FullModels(world.records, self.models.registry, self.settings, self.models.bases)
         self.models.add_bases(self.full)
 
-    def servers(self, apps: Deployed) -> ModelServers:
+    def servers(self, apps: Deployed, storage: Storage | None = None, problem: str | None = None) -> ModelServers:
         """Those of a new controller process."""
+        on = storage or self.world.storage
         seconds = count(0, 2 * DELETION_SECONDS)
         return ModelServers(
-            self.full, apps, lambda model: not finish_deletion(self.world.storage, model).kept, lambda: next(seconds)
+            self.full,
+            apps,
+            partial(deleted_models, on),
+            partial(finish_deletion, on),
+            lambda base: problem,
+            lambda base: "a GPU",
+            lambda: next(seconds),
         )
 
 
@@ -154,6 +168,68 @@ def test_a_full_job_waits_hours_for_a_gpu_but_not_for_replicas_that_fail(world, 
         assert world.find(job).state == state
     failed = world.find(job).error
     assert failed["code"] == "model_does_not_answer" and str(error) in failed["message"]
+
+
+def test_a_full_job_reports_once_what_its_model_waits_for_and_since_when(world):
+    controller = world.controller()
+    job = world.job()
+    world.answer = ServingError("no replica")
+    world.waits_for = "a node with 1 GPU free"
+    with pytest.raises(AssertionError):
+        world.until(job, "succeeded", controller)
+    assert world.messages(job).count("The model waits for a node with 1 GPU free.") == 1
+    world.clock.forward(90)
+    assert status_details(world.find(job), world.clock()) == "Waits for a node with 1 GPU free; for 1m30s so far."
+    world.waits_for = ""  # it has a place, and loads
+    controller.step()
+    assert "no replica" in status_details(world.find(job), world.clock())
+    world.answer = None
+    done = world.until(job, "succeeded", controller)
+    assert done.waiting is None and status_details(done, world.clock()) is None
+
+
+def test_a_full_job_that_waits_too_long_for_room_fails_with_what_it_waited_for(world):
+    controller = world.controller()
+    job = world.job()
+    world.answer, world.waits_for = ServingError("no replica"), "a node with 1 GPU free"
+    with pytest.raises(AssertionError):
+        world.until(job, "succeeded", controller)
+    world.clock.now = _published(world, job) + timedelta(seconds=FULL_ANSWER_SECONDS + 60)
+    failed = world.until(job, "failed", controller)
+    assert failed.error["message"].endswith("its replicas wait for a node with 1 GPU free")
+
+
+def test_a_model_that_can_have_no_place_fails_its_job_after_minutes_but_a_node_may_come_back(world):
+    controller = world.controller()
+    job = world.job()
+    world.answer = ServingError("no replica")
+    with pytest.raises(AssertionError):
+        world.until(job, "succeeded", controller)
+    world.clock.forward(2 * ANSWER_SECONDS)  # it has waited for long when the node goes
+    world.serving = NoRoomError("no node has room for its replica")
+    controller.step()
+    assert world.find(job).state == "running"
+    world.serving = None  # the node is back
+    controller.step()
+    world.clock.forward(2 * ANSWER_SECONDS)
+    world.serving = NoRoomError("no node has room for its replica")
+    controller.step()
+    assert world.find(job).state == "running"
+    world.clock.forward(ANSWER_SECONDS + 1)
+    failed = world.until(job, "failed", controller)
+    assert failed.error["code"] == "cannot_be_served" and "no node has room" in failed.error["message"]
+
+
+def test_a_full_job_is_cancelled_while_its_model_waits_for_room(world):
+    controller = world.controller()
+    job = world.job()
+    world.answer, world.waits_for = ServingError("no replica"), "a node with 1 GPU free"
+    with pytest.raises(AssertionError):
+        world.until(job, "succeeded", controller)
+    world.wish(job, "cancel")
+    controller.step()
+    assert world.find(job).state == "cancelled"
+    assert world.records.parents_of([MODEL]) == {}  # so its application goes
 
 
 def _published(world: World, job: Job) -> datetime:
@@ -261,12 +337,44 @@ def test_ensure_says_whether_a_model_is_deployed_and_why_not(server, base_folder
     job_of(server.world, record, "running")
     servers.ensure(record.id)
     assert list(apps.running) == [record.id]
-    apps.problems[record.id] = "CUDA out of memory"
+    apps.problems[record.id] = AppStatus("CUDA out of memory")
     with pytest.raises(DoesNotStartError, match="CUDA out of memory"):
         servers.ensure(record.id)
+    apps.problems[record.id] = AppStatus(is_unplaced=True)
+    servers.ensure(record.id)
+    assert servers.waits_for(record.id) == "a GPU"
+    apps.problems.clear()
+    assert servers.waits_for(record.id) == ""
+    with pytest.raises(NoRoomError, match="there is no GPU"):
+        server.servers(apps, problem="there is no GPU").ensure(record.id)
     apps.running.clear()
     with pytest.raises(ServingError, match="is not deployed yet"):
         servers.ensure(record.id)
+
+
+def test_a_model_whose_replicas_serve_has_given_up_starts_again_after_longer_and_longer_times(
+    server, base_folder, tmp_path
+):
+    """They may have failed because the storage was away."""
+    record = publish(server, base_folder, tmp_path)
+    job_of(server.world, record)
+    apps = Deployed()
+    servers = server.servers(apps)
+    servers.step()
+    apps.problems[record.id] = AppStatus("storage = '/mnt': does not answer", has_given_up=True)
+    steps = []
+    for _ in range(4):
+        before = len(apps.deployments)
+        steps.append(0)
+        while len(apps.deployments) == before and steps[-1] < 100:
+            servers.step()
+            steps[-1] += 1
+    assert steps[1:] == sorted(steps[1:]) and 2 * steps[1] < steps[-1] < 100
+    apps.problems.clear()
+    before = len(apps.deployments)
+    for _ in range(200):
+        servers.step()
+    assert len(apps.deployments) == before
 
 
 def test_the_applications_of_two_servers_are_told_apart():
@@ -345,6 +453,51 @@ def test_the_files_of_a_deleted_model_go_although_its_application_is_gone_alread
     assert not server.world.storage.exists(f"models/{record.id}")
 
 
+DELETION_CALLS = {"write_json", "write_bytes", "delete", "delete_local_copy"}
+
+
+def half_deleted(storage: Storage, model: str) -> None:
+    """As a process leaves it that is killed while it deletes a folder."""
+    (Path(storage.root) / "models" / model / "config.json").unlink()
+
+
+def test_a_deletion_that_is_killed_anywhere_is_finished_by_the_next_controller(server, base_folder, tmp_path):
+    """Deleting, ending the application and deleting files are killed before and after each of their calls."""
+    storage = server.world.storage
+    digits = map(chr, count(ord("a")))
+    for number in range(1, 50):
+        for when in ("before", "after"):
+            record = publish(server, base_folder, tmp_path, f"{number}-{when}")
+            job_of(server.world, record, digit=next(digits))
+            apps = Deployed()
+            server.servers(apps).step()
+            calls: list[str] = []
+            killed_storage = KilledAt(storage, DELETION_CALLS, number, when, calls)
+            has_tombstone = was_killed = False
+            try:
+                hide_adapter(killed_storage, record.id)
+                server.servers(apps, killed_storage).step()
+                server.servers(apps, killed_storage).step()
+            except Killed:
+                was_killed = True
+                has_tombstone = record.id in deleted_models(storage)
+            if was_killed and not has_tombstone and storage.exists(f"models/{record.id}/record.json"):
+                hide_adapter(storage, record.id)  # the client has had no answer, and asks again
+            if storage.exists(f"models/{record.id}/config.json"):
+                half_deleted(storage, record.id)
+            apps.running.pop(record.id, None)  # the new cluster has forgotten it, too
+            servers = server.servers(apps)
+            for _ in range(3):
+                servers.step()
+            assert not storage.exists(f"models/{record.id}"), (number, when, calls)
+            assert record.id not in apps.running
+            with pytest.raises(NotPublishedError, match="was deleted"):
+                server.models.registry.resolve(record.id)
+        if not was_killed:
+            break
+    assert number > 5 and not was_killed
+
+
 # -- before it spends --------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +510,66 @@ def test_a_full_model_that_has_no_room_beside_its_cache_is_refused_with_the_cure
     problem = full_model_problem(base, shape, 16)
     assert problem is not None and "llama-3.1-8b-instruct more GPUs" in problem and "ft plan --serve" in problem
     assert full_model_problem(replace_gpus(base, 4), shape, 16) is None
+
+
+class Nodes:
+    """The nodes of a cluster. See `ft_service.cluster.queue.capacity.ClusterNodes`."""
+
+    id = "cluster-1"
+
+    def __init__(self, *totals: Mapping[str, float], grows: bool = False) -> None:
+        self._totals = totals
+        self._grows = grows
+
+    def nodes(self) -> list[Node]:
+        return [Node(f"n{number}", total, total) for number, total in enumerate(self._totals)]
+
+    def may_grow_beyond(self) -> bool:
+        return self._grows
+
+    def node_name(self, node_id: str) -> str:
+        return node_id
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("base", "nodes", "problem"),
+    [
+        ({"gpus": 1}, Nodes({"GPU": 1, "CPU": 8}), r"no node has room for its replica \(1 GPU and 1 CPU\) beside"),
+        ({"gpus": 1}, Nodes({"GPU": 1, "CPU": 8}, grows=True), None),
+        ({"gpus": 1}, Nodes({"GPU": 2, "CPU": 8}), None),
+        ({"gpus": 1}, Nodes({"GPU": 2, "CPU": 1}), "the largest of 1 node has 2 GPUs and 1 CPU"),
+        ({"gpus": 1, "autoscaling": {"max_replicas": 1}}, Nodes({"GPU": 1, "CPU": 8}), None),
+        ({"gpus": 1, "autoscaling": {"min_replicas": 1, "max_replicas": 1}}, Nodes({"GPU": 1, "CPU": 8}), "no node"),
+        ({"gpus": 4}, Nodes({"GPU": 6, "CPU": 8}, {"GPU": 3, "CPU": 8}), "no node has room"),  # 5 GPUs, on two nodes
+        ({"gpus": 2, "replicas": 2}, Nodes({"GPU": 4, "CPU": 8}, {"GPU": 2, "CPU": 8}), None),  # packed, one is free
+        ({"gpus": 1, "cpus": 16}, Nodes({"GPU": 4, "CPU": 8}), "16 CPUs"),
+        ({"gpus": 0}, Nodes({"CPU": 8, "memory": 4 * GIB}), "weights take 15.0 GiB on a node"),
+        ({"gpus": 0}, Nodes({"CPU": 8, "memory": 24 * GIB}), None),
+        ({"gpus": 0}, Nodes({"CPU": 8}), None),  # the autoscaler's types need not say their memory
+        ({"gpus": 1}, Nodes({"GPU": 4, "CPU": 8, "accelerator_type:T4": 1}), "each of the replica's 1 GPU"),
+        ({"gpus": 1}, Nodes({"GPU": 4, "CPU": 8, "accelerator_type:A100": 1}), None),
+        ({}, Nodes({"CPU": 8, "memory": 24 * GIB}), None),  # no GPU in the cluster: bases take none
+        ({"gpus": 1}, Nodes(), None),
+    ],
+)
+def test_a_model_that_no_node_can_hold_beside_the_bases_is_a_problem(base, nodes, problem):
+    settings = ServeSettings.model_validate(
+        {"storage": "s", "bases": [{"base": "meta-llama/Llama-3.1-8B-Instruct", **base}], "fine_tuning": {}}
+    )
+    found = ServingRoom(settings, nodes).problem(settings.bases[0], shape_of(settings.bases[0].base))
+    assert (found is None) if problem is None else re.search(problem, found or ""), found
+
+
+def test_replicas_of_the_bases_that_are_short_of_room_themselves_are_no_reason_to_refuse():
+    settings = ServeSettings.model_validate(
+        {"bases": [{"base": "a", "gpus": 1}, {"base": "b", "gpus": 8}], "fine_tuning": {}}
+    )
+    small = settings.bases[0]
+    assert ServingRoom(settings, Nodes({"GPU": 2, "CPU": 8})).problem(small) is None
+    assert ServingRoom(settings, Nodes({"GPU": 1, "CPU": 8})).problem(small) is not None
 
 
 @pytest.mark.parametrize(("method", "is_refused"), [("full", True), ("lora", False)])
@@ -372,7 +585,9 @@ def test_a_full_job_whose_model_has_no_room_is_refused_before_it_spends(base_fol
         "tiny", 0, Hyperparameters(), str(tmp_path / "train.jsonl"), None, "an upload", "CC0-1.0", {}, None
     )
     served = BaseSettings(base=str(base_folder), name="tiny", max_context=10**12)
-    check = partial(check_job, template, job, str(tmp_path / "storage"), Resources(gpu_type="H100"), served)
+    settings = ServeSettings.model_validate({"bases": [served], "fine_tuning": {"gpu_type": "H100"}})
+    problem = serving_problems(settings)("tiny")
+    check = partial(check_job, template, job, str(tmp_path / "storage"), Resources(gpu_type="H100"), problem)
     if not is_refused:
         assert check().plan.num_steps > 0
         return
