@@ -26,8 +26,8 @@ LOCK = "requirements.lock"
 ACCEPTED = ROOT / "deploy/accepted.json"
 FOUND = 1
 UNKNOWN = 3
-COMMAND = (sys.executable, "-m", "pip_audit", "--requirement", LOCK, "--require-hashes", "--disable-pip")
-COMMAND += ("--format", "json", "--progress-spinner", "off", "--desc", "off", "--aliases", "on")
+COMMAND = [sys.executable, "-m", "pip_audit", "--requirement", LOCK, "--require-hashes", "--disable-pip"]
+COMMAND += ["--format", "json", "--progress-spinner", "off", "--desc", "off", "--aliases", "on"]
 
 
 def judged(report: Mapping[str, Any], names: set[str], accepted: Mapping[str, str]) -> tuple[int, list[str]]:

@@ -115,10 +115,12 @@ def _group(program: str) -> Any:
     if program == "ft":
         return typer.main.get_command(app)
     if program == "ray":
-        from ray.scripts.scripts import cli
-    else:
-        from ray.serve.scripts import cli
-    return cli
+        from ray.scripts.scripts import cli as ray_cli
+
+        return ray_cli
+    from ray.serve.scripts import cli as serve_cli
+
+    return serve_cli
 
 
 def _of_click(program: str, words: list[str], whole: bool) -> str:
