@@ -12,6 +12,8 @@ from ft_service.errors import ServingError, UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _MIB = 2**20
+_HOST = "127.0.0.1"
+_PORT = 8000
 
 
 def serve(
@@ -23,8 +25,8 @@ def serve(
         Literal["auto", "bfloat16", "float16", "float32"] | None,
         typer.Option(help="What the base computes in (default: the checkpoint's own)."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Any address except loopback requires FT_API_KEY.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="Any address except loopback requires FT_API_KEY.")] = _HOST,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = _PORT,
     name: Annotated[
         str, typer.Option(help="Name of the application. With a name of its own, a second server answers at /NAME/v1.")
     ] = "ft",
@@ -40,6 +42,10 @@ def serve(
     from serve.run import run_config, run_server
 
     if config is not None:
+        if (host, port) != (_HOST, _PORT):
+            raise UsageError("--host, --port: conflict with --config. Set http_options in the file.")
+        if base is not None:
+            raise UsageError("--base: conflicts with --config. Set bases in the file.")
         if dtype is not None:
             raise UsageError("--dtype: conflicts with --config. Set dtype of each base in the file.")
         if stop_seconds is not None:

@@ -200,14 +200,26 @@ def _compiler() -> Check:
 
 
 def _built_ops() -> list[str]:
+    """Names of the ops that DeepSpeed does not compile on this machine."""
     spec = find_spec("deepspeed")
     if spec is None or spec.origin is None:
         return []
     recorded = Path(spec.origin).with_name("git_version_info_installed.py")  # importing deepspeed takes seconds
     if not recorded.exists():
         return []
-    ops = re.search(r"installed_ops=(\{.*?\})", recorded.read_text(encoding="utf-8"))
-    return re.findall(r"'(\w+)': True", ops[1]) if ops else []
+    text = recorded.read_text(encoding="utf-8")
+    # DeepSpeed ignores ops that were compiled for another accelerator, and compiles them again.
+    if f"accelerator_name='{_accelerator_name()}'" not in text:
+        return []
+    ops = re.search(r"installed_ops=(\{.*?\})", text)
+    return re.findall(r"'(\w+)': (?:True|1)", ops[1]) if ops else []
+
+
+def _accelerator_name() -> str:
+    """As DeepSpeed chooses it."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _cuda_mismatch() -> str:
@@ -226,6 +238,8 @@ def _cuda_mismatch() -> str:
 
 def _nvme_offloading() -> Check:
     """`offload: nvme` compiles DeepSpeed's async_io op: with libaio and, where torch uses CUDA, its toolkit."""
+    if "async_io" in _built_ops():
+        return Check("NVMe offloading", "ok", "async_io, compiled at installation")
     missing: list[str] = []
     cures: list[str] = []
     if not _has_libaio():

@@ -163,3 +163,12 @@ def test_wrong_names_and_databases_are_errors_with_a_cure(database: str, monkeyp
     monkeypatch.delenv("FT_DATABASE_URL")
     with pytest.raises(UsageError, match="export FT_DATABASE_URL=sqlite"):
         ft("keys", "list")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--host", "0.0.0.0"), ("--port", "8001"), ("--base", "b"), ("--dtype", "float32"), ("--stop-seconds", "1")],
+)
+def test_what_a_config_file_decides_is_no_option_beside_it(option: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"{option}.*: conflicts? with --config. Set .* in the file"):
+        ft("serve", "--config", "serve/config.yaml", option, value)

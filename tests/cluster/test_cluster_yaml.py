@@ -41,6 +41,9 @@ TORCH_WHEELS_CUDA = "13.0"
 EC2_NETWORK_CARDS = {"p4de.24xlarge": 4, "p5.48xlarge": 32, "p5en.48xlarge": 16}
 """As in AWS's list of accelerated instance types for EFA."""
 
+GCP_NETWORK_CARDS = {"a3-highgpu-8g": 5}
+"""As in Google's list of GPU machine types: one for the host, one for each pair of GPUs."""
+
 
 def text_of(file: str) -> str:
     return (ROOT / file).read_text(encoding="utf-8")
@@ -271,6 +274,22 @@ def test_every_node_config_fits_compute_engines_schema(prepared: Prepared) -> No
         assert found == []
     wrong = {"machineTyp": "n2", "scheduling": {"provisioningModel": "CHEAP"}, "disks": [{"boot": "yes"}]}
     assert len(check_discovery(wrong, {"$ref": "Instance"}, document["schemas"], "wrong")) == 3
+
+
+def test_nodes_of_a_compact_placement_have_a_network_for_each_card(prepared: Prepared) -> None:
+    """Google accepts each network once per machine, and a placement of its own region only."""
+    workers = worker_types(prepared(GCP))
+    compact = workers["gpu-8x-h100-compact"]
+    assert compact["resources"] == workers["gpu-8x-h100"]["resources"] and compact["max_workers"] == 0
+    config = compact["node_config"]
+    assert config["machineType"] == workers["gpu-8x-h100"]["node_config"]["machineType"]
+    networks = [it["subnetwork"] for it in config["networkInterfaces"]]
+    assert len(set(networks)) == GCP_NETWORK_CARDS[config["machineType"]] == len(networks)
+    assert {it["nicType"] for it in config["networkInterfaces"]} == {"GVNIC"}
+    (policy,) = config["resourcePolicies"]
+    region = f"/regions/{prepared(GCP)['provider']['region']}/"
+    assert all(region in place for place in (policy, *networks))
+    assert config["scheduling"]["onHostMaintenance"] == "TERMINATE"  # which a compact placement requires
 
 
 @pytest.mark.parametrize("file", FILES)

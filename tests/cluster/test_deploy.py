@@ -4,6 +4,7 @@ KubeRay's schemas ship in no package: its kinds are checked against the field na
 inside against Kubernetes' own schemas.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -244,8 +245,40 @@ def test_the_operators_built_into_the_image_exist() -> None:
         for name, builder in vars(op_builder).items()
         if name.endswith("Builder") and hasattr(builder, "BUILD_VAR")
     }
+    # Of the accelerator that the nodes have: while an image is built there is no GPU to see.
+    assert "ARG DS_ACCELERATOR=cuda\n" in DOCKERFILE and 'DS_ACCELERATOR="${DS_ACCELERATOR}"' in DOCKERFILE
     asked = set(re.findall(r"(DS_BUILD_\w+)=1", DOCKERFILE))
     assert asked and asked <= builders
+
+
+def test_the_efa_step_installs_a_verified_file_or_nothing(tmp_path: Path) -> None:
+    """The shell of the Dockerfile with fakes for the network and the installer."""
+    (step,) = re.findall(r"^RUN (if \[ -n \"\$\{EFA_VERSION\}\"(?:.*\\\n)*.*fi)$", DOCKERFILE, re.MULTILINE)
+    script = step.replace("\\\n", " ").replace("/tmp/", f"{tmp_path}/tmp/").replace("/var/", f"{tmp_path}/var/")
+    (tmp_path / "tmp/aws-efa-installer").mkdir(parents=True)
+    installer = tmp_path / "tmp/aws-efa-installer/efa_installer.sh"
+    installer.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/installed\n')
+    installer.chmod(0o700)
+    fakes = {
+        "apt-get": "",
+        "curl": f'echo "$@" > {tmp_path}/asked; echo archive > {tmp_path}/tmp/efa.tar.gz',
+        "tar": "",
+        "ldconfig": "echo libnccl-net.so",
+    }
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o700)
+    digest = hashlib.sha256(b"archive\n").hexdigest()
+
+    def run(version: str, sha256: str) -> int:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EFA_VERSION": version, "EFA_SHA256": sha256}
+        return subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, timeout=60).returncode
+
+    assert run("", "") == 0 and not (tmp_path / "asked").exists()
+    assert run("1.48.0", "0" * 64) != 0 and not (tmp_path / "installed").exists()
+    assert run("1.48.0", digest) == 0
+    assert (tmp_path / "asked").read_text().endswith("/aws-efa-installer-1.48.0.tar.gz\n")
+    assert {"-y", "--skip-kmod", "--no-verify"} <= set((tmp_path / "installed").read_text().split())
 
 
 # -- Slurm -----------------------------------------------------------------------------------------------------------

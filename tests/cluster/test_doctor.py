@@ -39,6 +39,7 @@ def test_doctor_says_what_nvme_offloading_lacks(monkeypatch: pytest.MonkeyPatch)
         (True, True, False, "warn", "install nvcc"),
         (False, True, False, "warn", "libaio and its header and the CUDA toolkit"),
     ):
+        monkeypatch.setattr(doctor, "_built_ops", list)
         monkeypatch.setattr(doctor, "_has_libaio", lambda aio=aio: aio)
         monkeypatch.setattr(doctor, "_needs_cuda_toolkit", lambda on_cuda=on_cuda: on_cuda)
         monkeypatch.setattr(doctor, "_has_cuda_toolkit", lambda toolkit=toolkit: toolkit)
@@ -127,9 +128,14 @@ def test_the_compiler_and_what_was_compiled(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(doctor, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
     assert doctor._built_ops() == []
-    recorded = "installed_ops={'cpu_adam': True, 'async_io': False, 'fused_adam': True}\n"
-    (tmp_path / "git_version_info_installed.py").write_text(recorded)
-    assert doctor._built_ops() == ["cpu_adam", "fused_adam"]
+    recorded = tmp_path / "git_version_info_installed.py"
+    # As DeepSpeed's setup.py writes it: 1 for DS_BUILD_CPU_ADAM=1, True for DS_BUILD_OPS=1.
+    ops = "installed_ops={'deepspeed_not_implemented': False, 'async_io': 1, 'cpu_lion': False, 'cpu_adam': True}\n"
+    recorded.write_text(f"{ops}accelerator_name='cuda'\n")
+    assert doctor._built_ops() == []  # DeepSpeed compiles them again for another accelerator
+    recorded.write_text(f"{ops}accelerator_name='cpu'\n")
+    assert doctor._built_ops() == ["async_io", "cpu_adam"]
+    assert doctor._nvme_offloading() == Check("NVMe offloading", "ok", "async_io, compiled at installation")
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
     nvcc.chmod(0o700)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from examples.quickstart.quickstart import free_ports
 from ft_service.data.dataset import open_dataset
 from ft_service.registry.registry import AdapterRecord, Registry
+from ft_service.runs.code import code_version, commit_of
 from ft_service.runs.events import read_events
 from ft_service.runs.folder import RunFolder
 from ft_service.runs.metrics import read_metrics
@@ -107,6 +109,8 @@ def test_a_submitted_run_publishes_its_record(world: Path, lora: AdapterRecord) 
     assert [(data.source, data.license, data.records) for data in lora.datasets] == [("made up", "CC0-1.0", 120)]
     assert lora.base.id == str(world / "base")
     assert lora.packages["deepspeed"] and lora.packages["peft"]
+    digest = code_version().partition(".code.")[2]  # of this checkout; the job ran in an uploaded copy
+    assert digest and lora.packages["ft-service"].endswith(f"code.{digest}")
 
 
 def test_a_run_writes_metrics_plan_and_report(world: Path, lora: AdapterRecord) -> None:
@@ -255,6 +259,13 @@ def test_ft_submit_follows_the_job_and_returns_its_exit_code(cluster: Cluster, w
     assert "Traceback" not in output(done)
     status = RunFolder(Storage(str(world / "storage")), "absent-base").status()
     assert status is not None and status.state == "failed" and "/nowhere/model" in status.message
+    # Later, from anywhere: Ray keeps the log, and what was submitted.
+    logs = run(["ray", "job", "logs", "--address", cluster.dashboard, "absent-base"], cluster.environment)
+    assert "model.base = '/nowhere/model': no such folder" in logs.stdout
+    headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+    job = httpx.get(f"{cluster.dashboard}/api/jobs/absent-base", headers=headers, trust_env=False).json()
+    assert job["runtime_env"].get("env_vars", {}).get("FT_COMMIT") == commit_of()
+    assert job["runtime_env"]["working_dir"].startswith("gcs://")  # a package by its digest
 
 
 def test_a_bad_spec_exits_with_2_before_anything_starts(world: Path) -> None:

@@ -141,7 +141,10 @@ def test_the_commands(tmp_path, database):
     assert "6 pairs" in ft("export", "desk", str(tmp_path / "dpo.jsonl"), "--to", "preferences")
     assert len((tmp_path / "dpo.jsonl").read_text().splitlines()) == 6
     assert "12 votes from storage" in ft("rebuild", "desk")
-    assert "closed" in ft("close", "desk")
     assert "6 votes" in ft("delete-rater", "desk", "anna", "--yes")
+    joined = ft("add-rater", "desk", "dora", "--server", "https://ft.example")
+    assert "dora gets 6 comparisons" in joined and "https://ft.example/vote#desk." in joined
+    assert "closed" in ft("close", "desk")
     shown = json.loads(ft("show", "desk", "--json"))
-    assert [rater["name"] for rater in shown["raters"]] == [None, "bert"] and shown["done"] == 6
+    assert [rater["name"] for rater in shown["raters"]] == [None, "bert", "dora"]
+    assert shown["done"] == 6
