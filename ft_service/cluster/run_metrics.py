@@ -101,8 +101,8 @@ class RunMetrics:
     def export(self) -> None:
         """Set all gauges again, to what was read last."""
         run_lease.set(self._lease.renewed_at, self._tags)
-        for state, value in dict(self._states).items():
-            run_state.set(value, {**self._tags, "state": state, "priority": self._priority})
+        for state, is_now in dict(self._states).items():
+            run_state.set(is_now, {**self._tags, "state": state, "priority": self._priority})
         for gauge, value in dict(self._values).items():
             gauge.set(value, self._tags)
 

@@ -84,8 +84,8 @@ def read_held_out(held_out: HeldOut, storage: Storage, adapter: AdapterRecord | 
     if not good:
         reasons = "; ".join(problems[:_SHOWN_PROBLEMS]) or "the file is empty"
         raise DataError(f"held_out.path = {held_out.path!r}: no record can be used ({reasons}). Fix the file.")
-    records = tuple(draw(good, held_out.limit, seed))
-    return HeldOutRecords(records, len(problems), tuple(problems[:_SHOWN_PROBLEMS]), len(with_tools))
+    drawn = tuple(draw(good, held_out.limit, seed))
+    return HeldOutRecords(drawn, len(problems), tuple(problems[:_SHOWN_PROBLEMS]), len(with_tools))
 
 
 def _until_last_answer(turns: Sequence[Message]) -> tuple[Message, ...]:

@@ -193,10 +193,10 @@ class _Products(torch.autograd.Function):
         dtype = grad_outputs[0].dtype
         gradients = [for_product(_rows(gradient)) for gradient in grad_outputs]
         rows = None if x is None else for_product(_rows(x))
-        grad_w = [
-            gradient.T @ rows if needed and rows is not None else None
-            for gradient, needed in zip(gradients, needs, strict=False)
-        ]
+        needs_w = needs[: len(group.members)]
+        grad_w: list[torch.Tensor | None] = [None] * len(group.members)
+        if rows is not None:
+            grad_w = [g.T @ rows if needed else None for g, needed in zip(gradients, needs_w, strict=True)]
         grad_adapters: Sequence[torch.Tensor | None] = ()
         grad_x = None
         grad_adapter_input = None
@@ -206,6 +206,7 @@ class _Products(torch.autograd.Function):
                 grad_adapters = [None] * len(group.adapters) * 2
             else:
                 adapter_rows = rows if adapter_input is None else for_product(_rows(adapter_input))
+                assert adapter_rows is not None  # whichever the adapters read was saved
                 grad_adapters = _grad_adapters(group, gradients, grad_low.T @ adapter_rows, for_product(low))
             if not ctx.has_adapter_input and needs_x:
                 grad_x = grad_low @ group.stacked_a()

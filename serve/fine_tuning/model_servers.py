@@ -181,7 +181,7 @@ class ModelServers:
                 self._deletions[model_id] = retry.next(now) if retry else _Retry(now, DELETION_SECONDS)
                 self._try(model_id, self._finish_deletion)
 
-    def _try(self, model_id: str, act: Callable[[str], None]) -> None:
+    def _try(self, model_id: str, act: Callable[[str], object]) -> None:
         try:
             act(model_id)
         except FtError as error:
