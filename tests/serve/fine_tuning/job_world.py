@@ -238,7 +238,7 @@ class World:
         return name
 
     def webhooks(self, job: Job, state: str) -> Sequence[NewWebhook]:
-        payload = {"id": f"evt_{state}", "type": f"fine_tuning.job.{state}", "data": {"id": job.id}}
+        payload = {"id": f"evt_{state}_{job.id}", "type": f"fine_tuning.job.{state}", "data": {"id": job.id}}
         return [NewWebhook("https://example.org/hook", payload)]
 
     def job(self, digit: str = "a") -> Job:

@@ -16,7 +16,7 @@ from tests.serve.fine_tuning.test_controller import (
     test_pause_stops_with_a_checkpoint_and_resume_goes_on,
     test_the_same_request_gets_the_same_job_within_the_window,
 )
-from tests.serve.fine_tuning.test_losses import Story
+from tests.serve.fine_tuning.test_losses import STATES, Story
 from tests.serve.postgres import Postgres, postgres
 
 pytestmark = pytest.mark.multiprocess  # the server's
@@ -46,7 +46,7 @@ def world(server: Postgres, tmp_path) -> Iterator[World]:
     made.engine.dispose()
 
 
-@pytest.mark.parametrize("state", ["accepted", "submitted", "running", "pausing", "trained"])
+@pytest.mark.parametrize("state", STATES)
 def test_connections_that_break_in_any_state_lose_nothing_and_start_nothing_twice(world: World, state: str) -> None:
     story = Story(world)
     story.bring_to(state)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -20,7 +21,8 @@ from ft_service.storage.storage import Storage
 from serve.app import build_app
 from serve.database.database import open_database
 from serve.database.keys import create_key
-from serve.model_apps import application_of
+from serve.model_apps import ServeApps, application_of
+from serve.replica import make_engine
 from serve.settings import ServeSettings
 from tests.hosts import Cluster, wait_for
 from tests.serve.fine_tuning.test_jobs import chat_records
@@ -33,6 +35,8 @@ KEY = "a-key-of-this-test"
 BASE = "tiny"
 WHOLE = "tiny-whole"
 """The same base, whose jobs train all weights."""
+HUGE = "tiny-huge"
+"""Likewise, with more CPUs for each replica than a node has."""
 JOB_SECONDS = 300
 
 
@@ -63,15 +67,20 @@ def client(world: Path, other_key: str, cluster: Cluster) -> Iterator[openai.Ope
         "parallel": {"use_gpu": False},
         "report": {"samples": 0},
     }
+    full = {**template, "method": {"type": "full"}}
     base = {"base": str(world / "base"), "name": BASE, "dtype": "float32", "cpus": 0, "max_batch": 4, "cache_gib": 0.1}
     settings = ServeSettings.model_validate(
         {
             "storage": str(world / "storage"),
             "database": f"sqlite:///{world}/service.db",
             "api_key": KEY,
-            "bases": [base, {**base, "name": WHOLE, "autoscaling": {"max_replicas": 1}}],
+            "bases": [
+                base,
+                {**base, "name": WHOLE, "autoscaling": {"max_replicas": 1}},
+                {**base, "name": HUGE, "autoscaling": {"max_replicas": 1}, "cpus": 64},
+            ],
             "fine_tuning": {
-                "templates": {BASE: template, WHOLE: {**template, "method": {"type": "full"}}},
+                "templates": {BASE: template, WHOLE: full, HUGE: full},
                 "ray_address": cluster.dashboard,
             },
         }
@@ -84,6 +93,19 @@ def client(world: Path, other_key: str, cluster: Cluster) -> Iterator[openai.Ope
             yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=2, timeout=60)
         finally:
             serve.shutdown()
+
+
+@serve.deployment
+class Anything:
+    """A replica that no node can have."""
+
+
+@pytest.fixture(scope="module")
+def unplaced(client: openai.OpenAI) -> ServeApps:
+    """The applications of another server, whose only model needs more than a node has."""
+    model = Anything.options(ray_actor_options={"num_cpus": 1000}).bind()
+    serve._run(model, _blocking=False, name=application_of("other", "model"), route_prefix=None)
+    return ServeApps("other", ServeSettings(), make_engine)
 
 
 def upload(client: openai.OpenAI, file: Path) -> str:
@@ -101,7 +123,7 @@ def wait(client: openai.OpenAI, job_id: str, *states: str) -> FineTuningJob:
     raise AssertionError(f"{job.status} after {JOB_SECONDS} s: {events}")
 
 
-def test_upload_create_pause_resume_wait_and_chat(client, world, cluster):
+def test_upload_create_pause_resume_wait_and_chat(client, world, cluster, unplaced):
     training = upload(client, world / "train.jsonl")
     validation = upload(client, world / "valid.jsonl")
     job = client.fine_tuning.jobs.create(
@@ -154,17 +176,53 @@ def test_upload_create_pause_resume_wait_and_chat(client, world, cluster):
         client.chat.completions.create(model=done.fine_tuned_model, messages=messages)
 
 
-def test_a_running_job_is_cancelled_and_frees_its_workers(client, world):
-    job = client.fine_tuning.jobs.create(
-        model=BASE,
-        training_file=upload(client, world / "train.jsonl"),
-        hyperparameters={"n_epochs": 50, "batch_size": 1},
-    )
-    wait(client, job.id, "running")
-    client.fine_tuning.jobs.cancel(job.id)
-    assert wait(client, job.id, "cancelled").status == "cancelled"
-    with pytest.raises(openai.BadRequestError, match="has been cancelled already"):
+def estimate(client: openai.OpenAI, model: str, training: str) -> Any:
+    body = {"model": model, "training_file": training}
+    return client.post("/fine_tuning/jobs/estimate", body=body, cast_to=object)
+
+
+def test_running_jobs_are_in_the_forecast_of_the_next_one_and_free_their_workers_when_they_are_cancelled(client, world):
+    training = upload(client, world / "train.jsonl")
+    before = time.time()
+    free = estimate(client, BASE, training)["queue"]
+    assert (free["place"], free["waits_for"], free["runs_with_workers"]) == (0, "", 0)
+    assert before - 60 <= free["estimated_start"] <= time.time() + 60
+    jobs = [
+        client.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=training,
+            suffix=f"long-{number}",
+            hyperparameters={"n_epochs": 50, "batch_size": 1},
+        )
+        for number in range(2)  # one for each node
+    ]
+    for job in jobs:
+        wait(client, job.id, "running")
+    busy = estimate(client, BASE, training)["queue"]
+    assert (busy["place"], busy["runs_with_workers"]) == (1, 2)
+    assert busy["waits_for"].startswith("room for 1 worker; there is room for 0; running: long-")
+    for job in jobs:
         client.fine_tuning.jobs.cancel(job.id)
+    for job in jobs:
+        assert wait(client, job.id, "cancelled").status == "cancelled"
+        with pytest.raises(openai.BadRequestError, match="has been cancelled already"):
+            client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_full_job_whose_model_no_node_can_hold_is_refused_by_estimate_and_creation(client, world):
+    training = upload(client, world / "train.jsonl")
+    for ask in (estimate, lambda client, model, file: client.fine_tuning.jobs.create(model=model, training_file=file)):
+        with pytest.raises(
+            openai.BadRequestError, match=r"no node has room for its replica .0 GPUs and 64 CPUs"
+        ) as refused:
+            ask(client, HUGE, training)
+        assert (refused.value.code, refused.value.param) == ("cannot_be_served", "model")
+    assert HUGE not in {job.model for job in client.fine_tuning.jobs.list()}
+
+
+def test_a_model_that_waits_for_a_node_is_seen_in_what_serve_says_of_it(unplaced):
+    wait_for(lambda: unplaced.deployed()["model"].is_unplaced, 120)
+    assert unplaced.deployed()["model"].problem == ""
 
 
 def replicas_of(app: str) -> set[str]:
