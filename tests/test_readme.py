@@ -1,4 +1,4 @@
-"""README and the checkout agree: the tree it shows is the tree on disk, and the commands it names exist."""
+"""The documents and the checkout agree: docs/layout.md shows the tree on disk, and the commands named exist."""
 
 import re
 from pathlib import Path
@@ -15,8 +15,8 @@ def readme() -> str:
 
 
 def tree_lines() -> list[str]:
-    section = readme().split("## The tree, in reading order")[1]
-    return section.split("```")[1].strip("\n").splitlines()
+    page = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    return page.split("```")[1].strip("\n").splitlines()
 
 
 def shown() -> dict[str, str]:
