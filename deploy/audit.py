@@ -72,7 +72,7 @@ def main() -> int:
     except ValueError:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         print(f"NOT KNOWN   pip-audit gave no report: {reason}")
-        print("Check that pip-audit is installed, and that this machine reaches https://pypi.org.")
+        print("Check that pip-audit is installed, and that this machine reaches its database of vulnerabilities.")
         return UNKNOWN
     accepted = json.loads(ACCEPTED.read_text(encoding="utf-8"))
     exit_code, lines = judged(report, locked_names(), accepted)

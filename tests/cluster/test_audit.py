@@ -82,7 +82,7 @@ def test_a_vulnerability_counts_more_than_what_is_not_known(tmp_path: Path) -> N
 def test_no_report_at_all_has_its_own_exit_code_and_a_cure(tmp_path: Path, report: str) -> None:
     code, output = audit(tmp_path, report)
     assert code == UNKNOWN
-    assert "NOT KNOWN   pip-audit gave no report: no output" in output and "reaches https://pypi.org" in output
+    assert "NOT KNOWN   pip-audit gave no report: no output" in output and "reaches its database" in output
 
 
 def test_every_accepted_vulnerability_has_a_reason() -> None:
