@@ -23,7 +23,7 @@ def room_per_worker(parallel: ParallelSpec) -> dict[str, float]:
 
 
 def format_workers(count: int, resources: Mapping[str, float]) -> str:
-    """``16 workers with 1 CPU, 1 GPU (H100) each``."""
+    """``16 workers with 1 CPU, 1 GPU (H100) each``, ``1 worker with 1 CPU``."""
     types = [name.removeprefix(_ACCELERATOR) for name in resources if name.startswith(_ACCELERATOR)]
     of_type = {"GPU": f" ({', '.join(types)})"} if types else {}
     needs = [
@@ -31,7 +31,7 @@ def format_workers(count: int, resources: Mapping[str, float]) -> str:
         for name, amount in resources.items()
         if amount and not name.startswith(_ACCELERATOR)
     ]
-    return f"{counted(count, 'worker')} with {', '.join(needs)} each"
+    return f"{counted(count, 'worker')} with {', '.join(needs)}{' each' if count != 1 else ''}"
 
 
 def ray_accelerator_type(name: str | None) -> str | None:

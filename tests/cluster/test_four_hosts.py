@@ -48,7 +48,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 def cluster(hosts: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without room for workers, and four hosts with room for one each."""
     with Cluster(tmp_path_factory.mktemp("cluster"), hosts.hosts[0], {**QUICK_HEALTH_CHECKS, **OFTEN}) as found:
-        found.start(*hosts.hosts)
+        for host in hosts.hosts:  # one by one: Ray gives a raylet 30 seconds, however many start on this machine
+            found.start(host)
         yield found
 
 

@@ -96,7 +96,8 @@ def test_each_metric_of_runs_has_a_sample_with_the_labels_of_the_run(seen: Prome
             continue
         samples = seen.query(f'last_over_time({name}{{run="{RUN}"}}[5m])')
         assert samples and all(set(metric.info["tag_keys"]) <= set(one["metric"]) for one in samples), name
-    (state,) = seen.query(f'last_over_time(ray_ft_run_state{{run="{RUN}",state="running"}}[5m])')
+    # Not the last value: while a checkpoint is saved, the state is another one.
+    (state,) = seen.query(f'max_over_time(ray_ft_run_state{{run="{RUN}",state="running"}}[5m])')
     assert state["metric"]["priority"] == "high" and state["value"][1] == "1"
     assert seen.query(f'last_over_time(ray_ft_run_workers{{run="{RUN}"}}[5m])')[0]["value"][1] == "2"
     assert float(seen.query(f'last_over_time(ray_ft_run_loss{{run="{RUN}"}}[5m])')[0]["value"][1]) > 0

@@ -474,7 +474,7 @@ def test_the_estimate_and_a_new_job_have_the_forecast_of_the_queue(server):
     run_with_workers(server.world, 2, seconds=600)
     busy = jobs.estimate(owner, body)["queue"]
     assert (busy["place"], busy["estimated_start"]) == (1, start + 600) and busy["runs_with_workers"] == 1
-    assert busy["waits_for"] == "room for 1 worker with 1 CPU each; there is room for 0; running: other-1 (2 workers)"
+    assert busy["waits_for"] == "room for 1 worker with 1 CPU; there is room for 0; running: other-1 (2 workers)"
     job = jobs.create(owner, body)
     assert job.waiting["estimated_start"] == start + 600
     assert any(message.startswith("Place 1 in the queue") for message in server.world.messages(job))

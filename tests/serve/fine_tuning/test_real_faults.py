@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 
 HEAD = Host("head", "127.0.0.1", 1)
 SECONDS = 240
-STEPS = 1200
+STEPS = 900
 CONTROLLER = """
 import sys, time
 from types import SimpleNamespace
@@ -214,10 +214,17 @@ def test_jobs_outlive_their_drivers_rays_head_their_controller_the_database_and_
         let_lease_expire(RunFolder(world.storage, second.run_id))
         assert (before.state, world.find(second).state) == ("running", "queued")
 
+    restarted = datetime.now(UTC)
+
+    def waits_again() -> bool:
+        status = RunFolder(world.storage, second.run_id).recorded_status()
+        return status is not None and status.state == "queued" and status.time > restarted
+
     world.cluster.start(HEAD)
     wait_for(lambda: answers(world.cluster), START_SECONDS)
     with world.controller():
         world.until(job, is_training_after(before.last_step))
+        world.until(second, waits_again)  # a driver that starts while the storage is away would make the folder
 
         away = world.folder / "elsewhere"
         (world.folder / "storage").rename(away)
