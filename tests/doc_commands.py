@@ -86,6 +86,7 @@ OTHERS = {
     "cp",
     "cosign",
     "curl",
+    "echo",
     "cyclonedx-py",
     "export",
     "gcloud",
@@ -94,6 +95,9 @@ OTHERS = {
     "hf",
     "inspect-env/bin/pip",
     "mkdir",
+    "printf",
+    "prometheus",
+    "sed",
     "mlflow",
     "pip",
     "pre-commit",
@@ -177,12 +181,13 @@ def _of_aws(words: list[str]) -> str:
         return ""
     shown = " ".join(words)
     session = botocore.session.get_session()
-    if words[1] not in session.get_available_services():
+    name = "s3" if words[1] == "s3api" else words[1]
+    if name not in session.get_available_services():
         return f"{shown}: no such service"
     if words[2] == "wait":
         waiters = {xform_name(name, "-") for name in session.get_waiter_model(words[1]).waiter_names}
         return "" if words[3] in waiters else f"{shown}: no such waiter"
-    model = session.get_service_model(words[1])
+    model = session.get_service_model(name)
     names = {xform_name(name, "-"): name for name in model.operation_names}
     if words[2] not in names:
         return f"{shown}: no such operation"

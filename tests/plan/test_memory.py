@@ -108,6 +108,7 @@ def test_persistent_memory_is_predicted_to_the_byte(tmp_path: Path, workers: int
 # -- temporary memory ------------------------------------------------------------------------------------------------
 
 CHUNK_BYTES = 16 * 1024 * 1024
+EMULATED = "this CPU has no bf16 instructions: products in bf16 allocate copies of their matrices"
 BODIES: dict[str, dict[str, Any]] = {
     "grouped heads": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2},
     "wide MLP": {"hidden_size": 192, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -194,8 +195,9 @@ def test_activations_and_loss_are_predicted_within_15_percent(
     method: str,
     precision: str,
 ) -> None:
+    if precision == "bf16" and torch.bfloat16 in cpu_products.WIDENED_ON_CPU:
+        pytest.skip(EMULATED)
     monkeypatch.setitem(_CHUNK_BYTES, "cpu", CHUNK_BYTES)
-    monkeypatch.setattr(cpu_products, "WIDENED_ON_CPU", set())  # a GPU makes no fp32 copies for matrix products
     tokens = 256 if body == "few tokens" else 1024
     layers = 3 if body == "few tokens" else 5
     folder = tmp_path / "base"
