@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ft_service.model.weight_files import WeightFiles
 from ft_service.registry.registry import AdapterRecord, Registry
 from ft_service.storage.storage import Storage
 from tests.registry.test_registry import DRAFT
+from tests.storage.object_stores import faulty_s3, uploaded
 from tests.train.training_cases import write_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -74,10 +76,11 @@ def test_merged_model_equals_peft_merge(
 ) -> None:
     registry, record = published
     monkeypatch.setattr("ft_service.model.base._REMOTE_CACHE", tmp_path / "cache")
-    if uri:
-        about = record.base.model_copy(update={"id": f"file://{base}"})
-        record = record.model_copy(update={"base": about})
-    merge_adapter(registry, record, tmp_path / "out")
+    with ExitStack() as stack:
+        if uri:
+            about = record.base.model_copy(update={"id": uploaded(stack.enter_context(faulty_s3()), base)})
+            record = record.model_copy(update={"base": about})
+        merge_adapter(registry, record, tmp_path / "out")
     found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
     expected = stock_merge(base, registry.folder(record))
     assert found.keys() == expected.keys()

@@ -19,6 +19,7 @@ from ft_service.plan.plan import RunPlan
 from ft_service.runs.folder import RunFolder
 from ft_service.spec.load import parse_run_spec
 from ft_service.storage.storage import Storage
+from tests.storage.object_stores import faulty_s3, uploaded
 from tests.worlds import write_world
 
 
@@ -217,7 +218,8 @@ def test_a_base_on_object_storage_is_read_by_ranges(world: Path, monkeypatch: py
         whole(self, entry, start, buffer)  # type: ignore[arg-type]
 
     monkeypatch.setattr(WeightFiles, "read_into", counting)
-    facts = read_base_facts(f"file://{world}/base", config_only)
+    with faulty_s3() as s3:
+        facts = read_base_facts(uploaded(s3, world / "base"), config_only)
     assert facts.untrained_chat_tokens == CHAT and not facts.unchecked
     assert set(read) == {32 * 4}, "a row at a time"
 

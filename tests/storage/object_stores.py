@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -183,3 +184,11 @@ def faulty_s3() -> Iterator[FaultyS3]:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def uploaded(s3: FaultyS3, folder: Path) -> str:
+    """The URI of a copy of the folder's files."""
+    root = s3.root()
+    for file in folder.iterdir():
+        Storage(root).write_bytes(file.name, file.read_bytes())
+    return root

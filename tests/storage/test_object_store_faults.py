@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from ft_service.errors import StorageError, TrainingError, UnreachableError, Usa
 from ft_service.model.scratch import train_tokenizer
 from ft_service.registry.registry import Registry
 from ft_service.runs.events import EventLog, Notice, read_events
-from ft_service.runs.folder import RunFolder
+from ft_service.runs.folder import LeaseHolder, RunFolder
 from ft_service.runs.lease import Lease
 from ft_service.runs.metrics import JsonlSink, read_metrics
 from ft_service.spec.load import parse_run_spec
@@ -522,8 +522,10 @@ def second_driver(storage: Storage) -> Lease:
 def test_a_renewal_never_overwrites_a_driver_that_has_taken_over(s3: FaultyS3) -> None:
     """The check that the lease is still ours and the renewal are two requests; another driver comes in between."""
     run = RunFolder(Storage(s3.root()), RUN)
-    ours = Lease(run, silent)._holder()
-    theirs = Lease(run, silent)._holder()
+    ours, theirs = (
+        LeaseHolder(token=token, host="host", machine="machine", pid=1, time=datetime.now(UTC))
+        for token in ("ours", "theirs")
+    )
     assert run.write_lease(ours, None)
     _, version = run.lease()
     _, taken = run.lease()
