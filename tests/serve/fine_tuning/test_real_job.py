@@ -200,7 +200,7 @@ def test_running_jobs_are_in_the_forecast_of_the_next_one_and_free_their_workers
         wait(client, job.id, "running")
     busy = estimate(client, BASE, training)["queue"]
     assert (busy["place"], busy["runs_with_workers"]) == (1, 2)
-    assert busy["waits_for"].startswith("room for 1 worker with 1 CPU; there is room for 0; running: long-")
+    assert busy["estimated_start"] is None  # the nodes of a cluster that `ray_address` names are unknown here
     for job in jobs:
         client.fine_tuning.jobs.cancel(job.id)
     for job in jobs:
