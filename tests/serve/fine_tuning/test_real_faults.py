@@ -216,15 +216,17 @@ def test_jobs_outlive_their_drivers_rays_head_their_controller_the_database_and_
 
     restarted = datetime.now(UTC)
 
-    def waits_again() -> bool:
+    def waits_again_or_has_ended() -> bool:
         status = RunFolder(world.storage, second.run_id).recorded_status()
-        return status is not None and status.state == "queued" and status.time > restarted
+        return status is not None and status.state in ("queued", "succeeded") and status.time > restarted
 
     world.cluster.start(HEAD)
     wait_for(lambda: answers(world.cluster), START_SECONDS)
     with world.controller():
         world.until(job, is_training_after(before.last_step))
-        world.until(second, waits_again)  # a driver that starts while the storage is away would make the folder
+        world.until(
+            second, waits_again_or_has_ended
+        )  # a driver that starts while the storage is away would make the folder
 
         away = world.folder / "elsewhere"
         (world.folder / "storage").rename(away)
