@@ -259,7 +259,7 @@ def _settings(uri: str, parts: SplitResult) -> dict[str, Any]:
 
 
 def _region(bucket: str) -> str:
-    """The bucket's region, which S3 tells without credentials."""
+    """The region of a bucket. S3 answers that without credentials."""
     try:
         return cast(str, fs.resolve_s3_region(bucket))
     except OSError as error:

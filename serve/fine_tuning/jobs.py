@@ -411,7 +411,7 @@ def outside_of(
 ) -> Outside:
     """What the controller asks of the rest of the service.
 
-    `answers` asks a model for a completion, `serve_model` makes the model of a full job a base, and `waits_for` tells
+    `answers` asks a model for a completion, `serve_model` makes the model of a full job a base, and `waits_for` says
     what its replicas wait for.
     """
     tuning = settings.fine_tuning

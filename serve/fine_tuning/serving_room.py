@@ -21,8 +21,8 @@ _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class _Needs:
-    """What Ray reserves for a replica, on one node."""
+class _Resources:
+    """What Ray reserves for a replica, or what a node has."""
 
     gpus: float
     cpus: float
@@ -52,7 +52,7 @@ class ServingRoom:
         if nodes is None:
             return None
         needs = _needs_of(base, nodes)
-        roomy = [node for node in nodes if _fits(needs, _needs_on(node))]
+        roomy = [node for node in nodes if _fits(needs, _of_node(node))]
         large = [node for node in roomy if shape is None or self._has_memory(node, base, needs, shape)]
         if roomy and not large:
             assert shape is not None
@@ -65,7 +65,7 @@ class ServingRoom:
             )
         if self._fits_beside_the_bases(needs, nodes, large):
             return None
-        largest = max((_needs_on(node) for node in nodes), key=lambda has: (has.gpus, has.cpus))
+        largest = max((_of_node(node) for node in nodes), key=lambda has: (has.gpus, has.cpus))
         return (
             f"Its model becomes a base of this server, and no node has room for its replica ({needs}) beside the "
             f"server's own bases, also when nothing trains: the largest of {counted(len(nodes), 'node')} has {largest} "
@@ -76,7 +76,7 @@ class ServingRoom:
         """What a replica waits for, as the rest of a sentence."""
         return f"a node with {_needs_of(base, self._known.nodes() or ())} free for a replica of its model"
 
-    def _has_memory(self, node: Node, base: BaseSettings, needs: _Needs, shape: ModelShape) -> bool:
+    def _has_memory(self, node: Node, base: BaseSettings, needs: _Resources, shape: ModelShape) -> bool:
         if needs.gpus:
             memory = self._gpu_gib or _gpu_gib(node)
             return memory is None or full_model_problem(base, shape, memory) is None
@@ -85,44 +85,44 @@ class ServingRoom:
             return True
         return plan_base(base, shape, 0).weights <= memory + node.total.get("object_store_memory", 0)
 
-    def _fits_beside_the_bases(self, needs: _Needs, nodes: Sequence[Node], large: Sequence[Node]) -> bool:
+    def _fits_beside_the_bases(self, needs: _Resources, nodes: Sequence[Node], large: Sequence[Node]) -> bool:
         """Whether the bases' replicas still find room once this one has a place. They are packed tightly."""
         lasting = sorted(self._lasting(nodes), key=lambda one: (one.gpus, one.cpus), reverse=True)
-        left_out = _pack(lasting, {node.id: _needs_on(node) for node in nodes})
-        tried: set[_Needs] = set()
+        left_out = _pack(lasting, {node.id: _of_node(node) for node in nodes})
+        tried: set[_Resources] = set()
         for node in large:
-            room = _needs_on(node)
+            room = _of_node(node)
             if room in tried or not _fits(needs, room):
                 continue
             tried.add(room)
-            if _pack(lasting, {one.id: _needs_on(one) for one in nodes} | {node.id: _less(room, needs)}) <= left_out:
+            if _pack(lasting, {one.id: _of_node(one) for one in nodes} | {node.id: _less(room, needs)}) <= left_out:
                 return True
         return False
 
-    def _lasting(self, nodes: Sequence[Node]) -> Iterator[_Needs]:
+    def _lasting(self, nodes: Sequence[Node]) -> Iterator[_Resources]:
         for base in self._bases:
             count = base.replicas if base.autoscaling is None else base.autoscaling.min_replicas
             yield from [_needs_of(base, nodes)] * count
 
 
-def _needs_of(base: BaseSettings, nodes: Sequence[Node]) -> _Needs:
+def _needs_of(base: BaseSettings, nodes: Sequence[Node]) -> _Resources:
     has_gpu = any(node.total.get("GPU", 0) > 0 for node in nodes)
-    return _Needs(float(has_gpu) if base.gpus is None else base.gpus, base.cpus)
+    return _Resources(float(has_gpu) if base.gpus is None else base.gpus, base.cpus)
 
 
-def _needs_on(node: Node) -> _Needs:
-    return _Needs(node.total.get("GPU", 0.0), node.total.get("CPU", 0.0))
+def _of_node(node: Node) -> _Resources:
+    return _Resources(node.total.get("GPU", 0.0), node.total.get("CPU", 0.0))
 
 
-def _fits(needs: _Needs, room: _Needs) -> bool:
+def _fits(needs: _Resources, room: _Resources) -> bool:
     return needs.gpus <= room.gpus + _TOLERANCE and needs.cpus <= room.cpus + _TOLERANCE
 
 
-def _less(room: _Needs, taken: _Needs) -> _Needs:
-    return _Needs(room.gpus - taken.gpus, room.cpus - taken.cpus)
+def _less(room: _Resources, taken: _Resources) -> _Resources:
+    return _Resources(room.gpus - taken.gpus, room.cpus - taken.cpus)
 
 
-def _pack(replicas: Sequence[_Needs], room: dict[str, _Needs]) -> int:
+def _pack(replicas: Sequence[_Resources], room: dict[str, _Resources]) -> int:
     """How many find no place, if each takes the node with the least room that has enough."""
     left_out = 0
     for needs in replicas:
