@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,8 @@ def connect(address: str | None = None) -> None:
     if address:
         _check_not_jobs_api(address)
         _check_reachable(address)
+    else:
+        _put_this_python_first()
     try:
         ray.init(
             address=address or "local",
@@ -50,6 +53,13 @@ def connect(address: str | None = None) -> None:
             f"RAY_ADDRESS = {address or 'local'!r}: cannot be joined ({type(error).__name__}: {last_line(error)}). "
             "Check that the cluster is up, and that RAY_AUTH_MODE and the token are those of its head node."
         ) from None
+
+
+def _put_this_python_first() -> None:
+    """Jobs run `python`: on a Ray that this process starts it is this one, also if its environment is not active."""
+    here = str(Path(sys.executable).parent)  # not resolved: an environment's python is a link
+    folders = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder != here]
+    os.environ["PATH"] = os.pathsep.join([here, *folders])
 
 
 def _check_not_jobs_api(address: str) -> None:

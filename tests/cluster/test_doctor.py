@@ -1,11 +1,14 @@
 """`ft doctor` looks and creates nothing; addresses and Pythons that cannot work are named with what to do."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from ft_service.cluster import doctor
 from ft_service.cluster.doctor import Check, _storage
@@ -186,3 +189,19 @@ def test_a_driver_without_the_packages_names_its_python() -> None:
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"jobs/train.py: {sys.executable} runs this driver, and lacks ray, torch")
     assert "/path/to/.venv/bin/python jobs/train.py" in done.stderr
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_jobs_of_a_ray_that_is_started_here_run_this_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joins: bool
+) -> None:
+    other = tmp_path / "python"
+    other.touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ft_service.cluster.ray_cluster._check_reachable", lambda address: None)
+    monkeypatch.setattr("ft_service.cluster.ray_cluster._runtime_env", lambda address: {})
+    found: list[str | None] = []
+    monkeypatch.setattr(ray, "init", lambda **settings: found.append(shutil.which("python")))
+    connect("10.0.0.1:6379" if joins else None)
+    assert found == [str(other if joins else Path(sys.executable).parent / "python")]
