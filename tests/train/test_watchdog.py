@@ -141,7 +141,8 @@ def test_process_group_timeouts_are_longer_than_the_watchdogs(tmp_path: Path) ->
 @multiprocess
 def test_a_missing_collective_makes_both_workers_save_stacks(tmp_path: Path) -> None:
     done, _ = hang("skips_a_collective", tmp_path, 4, world_size=2)
-    assert done.returncode == HANG_EXIT_CODE
+    # The end of one breaks the other's collective, which may then fail before its watchdog ends it.
+    assert HANG_EXIT_CODE in done.exit_codes.values()
     first, second = ((tmp_path / f"runs/r/stacks/first/rank-0000{rank}.txt").read_text() for rank in (0, 1))
     assert "in step 3, micro-batch 1 of 1" in first and "in all_reduce" in first
     assert "in step 3, validating" in second and "store.wait" in second
