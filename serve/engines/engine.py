@@ -157,9 +157,9 @@ class Engine(Protocol):
         """Stream the continuation. Closing the generator removes the request from the batch at once.
 
         Loads the adapter if needed. Raises `ServingError` when the adapter's files are damaged, do not fit the base or
-        contain values that are not finite, and when a logit is not finite. Never answers with other weights than the
-        requested ones. Raises `RefusedRequestError` for what it cannot do: a JSON schema that it cannot follow, a
-        prompt that its cache can never hold.
+        contain values that are not finite, and when a logit is not finite; `StorageError` when the storage does not
+        give them. Never answers with other weights than the requested ones. Raises `RefusedRequestError` for what it
+        cannot do: a JSON schema that it cannot follow, a prompt that its cache can never hold.
         """
         ...
 

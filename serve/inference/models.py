@@ -6,13 +6,14 @@ import re
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Protocol
 
 from ft_service.cleanup.removal import hide_adapter
-from ft_service.errors import FtError, UsageError
+from ft_service.errors import FtError, StorageError, UsageError
 from ft_service.registry.promotions import SUFFIX, Promotions
 from ft_service.registry.registry import AdapterRecord, Listing, Registry, UnreadableRecord
 from serve.http.errors import ApiError
@@ -22,6 +23,9 @@ from serve.inference.wire import ModelEntry
 DIGEST_HEADER = "x-adapter-digest"
 BASE_HEADER = "x-base-fingerprint"
 REMEMBERED_SECONDS = 2.0
+LOOK_AGAIN_SECONDS = 1.0
+"""So long a request waits until a model that was found before is looked up again."""
+_LOOKING_THREADS = 4
 OWNERS_SECONDS = 30.0
 """So long the owners of an adapter may have been read before."""
 _MOST_REMEMBERED = 10_000
@@ -141,6 +145,9 @@ class ServedModels:
         self.bases = tuple(bases)
         self._remembered_seconds = 0.0 if registry.storage.is_local else REMEMBERED_SECONDS
         self._found: dict[str, tuple[ServedModel | None, float]] = {}
+        self._looking = ThreadPoolExecutor(_LOOKING_THREADS, thread_name_prefix="look-up")
+        self._looked_up: dict[str, Future[ServedModel]] = {}
+        self._is_away = False
         started = datetime.now(UTC)
         self._promotions = Promotions(registry)
         self._known_aliases: dict[str, str | None] = {}
@@ -219,16 +226,45 @@ class ServedModels:
         """The model of that name. Raises `ApiError` 404 for any other; never falls back to a base.
 
         On remote storage a deletion elsewhere is noticed after `REMEMBERED_SECONDS`, so that not every request waits
-        for a read.
+        for a read. While that storage does not answer, models that were found before stay as they were.
         """
-        now = time.monotonic()
+        if model_id in self._bases:
+            return self._bases[model_id]
         model, found = self._found.get(model_id, (None, -math.inf))
-        if model is None or now - found > self._remembered_seconds:
+        if model is None:
+            return self._look_up(model_id)
+        if time.monotonic() - found <= self._remembered_seconds:
+            return model
+        return self._look_up(model_id) if self.registry.storage.is_local else self._look_again(model_id, model)
+
+    def _look_up(self, model_id: str) -> ServedModel:
+        now = time.monotonic()
+        try:
             model = self._resolve(model_id)
-            if len(self._found) >= _MOST_REMEMBERED:
-                self._found.clear()
-            self._found[model_id] = (model, now)
+        except ApiError:
+            self.forget(model_id)
+            raise
+        if len(self._found) >= _MOST_REMEMBERED:
+            self._found.clear()
+        self._found[model_id] = (model, now)
         return model
+
+    def _look_again(self, model_id: str, model: ServedModel) -> ServedModel:
+        """One look-up at a time for each model: storage that is away keeps each waiting for a minute or more."""
+        looking = self._looked_up.get(model_id)
+        if looking is None:
+            looking = self._looked_up[model_id] = self._looking.submit(self._look_up, model_id)
+            looking.add_done_callback(lambda _: self._looked_up.pop(model_id, None))
+        try:
+            found = looking.result(LOOK_AGAIN_SECONDS)
+        except (StorageError, TimeoutError) as error:
+            if not self._is_away:
+                reason = str(error) or f"no answer within {LOOK_AGAIN_SECONDS:g} s."
+                logger.warning("models that were found before are served without looking again: %s", reason)
+            self._is_away = True
+            return model
+        self._is_away = False
+        return found
 
     def _aliases(self) -> dict[str, str | None]:
         now = time.monotonic()
@@ -241,8 +277,6 @@ class ServedModels:
         self._found.pop(model_id, None)
 
     def _resolve(self, model_id: str) -> ServedModel:
-        if model_id in self._bases:
-            return self._bases[model_id]
         if model_id.startswith(FINE_TUNED):
             return replace(self._resolve(self._adapter_of(model_id)), id=model_id)
         if model_id.endswith(SUFFIX):

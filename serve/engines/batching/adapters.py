@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -94,7 +95,8 @@ class AdapterStore:
         """Ask for an adapter; the future's result counts as in use until it is released.
 
         It fails with `ServingError` if the files are damaged, do not fit the base, or contain values that are not
-        finite. Several requests for the same adapter load it once.
+        finite, and with `StorageError` if the storage does not give them. Several requests for the same adapter load
+        it once.
         """
         future: Future[LoadedAdapter] = Future()
         with self._changed:
@@ -223,10 +225,7 @@ class AdapterStore:
         return nbytes
 
     def _nbytes(self, record: AdapterRecord) -> int:
-        try:
-            file = self._registry.folder(record) / WEIGHTS_FILE
-        except StorageError as error:
-            raise ServingError(f"adapter = {record.id!r}: {error}") from None
+        file = folder_of(self._registry, record) / WEIGHTS_FILE
         try:
             with safe_open(file, "pt") as tensors:  # reads the header only
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
@@ -267,15 +266,21 @@ class AdapterStore:
 # -- checks, of any engine ---------------------------------------------------------------------------------------------
 
 
+def folder_of(registry: Registry, record: AdapterRecord) -> Path:
+    """The adapter's files on this machine. Raises a `StorageError` that names the adapter."""
+    try:
+        return registry.folder(record)
+    except StorageError as error:
+        raise StorageError(f"adapter = {record.id!r}: {error}") from None
+
+
 def verified_files(registry: Registry, record: AdapterRecord, base_fingerprint: str) -> dict[str, bytes]:
     """Content of the files to load: configuration and weights.
 
-    Raises `ServingError` if any file of the record is not as it was published, or the adapter is one of another base.
+    Raises `ServingError` if any file of the record is not as it was published, or the adapter is one of another base,
+    and `StorageError` if the storage does not give them.
     """
-    try:
-        folder = registry.folder(record)
-    except StorageError as error:
-        raise ServingError(f"adapter = {record.id!r}: {error}") from None
+    folder = folder_of(registry, record)
     files = {}
     damaged = []
     for name, digest in record.files.items():
