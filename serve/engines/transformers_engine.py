@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from serve.engines.batching.lora_layers import install_lora_layers
 from serve.engines.batching.packed_linear import pack_linear_layers
 from serve.engines.batching.scheduler import Scheduler
 from serve.engines.batching.step import Grammar, ScoredToken
+from serve.engines.batching.threads import use_threads
 from serve.engines.engine import (
     EngineInfo,
     EngineStats,
@@ -76,6 +78,15 @@ class TransformersEngine:
     def __init__(
         self, folder: Path, registry: Registry, settings: BaseSettings, limits: StepLimits | None = None
     ) -> None:
+        num_threads = torch.get_num_threads()
+        # A thread that ends: of those that stay, only the model's has parallel operations (`batching.threads`).
+        with ThreadPoolExecutor(1, "load", use_threads, (num_threads,)) as loading:
+            loading.submit(self._load, folder, registry, settings, limits, num_threads).result()
+        self._loop.start()
+
+    def _load(
+        self, folder: Path, registry: Registry, settings: BaseSettings, limits: StepLimits | None, num_threads: int
+    ) -> None:
         model = _load_model(folder, settings)
         devices = [layer.self_attn.q_proj.weight.device for layer in model.model.layers]
         limits = limits or _limits(devices[0], model.dtype)
@@ -110,8 +121,7 @@ class TransformersEngine:
         )
         self._most_tokens = scheduler.max_tokens
         self._num_preparing = 0
-        self._loop = ModelLoop(scheduler, store, Forward(model, store, lora), self._adapters)
-        self._loop.start()
+        self._loop = ModelLoop(scheduler, store, Forward(model, store, lora), self._adapters, num_threads)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """See `serve.engines.engine.Engine.generate`."""

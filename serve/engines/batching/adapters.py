@@ -32,6 +32,7 @@ from serve.engines.batching.adapter_weights import (
     parse_config,
 )
 from serve.engines.batching.lora_layers import BatchedLora
+from serve.engines.batching.threads import use_threads
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -85,7 +86,8 @@ class AdapterStore:
         self._pinned = frozenset(pinned)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._changed = threading.Condition()
-        self._loader = ThreadPoolExecutor(_LOADER_THREADS, thread_name_prefix="adapter")
+        # One CPU thread for each: its operations must not take any from the model (`batching.threads`).
+        self._loader = ThreadPoolExecutor(_LOADER_THREADS, "adapter", use_threads, (1,))
         self._reserved = 0  # bytes of adapters being moved to the device
         self._num_loads = 0
         self._load_seconds = 0.0

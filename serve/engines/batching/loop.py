@@ -23,6 +23,7 @@ from serve.engines.batching.sampling import sample, score
 from serve.engines.batching.scheduler import Piece, Scheduler
 from serve.engines.batching.scheduler import Sequence as TokenSequence
 from serve.engines.batching.step import Grammar, SampledToken, SamplingRow, ScoredToken
+from serve.engines.batching.threads import use_threads
 from serve.engines.engine import FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -101,13 +102,20 @@ class ModelLoop:
     """Runs steps on a thread of its own. `begin`, `cancel` and `stop` may be called from any thread."""
 
     def __init__(
-        self, scheduler: Scheduler[Answer], store: KeyValueStore, forward: Forward, adapters: AdapterStore
+        self,
+        scheduler: Scheduler[Answer],
+        store: KeyValueStore,
+        forward: Forward,
+        adapters: AdapterStore,
+        num_threads: int,
     ) -> None:
+        """`num_threads` of operations on a CPU."""
         self.scheduler = scheduler
         self.counters = Counter(prompt_tokens=0, cached_tokens=0, generated_tokens=0, steps=0)
         self.store = store
         self.forward = forward
         self._adapters = adapters
+        self._num_threads = num_threads
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._answers: set[Answer] = set()
         self._deliveries: list[tuple[Answer, Event]] = []
@@ -142,6 +150,7 @@ class ModelLoop:
         self.store.free()
 
     def _run(self) -> None:
+        use_threads(self._num_threads)
         with torch.inference_mode():
             while not self._closed:
                 try:
