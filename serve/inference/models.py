@@ -237,6 +237,20 @@ class ServedModels:
             return model
         return self._look_up(model_id) if self.registry.storage.is_local else self._look_again(model_id, model)
 
+    def is_at_hand(self, model_id: str | None) -> bool:
+        """Whether `resolve` and `owners` read nothing at this moment. None is the only base."""
+        if model_id is None or model_id in self._bases:
+            return True
+        now = time.monotonic()
+        model, found = self._found.get(model_id, (None, -math.inf))
+        if model is None or now - found > self._remembered_seconds:
+            return False
+        if self._names is None or model.published is None:
+            return True
+        owners, read = self._owners.get(model.published.id, ((), -math.inf))
+        has_an_owner_soon = model.id.startswith(FINE_TUNED) and not owners
+        return now - read <= OWNERS_SECONDS and not has_an_owner_soon
+
     def _look_up(self, model_id: str) -> ServedModel:
         now = time.monotonic()
         try:

@@ -1,5 +1,7 @@
 """Looking models up: what is published is found at once, and remote storage is not read for every request."""
 
+import math
+
 import pytest
 
 from ft_service.registry.promotions import Promotions
@@ -73,6 +75,44 @@ def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_o
     delete_published(models, models.resolve(adapter.id))
     with pytest.raises(ApiError, match="does not exist"):
         models.resolve(adapter.id)
+
+
+class OwnedBySomebody:
+    """Names of models that count how often the database is asked."""
+
+    def __init__(self, owners):
+        self.reads = 0
+        self._owners = owners
+
+    def owners(self, adapter=None):
+        self.reads += 1
+        return self._owners
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize("is_owned", [True, False])
+def test_what_is_at_hand_is_read_nowhere(published, tmp_path, monkeypatch, is_local, is_owned):
+    registry, publish = published
+    adapter = publish("plain")
+    monkeypatch.setattr(type(registry.storage), "is_local", property(lambda _: is_local))
+    models = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
+    names = OwnedBySomebody({adapter.id: [("a key", None)]} if is_owned else {})
+    models.add_names(names)
+    reads = []
+    find = registry.find
+    monkeypatch.setattr(registry, "find", lambda name: reads.append(name) or find(name))
+    assert models.is_at_hand(None) and models.is_at_hand("tiny")
+    assert not models.is_at_hand(adapter.id) and not models.is_at_hand("unknown")
+    models.resolve(adapter.id)
+    assert not models.is_at_hand(adapter.id)  # its owners are not known yet
+    models.owners(models.resolve(adapter.id))
+    assert models.is_at_hand(adapter.id) is not is_local  # a folder is looked at for each request
+    counts = len(reads), names.reads
+    for model in ("tiny", *([] if is_local else [adapter.id])):
+        models.owners(models.resolve(model))
+    assert (len(reads), names.reads) == counts
+    models._found[adapter.id] = (models._found[adapter.id][0], -math.inf)
+    assert not models.is_at_hand(adapter.id)
 
 
 def test_an_alias_answers_with_the_adapter_that_is_promoted(published, tmp_path):

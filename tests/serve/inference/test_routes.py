@@ -415,6 +415,20 @@ def test_the_registry_is_never_read_on_the_event_loop(call, tmp_path, monkeypatc
     assert in_loop and not any(in_loop)
 
 
+def test_only_small_requests_for_what_is_at_hand_are_encoded_on_the_event_loop(call, tmp_path, monkeypatch):
+    in_threads = []
+    monkeypatch.setattr(routes, "executor_for", lambda characters: in_threads.append(characters))  # the loop's own
+    for path, body, takes_a_thread in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}, False),
+        ("/v1/completions", {"prompt": "Hi"}, False),
+        ("/v1/completions", {"prompt": "a" * routes.SMALL_BODY_BYTES}, True),
+        ("/v1/completions", {"prompt": "Hi", "model": publish(tmp_path).id}, True),
+    ):
+        in_threads.clear()
+        call(ScriptedEngine(), path, {"model": "tiny", **body})
+        assert bool(in_threads) == takes_a_thread
+
+
 @pytest.mark.parametrize("mark", ["<image>", "<|image|>"])
 def test_a_chat_about_image_marks_is_text(call, base, mark):
     engine = ScriptedEngine(*HELLO)
