@@ -65,7 +65,11 @@ class BaseSettings(_Settings):
     gpus: int | None = Field(
         default=None, ge=0, description="GPUs of one node for each replica. Default: 1 if the cluster has one, else 0."
     )
-    cpus: float = Field(default=1, ge=0, description="CPUs that Ray reserves for each replica.")
+    cpus: float = Field(
+        default=1,
+        ge=0,
+        description="CPUs that Ray reserves for each replica. On a CPU, also the threads of its operations.",
+    )
     replicas: int = Field(default=1, ge=1, description="Replicas of the base.")
     autoscaling: Autoscaling | None = Field(default=None, description="Takes the place of `replicas`.")
     max_batch: int = Field(default=64, ge=1, description="Requests that a replica works on at once.")
