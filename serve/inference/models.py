@@ -24,7 +24,7 @@ DIGEST_HEADER = "x-adapter-digest"
 BASE_HEADER = "x-base-fingerprint"
 REMEMBERED_SECONDS = 2.0
 LOOK_AGAIN_SECONDS = 1.0
-"""So long a request waits until a model that was found before is looked up again."""
+"""So long requests wait until a model that was found before is looked up again."""
 _LOOKING_THREADS = 4
 OWNERS_SECONDS = 30.0
 """So long the owners of an adapter may have been read before."""
@@ -146,7 +146,7 @@ class ServedModels:
         self._remembered_seconds = 0.0 if registry.storage.is_local else REMEMBERED_SECONDS
         self._found: dict[str, tuple[ServedModel | None, float]] = {}
         self._looking = ThreadPoolExecutor(_LOOKING_THREADS, thread_name_prefix="look-up")
-        self._looked_up: dict[str, Future[ServedModel]] = {}
+        self._looked_up: dict[str, tuple[Future[ServedModel], float]] = {}
         self._is_away = False
         started = datetime.now(UTC)
         self._promotions = Promotions(registry)
@@ -264,13 +264,13 @@ class ServedModels:
         return model
 
     def _look_again(self, model_id: str, model: ServedModel) -> ServedModel:
-        """One look-up at a time for each model: storage that is away keeps each waiting for a minute or more."""
-        looking = self._looked_up.get(model_id)
-        if looking is None:
-            looking = self._looked_up[model_id] = self._looking.submit(self._look_up, model_id)
-            looking.add_done_callback(lambda _: self._looked_up.pop(model_id, None))
+        """One look-up at a time for each model: storage that is away keeps each waiting for a minute or more.
+
+        Only requests that come in its first `LOOK_AGAIN_SECONDS` wait for it, until they have passed.
+        """
+        looking, began = self._looked_up.get(model_id) or self._begin_to_look(model_id)
         try:
-            found = looking.result(LOOK_AGAIN_SECONDS)
+            found = looking.result(max(0.0, began + LOOK_AGAIN_SECONDS - time.monotonic()))
         except (StorageError, TimeoutError) as error:
             if not self._is_away:
                 reason = str(error) or f"no answer within {LOOK_AGAIN_SECONDS:g} s."
@@ -279,6 +279,11 @@ class ServedModels:
             return model
         self._is_away = False
         return found
+
+    def _begin_to_look(self, model_id: str) -> "tuple[Future[ServedModel], float]":
+        begun = self._looked_up[model_id] = (self._looking.submit(self._look_up, model_id), time.monotonic())
+        begun[0].add_done_callback(lambda _: self._looked_up.pop(model_id, None))
+        return begun
 
     def _aliases(self) -> dict[str, str | None]:
         now = time.monotonic()

@@ -1,6 +1,9 @@
 """Looking models up: what is published is found at once, and remote storage is not read for every request."""
 
 import math
+import threading
+import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -9,7 +12,7 @@ from ft_service.registry.registry import BaseModelRef, Registry
 from ft_service.storage.storage import Storage
 from serve.http.errors import ApiError
 from serve.inference.bases import ServedBase
-from serve.inference.models import ServedModels, delete_published
+from serve.inference.models import REMEMBERED_SECONDS, ServedModels, delete_published
 
 
 @pytest.fixture
@@ -75,6 +78,31 @@ def test_remote_storage_is_read_once_for_many_requests_and_deleting_is_seen_at_o
     delete_published(models, models.resolve(adapter.id))
     with pytest.raises(ApiError, match="does not exist"):
         models.resolve(adapter.id)
+
+
+def test_while_storage_hangs_only_the_first_requests_wait_for_it(published, tmp_path, monkeypatch):
+    registry, publish = published
+    adapter = publish("plain")
+    monkeypatch.setattr(type(registry.storage), "is_local", property(lambda _: False))
+    models = ServedModels(registry, [served("tiny", "bf16", tmp_path)])
+    known = models.resolve(adapter.id)
+    answers = threading.Event()
+    looked_up = []
+    find = registry.find
+    monkeypatch.setattr(registry, "find", lambda name: looked_up.append(answers.wait(60)) or find(name))
+    later = [time.monotonic() + REMEMBERED_SECONDS + 1]
+    monkeypatch.setattr(time, "monotonic", lambda: later[0])
+    waited = []
+    result = Future.result
+    monkeypatch.setattr(Future, "result", lambda future, seconds: waited.append(seconds) or result(future, 0))
+    for seconds in (0.0, 0.25, 1.0, 30.0):
+        later[0] += seconds
+        assert models.resolve(adapter.id) is known
+    assert waited == pytest.approx([1.0, 0.75, 0.0, 0.0])
+    answers.set()
+    models._looking.shutdown()
+    assert looked_up == [True]
+    assert models._looked_up == {}
 
 
 class OwnedBySomebody:
