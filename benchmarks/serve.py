@@ -5,8 +5,8 @@ python benchmarks/serve.py --soak 10
 
 A 23 M-parameter Llama with random weights and LoRA adapters of rank 8 and 16 on all linear layers. Every client asks
 its next request when its last one is answered; all prompts have one length, and so have all answers, so that the static
-batches of `generate` lose nothing. Each side is a process of its own. All are up at once and take turns, a round each;
-a ratio is the median over rounds of figures that were measured one after the other.
+batches of `generate` lose nothing. Each side is a process of its own. All are up at once and take turns, a round each,
+while the others are stopped; a ratio is the median over rounds of figures that were measured one after the other.
 
 Beside throughput there are CPU-seconds. On a machine that does other work at the same time they are the better figure.
 """
@@ -56,7 +56,7 @@ Figures = dict[str, list[dict[str, Any]]]
 
 
 class Side:
-    """A process that answers rounds."""
+    """A process that answers rounds. Between them it is stopped: some libraries poll while they wait."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path, threads: int) -> None:
         self._name = name
@@ -75,12 +75,15 @@ class Side:
                 command, cwd=ROOT, env=environment, stderr=log, start_new_session=True, **pipes
             )
         self._read("READY", START_SECONDS)
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def measure(self, work: Round) -> dict[str, Any]:
         assert self.process.stdin
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(to_line(work))
         self.process.stdin.flush()
         result: dict[str, Any] = json.loads(self._read("RESULT", ROUND_SECONDS).removeprefix("RESULT "))
+        os.killpg(self.process.pid, signal.SIGSTOP)
         return result
 
     def close(self) -> None:

@@ -187,6 +187,8 @@ def transformers_server(world: World, folder: Path, threads: int) -> Iterator[Se
     tokenizer = AutoTokenizer.from_pretrained(world.base)
     command = [str(Path(sys.executable).parent / "transformers"), "serve", world.base, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", world.dtype, "--device", "cpu", "--continuous-batching"]
+    # Its default is nine tenths of the machine's memory, and a CPU never gets as far as to answer.
+    command += ["--cb-num-blocks", "512", "--cb-max-batch-tokens", "256"]
     settings = {"OMP_NUM_THREADS": str(threads)}
 
     def body(ask: Ask) -> dict[str, Any]:
