@@ -91,7 +91,7 @@ def inference_routes(
         size = http.headers.get("content-length", "")
         if size.isdigit() and int(size) <= SMALL_BODY_BYTES and models.is_at_hand(model_id):
             return work()
-        return await _encode(characters, work)
+        return await _in_thread(characters, work)
 
     @api.get("/v1/models", response_model=ModelList)
     @api.head("/v1/models", include_in_schema=False)
@@ -199,7 +199,7 @@ def inference_routes(
             size = model.base.context_length
             return TokenizeReply(count=len(ids), max_model_len=size, tokens=ids, token_strs=strings).model_dump_json()
 
-        return Response(await _encode(length(LONG_CHARACTERS), reply), media_type="application/json")
+        return Response(await _in_thread(length(LONG_CHARACTERS), reply), media_type="application/json")
 
     @api.post("/v1/detokenize", openapi_extra=reads(DetokenizeRequest))
     @api.post("/detokenize", include_in_schema=False)
@@ -211,7 +211,7 @@ def inference_routes(
             message = f"tokens contains the id {largest}; this model has ids 0 to {size - 1}."
             raise ApiError(400, message, "invalid_value", "tokens")
         tokens = translate.tokens(model)
-        return DetokenizeReply(prompt=await _encode(len(request.tokens), lambda: tokens.text(request.tokens)))
+        return DetokenizeReply(prompt=await _in_thread(len(request.tokens), lambda: tokens.text(request.tokens)))
 
     @api.get("/v1/tokenizer_info")
     @api.get("/tokenizer_info", include_in_schema=False)
@@ -242,7 +242,7 @@ def _note(database: Engine, key: str, action: str, target: str, details: Mapping
         opened.commit()
 
 
-async def _encode(characters: int, work: Callable[[], Result]) -> Result:
+async def _in_thread(characters: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(executor_for(characters), work)
 
 

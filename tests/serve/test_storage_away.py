@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -25,6 +24,7 @@ from tests.storage.object_stores import (
     cut,
     faulty_s3,
     no_answer,
+    retry_quickly,
 )
 
 FAULTS = {
@@ -50,12 +50,10 @@ def s3() -> Iterator[FaultyS3]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Short pauses between attempts, no time in which a model is not looked up again, and copies of this test's own."""
-    pauses = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
-    monkeypatch.setattr(object_store, "_RETRIES", {**object_store._RETRIES, "backoff": pauses})
+    """Short pauses and timeouts, and each request looks its model up."""
+    retry_quickly(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(object_store, "_TIMEOUTS", {"connect_timeout": "5s", "timeout": "500ms"})
     monkeypatch.setattr(models, "REMEMBERED_SECONDS", 0.0)
-    monkeypatch.setattr("ft_service.storage.storage._DEFAULT_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

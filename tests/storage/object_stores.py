@@ -7,12 +7,15 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import obstore.store
+import pytest
 
+from ft_service.storage import object_store
 from ft_service.storage.object_store import ObjectStore
 from ft_service.storage.storage import Storage
 
@@ -184,6 +187,13 @@ def faulty_s3() -> Iterator[FaultyS3]:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def retry_quickly(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Short pauses between attempts of object stores, and local copies in a folder of the test's own."""
+    pauses = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+    monkeypatch.setattr(object_store, "_RETRIES", {**object_store._RETRIES, "backoff": pauses})
+    monkeypatch.setattr("ft_service.storage.storage._DEFAULT_CACHE", cache)
 
 
 def uploaded(s3: FaultyS3, folder: Path) -> str:

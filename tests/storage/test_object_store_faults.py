@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +56,7 @@ from tests.storage.object_stores import (
     faulty_s3,
     no_answer,
     refusal,
+    retry_quickly,
 )
 from tests.storage.test_storage_faults import (
     RUN,
@@ -80,12 +81,10 @@ def s3() -> Iterator[FaultyS3]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Short pauses between attempts, and copies of this test's own."""
-    pauses = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
-    monkeypatch.setattr(object_store, "_RETRIES", {**object_store._RETRIES, "backoff": pauses})
+    retry_quickly(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(ft_service.storage.retry, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("ft_service.runs.lease._SETTLE_SECONDS", 0.0)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("ft_service.storage.storage._DEFAULT_CACHE", tmp_path / "cache")
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ one number of threads for all operations of a thread; changing it twice costs ab
 
 The threads are OpenMP's, and each Python thread with parallel operations keeps a team of its own. Between two
 operations a team spins, so that the next one begins at once, but only while the process has no more such threads than
-CPUs. Otherwise (libgomp's throttled spin count) they sleep, and waking them takes as long as a product of a small
-model. So the model's thread alone has a team: loading a model happens in a thread that ends, and the threads that load
-adapters take one each.
+CPUs. Otherwise (libgomp's throttled spin count) they sleep, and waking them takes more than a small model gains by a
+second thread (docs/benchmarks.md). So the model's thread alone has a team: loading a model happens in a thread that
+ends, and the threads that load adapters take one each.
 """
 
 from contextlib import AbstractContextManager, nullcontext
