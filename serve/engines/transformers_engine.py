@@ -64,12 +64,12 @@ class StepLimits:
 
     block_size: int
     """Tokens of a block of keys and values."""
-    tokens_per_step: int
-    """A long prompt delays others by the time that so many tokens take."""
+    prompt_tokens_per_step: int
+    """A long prompt delays others by the time that so many tokens take, in each step."""
 
 
-CPU_LIMITS = StepLimits(block_size=16, tokens_per_step=128)
-GPU_LIMITS = StepLimits(block_size=16, tokens_per_step=512)
+CPU_LIMITS = StepLimits(block_size=16, prompt_tokens_per_step=128)
+GPU_LIMITS = StepLimits(block_size=16, prompt_tokens_per_step=512)
 
 
 class TransformersEngine:
@@ -116,7 +116,7 @@ class TransformersEngine:
             BlockPool(num_blocks),
             limits.block_size,
             settings.max_batch,
-            limits.tokens_per_step,
+            limits.prompt_tokens_per_step,
             max(_SCORED_LOGITS_BYTES // (4 * self.info.vocab_size), 1),
         )
         self._most_tokens = scheduler.max_tokens

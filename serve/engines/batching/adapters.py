@@ -233,7 +233,7 @@ class AdapterStore:
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
         except (OSError, SafetensorError):
             return 0  # reported when the file is read and checked
-        return sum(map(math.prod, shapes)) * self._lora.dtype.itemsize
+        return sum(map(math.prod, shapes)) * self._lora.bytes_per_number
 
     def _make_room(self, nbytes: int) -> bool:
         """Unload idle adapters until `nbytes` more fit. False if other requests have to end first."""

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter, OwnWeights, Site
+from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter, OwnWeights, Site, change_dtype
 from serve.engines.batching.packed_linear import SHARED_INPUTS, PackedLinear
 from serve.engines.batching.threads import threads_for
 
@@ -81,6 +81,11 @@ class BatchedLora:
         self._key: object = None
         self._bound: object = None
         self._wrap(model)
+
+    @property
+    def bytes_per_number(self) -> int:
+        """At most, of a loaded adapter."""
+        return max(change_dtype(site.device, self.dtype).itemsize for site in self.sites.values())
 
     @property
     def stack_bytes(self) -> int:
@@ -598,7 +603,7 @@ class _Group:
         """Compute x A for all members, unless it was done for this very `x`."""
         if self._x is not x:
             self._x = x
-            x_NI = x.reshape(-1, x.shape[-1])
+            x_NI = x.reshape(-1, x.shape[-1]).to(change_dtype(x.device, x.dtype))
             rows = self.rows.on(x.device)
             if self._dense_a is not None:
                 self.dense = x_NI[rows.dense_rows] @ self._dense_a
@@ -711,15 +716,19 @@ class BatchedLinear(_BatchedLayer):
         rows = self.rows.on(x.device)
         if self.dense_b is not None:
             assert group.dense is not None
-            y_NO[rows.dense_rows].addmm_(group.dense[:, self.dense_columns], self.dense_b)
+            dense_NR = group.dense[:, self.dense_columns]
+            if y_NO.dtype == dense_NR.dtype:
+                y_NO[rows.dense_rows].addmm_(dense_NR, self.dense_b)
+            else:
+                y_NO[rows.dense_rows].add_(dense_NR @ self.dense_b)
         if self.padded_b is not None:
             assert group.padded is not None
             change_SGO = torch.bmm(group.padded[:, :, self.padded_columns], self.padded_b)
             change_NO = change_SGO.view(-1, y_NO.shape[-1]).index_select(0, rows.targets)
             if isinstance(rows.padded_rows, slice):
                 y_NO[rows.padded_rows].add_(change_NO)
-            else:  # on a CPU, an operation for each row
-                y_NO.index_add_(0, rows.padded_rows, change_NO)
+            else:  # `index_add_` takes one dtype only
+                y_NO.index_copy_(0, rows.padded_rows, y_NO.index_select(0, rows.padded_rows).add_(change_NO))
         group.done(self)
 
     def _with(self, x: torch.Tensor, own: OwnWeights) -> torch.Tensor:
@@ -750,7 +759,7 @@ class BatchedEmbedding(_BatchedLayer):
             embedding = adapter.embeddings[self.site.name]
             rows = self.rows.by_adapter[adapter].to(y_ND.device)
             change = F.embedding(ids_N.index_select(0, rows), embedding.a_Vr) @ embedding.b_rD
-            y_ND.index_add_(0, rows, change)
+            y_ND.index_add_(0, rows, change.to(y_ND.dtype))
 
     def _with(self, x: torch.Tensor, own: OwnWeights) -> torch.Tensor:
         return F.embedding(x, own.weight)

@@ -71,8 +71,8 @@ def _are_finite(logits_LV: torch.Tensor) -> torch.Tensor:
 
 def _likeliest(logits_LV: torch.Tensor) -> torch.Tensor:
     """The first of the largest logits of each row [L]."""
-    if logits_LV.device.type == "cpu" and logits_LV.dtype == torch.float32:
-        return torch.from_numpy(logits_LV.numpy().argmax(axis=-1))  # torch's takes ten times as long
+    if logits_LV.device.type == "cpu":
+        return torch.from_numpy(logits_LV.float().numpy().argmax(axis=-1))  # torch's takes ten times as long
     return logits_LV.argmax(dim=-1)
 
 

@@ -1,8 +1,9 @@
 """Which tokens go into the next step. Pure Python: knows no tensors, no text and no threads.
 
 A step has one token of every decoding sequence, and pieces of prompts within a budget of tokens, so that a long prompt
-delays the others by no more than that budget. Of the budget the oldest prompt gets at least half, and the shortest of
-the others the rest: no prompt waits for a longer one to end, and none for ever.
+delays the others by no more than that budget. It is the same however many sequences decode: if they took it up, few
+prompts would join a nearly full batch, and its places would stay empty. Of the budget the oldest prompt gets at least
+half, and the shortest of the others the rest: no prompt waits for a longer one to end, and none for ever.
 
 Sequences are admitted first come, first served, with room for their whole prompt. When a decoding sequence needs a
 block and there is none, the youngest sequence gives all of its own back: it waits at the head of the queue with the
@@ -87,7 +88,7 @@ class Scheduler(Generic[Owner]):
     """Sequences that wait, sequences in the batch, and their blocks."""
 
     def __init__(
-        self, pool: BlockPool, block_size: int, max_sequences: int, tokens_per_step: int, scores_per_step: int
+        self, pool: BlockPool, block_size: int, max_sequences: int, prompt_tokens_per_step: int, scores_per_step: int
     ) -> None:
         """`scores_per_step` bounds the rows of logits that score prompts: each is as wide as the vocabulary."""
         self.pool = pool
@@ -100,7 +101,7 @@ class Scheduler(Generic[Owner]):
         """Free blocks whose content may not be finite. Whoever owns the tensors overwrites and removes them before the
         next step: a masked slot with NaN still makes a weighted sum NaN."""
         self._max_sequences = max_sequences
-        self._tokens_per_step = tokens_per_step
+        self._prompt_tokens_per_step = prompt_tokens_per_step
         self._scores_per_step = scores_per_step
         self._num_arrived = 0
 
@@ -131,7 +132,7 @@ class Scheduler(Generic[Owner]):
         pieces = [self._piece(sequence, 1, 1) for sequence in decoding if self._has_room(sequence)]
         in_step = set(decoding)
         prompts = [sequence for sequence in self.running if sequence not in in_step]
-        pieces += self._prompt_pieces(prompts, max(self._tokens_per_step - len(pieces), self.block_size))
+        pieces += self._prompt_pieces(prompts, self._prompt_tokens_per_step)
         # Neighbours with one adapter are one run of rows.
         pieces.sort(key=lambda piece: (piece.num_tokens > 1, piece.sequence.adapter_digest or ""))
         return pieces

@@ -46,7 +46,13 @@ class LoraWorld:
     """One base with the batched layers, and one adapter of each of `KINDS` (or of the given ones)."""
 
     def __init__(
-        self, folder: Path, kinds: dict[str, dict[str, Any]] = KINDS, *, in_4bit: bool = False, **config: Any
+        self,
+        folder: Path,
+        kinds: dict[str, dict[str, Any]] = KINDS,
+        *,
+        in_4bit: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **config: Any,
     ) -> None:
         torch.manual_seed(0)
         self.in_4bit = in_4bit
@@ -59,7 +65,7 @@ class LoraWorld:
             "num_key_value_heads": 2,
             "attn_implementation": "sdpa",
         }
-        self.base = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+        self.base = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval().to(dtype)
         self.folders = {
             kind: save_adapter(self.base, folder / str(number), **kinds[kind]) for number, kind in enumerate(kinds)
         }

@@ -80,7 +80,7 @@ class Sizes:
     """A small engine: blocks for some hundred tokens, so that sequences have to make room for others."""
 
     block_size: int
-    tokens_per_step: int
+    prompt_tokens_per_step: int
     max_batch: int
     cache_tokens: int
 
@@ -129,7 +129,7 @@ def engines(base) -> Iterator[list[TransformersEngine]]:
         server = BaseSettings(
             base=str(base), max_batch=sizes.max_batch, cache_gib=sizes.cache_tokens * token_bytes / GIB
         )
-        return TransformersEngine(base, registry, server, StepLimits(sizes.block_size, sizes.tokens_per_step))
+        return TransformersEngine(base, registry, server, StepLimits(sizes.block_size, sizes.prompt_tokens_per_step))
 
     engines = [make(sizes) for sizes in SIZES]
     yield engines

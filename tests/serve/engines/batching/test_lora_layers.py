@@ -1,5 +1,6 @@
 """Rows of different adapters in one batch get what stock peft computes for each adapter alone."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 
 from serve.engines.batching import lora_layers
 from serve.engines.batching.adapter_weights import LoadedAdapter, UnsupportedAdapterError
@@ -158,6 +160,24 @@ def test_a_prefill_chunk_goes_beside_decoding_rows(world: LoraWorld) -> None:
         torch.testing.assert_close(got, world.stock_logits(kind, ids)[len(ids) - count :], atol=1e-5, rtol=1e-5)
 
 
+def test_on_a_cpu_the_change_of_a_bf16_base_is_computed_in_fp32_as_by_peft(tmp_path: Path, forced_split: str) -> None:
+    kinds = {kind: KINDS[kind] for kind in ("all-linear", "rank 8, rsLoRA", "patterns", "excluded")}
+    world = LoraWorld(tmp_path, kinds, dtype=torch.bfloat16)
+    num_rows = 50
+    x_1NI = torch.randn(1, num_rows * len(kinds), 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    world.set_rows([(kind, num_rows) for kind in kinds])
+    with torch.inference_mode():
+        for layer in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"):
+            got = world.model.model.layers[0].get_submodule(layer)(x_1NI.clone())[0].split(num_rows)
+            for kind, x_NI, ours in zip(kinds, x_1NI[0].split(num_rows), got, strict=True):
+                stock = PeftModel.from_pretrained(copy.deepcopy(world.base), world.folders[kind]).base_model.model
+                expected = stock.model.layers[0].get_submodule(layer)(x_NI)
+                is_equal = ours == expected
+                # The same numbers in another order of summation: now and then the last bit is another one.
+                assert is_equal.float().mean() > 0.99, f"{kind}, {layer}: {is_equal.float().mean():.3f}"
+                torch.testing.assert_close(ours, expected, rtol=2**-7, atol=1e-6)
+
+
 def test_layers_with_a_bias_and_tied_embeddings(tmp_path: Path) -> None:
     kinds = {kind: KINDS[kind] for kind in ("all-linear", "DoRA", "modules_to_save", "lora_bias")}
     world = LoraWorld(tmp_path, kinds, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
@@ -186,7 +206,7 @@ def test_the_number_of_operations_does_not_grow_with_the_number_of_adapters(tmp_
 
     def operations(num_adapters: int) -> int:
         names = list(kinds)[:num_adapters]
-        rows: Rows = [(name, PROMPT[:1]) for name in names * (16 // num_adapters)]
+        rows: Rows = [(name, PROMPT[:1]) for name in names for _ in range(16 // num_adapters)]
         world.batched_logits(rows)  # the stacks are built
         with Operations() as counted:
             forward(world.model, [ids for _, ids in rows])
