@@ -25,7 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from benchmarks.result import add_smoke_option, print_result, shrink
 from serve.engines.batching import lora_layers
-from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter
+from serve.engines.batching.adapter_weights import GroupWeights, LoadedAdapter, change_dtype
 
 GOALS = {"4 of 1": 0.85, "4 of base": 0.7, "32 of 4": 0.7}
 SIDES = ("chosen", "dense", "padded", "loop")
@@ -62,8 +62,9 @@ def make_adapter(lora: lora_layers.BatchedLora, number: int, rank: int) -> Loade
     for group, sites in members.items():
         a_IR = 0.01 * torch.randn(sites[0].shape[1], rank * len(sites))
         columns = tuple(slice(rank * place, rank * (place + 1)) for place in range(len(sites)))
-        b_rO = tuple((0.01 * torch.randn(rank, site.shape[0])).to(lora.dtype) for site in sites)
-        groups[group] = GroupWeights(a_IR.to(lora.dtype), columns, b_rO)
+        dtype = change_dtype(sites[0].device, lora.dtype)
+        b_rO = tuple((0.01 * torch.randn(rank, site.shape[0])).to(dtype) for site in sites)
+        groups[group] = GroupWeights(a_IR.to(dtype), columns, b_rO)
     return LoadedAdapter(f"{number}", f"{number}", groups, {}, {}, {}, {}, rank, False)
 
 

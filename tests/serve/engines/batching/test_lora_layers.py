@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from serve.engines.batching import lora_layers
 from serve.engines.batching.adapter_weights import LoadedAdapter, UnsupportedAdapterError
@@ -176,6 +177,13 @@ def test_on_a_cpu_the_change_of_a_bf16_base_is_computed_in_fp32_as_by_peft(tmp_p
                 # The same numbers in another order of summation: now and then the last bit is another one.
                 assert is_equal.float().mean() > 0.99, f"{kind}, {layer}: {is_equal.float().mean():.3f}"
                 torch.testing.assert_close(ours, expected, rtol=2**-7, atol=1e-6)
+
+
+def test_room_for_an_adapter_of_a_bf16_base_on_a_cpu_is_kept_for_fp32(tmp_path: Path) -> None:
+    world = LoraWorld(tmp_path, {"all-linear": KINDS["all-linear"]}, dtype=torch.bfloat16)
+    stored = load_file(world.folders["all-linear"] / "adapter_model.safetensors")
+    num_weights = sum(tensor.numel() for tensor in stored.values())
+    assert world.adapters["all-linear"].nbytes == num_weights * world.lora.bytes_per_number == num_weights * 4
 
 
 def test_layers_with_a_bias_and_tied_embeddings(tmp_path: Path) -> None:
