@@ -190,7 +190,7 @@ def changes_base(config: LoraConfig) -> bool:
 
 
 def change_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In which an adapter's change is computed and added to what a base in `dtype` computes.
+    """The type in which an adapter's change is computed, before it is added to the outputs of a base in `dtype`.
 
     On a CPU as in stock peft, which keeps adapters in fp32 (`autocast_adapter_dtype`). There it also costs less: a
     small product in bf16 takes two to three times as long as in fp32, for the setup of oneDNN's kernel.

@@ -1,7 +1,7 @@
 """Which tokens go into the next step. Pure Python: knows no tensors, no text and no threads.
 
 A step has one token of every decoding sequence, and pieces of prompts within a budget of tokens, so that a long prompt
-delays the others by no more than that budget. It is the same however many sequences decode: if they took it up, few
+delays the others by no more than that budget. It is the same however many sequences decode: if they used it up, few
 prompts would join a nearly full batch, and its places would stay empty. Of the budget the oldest prompt gets at least
 half, and the shortest of the others the rest: no prompt waits for a longer one to end, and none for ever.
 
